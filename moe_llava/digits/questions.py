@@ -1,0 +1,158 @@
+"""Questions about a scene, each with the one right answer.
+
+Families: existence, count, colour, digit, position, relation, comparison, sum, caption. A question is asked only where the
+scene gives it one answer ("what colour is the 7" needs exactly one 7). Existence questions that are to be denied come in the three kinds of
+POPE (arXiv 2305.10355): random (any absent digit), popular (an absent digit in its favourite colour) and adversarial (the digit
+is there, and the colour is there, but not together).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_llava.digits.scenes import COLOURS, POSITIONS, Item, Scene, favourite_colour
+
+NEGATIVE_KINDS = ("random", "popular", "adversarial")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`kind` tells the existence questions apart: "positive" or one of NEGATIVE_KINDS; it is "" in the other families."""
+
+    family: str
+    text: str
+    answer: str
+    kind: str = ""
+
+
+def ask_existence(scene: Scene, rng: random.Random, kind: str | None = None) -> Question | None:
+    """`kind` is drawn (half of the questions are to be affirmed) unless it is given; None where the scene has no such pair."""
+    kind = kind or ("positive" if rng.random() < 0.5 else rng.choice(NEGATIVE_KINDS))
+    present = {(item.digit, item.colour) for item in scene.items}
+    if kind == "positive":
+        pairs = sorted(present)
+    elif kind == "popular":
+        pairs = [(digit, favourite_colour(digit)) for digit in range(10)]
+    elif kind == "adversarial":
+        pairs = [(a.digit, b.colour) for a in scene.items for b in scene.items]
+    else:
+        pairs = [(digit, colour) for digit in range(10) for colour in COLOURS]
+    if kind != "positive":
+        pairs = [pair for pair in pairs if pair not in present]
+    if not pairs:
+        return None
+    digit, colour = rng.choice(pairs)
+    return Question("existence", f"is there a {colour} {digit} ?", "yes" if kind == "positive" else "no", kind)
+
+
+def ask_count(scene: Scene, rng: random.Random) -> Question:
+    what = rng.choice(["digits", "colour"])
+    if what == "digits":
+        return Question("count", "how many digits are there ?", str(len(scene.items)))
+    # Half of the colours asked for are in the scene: otherwise nearly every answer is 0.
+    colour = rng.choice(scene.items).colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
+    number = sum(item.colour == colour for item in scene.items)
+    return Question("count", f"how many {colour} digits are there ?", str(number))
+
+
+def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
+    item = _draw(_unique(scene, "digit"), rng)
+    return item and Question("colour", f"what colour is the {item.digit} ?", item.colour)
+
+
+def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
+    if rng.random() < 0.5:
+        item = rng.choice(scene.items)
+        return Question("digit", f"which digit is at the {item.position} ?", str(item.digit))
+    item = _draw(_unique(scene, "colour"), rng)
+    return item and Question("digit", f"which digit is {item.colour} ?", str(item.digit))
+
+
+def ask_position(scene: Scene, rng: random.Random) -> Question:
+    item = rng.choice(scene.items)
+    return Question("position", f"where is the {item.name} ?", item.position)
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    word, axis, sign = rng.choice([("leftmost", "column", 1), ("rightmost", "column", -1), ("highest", "row", 1), ("lowest", "row", -1)])
+    if len(scene.items) < 2:
+        return None
+    first, second = sorted(scene.items, key=lambda item: sign * getattr(item, axis))[:2]
+    if getattr(first, axis) == getattr(second, axis):
+        return None
+    return Question("relation", f"which digit is {word} ?", str(first.digit))
+
+
+def ask_comparison(scene: Scene, rng: random.Random) -> Question | None:
+    pair = _draw_pair(scene, rng)
+    if pair is None or pair[0].digit == pair[1].digit:
+        return None
+    larger = max(pair, key=lambda item: item.digit)
+    return Question("comparison", f"which is larger , the {pair[0].colour} digit or the {pair[1].colour} digit ?", larger.colour)
+
+
+def ask_sum(scene: Scene, rng: random.Random) -> Question | None:
+    pair = _draw_pair(scene, rng)
+    if pair is None:
+        return None
+    total = pair[0].digit + pair[1].digit
+    return Question("sum", f"what is the sum of the {pair[0].colour} digit and the {pair[1].colour} digit ?", str(total))
+
+
+def ask_caption(scene: Scene, rng: random.Random) -> Question:
+    return Question("caption", "describe the image .", scene.caption)
+
+
+FAMILIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+    "existence": ask_existence,
+    "count": ask_count,
+    "colour": ask_colour,
+    "digit": ask_digit,
+    "position": ask_position,
+    "relation": ask_relation,
+    "comparison": ask_comparison,
+    "sum": ask_sum,
+    "caption": ask_caption,
+}
+
+
+def sample_questions(scene: Scene, rng: random.Random, number: int, families: tuple[str, ...] = tuple(FAMILIES)) -> list[Question]:
+    """Draws `number` different questions; families come up equally often as far as the scene allows. Fewer come back only
+    where the scene has no more to ask."""
+    questions: dict[str, Question] = {}
+    for _ in range(20 * number):
+        question = FAMILIES[rng.choice(families)](scene, rng)
+        if question is not None:
+            questions.setdefault(question.text, question)
+        if len(questions) == number:
+            break
+    return list(questions.values())
+
+
+def vocabulary() -> list[str]:
+    """Every word that a scene, a question or an answer can contain, sorted."""
+    templates = (
+        "is there a ? how many digits are there ? what colour is the which digit is at the where leftmost rightmost highest lowest "
+        "which is larger , the digit or the digit ? what is the sum of and describe the image . yes no"
+    )
+    numbers = [str(number) for number in range(19)]
+    return sorted({*templates.split(), *numbers, *COLOURS, *POSITIONS})
+
+
+def _unique(scene: Scene, attribute: str) -> list[Item]:
+    values = [getattr(item, attribute) for item in scene.items]
+    return [item for item, value in zip(scene.items, values, strict=True) if values.count(value) == 1]
+
+
+def _draw(items: list[Item], rng: random.Random) -> Item | None:
+    return rng.choice(items) if items else None
+
+
+def _draw_pair(scene: Scene, rng: random.Random) -> tuple[Item, Item] | None:
+    items = _unique(scene, "colour")
+    if len(items) < 2:
+        return None
+    first, second = rng.sample(items, 2)
+    return first, second

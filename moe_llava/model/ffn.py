@@ -1,0 +1,93 @@
+"""How the FFN of each language model family maps onto stacked experts. This table is all the package knows of families.
+
+A family is covered if its decoder layers keep their FFN in `layer.mlp` and that module's parameters are those of a row: llama, mistral, qwen2, qwen3,
+stablelm and gemma are `GATED`, phi is `PLAIN`. To add a family with other parameter names, add a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_llava.model.configuration import MoeLlavaConfig
+from moe_llava.model.moe import Experts, GatedExperts, PlainExperts, Router, SparseMlp
+
+
+@dataclass(frozen=True)
+class FfnForm:
+    """One way to write an FFN.
+
+    `stacked`: parameter of the experts class -> the dense parameters that one expert's slice of it is made of, joined along the output
+    dimension. `activation`: the attribute of the dense module that holds its activation.
+    """
+
+    experts: type[Experts]
+    stacked: dict[str, tuple[str, ...]]
+    activation: str
+
+    @property
+    def dense_names(self) -> set[str]:
+        return {name for names in self.stacked.values() for name in names}
+
+
+GATED = FfnForm(
+    experts=GatedExperts,
+    stacked={"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
+    activation="act_fn",
+)
+PLAIN = FfnForm(
+    experts=PlainExperts,
+    stacked={
+        "up_proj": ("fc1.weight",),
+        "up_proj_bias": ("fc1.bias",),
+        "down_proj": ("fc2.weight",),
+        "down_proj_bias": ("fc2.bias",),
+    },
+    activation="activation_fn",
+)
+FFN_FORMS = [GATED, PLAIN]
+
+
+def find_form(layer: nn.Module) -> FfnForm:
+    """The row of the table that describes `layer.mlp`.
+
+    Raises ValueError, naming the modules found and where to add a row, if there is none.
+    """
+    ffn = getattr(layer, "mlp", None)
+    if ffn is None:
+        found = ", ".join(name for name, _ in layer.named_children())
+        raise ValueError(f"{type(layer).__name__} has no module 'mlp' that experts could replace; its modules are: {found}")
+    names = {name for name, _ in ffn.named_parameters()}
+    for form in FFN_FORMS:
+        if names == form.dense_names:
+            return form
+    raise ValueError(
+        f"no row of FFN_FORMS in moe_llava/model/ffn.py describes {type(ffn).__name__}, whose parameters are: {', '.join(sorted(names))}. "
+        "Add a row that maps them onto stacked experts"
+    )
+
+
+def sparse_mlp(config: MoeLlavaConfig, layer: nn.Module) -> SparseMlp:
+    """An uninitialised SparseMlp for the place of `layer.mlp`, on its device and in its dtype."""
+    form = find_form(layer)
+    ffn = layer.mlp
+    down = ffn.get_parameter(form.stacked["down_proj"][0])
+    width, ffn_width = down.shape
+    with torch.device(down.device):
+        sparse = SparseMlp(
+            Router(config, width),
+            form.experts(config, width, ffn_width, getattr(ffn, form.activation)),
+            ffn if config.use_residual else None,
+        )
+    return sparse.to(down.dtype)
+
+
+@torch.no_grad()
+def copy_into_experts(ffn: nn.Module, experts: Experts) -> None:
+    """Fills every expert with the weights of the dense `ffn`."""
+    form = next(form for form in FFN_FORMS if form.experts is type(experts))
+    for name, parts in form.stacked.items():
+        one_expert: Tensor = torch.cat([ffn.get_parameter(part) for part in parts])
+        experts.get_parameter(name).copy_(one_expert.expand(experts.num_experts, *one_expert.shape))

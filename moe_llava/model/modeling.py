@@ -1,0 +1,268 @@
+"""The sparse LLaVA: transformers' LLaVA whose language model has experts in some layers. One class for every family.
+
+Unusual here:
+- The language model's class is made on the fly: a subclass of the family's own backbone that swaps `layer.mlp` for a SparseMlp in its constructor and
+  tells transformers how to record the router. Nothing is patched, and no family is named.
+- The image placeholder needs no row in the embedding table: its id may lie outside the vocabulary.
+
+Shapes: B batch, S sequence, T = B * S tokens, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from moe_llava.model.configuration import MoeLlavaConfig
+from moe_llava.model.ffn import sparse_mlp
+from moe_llava.model.moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
+
+
+@dataclass
+class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
+    """`router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool. None unless asked for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    router_drops: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """`aux_loss`: the balance loss summed over the MoE layers, `z_loss` the same of the z-loss, both before their coefficients; `router_logits`: per
+    MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool, the assignments that found their expert full."""
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    router_drops: tuple[Tensor, ...] | None = None
+
+
+class SparseBackbone(PreTrainedModel):
+    """Mixed into a family's backbone by `sparse_backbone_class`."""
+
+    def __init__(self, config: Any, moe_config: MoeLlavaConfig):
+        super().__init__(config)
+        for index in moe_config.moe_layer_indices:
+            self.layers[index].mlp = sparse_mlp(moe_config, self.layers[index])
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_sparse_weights(module, self.config.initializer_range)
+
+
+@cache
+def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The sparse subclass of a backbone such as LlamaModel."""
+    recorders = {
+        **(dense_class._can_record_outputs or {}),
+        "router_logits": OutputRecorder(Router, index=0),
+        "router_drops": OutputRecorder(Router, index=3),
+    }
+    # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
+    namespace = {"_can_record_outputs": recorders, "__module__": dense_class.__module__}
+    return type(f"Sparse{dense_class.__name__}", (SparseBackbone, dense_class), namespace)
+
+
+class MoeLlavaPreTrainedModel(LlavaPreTrainedModel):
+    config: MoeLlavaConfig
+    config_class = MoeLlavaConfig
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for the decorator in this file; the experts are in moe.py
+
+
+class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
+    """Vision tower, projector and sparse language model, without the language modeling head."""
+
+    def __init__(self, config: MoeLlavaConfig):
+        # Not LlavaModel.__init__: that would build the dense language model first.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        backbone = sparse_backbone_class(MODEL_MAPPING[type(config.text_config)])
+        self.language_model = backbone(config.text_config, config)
+        self.post_init()
+
+    def sparse_mlps(self) -> dict[int, SparseMlp]:
+        """Layer index -> its SparseMlp."""
+        return {index: self.language_model.layers[index].mlp for index in self.config.moe_layer_indices}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> MoeLlavaModelOutputWithPast:
+        """As LlavaModel.forward; `output_router_logits=True` also records the routers."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy or self.config.vision_feature_select_strategy,
+                return_dict=True,
+            )
+        image_features = None if images is None else torch.cat(list(images.pooler_output), dim=0)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, image_features)
+        elif image_features is not None:
+            raise ValueError("images need input_ids, which say where the images stand; inputs_embeds do not")
+
+        token_mask_T = real_tokens(attention_mask, inputs_embeds)
+        for mlp in self.sparse_mlps().values():
+            mlp.router.token_mask = token_mask_T
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MoeLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            router_logits=outputs.get("router_logits"),
+            router_drops=outputs.get("router_drops"),
+        )
+
+    def _embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """[B, S] ids -> [B, S, D], image features in the places of the placeholders."""
+        is_image_BS = input_ids == self.config.image_token_id
+        embeds_BSD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BS, 0))
+        num_features = 0 if image_features is None else image_features.shape[:-1].numel()
+        num_places = int(is_image_BS.sum())
+        if num_places != num_features:
+            raise ValueError(f"found {num_places} image placeholders in input_ids, but the images make {num_features} features")
+        if image_features is None:
+            return embeds_BSD
+        return embeds_BSD.masked_scatter(is_image_BS[..., None], image_features.to(embeds_BSD))
+
+
+class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
+    """A sparse LLaVA with its language modeling head: what `upcycle` makes, trains, generates and saves."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MoeLlavaConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MoeLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Raises ValueError for use_reentrant=True, under which the router's losses lose their gradient without a word."""
+        gradient_checkpointing_kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if gradient_checkpointing_kwargs["use_reentrant"]:
+            raise ValueError("gradient checkpointing with use_reentrant=True gives the balance loss no gradient: use use_reentrant=False")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeLlavaCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: [B, S]; each image is as many `config.image_token_id` as it makes features.
+            pixel_values: [images, channels, height, width], in the order of their placeholders.
+            attention_mask: [B, S], 0 for padding, which then counts neither in the losses nor in the capacity.
+            labels: [B, S], -100 where nothing is to be learnt.
+            output_router_logits: None means `config.output_router_logits`.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for the positions given.
+            num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are weighted by
+                this batch's share of them, so neither depends on how a step is cut into batches.
+
+        The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss. Outside training the last two are
+        part of it only with `output_router_logits`, as in transformers' MoE models.
+        """
+        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        record = output_router_logits or (self.training and labels is not None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_router_logits=record,
+            output_router_drops=record,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+
+        aux = z = loss = None
+        if record:
+            token_mask_T = real_tokens(attention_mask, outputs.last_hidden_state)
+            aux = balance_loss(outputs.router_logits, token_mask_T)
+            z = z_loss(outputs.router_logits, token_mask_T)
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+            if aux is not None and z is not None:
+                # Label 0 of each row predicts nothing.
+                share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+                loss = loss + share * (self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z)
+        return MoeLlavaCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux,
+            z_loss=z,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            router_drops=outputs.router_drops if output_router_logits else None,
+        )
+
+
+def real_tokens(attention_mask: Tensor | None, embeds_BSD: Tensor) -> Tensor | None:
+    """[T] bool, False for padding, of the positions in `embeds_BSD`; None if there is no 2-D mask to tell by. While generating the
+    mask also covers the cached positions, which come first."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -embeds_BSD.shape[1] :].reshape(-1).bool()

@@ -1,0 +1,186 @@
+"""The sparse feed-forward network: Router, stacked experts, SparseMlp, and the router's losses.
+
+Unusual here:
+- Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" | "batched_mm" | "eager")`
+  and the kernels behind it apply.
+- The router always computes in float32, autocast or not, as the published models do.
+- A dropped assignment (see `capacity_factor`) keeps its expert index and gets weight 0: shapes never depend on the data.
+
+Shapes: B batch, S sequence, T = B * S tokens, D model width, F FFN width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.integrations.moe import use_experts_implementation
+
+if TYPE_CHECKING:
+    from moe_llava.model.configuration import MoeLlavaConfig
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for every token (paper, equation 5).
+
+    `token_mask` [T] bool, set by the model before each forward pass, tells tokens from padding; it is needed only where a capacity
+    is shared out. None means that every token counts. It outlives the forward pass, because gradient checkpointing routes again during backward.
+    """
+
+    def __init__(self, config: MoeLlavaConfig, width: int):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.capacity_factor = config.capacity_factor
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        self.token_mask: Tensor | None = None
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns logits [T, E] float32, weights [T, K] float32, expert indices [T, K] in order of falling probability, and
+        dropped [T, K] bool."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+        probs_TK, ids_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
+        dropped_TK = self._over_capacity(ids_TK)
+        weights_TK = probs_TK.masked_fill(dropped_TK, 0.0)
+        if self.norm_topk_prob:
+            # A token that lost all its experts keeps weights of 0.
+            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+            weights_TK = weights_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+        return logits_TE, weights_TK, ids_TK, dropped_TK
+
+    def _over_capacity(self, ids_TK: Tensor) -> Tensor:
+        """Which assignments find their expert full. First choices go before second ones, and earlier tokens before later."""
+        if self.capacity_factor is None:
+            return torch.zeros_like(ids_TK, dtype=torch.bool)
+        counts_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if self.token_mask is None else self.token_mask
+        if counts_T.shape[0] != ids_TK.shape[0]:
+            raise RuntimeError(f"the router got {ids_TK.shape[0]} tokens, but its token mask has {counts_T.shape[0]}")
+        capacity = torch.ceil(counts_T.sum() * (self.top_k / self.num_experts * self.capacity_factor))
+        taken_KTE = F.one_hot(ids_TK.T, self.num_experts) * counts_T[None, :, None]
+        # How many assignments of the same expert came before, in the order (choice, token).
+        before_KTE = taken_KTE.flatten(0, 1).cumsum(0).view_as(taken_KTE) - taken_KTE
+        before_TK = before_KTE.gather(-1, ids_TK.T[..., None]).squeeze(-1).T
+        return (before_TK >= capacity) & counts_T[:, None]
+
+
+class Experts(nn.Module):
+    """E copies of an FFN as stacked parameters. Subclasses say which parameters there are and how one expert computes."""
+
+    def __init__(self, config: MoeLlavaConfig, width: int, ffn_width: int, act_fn: Activation):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = width
+        self.intermediate_dim = ffn_width
+        self.act_fn = act_fn
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum over each token's experts of weight times output. This is the "eager" backend: a loop over the experts."""
+        y_TD = torch.zeros_like(x_TD)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(ids_TK == expert)
+            out_ND = self.apply_expert(expert, x_TD[token]) * weights_TK[token, choice, None]
+            y_TD.index_add_(0, token, out_ND.to(y_TD.dtype))
+        return y_TD
+
+    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@use_experts_implementation
+class GatedExperts(Experts):
+    """down(act(gate(x)) * up(x)), no biases: llama, mistral, qwen, stablelm, gemma."""
+
+    def __init__(self, config: MoeLlavaConfig, width: int, ffn_width: int, act_fn: Activation):
+        super().__init__(config, width, ffn_width, act_fn)
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * ffn_width, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, ffn_width))
+
+    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
+        gate_NF, up_NF = F.linear(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate_NF) * up_NF, self.down_proj[expert])
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class PlainExperts(Experts):
+    """down(act(up(x))), with biases: phi."""
+
+    def __init__(self, config: MoeLlavaConfig, width: int, ffn_width: int, act_fn: Activation):
+        super().__init__(config, width, ffn_width, act_fn)
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, ffn_width, width))
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, ffn_width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, ffn_width))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
+
+    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
+        hidden_NF = self.act_fn(F.linear(x_ND, self.up_proj[expert], self.up_proj_bias[expert]))
+        return F.linear(hidden_NF, self.down_proj[expert], self.down_proj_bias[expert])
+
+
+class SparseMlp(nn.Module):
+    """Takes the place of `layer.mlp`: [B, S, D] -> [B, S, D] (paper, equations 4 to 6).
+
+    With `residual_mlp` (the dense FFN), a token's output is c_0 * experts(x) + c_1 * residual_mlp(x), c = softmax(coefficient(x)).
+    """
+
+    def __init__(self, router: Router, experts: Experts, residual_mlp: nn.Module | None = None):
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.residual_mlp = residual_mlp
+        self.coefficient = None if residual_mlp is None else nn.Linear(experts.hidden_dim, 2)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        _, weights_TK, ids_TK, _ = self.router(x_TD)
+        y_BSD = self.experts(x_TD, ids_TK, weights_TK.to(x_TD.dtype)).view_as(x_BSD)
+        if self.residual_mlp is None or self.coefficient is None:
+            return y_BSD
+        share_BS2 = self.coefficient(x_BSD).softmax(dim=-1)
+        return y_BSD * share_BS2[..., :1] + self.residual_mlp(x_BSD) * share_BS2[..., 1:]
+
+
+def init_sparse_weights(module: nn.Module, std: float) -> None:
+    """Random start of a Router or Experts that no checkpoint fills; other modules are left alone."""
+    if not isinstance(module, Router | Experts):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith("_bias"):
+            init.zeros_(parameter)
+        else:
+            init.normal_(parameter, mean=0.0, std=std)
+
+
+def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
+    """Sum over the MoE layers of E * sum_i f_i * P_i (paper, equation 7).
+
+    f_i is the share of tokens whose first choice is expert i, P_i the mean probability of expert i. Padding counts in neither.
+
+    Args:
+        router_logits: per MoE layer [T, E].
+        token_mask_T: [T] bool, False for padding; None if there is none.
+    """
+    return torch.stack([_layer_balance(_drop_padding(logits, token_mask_T)) for logits in router_logits]).sum()
+
+
+def z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
+    """Sum over the MoE layers of the mean of logsumexp(logits)^2 over tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return torch.stack([_drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]).sum()
+
+
+def _layer_balance(logits_TE: Tensor) -> Tensor:
+    probs_TE = logits_TE.float().softmax(dim=-1)
+    num_experts = probs_TE.shape[-1]
+    first_choice_E = F.one_hot(probs_TE.argmax(dim=-1), num_experts).float().mean(dim=0)
+    return num_experts * (first_choice_E * probs_TE.mean(dim=0)).sum()
+
+
+def _drop_padding(logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    return logits_TE if token_mask_T is None else logits_TE[token_mask_T.to(logits_TE.device)]

@@ -1,0 +1,28 @@
+"""Images and text to model inputs: transformers' LLaVA processor, for CLIP and SigLIP towers alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.processing_utils import MultiModalData
+
+
+class MoeLlavaProcessor(LlavaProcessor):
+    """Each `<image>` in a text becomes as many placeholders as its image makes features.
+
+    Raises ValueError if a batch has more or fewer `<image>` than images.
+    """
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
+        """Placeholders per image, for serving engines. Every image of this model makes the same number, whatever its size.
+
+        LlavaProcessor reads `crop_size`, which SigLIP's image processor does not have.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        size = self.image_processor.crop_size if self.image_processor.do_center_crop else self.image_processor.size
+        number = (size["height"] // self.patch_size) * (size["width"] // self.patch_size) + self.num_additional_image_tokens
+        if self.vision_feature_select_strategy == "default":
+            number -= 1
+        return MultiModalData(num_image_tokens=[number] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
