@@ -1,6 +1,7 @@
 """Registers the model with transformers' Auto classes when these are first imported, and not before.
 
-`import moe_llava` must be quick (the command line starts with it), and registering imports torch. So the import of `transformers.models.auto.*` is what
+`import moe_llava` must be quick (the command line starts with it), and registering imports torch. So the import of
+`transformers.models.auto.*` is what
 triggers it: whoever can ask an Auto class for a checkpoint has just imported one of those modules.
 """
 

@@ -59,15 +59,15 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
 
 def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
     item = _draw(_unique(scene, "digit"), rng)
-    return item and Question("colour", f"what colour is the {item.digit} ?", item.colour)
+    return Question("colour", f"what colour is the {item.digit} ?", item.colour) if item else None
 
 
 def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
-        item = rng.choice(scene.items)
-        return Question("digit", f"which digit is at the {item.position} ?", str(item.digit))
+        anywhere = rng.choice(scene.items)
+        return Question("digit", f"which digit is at the {anywhere.position} ?", str(anywhere.digit))
     item = _draw(_unique(scene, "colour"), rng)
-    return item and Question("digit", f"which digit is {item.colour} ?", str(item.digit))
+    return Question("digit", f"which digit is {item.colour} ?", str(item.digit)) if item else None
 
 
 def ask_position(scene: Scene, rng: random.Random) -> Question:

@@ -75,9 +75,9 @@ def favourite_colour(digit: int) -> str:
     return list(COLOURS)[digit % len(COLOURS)]
 
 
-def sample_scene(rng: random.Random, max_digits: int = MAX_DIGITS) -> Scene:
-    """Draws a scene of 1 to `max_digits` digits."""
-    cells = sorted(rng.sample(range(GRID * GRID), rng.randint(1, max_digits)))
+def sample_scene(rng: random.Random, max_digits: int = MAX_DIGITS, min_digits: int = 1) -> Scene:
+    """Draws a scene of `min_digits` to `max_digits` digits."""
+    cells = sorted(rng.sample(range(GRID * GRID), rng.randint(min_digits, max_digits)))
     items: list[Item] = []
     taken: set[tuple[int, str]] = set()
     for cell in cells:

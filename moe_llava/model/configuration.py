@@ -15,7 +15,8 @@ class MoeLlavaConfig(LlavaConfig):
     Args:
         num_experts: experts E per MoE layer.
         num_experts_per_tok: experts k that each token goes through, 1 <= k <= E.
-        moe_layers: the decoder layers that become sparse: "interval" (every other one, from layer 0; the paper's choice), "all", "first_half", "second_half",
+        moe_layers: the decoder layers that become sparse: "interval" (every other one, from layer 0; the paper's choice), "all",
+            "first_half", "second_half",
             or a list of layer indices.
         norm_topk_prob: divide the k weights by their sum. True makes an upcycled model compute what its dense origin computed;
             False is equation 6 of the paper as printed.
@@ -47,9 +48,7 @@ class MoeLlavaConfig(LlavaConfig):
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, but a MoE layer needs at least 1 expert")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, but with num_experts={self.num_experts} it must lie in 1..{self.num_experts}"
-            )
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}, but must lie in 1..num_experts={self.num_experts}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor is {self.capacity_factor}, but it must be above 0, or None to drop no token")
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
@@ -71,7 +70,9 @@ class MoeLlavaConfig(LlavaConfig):
             case "second_half":
                 return list(range(num_layers // 2, num_layers))
             case str():
-                raise ValueError(f"moe_layers is {self.moe_layers!r}, but it must be one of {', '.join(PLACEMENTS)}, or a list of layer indices")
+                raise ValueError(
+                    f"moe_layers is {self.moe_layers!r}, but it must be one of {', '.join(PLACEMENTS)}, or a list of layer indices"
+                )
         for index in self.moe_layers:
             if not 0 <= index < num_layers:
                 raise ValueError(f"moe_layers names layer {index}, but the language model has layers 0..{num_layers - 1}")

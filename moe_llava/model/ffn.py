@@ -1,6 +1,7 @@
 """How the FFN of each language model family maps onto stacked experts. This table is all the package knows of families.
 
-A family is covered if its decoder layers keep their FFN in `layer.mlp` and that module's parameters are those of a row: llama, mistral, qwen2, qwen3,
+A family is covered if its decoder layers keep their FFN in `layer.mlp` and that module's parameters are those of a row: llama, mistral,
+qwen2, qwen3,
 stablelm and gemma are `GATED`, phi is `PLAIN`. To add a family with other parameter names, add a row.
 """
 
@@ -56,7 +57,7 @@ def find_form(layer: nn.Module) -> FfnForm:
     Raises ValueError, naming the modules found and where to add a row, if there is none.
     """
     ffn = getattr(layer, "mlp", None)
-    if ffn is None:
+    if not isinstance(ffn, nn.Module):
         found = ", ".join(name for name, _ in layer.named_children())
         raise ValueError(f"{type(layer).__name__} has no module 'mlp' that experts could replace; its modules are: {found}")
     names = {name for name, _ in ffn.named_parameters()}
@@ -72,7 +73,7 @@ def find_form(layer: nn.Module) -> FfnForm:
 def sparse_mlp(config: MoeLlavaConfig, layer: nn.Module) -> SparseMlp:
     """An uninitialised SparseMlp for the place of `layer.mlp`, on its device and in its dtype."""
     form = find_form(layer)
-    ffn = layer.mlp
+    ffn = layer.get_submodule("mlp")
     down = ffn.get_parameter(form.stacked["down_proj"][0])
     width, ffn_width = down.shape
     with torch.device(down.device):

@@ -1,7 +1,8 @@
 """The sparse LLaVA: transformers' LLaVA whose language model has experts in some layers. One class for every family.
 
 Unusual here:
-- The language model's class is made on the fly: a subclass of the family's own backbone that swaps `layer.mlp` for a SparseMlp in its constructor and
+- The language model's class is made on the fly: a subclass of the family's own backbone that swaps `layer.mlp` for a SparseMlp in its
+  constructor and
   tells transformers how to record the router. Nothing is patched, and no family is named.
 - The image placeholder needs no row in the embedding table: its id may lie outside the vocabulary.
 
@@ -44,9 +45,11 @@ class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
 
 @dataclass
 class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """`aux_loss`: the balance loss summed over the MoE layers, `z_loss` the same of the z-loss, both before their coefficients; `router_logits`: per
+    """`language_loss`: the loss before the auxiliary ones are added; `aux_loss`: the balance loss summed over the MoE layers, `z_loss`
+    the same of the z-loss, both before their coefficients; `router_logits`: per
     MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool, the assignments that found their expert full."""
 
+    language_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -121,7 +124,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         **kwargs: Any,
     ) -> MoeLlavaModelOutputWithPast:
         """As LlavaModel.forward; `output_router_logits=True` also records the routers."""
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None:
@@ -132,8 +135,10 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
                 return_dict=True,
             )
         image_features = None if images is None else torch.cat(list(images.pooler_output), dim=0)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_features)
+        elif inputs_embeds is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         elif image_features is not None:
             raise ValueError("images need input_ids, which say where the images stand; inputs_embeds do not")
 
@@ -173,8 +178,6 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
 class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
     """A sparse LLaVA with its language modeling head: what `upcycle` makes, trains, generates and saves."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: MoeLlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MoeLlavaModel(config)
@@ -211,7 +214,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             labels: [B, S], -100 where nothing is to be learnt.
             output_router_logits: None means `config.output_router_logits`.
             logits_to_keep: compute logits for the last n positions only (0: all), or for the positions given.
-            num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are weighted by
+            num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are
+                weighted by
                 this batch's share of them, so neither depends on how a step is cut into batches.
 
         The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss. Outside training the last two are
@@ -233,13 +237,13 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
 
-        aux = z = loss = None
+        aux = z = language_loss = loss = None
         if record:
             token_mask_T = real_tokens(attention_mask, outputs.last_hidden_state)
             aux = balance_loss(outputs.router_logits, token_mask_T)
             z = z_loss(outputs.router_logits, token_mask_T)
         if labels is not None:
-            loss = self.loss_function(
+            loss = language_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
             )
             if aux is not None and z is not None:
@@ -248,6 +252,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
                 loss = loss + share * (self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z)
         return MoeLlavaCausalLMOutputWithPast(
             loss=loss,
+            language_loss=language_loss,
             aux_loss=aux,
             z_loss=z,
             logits=logits,

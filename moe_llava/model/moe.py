@@ -1,7 +1,8 @@
 """The sparse feed-forward network: Router, stacked experts, SparseMlp, and the router's losses.
 
 Unusual here:
-- Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" | "batched_mm" | "eager")`
+- Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" |
+  "batched_mm" | "eager")`
   and the kernels behind it apply.
 - The router always computes in float32, autocast or not, as the published models do.
 - A dropped assignment (see `capacity_factor`) keeps its expert index and gets weight 0: shapes never depend on the data.
@@ -30,7 +31,8 @@ class Router(nn.Module):
     """Chooses K of E experts for every token (paper, equation 5).
 
     `token_mask` [T] bool, set by the model before each forward pass, tells tokens from padding; it is needed only where a capacity
-    is shared out. None means that every token counts. It outlives the forward pass, because gradient checkpointing routes again during backward.
+    is shared out. None means that every token counts. It outlives the forward pass, because gradient checkpointing routes again during
+    backward.
     """
 
     def __init__(self, config: MoeLlavaConfig, width: int):

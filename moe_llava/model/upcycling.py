@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from moe_llava.model.configuration import MoeLlavaConfig
 from moe_llava.model.ffn import copy_into_experts, find_form
@@ -30,7 +31,8 @@ def upcycle(
 ) -> MoeLlavaForConditionalGeneration:
     """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
-    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes. With one expert per token and `norm_topk_prob` the weight is always 1, so
+    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes. With one expert per token and `norm_topk_prob` the
+    weight is always 1, so
     that only the balance loss teaches the router.
 
     Args:
@@ -47,8 +49,8 @@ def upcycle(
         raise TypeError("this model is sparse already: upcycle its dense origin")
     if not isinstance(dense, LlavaForConditionalGeneration):
         raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
-    config = MoeLlavaConfig(
-        **_llava_settings(dense),
+    config = sparse_config(
+        dense.config,
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
         moe_layers=moe_layers,
@@ -83,11 +85,15 @@ def upcycle(
     return sparse.train(dense.training)
 
 
-def _llava_settings(dense: LlavaForConditionalGeneration) -> dict:
-    settings = copy.deepcopy(dense.config).to_dict()
+def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
+    """The configuration of a dense LLaVA, made sparse; `moe` are the fields that MoeLlavaConfig adds.
+
+    Raises ValueError as MoeLlavaConfig does.
+    """
+    settings = copy.deepcopy(dense).to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    return settings
+    return MoeLlavaConfig(**settings, **moe)
 
 
 def _share(dense: LlavaForConditionalGeneration, sparse: MoeLlavaForConditionalGeneration) -> None:

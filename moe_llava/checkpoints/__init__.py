@@ -1,0 +1,1 @@
+"""Checkpoints: loading folders, and the published originals."""

@@ -1,0 +1,181 @@
+"""The command `moe-llava`: a function per verb. Heavy imports stand inside the verbs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+
+Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
+
+
+def main() -> None:
+    """Entry point. What a user can put right is one line on standard error and exit status 2."""
+    with contextlib.suppress(BrokenPipeError):
+        app()
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns the errors that name what is wrong with the input into one line and exit status 2."""
+    from transformers.utils import logging
+
+    from moe_llava.checkpoints.load import CheckpointError
+    from moe_llava.data.records import DataError
+    from moe_llava.training.recipe import RecipeError
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (CheckpointError, DataError, RecipeError, ValueError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
+    recipe: Annotated[Path | None, typer.Option(help="a recipe instead of the shipped recipes/digits.yaml")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+) -> None:
+    """Trains the three stages on scenes of real handwritten digits, tests them, and writes a report with pictures."""
+    with user_errors():
+        from moe_llava.experiments.demo import run_demo
+
+        run_demo(out, recipe, settings or [], train_images, test_images)
+
+
+@app.command()
+def digits(
+    out: Annotated[Path, typer.Argument(help="folder to write `data` and `base` into")] = Path("runs/digits"),
+    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+) -> None:
+    """Writes the digits data set (LLaVA files) and the dense model that training on it starts from."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.experiments.demo import prepare
+
+        prepare(out, train_images, test_images, Console())
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
+    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="run this stage only; may be given several times")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, go on with an unfinished one")] = False,
+) -> None:
+    """Runs MoE-Tuning: the projector, then the language model, then the experts."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.training.recipe import load_recipe
+        from moe_llava.training.run import train as run
+
+        run(load_recipe(recipe, settings), sorted(set(stage or [1, 2, 3])), resume, Console())
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[str, typer.Argument(help="a dense LLaVA: a folder, or a hub id")],
+    out: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; must not exist")],
+    num_experts: Annotated[int, typer.Option(help="experts per sparse layer")] = 4,
+    num_experts_per_tok: Annotated[int, typer.Option(help="experts that each token goes through")] = 2,
+    moe_layers: Annotated[str, typer.Option(help="interval, all, first_half, second_half, or indices: 0,2,4")] = "interval",
+    norm_topk_prob: Annotated[bool, typer.Option(help="make each token's weights sum to 1")] = True,
+    capacity_factor: Annotated[float | None, typer.Option(help="let experts drop tokens beyond this multiple of an even share")] = None,
+    use_residual: Annotated[bool, typer.Option(help="keep the dense FFN beside the experts")] = False,
+    seed: Annotated[int, typer.Option(help="of the routers' start")] = 0,
+) -> None:
+    """Makes a dense checkpoint sparse: the result computes the same, and is ready for stage III."""
+    with user_errors():
+        from moe_llava.checkpoints.load import load_checkpoint
+        from moe_llava.model.upcycling import upcycle as make_sparse
+        from moe_llava.training.run import sparse_processor
+
+        if out.exists():
+            raise FileExistsError(f"{out} exists already: choose another folder")
+        model, processor = load_checkpoint(dense)
+        layers: str | list[int] = moe_layers
+        if moe_layers[:1].isdigit():
+            layers = [int(index) for index in moe_layers.split(",")]
+        sparse = make_sparse(
+            model,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            moe_layers=layers,
+            norm_topk_prob=norm_topk_prob,
+            capacity_factor=capacity_factor,
+            use_residual=use_residual,
+            seed=seed,
+        )
+        partial = out.with_name(f".{out.name}.partial")
+        sparse.save_pretrained(partial)
+        sparse_processor(processor).save_pretrained(partial)
+        os.replace(partial, out)
+        total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
+        print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
+
+
+@app.command()
+def chat(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Argument(help="a question; without one, a conversation")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="an image to talk about; may be given several times")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per answer")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 256,
+) -> None:
+    """Asks a model about images: once, or as a conversation on the terminal."""
+    with user_errors():
+        from moe_llava.checkpoints.load import load_checkpoint
+        from moe_llava.serving.chat import Conversation
+
+        if prompt is not None and not prompt.strip():
+            raise ValueError("the prompt is empty: ask something")
+        model, processor = load_checkpoint(checkpoint)
+        conversation = Conversation(model, processor, max_new_tokens)
+        for path in image or []:
+            conversation.add_image(path)
+        for question in [prompt] if prompt is not None else _questions():
+            if question.startswith("/image "):
+                conversation.add_image(Path(question.removeprefix("/image ").strip()))
+                continue
+            answer = ""
+            for piece in conversation.ask(question):
+                answer += piece
+                if not as_json:
+                    print(piece, end="", flush=True)
+            print(json.dumps({"question": question, "answer": answer.strip()}) if as_json else "")
+
+
+def _questions() -> Iterator[str]:
+    """Lines typed or piped in, until the end of input or `/quit`."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Ask about the image. /image FILE adds one, /quit ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""LLaVA records: reading and checking them, prompts and label masks, batches."""

@@ -1,0 +1,81 @@
+"""From records to batches: token ids, label masks, pixels.
+
+Shapes: B rows, S sequence, N images of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from moe_llava.data.records import DataError, Record, open_image
+
+IGNORE_INDEX = -100
+
+
+class ConversationDataset(Dataset):
+    """Records as model inputs: `input_ids` and `labels` [S], `pixel_values` [images, 3, H, W] (absent without images).
+
+    Labels are the answers, their end token included, as the generation blocks of the tokenizer's chat template mark them.
+    """
+
+    def __init__(self, records: list[Record], processor: Any):
+        self.records = records
+        self.processor = processor
+        if "{% generation %}" not in (processor.tokenizer.chat_template or ""):
+            raise DataError(
+                "the tokenizer's chat template has no {% generation %} blocks, so the answers to learn from cannot be told from the rest"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        record = self.records[index]
+        encoded = self.processor.tokenizer.apply_chat_template(record.messages(), return_assistant_tokens_mask=True, return_dict=True)
+        ids, learnt = encoded["input_ids"], encoded["assistant_masks"]
+        item: dict[str, Tensor] = {}
+        tokens_per_image = 0
+        if record.images:
+            images = [open_image(path, record.source) for path in record.images]
+            item["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            tokens_per_image = image_tokens(self.processor, item["pixel_values"])
+        image_id = self.processor.image_token_id
+        # Each placeholder of the template stands for all the features of its image.
+        repeats = torch.tensor([tokens_per_image if token == image_id else 1 for token in ids])
+        item["input_ids"] = torch.tensor(ids).repeat_interleave(repeats)
+        labels = torch.where(torch.tensor(learnt).bool(), torch.tensor(ids), IGNORE_INDEX)
+        item["labels"] = labels.repeat_interleave(repeats)
+        return item
+
+
+def image_tokens(processor: Any, pixel_values: Tensor) -> int:
+    """Placeholders per image: patches, plus the tower's extra tokens, less the class token where the features leave it out."""
+    height, width = pixel_values.shape[-2:]
+    number = (height // processor.patch_size) * (width // processor.patch_size) + processor.num_additional_image_tokens
+    return number - (processor.vision_feature_select_strategy == "default")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads to the longest row on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids_BS = pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=self.pad_token_id)
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch = {
+            "input_ids": ids_BS,
+            "attention_mask": (torch.arange(ids_BS.shape[1]) < lengths[:, None]).long(),
+            "labels": pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORE_INDEX),
+        }
+        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch

@@ -1,0 +1,65 @@
+"""The dense LLaVA that the digits world starts from: pretrained tower, pretrained language model, untrained projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from moe_llava.digits.scenes import CANVAS
+from moe_llava.digits.tokenizer import build_tokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def build_base(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """(dense LLaVA in float32, processor): the shipped tower and language model behind a projector with a seeded random start."""
+    tower = CLIPVisionModel.from_pretrained(WEIGHTS / "tower", dtype=torch.float32)
+    language_model = LlamaForCausalLM.from_pretrained(WEIGHTS / "language_model", dtype=torch.float32)
+    tokenizer = build_tokenizer()
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.image_token_id,
+        image_seq_length=(CANVAS // tower.config.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    model.generation_config = language_model.generation_config
+    processor = LlavaProcessor(
+        image_processor=image_processor(),
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which the strategy "default" takes off again
+        chat_template=tokenizer.chat_template,
+    )
+    return model, processor
+
+
+def image_processor() -> LlavaImageProcessorPil:
+    """Pads to a square, resizes to the canvas, scales to -1..1."""
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        size={"height": CANVAS, "width": CANVAS},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def pixel_values(images: list[Image.Image]) -> Tensor:
+    """[B, 3, CANVAS, CANVAS] of pictures that already have the right size; the same numbers as `image_processor` gives, without its
+    overhead."""
+    pixels_BHWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return (pixels_BHWC.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5

@@ -1,0 +1,337 @@
+"""Pretrains the two parts that the digits world starts from: a CLIP tower and a language model that knows scenes from text alone.
+
+    python -m moe_llava.digits.pretrain tower OUT
+    python -m moe_llava.digits.pretrain language-model OUT
+
+Both are deterministic from their seed on one machine and number of threads. Weights are bfloat16 while computing, which is three times as
+fast on a CPU that knows it, with
+a float32 master copy; hidden matrices are trained with Muon, the rest with AdamW.
+
+Shapes: B rows, S sequence, N labelled positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+from moe_llava.digits.base import pixel_values
+from moe_llava.digits.questions import FAMILIES, Question, ask_existence, sample_questions
+from moe_llava.digits.scenes import CANVAS, COLOURS, MAX_DIGITS, Item, Scene, handwriting, render, sample_scene
+from moe_llava.digits.tokenizer import build_tokenizer
+
+CURRICULUM_SHARE = 0.3  # of the tower's steps: one digit first, then two, up to MAX_DIGITS
+CARD_STEPS = 350
+CARDS = 16  # in a row
+
+
+class MasterWeights:
+    """Trains a bfloat16 model through float32 copies of its parameters."""
+
+    def __init__(self, model: nn.Module, muon_rate: float, adam_rate: float):
+        self.model = model
+        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+        hidden = [p for name, p in self.master.items() if p.ndim == 2 and "embed" not in name]
+        other = [p for name, p in self.master.items() if not (p.ndim == 2 and "embed" not in name)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(hidden, lr=muon_rate, momentum=0.95, weight_decay=0.01),
+            torch.optim.AdamW(other, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.rates = [muon_rate, adam_rate]
+        model.bfloat16()
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """`progress` 0..1 sets the rates: a short warm-up, a flat half, a linear fall."""
+        loss.backward()
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None, name
+            self.master[name].grad = parameter.grad.float()
+        nn.utils.clip_grad_norm_(list(self.master.values()), 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (progress + 1e-3) / 0.02, max(0.02, (1 - progress) / 0.5))
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.master[name])
+
+
+def digits_allowed(progress: float) -> int:
+    """The curriculum: how many digits a scene may hold after `progress` (0..1) of the training."""
+    return min(MAX_DIGITS, 1 + int(progress / CURRICULUM_SHARE * MAX_DIGITS))
+
+
+def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
+    start = time.monotonic()
+    for step in range(steps):
+        yield step, step / steps
+        if step % 50 == 49:
+            seconds = time.monotonic() - start
+            print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left", flush=True)
+
+
+# --- the tower
+
+
+def tower_config() -> CLIPConfig:
+    tokenizer = build_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": CANVAS,
+        "patch_size": 8,
+    }
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
+
+
+def sibling(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene with one digit's value or colour changed: the caption that is hardest to tell apart."""
+    index = rng.randrange(len(scene.items))
+    while True:
+        old = scene.items[index]
+        new = replace(old, digit=rng.randrange(10)) if rng.random() < 0.7 else replace(old, colour=rng.choice(list(COLOURS)))
+        others: list[Item] = [item for item in scene.items if item is not old]
+        if new != old and all((new.digit, new.colour) != (item.digit, item.colour) for item in others):
+            return Scene(tuple(sorted([*others, new], key=lambda item: item.cell)))
+
+
+def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pairs: int = 96) -> CLIPModel:
+    """Contrastive pretraining (CLIP, arXiv 2103.00020) on `pairs` scenes and as many siblings a step; only handwriting of the training
+    split."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    model = CLIPModel(tower_config())
+    weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
+    for step, progress in steps_with_progress(steps, "tower"):
+        scenes = [sample_scene(rng, digits_allowed(progress)) for _ in range(pairs)]
+        scenes += [sibling(scene, rng) for scene in scenes]
+        text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, return_tensors="pt")
+        pixels = pixel_values([render(scene, rng, "train") for scene in scenes]).bfloat16()
+        logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels).logits_per_image.float()
+        # The same caption may come twice; then both images are right for both.
+        captions = [scene.caption for scene in scenes]
+        target = torch.tensor([[float(a == b) for b in captions] for a in captions])
+        target = target / target.sum(dim=1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        weights.step(loss, progress)
+        if step % 100 == 99:
+            print(f"tower: loss {loss.item():.3f}", flush=True)
+        if step % 500 == 499 or step == steps - 1:
+            print(f"tower: linear probe reads {probe_tower(model):.1%} of unseen digits", flush=True)
+            save(model)
+    return model
+
+
+@torch.no_grad()
+def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
+    """Accuracy of a linear classifier that reads a digit from the four patches of its cell, in the second-last layer, on unseen
+    handwriting."""
+    from sklearn.linear_model import LogisticRegression
+
+    features: dict[str, tuple[Tensor, list[int]]] = {}
+    for split in ("train", "test"):
+        rng = random.Random(7)
+        drawn = [sample_scene(rng) for _ in range(scenes)]
+        hidden_BPD = (
+            model.vision_model(
+                pixel_values=pixel_values([render(scene, rng, split) for scene in drawn]).to(model.dtype), output_hidden_states=True
+            )
+            .hidden_states[-2][:, 1:]
+            .float()
+        )
+        rows = hidden_BPD.view(len(drawn), 3, 2, 3, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(drawn), 9, -1)
+        items = [(index, item) for index, scene in enumerate(drawn) for item in scene.items]
+        features[split] = (torch.stack([rows[index, item.cell] for index, item in items]), [item.digit for _, item in items])
+    probe = LogisticRegression(max_iter=300, C=0.1).fit(features["train"][0].numpy(), features["train"][1])
+    return float(probe.score(features["test"][0].numpy(), features["test"][1]))
+
+
+# --- the language model
+
+
+def language_model_config() -> LlamaConfig:
+    tokenizer = build_tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size)
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def text_scene(scene: Scene) -> str:
+    """The scene as text, in one canonical wording: the words of one digit stand side by side, as one image patch shows them together."""
+    return " , ".join(f"{item.name} {item.position}" for item in scene.items) + " ."
+
+
+def flash_cards(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs that look one thing up and say it at once: "colour 7" -> "red", "where red 7" -> "top-left"."""
+    unique_digit = [item for item in scene.items if sum(other.digit == item.digit for other in scene.items) == 1]
+    unique_colour = [item for item in scene.items if sum(other.colour == item.colour for other in scene.items) == 1]
+    cards: list[tuple[str, str]] = []
+    while len(cards) < number:
+        item = rng.choice(scene.items)
+        match rng.randrange(5):
+            case 0 if item in unique_digit:
+                cards += [(f"colour {item.digit}", item.colour), (f"where {item.digit}", item.position)]
+            case 1 if item in unique_colour:
+                cards.append((f"digit {item.colour}", str(item.digit)))
+            case 2:
+                cards.append((f"where {item.name}", item.position))
+            case 3:
+                cards += [(f"digit {item.position}", str(item.digit)), (f"colour {item.position}", item.colour)]
+            case 4:
+                question = ask_existence(scene, rng, rng.choice(["positive", "adversarial"]))
+                if question is not None:
+                    cards.append((question.text.removesuffix(" ?").replace("there a ", ""), question.answer))
+    return cards[:number]
+
+
+class TextScenes:
+    """Rows of a scene as text, followed by flash cards, or by questions and answers in the chat template."""
+
+    def __init__(self) -> None:
+        self.tokenizer = build_tokenizer()
+
+    def encode(self, scene: Scene, questions: list[Question]) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of one row; labels are -100 but for the answers."""
+        messages = [
+            message
+            for question in questions
+            for message in ({"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer})
+        ]
+        messages[0]["content"] = f"{text_scene(scene)} {messages[0]['content']}"
+        row = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        labels = [token if learnt else -100 for token, learnt in zip(row["input_ids"], row["assistant_masks"], strict=True)]
+        return row["input_ids"], labels
+
+    def encode_cards(self, scene: Scene, rng: random.Random) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of one row of flash cards."""
+        ids = self.tokenizer.encode(f"<s> user: {text_scene(scene)}")
+        labels = [-100] * len(ids)
+        for prompt, answer in flash_cards(scene, rng, CARDS):
+            prompt_ids, answer_ids = self.tokenizer.encode(prompt), self.tokenizer.encode(answer)
+            ids += prompt_ids + answer_ids
+            labels += [-100] * len(prompt_ids) + answer_ids
+        return ids, labels
+
+    def questions(self, rng: random.Random, rows: int, number: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
+        """input_ids and labels [B, S] of `rows` scenes of any size with `number` questions each, and the questions."""
+        scenes = [sample_scene(rng) for _ in range(rows)]
+        asked = [sample_questions(scene, rng, number) for scene in scenes]
+        return *pad([self.encode(scene, row) for scene, row in zip(scenes, asked, strict=True)]), asked
+
+    def cards(self, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
+        """input_ids and labels [B, S] of `rows` full scenes with flash cards. In small scenes guessing pays too well."""
+        scenes = [sample_scene(rng, min_digits=MAX_DIGITS) for _ in range(rows)]
+        return pad([self.encode_cards(scene, rng) for scene in scenes])
+
+
+def pad(encoded: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """input_ids and labels [B, S], padded on the right."""
+    ids_BS = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in encoded], batch_first=True, padding_value=0)
+    labels_BS = nn.utils.rnn.pad_sequence([torch.tensor(labels) for _, labels in encoded], batch_first=True, padding_value=-100)
+    return ids_BS, labels_BS
+
+
+def pretrain_language_model(
+    steps: int, seed: int, save: Callable[[LlamaForCausalLM], None], rows: int = 64, questions: int = 6
+) -> LlamaForCausalLM:
+    """Next-token training on answers about scenes given as text: flash cards first, which teach it to bind a digit to its colour and place,
+    then `questions` questions about each of `rows` scenes a step."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    text = TextScenes()
+    model = LlamaForCausalLM._from_config(language_model_config(), attn_implementation="eager")  # sdpa's backward is slow on CPU
+    weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
+    for step, progress in steps_with_progress(steps, "language model"):
+        ids_BS, labels_BS = text.cards(rng, rows) if step < CARD_STEPS else text.questions(rng, rows, questions)[:2]
+        hidden_BSD = model.model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).last_hidden_state
+        targets_BS = labels_BS[:, 1:]
+        learnt_BS = targets_BS != -100
+        logits_NV = model.lm_head(hidden_BSD[:, :-1][learnt_BS]).float()
+        loss = F.cross_entropy(logits_NV, targets_BS[learnt_BS])
+        weights.step(loss, progress)
+        if step % 100 == 99:
+            print(f"language model: loss {loss.item():.3f}", flush=True)
+        if step % 250 == 249 or step == steps - 1:
+            print(f"language model: {format_scores(text_accuracy(model))}", flush=True)
+            save(model)
+    return model
+
+
+@torch.no_grad()
+def text_accuracy(model: LlamaForCausalLM, rows: int = 500, seed: int = 7) -> dict[str, float]:
+    """Share of questions answered to the letter from text, per family and over "all"; greedy, every answer token right."""
+    text = TextScenes()
+    ids_BS, labels_BS, asked = text.questions(random.Random(seed), rows, len(FAMILIES))
+    right_BS = model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).logits[:, :-1].argmax(-1) == labels_BS[:, 1:]
+    scores: dict[str, list[bool]] = {family: [] for family in [*FAMILIES, "all"]}
+    for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], asked, strict=True):
+        starts = torch.where((labels_S != -100) & (torch.cat([torch.tensor([-100]), labels_S[:-1]]) == -100))[0].tolist()
+        for start, question in zip(starts, questions, strict=True):
+            length = int((labels_S[start:] == -100).nonzero()[0]) if (labels_S[start:] == -100).any() else len(labels_S) - start
+            correct = bool(right_S[start : start + length].all())
+            scores[question.family].append(correct)
+            scores["all"].append(correct)
+    return {family: sum(values) / len(values) for family, values in scores.items()}
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    return ", ".join(f"{family} {score:.1%}" for family, score in scores.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["tower", "language-model"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    handwriting("train")
+    report: dict[str, float]
+    if arguments.part == "tower":
+        tower = pretrain_tower(arguments.steps or 2500, arguments.seed, lambda model: model.vision_model.save_pretrained(arguments.out))
+        report = {"linear_probe": probe_tower(tower)}
+    else:
+        language_model = pretrain_language_model(
+            arguments.steps or 2200, arguments.seed, lambda model: model.save_pretrained(arguments.out)
+        )
+        report = text_accuracy(language_model)
+    (arguments.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The main job in minutes: MoE-Tuning on scenes of real handwriting, tested on handwriting never seen, with a report.
+
+Everything it makes stands in one folder, and what is there already is not made again:
+
+    data/ base/                    the data set, and the dense model that training starts from
+    stage1/ stage2/ stage3/ dense/ a checkpoint after each stage, and of the dense control
+    answers/*.jsonl                every test question with the answer of each checkpoint
+    routing.json                   which experts took the image and the text tokens of the test questions
+    results.json report.html       the numbers, and a page to look at
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.data.records import Record, load_records
+from moe_llava.digits.base import build_base
+from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
+from moe_llava.evaluation.digits import Answered, accuracy, existence
+from moe_llava.evaluation.generate import answer_records, prompt_inputs
+from moe_llava.experiments.report import write_report
+from moe_llava.routing.load import expert_counts
+from moe_llava.training.recipe import Recipe, load_recipe
+from moe_llava.training.run import train
+from moe_llava.training.stages import active_parameters
+
+SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
+CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
+BATCH = 128
+
+
+def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_images: int | None, test_images: int | None) -> None:
+    """Raises RecipeError, DataError or CheckpointError, each naming what is wrong, before any training."""
+    console = Console()
+    recipe = demo_recipe(out, recipe_file or SHIPPED_RECIPE, settings)
+    prepare(out, train_images, test_images, console)
+    train(recipe, [1, 2, 3], resume=True, console=console)
+    control = copy.deepcopy(recipe)
+    control.stage3.dense = True
+    train(control, [3], resume=True, console=console)
+
+    records = load_records(out / "data" / "test.json", out / "data" / "images")
+    answered = {name: ask_checkpoint(out, name, folder, records, console) for name, folder in CHECKPOINTS.items()}
+    routing = read_routing(out, records, console)
+    results = collect_results(out, answered)
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    report = write_report(out, results, answered, routing)
+    print_summary(results, console)
+    console.print(
+        f"\nreport: {report}\nchat:   moe-llava chat {out / 'stage3'} --image {answered['sparse'][0].image} 'how many digits are there?'",
+        soft_wrap=True,
+    )
+
+
+def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
+    """The recipe, moved into the folder `out`."""
+    moved = [f"model={out / 'base'}", f"output={out}"]
+    for stage, name in (("stage1", "captions"), ("stage2", "train"), ("stage3", "train")):
+        moved += [f"{stage}.data.file={out / 'data' / name}.json", f"{stage}.data.images={out / 'data' / 'images'}"]
+    return load_recipe(file, moved + settings)
+
+
+def prepare(out: Path, train_images: int | None, test_images: int | None, console: Console) -> None:
+    """Writes `out`/data and `out`/base, unless they are there."""
+
+    def data(folder: Path) -> None:
+        numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
+        images = track(range(sum(numbers)), description="drawing digits", console=console, disable=not console.is_terminal)
+        advance = iter(images)
+        write_dataset(folder, *numbers, advance=lambda: next(advance, None) and None)
+
+    def base(folder: Path) -> None:
+        model, processor = build_base()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    make_once(out / "data", data)
+    make_once(out / "base", base)
+
+
+def make_once(path: Path, make: Callable[[Path], None]) -> None:
+    """Calls `make` with a folder beside `path` and renames it, unless `path` exists: what exists is always complete."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    make(partial)
+    partial.rename(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside `path` and renames, so that a file is never half written."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def ask_checkpoint(out: Path, name: str, folder: str, records: list[Record], console: Console) -> list[Answered]:
+    """Puts every test question to one checkpoint, or reads the answers of an earlier run."""
+    file = out / "answers" / f"{name}.jsonl"
+    if not file.exists():
+        model, processor = load_checkpoint(out / folder, dtype=torch.float32)
+        # Long answers last, so that a batch does not wait for one caption.
+        order = sorted(range(len(records)), key=lambda index: len(records[index].turns[0][1].split()))
+        given: dict[int, str] = {}
+        start = time.monotonic()
+        for first in track(range(0, len(order), BATCH), description=f"asking {name}", console=console, disable=not console.is_terminal):
+            batch = order[first : first + BATCH]
+            given |= zip(batch, answer_records(model, processor, [records[index] for index in batch], BATCH), strict=True)
+        console.print(f"{name}: {len(records):,} questions in {time.monotonic() - start:.0f} s", highlight=False)
+        file.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"id": record.extra["id"], "answer": given[index]}) for index, record in enumerate(records)]
+        write_whole(file, "\n".join(lines) + "\n")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = {row["id"]: row["answer"] for row in rows}
+    return [Answered(record, texts[record.extra["id"]]) for record in records]
+
+
+def read_routing(out: Path, records: list[Record], console: Console) -> dict[str, Any]:
+    """`{"layers": [...], "image": [layers x experts], "text": ...}`: counts over the test questions."""
+    file = out / "routing.json"
+    if not file.exists():
+        model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
+        top_k = model.config.num_experts_per_tok
+        counts: dict[str, Any] = {"image": 0, "text": 0}
+        for first in track(range(0, len(records), BATCH), description="reading routes", console=console, disable=not console.is_terminal):
+            inputs = prompt_inputs(processor, records[first : first + BATCH])
+            with torch.inference_mode():
+                logits = model(**inputs, output_router_logits=True, logits_to_keep=1).router_logits
+            real_T = inputs["attention_mask"].reshape(-1).bool()
+            image_T = (inputs["input_ids"] == model.config.image_token_id).reshape(-1)
+            counts["image"] = counts["image"] + expert_counts(logits, top_k, real_T & image_T)
+            counts["text"] = counts["text"] + expert_counts(logits, top_k, real_T & ~image_T)
+        routing = {"layers": model.config.moe_layer_indices, **{kind: count.tolist() for kind, count in counts.items()}}
+        write_whole(file, json.dumps(routing) + "\n")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def collect_results(out: Path, answered: dict[str, list[Answered]]) -> dict[str, Any]:
+    """What results.json holds."""
+    sparse, _ = load_checkpoint(out / "stage3")
+    dense, _ = load_checkpoint(out / "dense")
+    return {
+        "accuracy": {name: accuracy(items) for name, items in answered.items()},
+        "existence": {name: existence(items) for name, items in answered.items()},
+        "seconds": {name: training_seconds(out / folder) for name, folder in CHECKPOINTS.items()},
+        "parameters": {
+            "total": sparse.num_parameters(),
+            "active": active_parameters(sparse),
+            "dense": dense.num_parameters(),
+        },
+        "test_images": len({item.image for item in answered["sparse"]}),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def training_seconds(stage: Path) -> float:
+    """Time in training steps, all runs of an interrupted stage together."""
+    lines = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return round(sum(line["train_runtime"] for line in lines if "train_runtime" in line), 1)
+
+
+def print_summary(results: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"accuracy on {results['test_images']} pictures of unseen handwriting", title_justify="left")
+    table.add_column("family")
+    for name in CHECKPOINTS:
+        table.add_column(name, justify="right")
+    for family in results["accuracy"]["sparse"]:
+        table.add_row(family, *(f"{results['accuracy'][name][family]['mean']:.1%}" for name in CHECKPOINTS))
+    seconds = results["seconds"]
+    table.add_row("training", *(f"{seconds[name]:.0f} s" for name in CHECKPOINTS))
+    console.print(table)

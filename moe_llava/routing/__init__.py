@@ -1,0 +1,1 @@
+"""What the routers did: which expert took which tokens."""

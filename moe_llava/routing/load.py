@@ -1,0 +1,23 @@
+"""How the tokens were shared out among the experts.
+
+Shapes: T tokens, E experts, K experts per token, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expert_counts(router_logits: tuple[Tensor, ...], top_k: int, token_mask_T: Tensor) -> Tensor:
+    """[L, E]: how many of the tokens that `token_mask_T` selects have each expert among their top k."""
+    counts = []
+    for logits_TE in router_logits:
+        chosen_NK = logits_TE[token_mask_T].topk(top_k, dim=-1).indices
+        counts.append(torch.bincount(chosen_NK.flatten(), minlength=logits_TE.shape[-1]))
+    return torch.stack(counts)
+
+
+def expert_shares(counts_LE: Tensor) -> Tensor:
+    """[L, E]: counts as shares of each layer's assignments; 0 where there were none."""
+    return counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,1 @@
+"""MoE-Tuning: recipes, which parameters learn in each stage, the trainer, the run."""

@@ -1,0 +1,196 @@
+"""A recipe: one YAML file that says what is trained on what, and how, read into dataclasses. All its problems are reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, a line each."""
+
+
+@dataclass
+class Data:
+    """A LLaVA JSON file, and the folder that its image names are relative to."""
+
+    file: str
+    images: str
+
+
+@dataclass
+class Optimisation:
+    """AdamW with warm-up and cosine decay. `batch_size` is what one step sees, in all processes and accumulation steps together."""
+
+    learning_rate: float
+    batch_size: int
+    per_device_batch_size: int
+    epochs: float = 1.0
+    max_steps: int = -1  # above 0: stop there, whatever `epochs` says
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class Moe:
+    """What `upcycle` is given in stage III; see MoeLlavaConfig for the fields."""
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_layers: str | list[int] = "interval"
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    capacity_factor: float | None = None
+    use_residual: bool = False
+
+
+@dataclass
+class Stage:
+    data: Data
+    optimisation: Optimisation
+
+
+@dataclass
+class SparseStage(Stage):
+    """Stage III. With `dense`, the FFNs that would have become experts are trained as they are: the control, with the same steps and
+    data."""
+
+    moe: Moe = field(default_factory=Moe)
+    dense: bool = False
+
+
+@dataclass
+class Recipe:
+    """`model` is a folder or hub id of a dense LLaVA with its processor; `precision` "bf16" computes in bfloat16 with float32 weights,
+    "auto" does so where the
+    machine is fast at it."""
+
+    model: str
+    output: str
+    stage1: Stage
+    stage2: Stage
+    stage3: SparseStage
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    attention: str | None = None  # an attention implementation of transformers; None is its default
+    logging_steps: int = 10
+    save_steps: int = 500
+    dataloader_workers: int = 0
+
+
+def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe; `overrides` are "a.b=value" with a YAML value.
+
+    Raises RecipeError, with every problem found: file missing, unknown or missing keys, values of the wrong type, settings that do not
+    fit together.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise RecipeError(f"recipe {file} does not exist")
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
+    problems: list[str] = []
+    for override in overrides or []:
+        _override(raw, override, problems)
+    recipe = _build(Recipe, raw, "", problems)
+    if not problems:
+        problems += _rules(recipe)
+    if problems:
+        raise RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        problems.append(f"--set {override}: expected a.b=value")
+        return
+    *parents, key = path.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            problems.append(f"--set {override}: {parent} holds a value, not settings")
+            return
+    raw[key] = yaml.load(value, _Loader)
+
+
+def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
+    if not isinstance(raw, dict):
+        problems.append(f"{where or 'recipe'} must be a mapping of settings, but is {raw!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw.keys() - fields.keys():
+        guess = difflib.get_close_matches(str(key), fields, n=1)
+        problems.append(f"unknown key {where}{key}" + (f"; did you mean {where}{guess[0]}?" if guess else f"; known: {', '.join(fields)}"))
+    values = {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], where + name, problems)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}{name} is missing")
+    return None if problems else kind(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".", problems)
+    if not _fits(hint, value):
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        problems.append(f"{where} is {value!r}, but must be {expected}")
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(argument, value) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _rules(recipe: Recipe) -> list[str]:
+    """What a type cannot say."""
+    problems = []
+    for name in ("stage1", "stage2", "stage3"):
+        settings = getattr(recipe, name).optimisation
+        for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs"):
+            if getattr(settings, key) <= 0:
+                problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
+        if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:
+            problems.append(
+                f"{name}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of "
+                f"per_device_batch_size={settings.per_device_batch_size}"
+            )
+    moe = recipe.stage3.moe
+    if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
+        problems.append(f"stage3.moe.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
+    return problems
