@@ -12,7 +12,13 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Dense vision-language models made sparse: trained, asked, looked into.",
+)
 
 Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from moe_llava.checkpoints.load import load_checkpoint
@@ -30,7 +29,7 @@ from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
 from moe_llava.evaluation.digits import Answered, accuracy, existence
 from moe_llava.evaluation.generate import answer_records, prompt_inputs
-from moe_llava.experiments.report import write_report
+from moe_llava.experiments.report import write_report, write_whole
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.recipe import Recipe, load_recipe
 from moe_llava.training.run import train
@@ -77,9 +76,9 @@ def prepare(out: Path, train_images: int | None, test_images: int | None, consol
 
     def data(folder: Path) -> None:
         numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
-        images = track(range(sum(numbers)), description="drawing digits", console=console, disable=not console.is_terminal)
-        advance = iter(images)
-        write_dataset(folder, *numbers, advance=lambda: next(advance, None) and None)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("drawing digits", total=sum(numbers))
+            write_dataset(folder, *numbers, advance=lambda: progress.advance(task))
 
     def base(folder: Path) -> None:
         model, processor = build_base()
@@ -98,13 +97,6 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     make(partial)
     partial.rename(path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that a file is never half written."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def ask_checkpoint(out: Path, name: str, folder: str, records: list[Record], console: Console) -> list[Answered]:
@@ -129,7 +121,7 @@ def ask_checkpoint(out: Path, name: str, folder: str, records: list[Record], con
 
 
 def read_routing(out: Path, records: list[Record], console: Console) -> dict[str, Any]:
-    """`{"layers": [...], "image": [layers x experts], "text": ...}`: counts over the test questions."""
+    """`{"layers": [...], "top_k": k, "image": [layers x experts], "text": ...}`: counts over the test questions."""
     file = out / "routing.json"
     if not file.exists():
         model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
@@ -143,7 +135,7 @@ def read_routing(out: Path, records: list[Record], console: Console) -> dict[str
             image_T = (inputs["input_ids"] == model.config.image_token_id).reshape(-1)
             counts["image"] = counts["image"] + expert_counts(logits, top_k, real_T & image_T)
             counts["text"] = counts["text"] + expert_counts(logits, top_k, real_T & ~image_T)
-        routing = {"layers": model.config.moe_layer_indices, **{kind: count.tolist() for kind, count in counts.items()}}
+        routing = {"layers": model.config.moe_layer_indices, "top_k": top_k, **{kind: count.tolist() for kind, count in counts.items()}}
         write_whole(file, json.dumps(routing) + "\n")
     return json.loads(file.read_text(encoding="utf-8"))
 

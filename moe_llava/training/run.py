@@ -104,6 +104,8 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False)
 
     settings = stage_settings(recipe, number).optimisation
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = training_arguments(recipe, settings, work)
     trainer = StageTrainer(
         model=model,
@@ -152,8 +154,7 @@ def training_arguments(recipe: Recipe, settings: Any, work: Path) -> TrainingArg
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not torch.accelerator.is_available(),
         bf16=use_bf16(recipe.precision),
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,

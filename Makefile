@@ -1,0 +1,28 @@
+# Sets up .venv by itself: `make demo` runs the main job, `make test` the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint
+
+demo: .venv/installed
+	$(BIN)/moe-llava demo
+
+# Two processes of one thread each: torch's threads would only get in each other's way.
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov=moe_llava/model --cov-fail-under=95
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and pinned: what pulls it in unpinned may bring another build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

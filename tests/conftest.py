@@ -1,0 +1,90 @@
+"""What several rooms' tests use: tiny models of every family, golden data, the installed command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+REPOSITORY = Path(__file__).parents[1]
+FAMILIES = {
+    "phi": "PhiConfig",
+    "stablelm": "StableLmConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "gemma": "GemmaConfig",
+}
+IMAGE_TOKEN_ID = 120  # the vocabulary of the tiny models ends at 99: the placeholder has no row in the embedding table
+IMAGE_TOKENS = 4
+
+
+def tiny_config(family: str, layers: int = 4) -> LlavaConfig:
+    text = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if family == "phi" else 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,  # large weights, so that a mistake shows
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=getattr(transformers, FAMILIES[family])(**text),
+        image_token_index=98,
+        vision_feature_layer=-2,
+    )
+
+
+def tiny_dense(family: str, seed: int = 0, layers: int = 4) -> LlavaForConditionalGeneration:
+    """A dense LLaVA of `family` with random weights; transformers' own class needs its placeholder inside the vocabulary (98)."""
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(tiny_config(family, layers)).eval()
+
+
+def tiny_inputs(batch: int = 2, text: int = 8, seed: int = 1, image_token_id: int = 98) -> dict[str, torch.Tensor]:
+    """Rows of one token, an image, and `text` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (batch, 1 + IMAGE_TOKENS + text), generator=generator)
+    ids[:, 1 : 1 + IMAGE_TOKENS] = image_token_id
+    pixels = torch.randn(batch, 3, 16, 16, generator=generator)
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded outputs of the original implementation."""
+    folder = Path(os.environ.get("MOE_LLAVA_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no golden data at {folder}; set MOE_LLAVA_GOLDEN")
+    return folder
+
+
+def run_command(*arguments: str | Path, stdin: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The installed `moe-llava`, as a user runs it."""
+    command = Path(sys.executable).parent / "moe-llava"
+    return subprocess.run(
+        [str(command), *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=REPOSITORY,
+        env={**os.environ, "COLUMNS": "160"},
+    )

@@ -1,0 +1,95 @@
+"""Bad data is named, with file, record, value and rule, before any work."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from moe_llava.data.records import DataError, check_images, content_parts, load_records, open_image
+
+
+@pytest.fixture
+def write(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def write(*records, name="data.json"):
+        (tmp_path / name).write_text(records[0] if isinstance(records[0], str) else json.dumps(list(records)))
+        return tmp_path / name, tmp_path
+
+    return write
+
+
+def conversation(*values, **keys):
+    return {"conversations": [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)], **keys}
+
+
+def test_records_of_every_form(write):
+    records = load_records(
+        *write(
+            conversation("<image>\nWhat?", "This.", "And?", "That.", image="a.png", id="x", family="colour"),
+            conversation("Hello", "Hi"),
+            conversation("<image> and <image>", "two", image=["a.png", "a.png"]),
+        )
+    )
+    assert records[0].turns == (("<image>\nWhat?", "This."), ("And?", "That."))
+    assert records[0].extra == {"id": "x", "family": "colour"}
+    assert records[0].messages() == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "That."}]},
+    ]
+    assert records[1].images == ()
+    assert len(records[2].images) == 2
+    check_images(records)
+
+
+def test_placeholders_keep_their_places():
+    kinds = [part["type"] for part in content_parts("What is <image> beside <image>?")]
+    assert kinds == ["text", "image", "text", "image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (conversation("<image><image><image> x", "y", image=["a.png", "a.png"]), "found 3 image tokens in record 0 of .* but 2 images"),
+        (conversation("x", "y", image="a.png"), "found 0 image tokens in record 0 of .* but 1 images"),
+        (conversation("<image>", "y"), "found 1 image tokens in record 0 of .* but 0 images"),
+        (conversation("<image> x", "y", image="b.png"), r"record 0 of .*data.json names the image .*b.png, which does not exist"),
+        (conversation("x"), "record 0 of .* must have 'conversations'"),
+        ({"id": 3}, "record 0 of .* must have 'conversations'"),
+        ("text", "record 0 of .* must have 'conversations'"),
+        ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}]}, "turn 0 of record 0 .* from 'human'"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, "turn 1 of record 0 .* from 'gpt'"),
+        (conversation("x", " "), "turn 1 of record 0 of .* is an empty answer"),
+        (conversation("<image> x", "see <image>", image="a.png"), "turn 1 of record 0 of .* is an answer with <image>"),
+    ],
+)
+def test_bad_records(write, record, message):
+    with pytest.raises(DataError, match=message):
+        load_records(*write(record))
+
+
+@pytest.mark.parametrize(("text", "message"), [("[", "is not JSON"), ("{}", "must hold a list"), ("[]", "at least one record")])
+def test_bad_files(write, text, message):
+    with pytest.raises(DataError, match=message):
+        load_records(*write(text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+        load_records(tmp_path / "nowhere.json", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_an_image_that_does_not_decode(write, tmp_path, damage):
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(b"no image" if damage == "text" else whole[: len(whole) // 2])
+    records = load_records(*write(conversation("<image> x", "y", image="a.png")))
+    with pytest.raises(DataError, match=r"record 0 of .* names the image .*a.png, which cannot be decoded"):
+        check_images(records)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"the conversation names the image .*gone.png, which does not exist"):
+        open_image(tmp_path / "gone.png", "the conversation")

@@ -1,0 +1,76 @@
+"""The data set is LLaVA's format, the same for the same seed, and the shipped parts are as good as said."""
+
+import filecmp
+import json
+
+import pytest
+import torch
+
+from moe_llava.data.records import check_images, load_records
+from moe_llava.digits.base import WEIGHTS, build_base, image_processor, pixel_values
+from moe_llava.digits.dataset import write_dataset
+from moe_llava.digits.questions import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_dataset(folder, train_images=6, test_images=5)
+    return folder
+
+
+def test_it_is_a_llava_data_set(folder):
+    for name in ("captions", "train", "test"):
+        records = load_records(folder / f"{name}.json", folder / "images")
+        check_images(records)
+        assert all(len(record.images) == 1 for record in records)
+    assert {len(record.turns) for record in load_records(folder / "train.json", folder / "images")} == {6}
+    test = json.loads((folder / "test.json").read_text())
+    assert {record["family"] for record in test} == set(FAMILIES)
+    assert len({record["id"] for record in test}) == len(test)
+    assert all(record["image"].startswith("test/") for record in test)
+
+
+def test_the_same_seed_writes_the_same_files(folder, tmp_path):
+    write_dataset(tmp_path, train_images=6, test_images=5)
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert filecmp.cmpfiles(folder, tmp_path, names, shallow=False)[0] == names
+
+
+def test_quick_pixels_are_the_image_processors(folder):
+    from PIL import Image
+
+    image = Image.open(folder / "images" / "train" / "000000.png")
+    expected = torch.as_tensor(image_processor()(image, return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(pixel_values([image]), expected, atol=1e-6, rtol=0)
+
+
+def test_the_base_is_the_shipped_parts():
+    model, processor = build_base()
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 8e6
+    assert model.config.image_token_id == processor.image_token_id
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(build_base()[0].model.multi_modal_projector.linear_1.weight, model.model.multi_modal_projector.linear_1.weight)
+
+
+@torch.no_grad()
+def test_the_language_model_answers_from_text():
+    from transformers import LlamaForCausalLM
+
+    from moe_llava.digits.pretrain import text_accuracy
+
+    scores = text_accuracy(LlamaForCausalLM.from_pretrained(WEIGHTS / "language_model", dtype=torch.float32), rows=120, seed=11)
+    assert scores["all"] >= 0.97
+    assert min(scores.values()) >= 0.93
+
+
+@pytest.mark.slow
+def test_the_tower_reads_unseen_handwriting():
+    from transformers import CLIPModel
+
+    from moe_llava.digits.base import build_base
+    from moe_llava.digits.pretrain import probe_tower, tower_config
+
+    model = CLIPModel(tower_config())
+    model.vision_model.load_state_dict(build_base()[0].model.vision_tower.state_dict())
+    assert probe_tower(model) >= 0.9

@@ -1,0 +1,122 @@
+"""The installed command, as a user types it."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.conftest import run_command
+from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def sparse(tiny_base, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("cli") / "sparse"
+    done = run_command("upcycle", tiny_base / "base", out, "--num-experts", "3", "--moe-layers", "1,3")
+    assert done.returncode == 0, done.stderr
+    assert "sparse layers [1, 3]" in done.stdout
+    return out
+
+
+def refused(*arguments, **settings) -> str:
+    """The one line that a command that cannot work ends with."""
+    done = run_command(*arguments, **settings)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[0].startswith("error: "), done.stderr
+    return done.stderr
+
+
+def test_help_is_quick():
+    run_command("--help")
+    start = time.monotonic()
+    done = run_command("--help")
+    assert done.returncode == 0
+    for verb in ("demo", "train", "upcycle", "chat"):
+        assert verb in done.stdout
+    # The promise is 0.5 s on an idle machine; importing torch or transformers alone would take longer than this.
+    assert time.monotonic() - start < 1.5
+
+
+def test_chat_once(sparse, tiny_base):  # noqa: F811
+    image = tiny_base / "data" / "images" / "test" / "000000.png"
+    done = run_command("chat", sparse, "--image", image, "where is the red 7 ?", "--json", "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["question"] == "where is the red 7 ?"
+    plain = run_command("chat", sparse, "--image", image, "where is the red 7 ?", "--max-new-tokens", "4")
+    assert plain.stdout.strip() == answer["answer"]
+
+
+def test_chat_as_a_piped_conversation(sparse, tiny_base):  # noqa: F811
+    image = tiny_base / "data" / "images" / "test" / "000000.png"
+    typed = f"/image {image}\nwhere is the red 7 ?\n\nhow many digits are there ?\n/quit\nnever asked\n"
+    done = run_command("chat", sparse, "--json", "--max-new-tokens", "3", stdin=typed)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == ["where is the red 7 ?", "how many digits are there ?"]
+
+
+def test_bad_input_is_one_line(sparse, tiny_base, tmp_path):  # noqa: F811
+    (tmp_path / "broken.png").write_text("no image")
+    assert "none.png, which does not exist" in refused("chat", sparse, "--image", tmp_path / "none.png", "hello")
+    assert "broken.png, which cannot be decoded" in refused("chat", sparse, "--image", tmp_path / "broken.png", "hello")
+    assert "the prompt is empty" in refused("chat", sparse, " ")
+    assert "has no config.json" in refused("chat", tmp_path, "hello")
+    assert "is not a folder" in refused("chat", tmp_path / "gone", "hello")
+    assert "exists already" in refused("upcycle", tiny_base / "base", sparse)
+    assert "sparse already" in refused("upcycle", sparse, tmp_path / "twice")
+    assert "num_experts_per_tok is 5, but must lie in 1..num_experts=4" in refused(
+        "upcycle", tiny_base / "base", tmp_path / "out", "--num-experts-per-tok", "5"
+    )
+    assert "layer 9" in refused("upcycle", tiny_base / "base", tmp_path / "out", "--moe-layers", "0,9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_and_its_errors(write_recipe, tmp_path):  # noqa: F811
+    recipe = write_recipe()
+    assert "did you mean stage1.optimisation.max_steps?" in refused("train", recipe, "--set", "stage1.optimisation.max_step=2")
+    assert "none.json does not exist" in refused("train", recipe, "--set", "stage1.data.file=none.json")
+    done = run_command("train", recipe, "--stage", "1", "--set", "stage1.optimisation.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "stage1 2/2 loss" in done.stdout
+    assert "learns projector" in done.stdout
+    assert "go on with --resume" in refused("train", recipe, "--stage", "1")
+    again = run_command("train", recipe, "--stage", "1", "--stage", "2", "--resume", "--set", "stage2.optimisation.max_steps=1")
+    assert again.returncode == 0, again.stderr
+    assert "stage1 " not in again.stdout
+    assert (tmp_path / "run" / "stage2" / "config.json").is_file()
+
+
+SMALL = [
+    argument
+    for stage in (1, 2, 3)
+    for key, value in (("max_steps", 2), ("batch_size", 8), ("per_device_batch_size", 8))
+    for argument in ("--set", f"stage{stage}.optimisation.{key}={value}")
+]
+
+
+def test_demo_in_small(tmp_path):
+    """The whole chain in seconds; the numbers mean nothing, the files must be there and a second run must reuse them."""
+    out = tmp_path / "demo"
+    command = ["demo", "--out", out, "--train-images", "20", "--test-images", "4", *SMALL]
+    first = run_command(*command)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["accuracy"]) == {"stage1", "stage2", "dense", "sparse"}
+    for scores in results["accuracy"].values():
+        assert set(scores["all"]) == {"mean", "low", "high", "n"}
+    assert results["parameters"]["active"] < results["parameters"]["total"]
+    assert set(results["seconds"]) == {"stage1", "stage2", "dense", "sparse"}
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") + page.count("data:image/svg") >= 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert f"chat {out / 'stage3'}" in first.stdout
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    answers = (out / "answers" / "sparse.jsonl").read_text()
+    second = run_command(*command)
+    assert second.returncode == 0, second.stderr
+    assert "stage1 " not in second.stdout.split("accuracy")[0]
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert answers == (out / "answers" / "sparse.jsonl").read_text()
+    shutil.rmtree(out)

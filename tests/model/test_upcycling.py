@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from moe_llava import MoeLlavaConfig, upcycle
+from tests.conftest import tiny_config, tiny_dense
+
+
+def test_frozen_weights_are_shared_not_copied():
+    dense = tiny_dense("qwen2")
+    sparse = upcycle(dense)
+    own = {parameter.data_ptr() for parameter in dense.parameters()}
+    for name, parameter in sparse.named_parameters():
+        assert (parameter.data_ptr() in own) == (".experts." not in name and ".router." not in name), name
+
+
+def test_router_start_is_small_and_seeded():
+    weights = [upcycle(tiny_dense("llama"), seed=seed).model.sparse_mlps()[0].router.weight for seed in (3, 3, 4)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert 0.01 < weights[0].std() < 0.03
+
+
+def test_experts_are_copies_of_their_own():
+    dense = tiny_dense("phi")
+    experts = upcycle(dense, num_experts=3).model.sparse_mlps()[2].experts
+    ffn = dense.model.language_model.layers[2].mlp
+    for expert in range(3):
+        assert torch.equal(experts.up_proj[expert], ffn.fc1.weight)
+        assert torch.equal(experts.up_proj_bias[expert], ffn.fc1.bias)
+        assert torch.equal(experts.down_proj[expert], ffn.fc2.weight)
+        assert torch.equal(experts.down_proj_bias[expert], ffn.fc2.bias)
+    with torch.no_grad():
+        experts.up_proj[0].zero_()
+    assert ffn.fc1.weight.abs().sum() > 0
+    assert experts.up_proj[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("placement", "layers"),
+    [("interval", [0, 2, 4]), ("all", [0, 1, 2, 3, 4]), ("first_half", [0, 1]), ("second_half", [2, 3, 4]), ([3, 1], [1, 3])],
+)
+def test_placement(placement, layers):
+    assert list(upcycle(tiny_dense("llama", layers=5), moe_layers=placement).model.sparse_mlps()) == layers
+
+
+def test_mode_dtype_and_generation_settings_are_kept():
+    dense = tiny_dense("llama").to(torch.bfloat16).train()
+    dense.generation_config.max_new_tokens = 17
+    sparse = upcycle(dense)
+    assert sparse.training
+    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
+    assert sparse.generation_config.max_new_tokens == 17
+
+
+def test_tied_embeddings_stay_tied():
+    config = tiny_config("llama")
+    config.text_config.tie_word_embeddings = True
+    config.tie_word_embeddings = True
+    sparse = upcycle(LlavaForConditionalGeneration(config))
+    assert sparse.lm_head.weight is sparse.get_input_embeddings().weight
+
+
+def test_only_dense_llavas_are_taken():
+    sparse = upcycle(tiny_dense("llama"))
+    with pytest.raises(TypeError, match="sparse already"):
+        upcycle(sparse)
+    with pytest.raises(TypeError, match="takes a LlavaForConditionalGeneration, not a LlamaForCausalLM"):
+        upcycle(LlamaForCausalLM(tiny_config("llama").text_config))
+
+
+def test_unknown_family_names_modules_and_where_to_add_a_row():
+    dense = tiny_dense("llama")
+    dense.model.language_model.layers[0].mlp = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    with pytest.raises(ValueError, match=r"ffn\.py describes Sequential, whose parameters are: 0\.bias, 0\.weight, 1\.bias, 1\.weight"):
+        upcycle(dense)
+    del dense.model.language_model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"LlamaDecoderLayer has no module 'mlp'.*self_attn"):
+        upcycle(dense)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok is 3, but must lie in 1..num_experts=2"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"moe_layers": [0, 4]}, r"names layer 4, but the language model has layers 0\.\.3"),
+        ({"moe_layers": [-1]}, "names layer -1"),
+        ({"moe_layers": []}, "at least one layer"),
+        ({"moe_layers": [1, 1]}, "none twice"),
+        ({"moe_layers": "intervall"}, "must be one of interval, all"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
+        ({"router_z_loss_coef": -1.0}, "router_z_loss_coef is -1.0"),
+    ],
+)
+def test_settings_that_break_a_rule(settings, message):
+    with pytest.raises(ValueError, match=message):
+        upcycle(tiny_dense("llama"), **settings)
+
+
+def test_config_round_trip(tmp_path):
+    config = upcycle(tiny_dense("gemma"), num_experts=3, moe_layers=[1, 2], capacity_factor=1.5, use_residual=True).config
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MoeLlavaConfig
+    assert isinstance(loaded, LlavaConfig)
+    assert (loaded.num_experts, loaded.moe_layers, loaded.capacity_factor, loaded.use_residual) == (3, [1, 2], 1.5, True)
+    assert loaded.moe_layer_indices == [1, 2]
+
+
+def test_random_start_without_a_checkpoint():
+    from moe_llava import MoeLlavaForConditionalGeneration
+
+    dense = tiny_config("phi").to_dict()
+    dense.pop("model_type")
+    model = MoeLlavaForConditionalGeneration(MoeLlavaConfig(**dense))
+    experts = model.model.sparse_mlps()[0].experts
+    assert 0.15 < experts.up_proj.std() < 0.25  # initializer_range of the tiny configuration
+    assert experts.up_proj_bias.abs().sum() == 0
+    assert not torch.equal(experts.up_proj[0], experts.up_proj[1])

@@ -1,0 +1,83 @@
+"""Recipes: every problem at once, with a hint for the misspelt."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_llava.training.recipe import RecipeError, load_recipe
+from tests.conftest import REPOSITORY
+
+DIGITS = REPOSITORY / "recipes" / "digits.yaml"
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipes_are_read(file):
+    recipe = load_recipe(file)
+    assert recipe.stage3.moe.num_experts_per_tok <= recipe.stage3.moe.num_experts
+
+
+def changed(tmp_path: Path, change) -> Path:
+    raw = yaml.safe_load(DIGITS.read_text())
+    change(raw)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    def spoil(raw):
+        raw["stage1"]["optimisation"]["learning_rat"] = 1
+        raw["precision"] = "fp8"
+        raw["stage2"]["optimisation"]["batch_size"] = "big"
+        del raw["stage3"]["data"]
+        raw["colour"] = "red"
+
+    with pytest.raises(RecipeError) as error:
+        load_recipe(changed(tmp_path, spoil))
+    text = str(error.value)
+    assert "unknown key stage1.optimisation.learning_rat; did you mean stage1.optimisation.learning_rate?" in text
+    assert "precision is 'fp8', but must be Literal['auto', 'bf16', 'fp32']" in text
+    assert "stage2.optimisation.batch_size is 'big', but must be int" in text
+    assert "stage3.data is missing" in text
+    assert "unknown key colour; known: model, output" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stage3.moe.num_experts_per_tok=5", "num_experts_per_tok is 5, but must lie in 1..num_experts=4"),
+        ("stage1.optimisation.batch_size=3", "batch_size is 3, but must be a multiple of per_device_batch_size=64"),
+        ("stage1.optimisation.learning_rate=0", "learning_rate is 0.0, but must be above 0"),
+        ("stage1.optimisation.per_device_batch_size=true", "is True, but must be int"),
+        ("stage1", "--set stage1: expected a.b=value"),
+        ("model.x=1", "--set model.x=1: model holds a value"),
+        ("stage1=3", "stage1. must be a mapping of settings, but is 3"),
+    ],
+)
+def test_settings_that_break_a_rule(setting, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(DIGITS, [setting])
+    assert message in str(error.value)
+
+
+def test_settings_change_the_recipe():
+    recipe = load_recipe(
+        DIGITS, ["stage1.optimisation.learning_rate=3e-4", "stage3.moe.moe_layers=[0, 1]", "seed=7", "stage3.moe.capacity_factor=1.5"]
+    )
+    assert recipe.stage1.optimisation.learning_rate == 3e-4
+    assert recipe.stage3.moe.moe_layers == [0, 1]
+    assert recipe.stage3.moe.capacity_factor == 1.5
+    assert recipe.seed == 7
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "must hold a mapping")])
+def test_files_that_are_no_recipe(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")

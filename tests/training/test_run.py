@@ -1,0 +1,172 @@
+"""Stages end to end on a tiny model: what they leave behind, what they train, how they stop and go on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor
+from moe_llava.checkpoints.load import CheckpointError
+from moe_llava.data.records import DataError
+from moe_llava.training import run
+from moe_llava.training.recipe import RecipeError, load_recipe
+from moe_llava.training.run import train
+from moe_llava.training.trainer import summarise
+
+QUIET = Console(quiet=True)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def parameters(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe())
+    stage1, stage2, stage3 = train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    recipe.stage3.dense = True
+    (dense,) = train(recipe, [3], resume=False, console=QUIET)
+    assert dense == tmp_path / "run" / "dense"
+    for folder, kind in (
+        (stage1, LlavaForConditionalGeneration),
+        (stage2, LlavaForConditionalGeneration),
+        (dense, LlavaForConditionalGeneration),
+    ):
+        assert type(AutoModelForImageTextToText.from_pretrained(folder)) is kind
+    assert type(AutoModelForImageTextToText.from_pretrained(stage3)) is MoeLlavaForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(stage3)) is MoeLlavaProcessor
+
+    def changed(before, after):
+        return {name for name in after if name in before and not torch.equal(before[name], after[name])}
+
+    start, one, two, control = (parameters(folder) for folder in (recipe.model, stage1, stage2, dense))
+    assert changed(start, one) == {name for name in one if "multi_modal_projector" in name}
+    assert changed(one, two) == {name for name in two if "vision_tower" not in name}
+    assert changed(two, control) == {name for name in two if "language_model.layers.0.mlp" in name or "language_model.layers.2.mlp" in name}
+    assert changed(two, parameters(stage3)) == set()  # what the sparse model shares with stage II is frozen
+
+    lines = [line for line in log(stage3) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4)
+        assert [len(layer) for layer in line["expert_shares"]] == [4, 4]
+        assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in line["expert_shares"])
+        assert "balance" in summarise(line)
+    assert not list(stage3.glob("checkpoint-*"))
+    assert not list((tmp_path / "run").glob(".*"))
+    assert load_recipe(stage3 / "recipe.yaml").stage3.moe == recipe.stage3.moe
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch):
+    file = write_recipe(stage1__optimisation__max_steps=5)
+    (whole,) = train(load_recipe(file), [1], resume=False, console=QUIET)
+    expected = parameters(whole)
+    kept = tmp_path / "whole"
+    whole.rename(kept)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
+        with pytest.raises(Stopped):
+            train(load_recipe(file), [1], resume=False, console=QUIET)
+    assert not whole.exists()
+    with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
+        train(load_recipe(file), [1], resume=False, console=QUIET)
+    train(load_recipe(file), [1], resume=True, console=QUIET)
+    got = parameters(whole)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_finished_stages_are_kept(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe())
+    (stage1,) = train(recipe, [1], resume=False, console=QUIET)
+    before = (stage1 / "model.safetensors").stat().st_mtime_ns
+    train(recipe, [1], resume=True, console=QUIET)
+    assert (stage1 / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_neither_loss_depends_on_gradient_accumulation(write_recipe, tmp_path):
+    """One row in four accumulation steps against four rows at once.
+
+    Language loss and its gradient are the same to rounding. The balance loss multiplies two means over the batch it sees, so rows one
+    by one give another value than rows together; what must not happen is that accumulation multiplies it. To see just that, all rows
+    are alike.
+    """
+    file = write_recipe(stage3__moe__router_aux_loss_coef=1.0, stage3__optimisation__max_steps=1, stage3__optimisation__warmup_ratio=0.0)
+    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    recipe = load_recipe(file)
+    records = json.loads(Path(recipe.stage3.data.file).read_text())[:1] * 8
+    (tmp_path / "same.json").write_text(json.dumps(records))
+    recipe.stage3.data.file = str(tmp_path / "same.json")
+    lines, weights = [], []
+    for rows in (1, 4):
+        recipe.stage3.optimisation.per_device_batch_size = rows
+        (stage3,) = train(recipe, [3], resume=False, console=QUIET)
+        lines.append(next(line for line in log(stage3) if "loss" in line))
+        weights.append(parameters(stage3))
+        shutil.rmtree(stage3)
+    for key in ("loss", "language_loss", "balance_loss", "grad_norm"):
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4), key
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
+
+
+def test_accumulation_over_different_rows(write_recipe, tmp_path):
+    """The same with different rows: language loss equal, balance loss within what the means allow."""
+    file = write_recipe(stage3__optimisation__max_steps=1)
+    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    lines = []
+    for rows in (1, 4):
+        recipe = load_recipe(file, [f"stage3.optimisation.per_device_batch_size={rows}"])
+        (stage3,) = train(recipe, [3], resume=False, console=QUIET)
+        lines.append(next(line for line in log(stage3) if "loss" in line))
+        shutil.rmtree(stage3)
+    assert lines[0]["language_loss"] == pytest.approx(lines[1]["language_loss"], rel=1e-4)
+    assert lines[0]["balance_loss"] == pytest.approx(lines[1]["balance_loss"], rel=0.05)
+
+
+def test_gradient_checkpointing_and_bf16_run(write_recipe):
+    recipe = load_recipe(write_recipe(precision="bf16", stage1__optimisation__gradient_checkpointing=True))
+    (stage1,) = train(recipe, [1], resume=False, console=QUIET)
+    assert parameters(stage1)["model.multi_modal_projector.linear_1.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"stage2__data__file": "none.json"}, DataError, "data file none.json does not exist"),
+        ({"model": "nowhere/at/all"}, CheckpointError, "nowhere/at/all is not a folder"),
+        ({"stage3__moe__moe_layers": [0, 9]}, ValueError, r"moe_layers names layer 9, but the language model has layers 0\.\.3"),
+        ({"stage3__moe__moe_layers": "intervall"}, ValueError, "must be one of interval"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_step(write_recipe, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        train(load_recipe(write_recipe(**settings)), [1, 2, 3], resume=False, console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_do_not_start_from_a_sparse_model(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe())
+    train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    recipe.model, recipe.output = str(tmp_path / "run" / "stage3"), str(tmp_path / "again")
+    with pytest.raises(RecipeError, match="sparse already"):
+        train(recipe, [1], resume=False, console=QUIET)
+
+
+def test_a_stage_needs_the_one_before(write_recipe):
+    with pytest.raises(CheckpointError, match="stage1 is not a folder"):
+        train(load_recipe(write_recipe()), [2], resume=False, console=QUIET)
