@@ -52,6 +52,12 @@ class StageTrainer(Trainer):
         with torch.no_grad():
             self._counts_LE = self._counts_LE + expert_counts(outputs.router_logits, top_k, attention_mask.reshape(-1).bool())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Trainer reads the file's keys as they stand, but LLaVA saves under older names, which only `from_pretrained` translates; Trainer
+        would warn and go on with the weights of the first step."""
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
     def log(self, logs: dict[str, Any], *arguments: Any, **settings: Any) -> None:
         if self._language_loss and isinstance(self._counts_LE, Tensor):
             # Each batch's language loss is its share of the step's, so the sum over batches counts steps, not batches.

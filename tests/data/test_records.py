@@ -58,7 +58,7 @@ def test_placeholders_keep_their_places():
         (conversation("<image> x", "y", image="b.png"), r"record 0 of .*data.json names the image .*b.png, which does not exist"),
         (conversation("x"), "record 0 of .* must have 'conversations'"),
         ({"id": 3}, "record 0 of .* must have 'conversations'"),
-        ("text", "record 0 of .* must have 'conversations'"),
+        (5, "record 0 of .* must have 'conversations'"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}]}, "turn 0 of record 0 .* from 'human'"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, "turn 1 of record 0 .* from 'gpt'"),
         (conversation("x", " "), "turn 1 of record 0 of .* is an empty answer"),

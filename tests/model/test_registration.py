@@ -86,7 +86,7 @@ def test_processor_counts_placeholders_for_serving_engines(folder):
     expected = ids.count(processor.image_token_id)
     assert expected == 36
     assert processor._get_num_multimodal_tokens([[30, 60], [48, 48]])["num_image_tokens"] == [expected, expected]
-    assert processor._get_num_multimodal_tokens() == {}
+    assert processor._get_num_multimodal_tokens().num_image_tokens is None
 
 
 def test_processor_refuses_more_or_fewer_images_than_placeholders(folder):

@@ -64,9 +64,11 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
     assert load_recipe(stage3 / "recipe.yaml").stage3.moe == recipe.stage3.moe
 
 
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch):
-    file = write_recipe(stage1__optimisation__max_steps=5)
-    (whole,) = train(load_recipe(file), [1], resume=False, console=QUIET)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number):
+    file = write_recipe(**{f"stage{number}__optimisation__max_steps": 5})
+    train(load_recipe(file), list(range(1, number)), resume=False, console=QUIET)
+    (whole,) = train(load_recipe(file), [number], resume=False, console=QUIET)
     expected = parameters(whole)
     kept = tmp_path / "whole"
     whole.rename(kept)
@@ -81,11 +83,11 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(run.ProgressDisplay, "on_step_end", stop)
         with pytest.raises(Stopped):
-            train(load_recipe(file), [1], resume=False, console=QUIET)
+            train(load_recipe(file), [number], resume=False, console=QUIET)
     assert not whole.exists()
     with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
-        train(load_recipe(file), [1], resume=False, console=QUIET)
-    train(load_recipe(file), [1], resume=True, console=QUIET)
+        train(load_recipe(file), [number], resume=False, console=QUIET)
+    train(load_recipe(file), [number], resume=True, console=QUIET)
     got = parameters(whole)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 

@@ -1,0 +1,75 @@
+"""The commands and the Python of the documents are run, in small, in the order in which they are written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.e2e.test_cli import SMALL
+
+DOCUMENTS = ["README.md", "docs/training.md", "docs/digits.md"]
+# What makes each command small enough for a test; "make" targets stand for the command behind them.
+SMALLER = {
+    "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
+    "digits": ["--train-images", "20", "--test-images", "4"],
+    "train": SMALL,
+    "chat": ["--max-new-tokens", "4"],
+    "tower": ["--steps", "2"],
+    "language-model": ["--steps", "2"],
+}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(document, text) of every fenced block of `language`."""
+    found = []
+    for name in DOCUMENTS:
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        found += [(name, block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    return found
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    lines = [(name, line.split("#")[0].strip()) for name, block in blocks("sh") for line in block.splitlines()]
+    return [(name, shlex.split(line)) for name, line in lines if line]
+
+
+def runnable(words: list[str]) -> list[str] | None:
+    """The command of a document as it is run here; None for `make test`, which runs this."""
+    words = ["moe-llava", "demo"] if words == ["make", "demo"] else words
+    if words == ["make", "test"]:
+        return None
+    program, *arguments = words
+    verb = arguments[2] if program == "python" else arguments[0]
+    binary = Path(sys.executable).parent / Path(program).name
+    return [str(binary), *arguments, *SMALLER[verb]]
+
+
+@pytest.mark.slow
+def test_documented_commands_and_python_run(tmp_path):
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    ran = 0
+    for name, words in commands():
+        command = runnable(words)
+        if command is None:
+            continue
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{name}: {shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 6
+    scripts = blocks("python")
+    assert scripts
+    for name, script in scripts:
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{name}:\n{script}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/architecture.md", "docs/log.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    file = REPOSITORY / name
+    for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (file.parent / target).exists(), target
