@@ -1,8 +1,8 @@
-"""Registers the model with transformers' Auto classes when these are first imported, and not before.
+"""Makes transformers' Auto classes know the model, without loading anything until they are asked for it.
 
-`import moe_llava` must be quick (the command line starts with it), and registering imports torch. So the import of
-`transformers.models.auto.*` is what
-triggers it: whoever can ask an Auto class for a checkpoint has just imported one of those modules.
+`import moe_llava` must be quick (the command line starts with it), and the model's classes need torch. transformers finds its own models
+by name: tables in `transformers.models.auto` say which classes a model type has, and the module `transformers.models.<model type>` is
+imported when they are needed. So this puts our names into those tables when they are loaded, and serves that module.
 """
 
 from __future__ import annotations
@@ -10,44 +10,57 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_AUTO = "transformers.models.auto."
-
-
-class _RegisterAfterAuto(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the first module of `transformers.models.auto`, loads it as usual, and then imports `moe_llava.model`."""
-
-    def __init__(self) -> None:
-        self._loader: importlib.abc.Loader | None = None
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(_AUTO):
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None:
-            self._loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        assert self._loader is not None
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert self._loader is not None
-        self._loader.exec_module(module)
-        importlib.import_module("moe_llava.model")
+_MODEL_TYPE = "moe_llava"
+_HOME = f"transformers.models.{_MODEL_TYPE}"
+# module -> its table, and our class in it
+_TABLES = {
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "MoeLlavaConfig"),
+    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING_NAMES", "MoeLlavaProcessor"),
+}
 
 
 def register_with_transformers() -> None:
-    """Registers now if an Auto class can be in use already, otherwise as soon as one is imported."""
-    if any(name.startswith(_AUTO) for name in sys.modules):
-        importlib.import_module("moe_llava.model")
-    else:
-        sys.meta_path.insert(0, _RegisterAfterAuto())
+    """Enters the names now where a table is loaded already, otherwise as soon as it is."""
+    sys.meta_path.insert(0, _Finder())
+    for name in _TABLES.keys() & sys.modules.keys():
+        _enter(sys.modules[name])
+
+
+def _enter(module: ModuleType) -> None:
+    table, class_name = _TABLES[module.__name__]
+    getattr(module, table)[_MODEL_TYPE] = class_name
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == _HOME:
+            return importlib.machinery.ModuleSpec(fullname, _HomeLoader())
+        if fullname not in _TABLES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _TableLoader(fullname, spec.origin)
+        return spec
+
+
+class _HomeLoader(importlib.abc.Loader):
+    """Serves `transformers.models.moe_llava`: the classes, from their real home."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        model = importlib.import_module("moe_llava.model")
+        vars(module).update({name: getattr(model, name) for _, name in _TABLES.values()})
+
+
+class _TableLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _enter(module)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moe_llava.serving.chat import Conversation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,15 +38,11 @@ def user_errors() -> Iterator[None]:
     """Turns the errors that name what is wrong with the input into one line and exit status 2."""
     from transformers.utils import logging
 
-    from moe_llava.checkpoints.load import CheckpointError
-    from moe_llava.data.records import DataError
-    from moe_llava.training.recipe import RecipeError
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except (CheckpointError, DataError, RecipeError, ValueError, FileExistsError) as error:
+    except (ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 
@@ -109,8 +109,8 @@ def upcycle(
     """Makes a dense checkpoint sparse: the result computes the same, and is ready for stage III."""
     with user_errors():
         from moe_llava.checkpoints.load import load_checkpoint
+        from moe_llava.model import MoeLlavaProcessor
         from moe_llava.model.upcycling import upcycle as make_sparse
-        from moe_llava.training.run import sparse_processor
 
         if out.exists():
             raise FileExistsError(f"{out} exists already: choose another folder")
@@ -129,8 +129,9 @@ def upcycle(
             seed=seed,
         )
         partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         sparse.save_pretrained(partial)
-        sparse_processor(processor).save_pretrained(partial)
+        MoeLlavaProcessor.from_llava(processor).save_pretrained(partial)
         os.replace(partial, out)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
@@ -146,28 +147,39 @@ def chat(
 ) -> None:
     """Asks a model about images: once, or as a conversation on the terminal."""
     with user_errors():
-        from moe_llava.checkpoints.load import load_checkpoint
+        from moe_llava.checkpoints.load import best_device, load_checkpoint
         from moe_llava.serving.chat import Conversation
 
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty: ask something")
         model, processor = load_checkpoint(checkpoint)
-        conversation = Conversation(model, processor, max_new_tokens)
+        conversation = Conversation(model.to(best_device()), processor, max_new_tokens)
         for path in image or []:
             conversation.add_image(path)
-        for question in [prompt] if prompt is not None else _questions():
-            if question.startswith("/image "):
-                conversation.add_image(Path(question.removeprefix("/image ").strip()))
-                continue
-            answer = ""
-            for piece in conversation.ask(question):
-                answer += piece
-                if not as_json:
-                    print(piece, end="", flush=True)
-            print(json.dumps({"question": question, "answer": answer.strip()}) if as_json else "")
+        if prompt is not None:
+            _answer(conversation, prompt, as_json)
+            return
+        for line in _lines():
+            try:
+                if line.startswith("/image "):
+                    conversation.add_image(Path(line.removeprefix("/image ").strip()))
+                else:
+                    _answer(conversation, line, as_json)
+            except ValueError as error:  # a wrong line does not end the conversation
+                print(f"error: {error}", file=sys.stderr)
 
 
-def _questions() -> Iterator[str]:
+def _answer(conversation: Conversation, question: str, as_json: bool) -> None:
+    """Asks, and prints the answer as it comes, or as one JSON object."""
+    answer = ""
+    for piece in conversation.ask(question):
+        answer += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    print(json.dumps({"question": question, "answer": answer.strip()}) if as_json else "", flush=True)
+
+
+def _lines() -> Iterator[str]:
     """Lines typed or piped in, until the end of input or `/quit`."""
     interactive = sys.stdin.isatty()
     if interactive:

@@ -5,6 +5,7 @@ Shapes: B rows, S sequence, N images of the batch.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ class ConversationDataset(Dataset):
     def __init__(self, records: list[Record], processor: Any):
         self.records = records
         self.processor = processor
-        if "{% generation %}" not in (processor.tokenizer.chat_template or ""):
+        if processor.tokenizer.pad_token_id is None:
+            raise DataError("the tokenizer has no pad token, which batches are padded with")
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.tokenizer.chat_template or ""):
             raise DataError(
                 "the tokenizer's chat template has no {% generation %} blocks, so the answers to learn from cannot be told from the rest"
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 IMAGE_TOKEN = "<image>"
 ROLES = ("human", "gpt")
@@ -75,15 +75,15 @@ def open_image(path: Path, source: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"{source} names the image {path}, which does not exist") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{source} names the image {path}, which cannot be decoded: {error}") from error
 
 
 def check_images(records: list[Record]) -> None:
     """Decodes every image once. Raises DataError for the first that fails."""
-    for record in records:
-        for path in record.images:
-            open_image(path, record.source)
+    named_in = {path: record.source for record in records for path in record.images}
+    for path, source in named_in.items():
+        open_image(path, source)
 
 
 def _read_record(source: str, item: Any, images: Path) -> Record:
@@ -100,6 +100,8 @@ def _read_record(source: str, item: Any, images: Path) -> Record:
             raise DataError(f"turn {number} of {source} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
     names = item.get("image", [])
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(names)[:60]}")
     found = sum(turn["value"].count(IMAGE_TOKEN) for turn in conversations)
     if found != len(names):
         raise DataError(f"found {found} image tokens in {source} but {len(names)} images")

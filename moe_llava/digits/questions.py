@@ -118,12 +118,12 @@ FAMILIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 }
 
 
-def sample_questions(scene: Scene, rng: random.Random, number: int, families: tuple[str, ...] = tuple(FAMILIES)) -> list[Question]:
+def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Question]:
     """Draws `number` different questions; families come up equally often as far as the scene allows. Fewer come back only
     where the scene has no more to ask."""
     questions: dict[str, Question] = {}
     for _ in range(20 * number):
-        question = FAMILIES[rng.choice(families)](scene, rng)
+        question = FAMILIES[rng.choice(list(FAMILIES))](scene, rng)
         if question is not None:
             questions.setdefault(question.text, question)
         if len(questions) == number:

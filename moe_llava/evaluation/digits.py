@@ -53,14 +53,25 @@ def accuracy(answered: list[Answered]) -> dict[str, dict[str, float]]:
 
 
 def existence(answered: list[Answered]) -> dict[str, dict[str, float]]:
-    """For each kind of negative, with the affirmative questions beside it as in POPE: accuracy, precision, recall, F1, share of yes.
+    """For each kind of negative: accuracy, precision, recall, F1, share of yes.
 
-    What is not "yes" counts as no.
+    As in POPE, each kind has as many questions to affirm as to deny: those about the same pictures. What is not "yes" counts as no.
     """
     asked = [item for item in answered if item.family == "existence"]
     positive = [item for item in asked if item.kind == "positive"]
-    kinds = sorted({item.kind for item in asked} - {"positive"})
-    return {kind: _yes_no_scores([*positive, *(item for item in asked if item.kind == kind)]) for kind in kinds}
+    scores = {}
+    for kind in sorted({item.kind for item in asked} - {"positive"}):
+        negative = [item for item in asked if item.kind == kind]
+        pictures = {item.image for item in negative}
+        scores[kind] = _yes_no_scores([*negative, *(item for item in positive if item.image in pictures)])
+    return scores
+
+
+def compare(answered: list[Answered], control: list[Answered]) -> dict[str, float]:
+    """The difference in accuracy between two checkpoints that answered the same questions: mean, low, high (95%), n. Pairing the answers
+    takes out what the two have in common, which two separate intervals do not."""
+    differences = [float(a.right) - float(b.right) for a, b in zip(answered, control, strict=True)]
+    return asdict(bootstrap_mean(differences, [item.image for item in answered]))
 
 
 def _yes_no_scores(items: list[Answered]) -> dict[str, Any]:

@@ -11,15 +11,12 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `n` values in 0..1 and its 95% bootstrap interval."""
+    """A mean of `n` values and its 95% bootstrap interval."""
 
     mean: float
     low: float
     high: float
     n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
 def bootstrap_mean(values: list[float], groups: list[str], seed: int = 0) -> Interval:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +25,19 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import Record, load_records
+from moe_llava.checkpoints.load import best_device, load_checkpoint
+from moe_llava.data.records import DataError, Record, load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
-from moe_llava.evaluation.digits import Answered, accuracy, existence
+from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
 from moe_llava.evaluation.generate import answer_records, prompt_inputs
-from moe_llava.experiments.report import write_report, write_whole
+from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, write_whole
 from moe_llava.routing.load import expert_counts
-from moe_llava.training.recipe import Recipe, load_recipe
+from moe_llava.training.recipe import Data, Recipe, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.stages import active_parameters
 
 SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
-CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
 BATCH = 128
 
 
@@ -51,31 +52,41 @@ def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_ima
     train(control, [3], resume=True, console=console)
 
     records = load_records(out / "data" / "test.json", out / "data" / "images")
-    answered = {name: ask_checkpoint(out, name, folder, records, console) for name, folder in CHECKPOINTS.items()}
+    answered = {name: ask_checkpoint(out, name, records, console) for name in CHECKPOINTS}
     routing = read_routing(out, records, console)
     results = collect_results(out, answered)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report = write_report(out, results, answered, routing)
+    report = write_report(out, results, answered, routing, chat_command(out, answered["sparse"][0].image))
     print_summary(results, console)
-    console.print(
-        f"\nreport: {report}\nchat:   moe-llava chat {out / 'stage3'} --image {answered['sparse'][0].image} 'how many digits are there?'",
-        soft_wrap=True,
-    )
+    print(f"\nreport: {report}\nchat:   {chat_command(out, answered['sparse'][0].image)}")
 
 
 def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
     """The recipe, moved into the folder `out`."""
-    moved = [f"model={out / 'base'}", f"output={out}"]
-    for stage, name in (("stage1", "captions"), ("stage2", "train"), ("stage3", "train")):
-        moved += [f"{stage}.data.file={out / 'data' / name}.json", f"{stage}.data.images={out / 'data' / 'images'}"]
-    return load_recipe(file, moved + settings)
+    recipe = load_recipe(file, settings)
+    recipe.model, recipe.output = str(out / "base"), str(out)
+    for stage, name in ((recipe.stage1, "captions"), (recipe.stage2, "train"), (recipe.stage3, "train")):
+        stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))
+    return recipe
+
+
+def chat_command(out: Path, image: str) -> str:
+    """What to type to ask the sparse model; with the program as it was called, which need not be on the PATH."""
+    return shlex.join([sys.argv[0], "chat", str(out / "stage3"), "--image", image, "how many digits are there?"])
 
 
 def prepare(out: Path, train_images: int | None, test_images: int | None, console: Console) -> None:
-    """Writes `out`/data and `out`/base, unless they are there."""
+    """Writes `out`/data and `out`/base, unless they are there.
+
+    Raises DataError if data are there, but not of the size asked for.
+    """
+    numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
+    if (out / "data").exists():
+        found = tuple(len(list((out / "data" / "images" / split).iterdir())) for split in ("train", "test"))
+        if any(asked and asked != there for asked, there in zip((train_images, test_images), found, strict=True)):
+            raise DataError(f"{out / 'data'} holds {found[0]} and {found[1]} pictures, not {numbers[0]} and {numbers[1]}: remove it first")
 
     def data(folder: Path) -> None:
-        numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("drawing digits", total=sum(numbers))
             write_dataset(folder, *numbers, advance=lambda: progress.advance(task))
@@ -99,11 +110,12 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
     partial.rename(path)
 
 
-def ask_checkpoint(out: Path, name: str, folder: str, records: list[Record], console: Console) -> list[Answered]:
+def ask_checkpoint(out: Path, name: str, records: list[Record], console: Console) -> list[Answered]:
     """Puts every test question to one checkpoint, or reads the answers of an earlier run."""
     file = out / "answers" / f"{name}.jsonl"
     if not file.exists():
-        model, processor = load_checkpoint(out / folder, dtype=torch.float32)
+        model, processor = load_checkpoint(out / CHECKPOINTS[name], dtype=torch.float32)
+        model.to(best_device())
         # Long answers last, so that a batch does not wait for one caption.
         order = sorted(range(len(records)), key=lambda index: len(records[index].turns[0][1].split()))
         given: dict[int, str] = {}
@@ -125,10 +137,11 @@ def read_routing(out: Path, records: list[Record], console: Console) -> dict[str
     file = out / "routing.json"
     if not file.exists():
         model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
+        model.to(best_device())
         top_k = model.config.num_experts_per_tok
         counts: dict[str, Any] = {"image": 0, "text": 0}
         for first in track(range(0, len(records), BATCH), description="reading routes", console=console, disable=not console.is_terminal):
-            inputs = prompt_inputs(processor, records[first : first + BATCH])
+            inputs = prompt_inputs(processor, records[first : first + BATCH]).to(model.device)
             with torch.inference_mode():
                 logits = model(**inputs, output_router_logits=True, logits_to_keep=1).router_logits
             real_T = inputs["attention_mask"].reshape(-1).bool()
@@ -146,6 +159,7 @@ def collect_results(out: Path, answered: dict[str, list[Answered]]) -> dict[str,
     dense, _ = load_checkpoint(out / "dense")
     return {
         "accuracy": {name: accuracy(items) for name, items in answered.items()},
+        "sparse_minus_dense": compare(answered["sparse"], answered["dense"]),
         "existence": {name: existence(items) for name, items in answered.items()},
         "seconds": {name: training_seconds(out / folder) for name, folder in CHECKPOINTS.items()},
         "parameters": {
@@ -159,9 +173,10 @@ def collect_results(out: Path, answered: dict[str, list[Answered]]) -> dict[str,
 
 
 def training_seconds(stage: Path) -> float:
-    """Time in training steps, all runs of an interrupted stage together."""
-    lines = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return round(sum(line["train_runtime"] for line in lines if "train_runtime" in line), 1)
+    """Time in training, all runs of an interrupted stage together: each counts its seconds from 0."""
+    seconds = [line["seconds"] for line in read_log(stage)]
+    ends = [now for now, then in zip(seconds, [*seconds[1:], 0.0], strict=True) if then < now]
+    return round(sum(ends), 1)
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:

@@ -21,6 +21,7 @@ from moe_llava.routing.plots import plot_expert_load
 mpl.use("Agg")
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
+CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
 LABELS = {
     "stage1": "stage I: projector",
     "stage2": "stage II: language model",
@@ -31,9 +32,11 @@ COLOURS = {"stage1": "#BBBBBB", "stage2": "#56B4E9", "dense": "#E69F00", "sparse
 SHEET_PICTURES = 12
 
 
-def write_report(out: Path, results: dict[str, Any], answered: dict[str, list[Answered]], routing: dict[str, Any]) -> Path:
+def write_report(
+    out: Path, results: dict[str, Any], answered: dict[str, list[Answered]], routing: dict[str, Any], chat_command: str
+) -> Path:
     """Writes `out`/report.html."""
-    logs = {name: read_log(out / ("stage3" if name == "sparse" else name) / "log.jsonl") for name in LABELS}
+    logs = {name: read_log(out / folder) for name, folder in CHECKPOINTS.items()}
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["percent"] = lambda value: f"{value:.1%}"
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
@@ -49,8 +52,7 @@ def write_report(out: Path, results: dict[str, Any], answered: dict[str, list[An
             "load": as_data(plot_expert_load(routing)),
         },
         sheet=sheet(answered["sparse"]),
-        checkpoint=out / "stage3",
-        first_image=answered["sparse"][0].image,
+        chat_command=chat_command,
     )
     path = out / "report.html"
     write_whole(path, page)
@@ -130,8 +132,9 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def read_log(stage: Path) -> list[dict[str, Any]]:
+    """The lines that a stage logged."""
+    return [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,10 +12,11 @@ from moe_llava.model.moe import Experts, Router, SparseMlp, balance_loss, z_loss
 from moe_llava.model.processing import MoeLlavaProcessor
 from moe_llava.model.upcycling import upcycle
 
-AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig)
+# The names of configuration and processor may stand in the tables already: see moe_llava/_registration.py.
+AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
 AutoModel.register(MoeLlavaConfig, MoeLlavaModel)
 AutoModelForImageTextToText.register(MoeLlavaConfig, MoeLlavaForConditionalGeneration)
-AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor)
+AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
 # pipeline("image-text-to-text") looks the model up by name.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MoeLlavaConfig.model_type] = MoeLlavaForConditionalGeneration.__name__
 

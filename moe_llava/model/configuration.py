@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import LlavaConfig
 
-PLACEMENTS = ("interval", "all", "first_half", "second_half")
-
 
 class MoeLlavaConfig(LlavaConfig):
     """A LLaVA whose language model has experts in place of some feed-forward networks (FFN).
@@ -60,22 +58,26 @@ class MoeLlavaConfig(LlavaConfig):
     def moe_layer_indices(self) -> list[int]:
         """`moe_layers` as sorted indices of decoder layers."""
         num_layers = self.text_config.num_hidden_layers
-        match self.moe_layers:
-            case "interval":
-                return list(range(0, num_layers, 2))
-            case "all":
-                return list(range(num_layers))
-            case "first_half":
-                return list(range(num_layers // 2))
-            case "second_half":
-                return list(range(num_layers // 2, num_layers))
-            case str():
-                raise ValueError(
-                    f"moe_layers is {self.moe_layers!r}, but it must be one of {', '.join(PLACEMENTS)}, or a list of layer indices"
-                )
+        if isinstance(self.moe_layers, str):
+            return self._named_placement(num_layers)
         for index in self.moe_layers:
             if not 0 <= index < num_layers:
                 raise ValueError(f"moe_layers names layer {index}, but the language model has layers 0..{num_layers - 1}")
         if not self.moe_layers or len(set(self.moe_layers)) != len(self.moe_layers):
             raise ValueError(f"moe_layers is {self.moe_layers}, but it must name at least one layer, and none twice")
         return sorted(self.moe_layers)
+
+    def _named_placement(self, num_layers: int) -> list[int]:
+        placements = {
+            "interval": range(0, num_layers, 2),
+            "all": range(num_layers),
+            "first_half": range(num_layers // 2),
+            "second_half": range(num_layers // 2, num_layers),
+        }
+        if self.moe_layers not in placements:
+            raise ValueError(
+                f"moe_layers is {self.moe_layers!r}, but it must be one of {', '.join(placements)}, or a list of layer indices"
+            )
+        if not placements[self.moe_layers]:
+            raise ValueError(f"moe_layers is {self.moe_layers!r}, which names no layer of a language model with {num_layers}")
+        return list(placements[self.moe_layers])

@@ -120,6 +120,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         inputs_embeds: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MoeLlavaModelOutputWithPast:
@@ -132,6 +133,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
                 pixel_values=pixel_values,
                 vision_feature_layer=self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy or self.config.vision_feature_select_strategy,
+                image_sizes=image_sizes,
                 return_dict=True,
             )
         image_features = None if images is None else torch.cat(list(images.pooler_output), dim=0)
@@ -265,9 +267,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         )
 
 
-def real_tokens(attention_mask: Tensor | None, embeds_BSD: Tensor) -> Tensor | None:
+def real_tokens(attention_mask: Any, embeds_BSD: Tensor) -> Tensor | None:
     """[T] bool, False for padding, of the positions in `embeds_BSD`; None if there is no 2-D mask to tell by. While generating the
     mask also covers the cached positions, which come first."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None  # generation with a static cache hands over 4-D masks, one for each kind of layer
     return attention_mask[:, -embeds_BSD.shape[1] :].reshape(-1).bool()

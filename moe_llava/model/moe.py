@@ -62,10 +62,11 @@ class Router(nn.Module):
         """Which assignments find their expert full. First choices go before second ones, and earlier tokens before later."""
         if self.capacity_factor is None:
             return torch.zeros_like(ids_TK, dtype=torch.bool)
-        counts_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if self.token_mask is None else self.token_mask
+        counts_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if self.token_mask is None else self.token_mask.to(ids_TK.device)
         if counts_T.shape[0] != ids_TK.shape[0]:
             raise RuntimeError(f"the router got {ids_TK.shape[0]} tokens, but its token mask has {counts_T.shape[0]}")
-        capacity = torch.ceil(counts_T.sum() * (self.top_k / self.num_experts * self.capacity_factor))
+        # In float64, less a hair: 25 tokens * 1.2 / 2 must give 15 places, not 16.
+        capacity = torch.ceil(counts_T.sum().double() * self.top_k * self.capacity_factor / self.num_experts - 1e-9)
         taken_KTE = F.one_hot(ids_TK.T, self.num_experts) * counts_T[None, :, None]
         # How many assignments of the same expert came before, in the order (choice, token).
         before_KTE = taken_KTE.flatten(0, 1).cumsum(0).view_as(taken_KTE) - taken_KTE
@@ -169,12 +170,14 @@ def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None 
         router_logits: per MoE layer [T, E].
         token_mask_T: [T] bool, False for padding; None if there is none.
     """
-    return torch.stack([_layer_balance(_drop_padding(logits, token_mask_T)) for logits in router_logits]).sum()
+    losses = [_layer_balance(_drop_padding(logits, token_mask_T)) for logits in router_logits]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
     """Sum over the MoE layers of the mean of logsumexp(logits)^2 over tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return torch.stack([_drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]).sum()
+    losses = [_drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def _layer_balance(logits_TE: Tensor) -> Tensor:

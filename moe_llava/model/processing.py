@@ -14,6 +14,19 @@ class MoeLlavaProcessor(LlavaProcessor):
     Raises ValueError if a batch has more or fewer `<image>` than images.
     """
 
+    @classmethod
+    def from_llava(cls, processor: LlavaProcessor) -> MoeLlavaProcessor:
+        """The processor of a dense LLaVA as one of the sparse model."""
+        return cls(
+            image_processor=processor.image_processor,
+            tokenizer=processor.tokenizer,
+            patch_size=processor.patch_size,
+            vision_feature_select_strategy=processor.vision_feature_select_strategy,
+            num_additional_image_tokens=processor.num_additional_image_tokens,
+            image_token=processor.image_token,
+            chat_template=processor.chat_template,
+        )
+
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
         """Placeholders per image, for serving engines. Every image of this model makes the same number, whatever its size.
 

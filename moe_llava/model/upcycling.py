@@ -42,11 +42,12 @@ def upcycle(
         The others are the fields of MoeLlavaConfig.
 
     Raises:
-        TypeError: `dense` is no LlavaForConditionalGeneration, or is sparse already.
-        ValueError: a setting breaks a rule of MoeLlavaConfig, or the FFN of this family is not known (see ffn.py).
+        TypeError: `dense` is no LlavaForConditionalGeneration.
+        ValueError: `dense` is sparse already, a setting breaks a rule of MoeLlavaConfig, or the FFN of this family is not known (see
+            ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
-        raise TypeError("this model is sparse already: upcycle its dense origin")
+        raise ValueError("this model is sparse already: upcycle its dense origin")
     if not isinstance(dense, LlavaForConditionalGeneration):
         raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
     config = sparse_config(
@@ -70,14 +71,13 @@ def upcycle(
     generator = torch.Generator().manual_seed(seed)
     for index, mlp in sparse.model.sparse_mlps().items():
         ffn = dense_layers[index].mlp
-        device = next(ffn.parameters()).device
-        mlp.router.to_empty(device=device)
-        mlp.experts.to_empty(device=device)
+        # The FFN's own: towers and language models may differ.
+        origin = next(ffn.parameters())
+        mlp.to_empty(device=origin.device).to(origin.dtype)
         mlp.router.weight.copy_(torch.randn(mlp.router.weight.shape, generator=generator) * ROUTER_STD)
         copy_into_experts(ffn, mlp.experts)
-        if mlp.residual_mlp is not None and mlp.coefficient is not None:
+        if mlp.coefficient is not None:
             mlp.residual_mlp = ffn
-            mlp.coefficient.to_empty(device=device)
             mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
             mlp.coefficient.bias.zero_()
     sparse.tie_weights()
@@ -93,7 +93,12 @@ def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
     settings = copy.deepcopy(dense).to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    return MoeLlavaConfig(**settings, **moe)
+    config = MoeLlavaConfig(**settings, **moe)
+    # Not part of what `to_dict` gives.
+    config._attn_implementation = {"": dense._attn_implementation} | {
+        name: getattr(dense, name)._attn_implementation for name in dense.sub_configs
+    }
+    return config
 
 
 def _share(dense: LlavaForConditionalGeneration, sparse: MoeLlavaForConditionalGeneration) -> None:

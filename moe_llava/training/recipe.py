@@ -133,7 +133,10 @@ def _override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
         if not isinstance(raw, dict):
             problems.append(f"--set {override}: {parent} holds a value, not settings")
             return
-    raw[key] = yaml.load(value, _Loader)
+    try:
+        raw[key] = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        problems.append(f"--set {override}: {value!r} is not YAML")
 
 
 def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
@@ -182,15 +185,24 @@ def _rules(recipe: Recipe) -> list[str]:
     problems = []
     for name in ("stage1", "stage2", "stage3"):
         settings = getattr(recipe, name).optimisation
-        for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs"):
+        for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
             if getattr(settings, key) <= 0:
                 problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
+        if settings.max_steps == 0 or settings.max_steps < -1:
+            problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
+        if not 0 <= settings.warmup_ratio < 1:
+            problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
         if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:
             problems.append(
                 f"{name}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of "
                 f"per_device_batch_size={settings.per_device_batch_size}"
             )
+    for key in ("logging_steps", "save_steps"):
+        if getattr(recipe, key) < 1:
+            problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
     moe = recipe.stage3.moe
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        problems.append(f"stage3.moe.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"stage3.moe.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
     return problems

@@ -1,28 +1,25 @@
 """Runs the stages of a recipe, each from the checkpoint of the one before.
 
 A finished stage is a folder `<output>/stage1`, `stage2`, `stage3` or `dense` that loads by itself. While a stage runs, its folder has a
-dot before its name and holds what
-is needed to resume; it is renamed when it is complete, so a folder without a dot is never half written.
+dot before its name and holds what is needed to resume; it is renamed when it is complete, so a folder without a dot is never half written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
+from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset
-from moe_llava.data.records import Record, check_images, load_records
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
+from moe_llava.data.records import DataError, Record, check_images, load_records
+from moe_llava.model import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
 from moe_llava.training.stages import active_parameters, choose_parameters
@@ -39,25 +36,25 @@ TITLES = {
 def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> list[Path]:
     """Runs `stages` (of 1, 2, 3) in order and returns their folders.
 
-    Everything that can be wrong with recipe, data and first model is looked for before the first step. With `resume`, finished stages are
-    kept and
-    an unfinished one goes on from its last save; without it, a folder in the way is an error.
+    Everything that can be wrong with recipe, data and first model is looked for before the first step. With `resume`, finished stages
+    are kept and an unfinished one goes on from its last save; without it, a folder in the way is an error.
 
     Raises RecipeError, DataError, CheckpointError or ValueError, each naming what is wrong.
     """
+    state = PartialState()
+    if not state.is_main_process:
+        console = Console(quiet=True)
     names = [stage_name(recipe, number) for number in stages]
     output = Path(recipe.output)
-    if not resume:
-        for name in names:
-            if (output / name).exists() or (output / f".{name}").exists():
-                raise RecipeError(f"{output / name} exists already, finished or not: go on with --resume, or choose another output")
     todo = [(number, name) for number, name in zip(stages, names, strict=True) if not (output / name).is_dir()]
+    for name in names:
+        check_folder(recipe, output / name, resume)
     if todo:
-        first = origin(recipe, todo[0][0])
-        check_placement(recipe, load_on_meta(first))
-        data = {name: read_data(stage_settings(recipe, number), console) for number, name in todo}
+        data = check_everything(recipe, dict(todo), console)
+    state.wait_for_everyone()  # nobody makes a folder before everybody has looked
     for number, name in todo:
         run_stage(recipe, number, name, data[name], console)
+        state.wait_for_everyone()
     return [output / name for name in names]
 
 
@@ -74,17 +71,55 @@ def origin(recipe: Recipe, number: int) -> str:
     return recipe.model if number == 1 else str(Path(recipe.output) / f"stage{number - 1}")
 
 
-def read_data(stage: Stage, console: Console) -> list[Record]:
-    records = load_records(stage.data.file, stage.data.images)
-    with console.status(f"looking at the images of {len(records):,} records of {stage.data.file}"):
-        check_images(records)
-    return records
+def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
+    """Raises RecipeError if the stage's folder is in the way, or was made with other settings."""
+    for folder in (final, work_folder(final)):
+        if not folder.exists():
+            continue
+        if not resume:
+            raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
+        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        now = _what_counts(recipe, final.name)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            raise RecipeError(
+                f"{final} was made with {name} {before.get(name)}, but the recipe now says {now[name]}: choose another output, or remove it"
+            )
 
 
-def check_placement(recipe: Recipe, dense: PreTrainedModel) -> None:
+def work_folder(final: Path) -> Path:
+    """Where a stage lives until it is complete."""
+    return final.with_name(f".{final.name}")
+
+
+def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> dict[str, list[Record]]:
+    """Raises what `train` promises for all stages to come; returns the records of each."""
+    first = min(todo)
+    for number in todo:
+        if number - 1 not in todo and number > 1 and not Path(origin(recipe, number)).is_dir():
+            raise CheckpointError(
+                f"stage {number} starts from {origin(recipe, number)}, which does not exist: run stage {number - 1} first"
+            )
+        training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
+    check_placement(recipe, origin(recipe, first), load_on_meta(origin(recipe, first)))
+    data = {}
+    for number, name in todo.items():
+        settings = stage_settings(recipe, number).data
+        data[name] = load_records(settings.file, settings.images)
+        if name == "stage1":
+            for record in data[name]:
+                if not record.images:
+                    raise DataError(f"{record.source} has no image, but stage I teaches the projector, which sees nothing else")
+    with console.status("looking at the images"):
+        check_images([record for records in data.values() for record in records])
+    return data
+
+
+def check_placement(recipe: Recipe, path: str, dense: PreTrainedModel) -> None:
     """Raises ValueError now if `dense` could not be upcycled as stage III says."""
     if isinstance(dense, MoeLlavaForConditionalGeneration):
-        raise RecipeError(f"{recipe.model} is sparse already: the stages start from a dense LLaVA")
+        raise RecipeError(f"{path} is sparse already: the stages start from a dense LLaVA")
     with torch.device("meta"):
         MoeLlavaForConditionalGeneration(sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe)))
 
@@ -92,61 +127,63 @@ def check_placement(recipe: Recipe, dense: PreTrainedModel) -> None:
 def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], console: Console) -> None:
     """Trains one stage and leaves `<output>/<name>`: model, processor, log.jsonl, recipe.yaml."""
     final = Path(recipe.output) / name
-    work = final.with_name(f".{name}")
-    work.mkdir(parents=True, exist_ok=True)
+    work = work_folder(final)
     set_seed(recipe.seed)
+    settings = stage_settings(recipe, number)
+    arguments = training_arguments(recipe, settings, work)
     model, processor = load_checkpoint(origin(recipe, number), dtype=torch.float32, attn_implementation=recipe.attention)
     moe_layers = _moe_layers(recipe, model)
     if name == "stage3":
         model = upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed)
-        processor = sparse_processor(processor)
-    counts = choose_parameters(model, name, moe_layers)
-    console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False)
-
-    settings = stage_settings(recipe, number).optimisation
-    if settings.gradient_checkpointing:
+        processor = MoeLlavaProcessor.from_llava(processor)
+        if arguments.bf16:
+            # The grouped backend is not autocast: with float32 weights it would compute in float32.
+            model.set_experts_implementation("eager")
+    if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    arguments = training_arguments(recipe, settings, work)
+    counts = choose_parameters(model, name, moe_layers)
+    console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
+    display = ProgressDisplay(name, console)
     trainer = StageTrainer(
         model=model,
         args=arguments,
         train_dataset=ConversationDataset(records, processor),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[ProgressDisplay(name, console)],
+        callbacks=[display],
         log_file=work / "log.jsonl",
     )
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    if not trainer.is_world_process_zero():
-        return
-    model.save_pretrained(work)
-    processor.save_pretrained(work)
-    (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
-    for checkpoint in work.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    work.rename(final)
-    console.print(f"{final}: {active_parameters(model):,} active parameters, {time.monotonic() - start:.0f} s", highlight=False)
+    if trainer.is_world_process_zero():
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+    checkpoint = last_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        display.progress.stop()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(work)
+        processor.save_pretrained(work)
+        for folder in work.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+        work.rename(final)
+    console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
 
 
-def sparse_processor(processor: Any) -> MoeLlavaProcessor:
-    """A LLaVA processor as one of the sparse model."""
-    return MoeLlavaProcessor(
-        image_processor=processor.image_processor,
-        tokenizer=processor.tokenizer,
-        patch_size=processor.patch_size,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        num_additional_image_tokens=processor.num_additional_image_tokens,
-        image_token=processor.image_token,
-        chat_template=processor.chat_template,
-    )
+def last_checkpoint(work: Path) -> str | None:
+    """The newest save that is whole: Trainer writes trainer_state.json last."""
+    whole = [folder for folder in work.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
-def training_arguments(recipe: Recipe, settings: Any, work: Path) -> TrainingArguments:
-    """A stage's settings in transformers' words."""
-    per_step = settings.per_device_batch_size
+def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:
+    """A stage's settings in transformers' words.
+
+    Raises RecipeError if the batch cannot be shared out.
+    """
+    settings = stage.optimisation
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=per_step,
+        per_device_train_batch_size=settings.per_device_batch_size,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
@@ -166,20 +203,31 @@ def training_arguments(recipe: Recipe, settings: Any, work: Path) -> TrainingArg
         disable_tqdm=True,
         report_to="none",
     )
-    processes = per_step * arguments.world_size
-    if settings.batch_size % processes:
-        raise RecipeError(f"batch_size is {settings.batch_size}, but must be a multiple of per_device_batch_size x processes = {processes}")
-    arguments.gradient_accumulation_steps = settings.batch_size // processes
+    at_once = arguments.train_batch_size * arguments.world_size
+    if settings.batch_size % at_once:
+        raise RecipeError(
+            f"batch_size is {settings.batch_size}, but must be a multiple of what all {at_once // settings.per_device_batch_size} devices "
+            f"compute at once, {at_once}"
+        )
+    arguments.gradient_accumulation_steps = settings.batch_size // at_once
     return arguments
 
 
 def use_bf16(precision: str) -> bool:
     """ "auto": on a GPU that has bfloat16, and on a CPU with instructions for it; elsewhere bfloat16 is slower than float32."""
     if precision == "auto":
-        return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+        if torch.cuda.is_available():
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_avx512_bf16_supported()
     return precision == "bf16"
 
 
 def _moe_layers(recipe: Recipe, dense: LlavaForConditionalGeneration) -> list[int]:
-    config: MoeLlavaConfig = sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe))
-    return config.moe_layer_indices
+    return sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
+
+
+def _what_counts(recipe: Recipe, name: str) -> dict[str, object]:
+    """The settings that decide what a stage's folder holds."""
+    whole = dataclasses.asdict(recipe)
+    stage = "stage3" if name == "dense" else name
+    return {key: whole[key] for key in ("model", "seed", "precision", "attention", stage)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from moe_llava.routing.load import expert_counts, expert_shares
 
 
 class StageTrainer(Trainer):
-    """Writes every logged step to `log_file` as a JSON line: `loss`, `grad_norm`, `learning_rate`, and for sparse models `language_loss`,
-    `balance_loss`
-    (sum over layers; 1 per layer is perfect balance) and `expert_shares` (layers x experts), averaged since the line before."""
+    """Writes every logged step to `log_file` as a JSON line: `loss`, `grad_norm`, `learning_rate`, `seconds` since the run began. For
+    sparse models also, averaged since the line before: `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance)
+    and `expert_shares` (layers x experts)."""
 
     def __init__(self, *arguments: Any, log_file: Path, **settings: Any):
         super().__init__(*arguments, **settings)
@@ -28,7 +29,13 @@ class StageTrainer(Trainer):
         self._language_loss: list[Tensor] = []
         self._balance_loss: list[Tensor] = []
         self._counts_LE: Tensor | int = 0
-        self._steps_watched = 0
+        self.begin(0)
+        self.add_callback(_Beginning(self))
+
+    def begin(self, step: int) -> None:
+        """A run begins, perhaps not at the first step."""
+        self._last_step = step
+        self._began = time.monotonic()
 
     def compute_loss(
         self,
@@ -60,17 +67,29 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *arguments: Any, **settings: Any) -> None:
         if self._language_loss and isinstance(self._counts_LE, Tensor):
-            # Each batch's language loss is its share of the step's, so the sum over batches counts steps, not batches.
-            steps = self.state.global_step - self._steps_watched
-            logs["language_loss"] = torch.stack(self._language_loss).sum().item() / max(steps, 1)
-            logs["balance_loss"] = torch.stack(self._balance_loss).mean().item()
-            logs["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(self._counts_LE).tolist()]
+            # Each batch's language loss is its share of the step's, over all processes: their sum counts steps, not batches.
+            language_loss = self.accelerator.reduce(torch.stack(self._language_loss).sum(), "sum")
+            logs["language_loss"] = language_loss.item() / max(self.state.global_step - self._last_step, 1)
+            logs["balance_loss"] = self.accelerator.reduce(torch.stack(self._balance_loss).mean(), "mean").item()
+            shares = expert_shares(self.accelerator.reduce(self._counts_LE, "sum"))
+            logs["expert_shares"] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
             self._language_loss, self._balance_loss, self._counts_LE = [], [], 0
-        self._steps_watched = self.state.global_step
+        self._last_step = self.state.global_step
+        logs["seconds"] = round(time.monotonic() - self._began, 2)
         super().log(logs, *arguments, **settings)
         if self.is_world_process_zero():
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+
+class _Beginning(TrainerCallback):
+    """Tells the trainer at which step and time its run begins."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.begin(state.global_step)
 
 
 class ProgressDisplay(TrainerCallback):

@@ -60,3 +60,8 @@ def test_a_template_without_generation_blocks_is_refused(processor, records):
     plain.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(DataError, match="generation"):
         ConversationDataset(records, plain)
+    plain.tokenizer.chat_template = "{%- generation -%}{%- endgeneration -%}"
+    ConversationDataset(records, plain)
+    plain.tokenizer.pad_token = None
+    with pytest.raises(DataError, match="no pad token"):
+        ConversationDataset(records, plain)

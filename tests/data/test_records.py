@@ -57,6 +57,7 @@ def test_placeholders_keep_their_places():
         (conversation("<image>", "y"), "found 1 image tokens in record 0 of .* but 0 images"),
         (conversation("<image> x", "y", image="b.png"), r"record 0 of .*data.json names the image .*b.png, which does not exist"),
         (conversation("x"), "record 0 of .* must have 'conversations'"),
+        (conversation("x", "y", image=5), "record 0 of .* must have a file name or a list of them as 'image', but has 5"),
         ({"id": 3}, "record 0 of .* must have 'conversations'"),
         (5, "record 0 of .* must have 'conversations'"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}]}, "turn 0 of record 0 .* from 'human'"),
@@ -88,6 +89,12 @@ def test_an_image_that_does_not_decode(write, tmp_path, damage):
     records = load_records(*write(conversation("<image> x", "y", image="a.png")))
     with pytest.raises(DataError, match=r"record 0 of .* names the image .*a.png, which cannot be decoded"):
         check_images(records)
+
+
+def test_an_image_too_large_to_decode(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(DataError, match="cannot be decoded: Image size"):
+        open_image(tmp_path / "a.png", "record 0")
 
 
 def test_a_missing_image_is_named(tmp_path):

@@ -24,7 +24,7 @@ def test_it_is_a_llava_data_set(folder):
         records = load_records(folder / f"{name}.json", folder / "images")
         check_images(records)
         assert all(len(record.images) == 1 for record in records)
-    assert {len(record.turns) for record in load_records(folder / "train.json", folder / "images")} == {6}
+    assert {len(record.turns) for record in load_records(folder / "train.json", folder / "images")} == {4}
     test = json.loads((folder / "test.json").read_text())
     assert {record["family"] for record in test} == set(FAMILIES)
     assert len({record["id"] for record in test}) == len(test)

@@ -29,14 +29,14 @@ def refused(*arguments, **settings) -> str:
 
 
 def test_help_is_quick():
-    run_command("--help")
-    start = time.monotonic()
-    done = run_command("--help")
-    assert done.returncode == 0
+    seconds = []
+    for _ in range(5):
+        start = time.monotonic()
+        done = run_command("--help")
+        seconds.append(time.monotonic() - start)
     for verb in ("demo", "train", "upcycle", "chat"):
         assert verb in done.stdout
-    # The promise is 0.5 s on an idle machine; importing torch or transformers alone would take longer than this.
-    assert time.monotonic() - start < 1.5
+    assert min(seconds) <= 0.5  # the best of five, as other tests may run at the same time
 
 
 def test_chat_once(sparse, tiny_base):  # noqa: F811
@@ -51,9 +51,10 @@ def test_chat_once(sparse, tiny_base):  # noqa: F811
 
 def test_chat_as_a_piped_conversation(sparse, tiny_base):  # noqa: F811
     image = tiny_base / "data" / "images" / "test" / "000000.png"
-    typed = f"/image {image}\nwhere is the red 7 ?\n\nhow many digits are there ?\n/quit\nnever asked\n"
+    typed = f"/image none.png\n/image {image}\nwhere is the red 7 ?\n\nhow many digits are there ?\n/quit\nnever asked\n"
     done = run_command("chat", sparse, "--json", "--max-new-tokens", "3", stdin=typed)
     assert done.returncode == 0, done.stderr
+    assert "none.png, which does not exist" in done.stderr
     assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == ["where is the red 7 ?", "how many digits are there ?"]
 
 
@@ -64,6 +65,13 @@ def test_bad_input_is_one_line(sparse, tiny_base, tmp_path):  # noqa: F811
     assert "the prompt is empty" in refused("chat", sparse, " ")
     assert "has no config.json" in refused("chat", tmp_path, "hello")
     assert "is not a folder" in refused("chat", tmp_path / "gone", "hello")
+    assert "checkpoint runs/gone cannot be loaded" in refused("chat", "runs/gone", "hello")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(sparse, damaged)
+    (damaged / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes()[:1000])
+    assert "damaged cannot be loaded" in refused("chat", damaged, "hello")
+    (damaged / "model.safetensors").unlink()
+    assert "damaged cannot be loaded" in refused("chat", damaged, "hello")
     assert "exists already" in refused("upcycle", tiny_base / "base", sparse)
     assert "sparse already" in refused("upcycle", sparse, tmp_path / "twice")
     assert "num_experts_per_tok is 5, but must lie in 1..num_experts=4" in refused(
@@ -82,9 +90,12 @@ def test_train_and_its_errors(write_recipe, tmp_path):  # noqa: F811
     assert "stage1 2/2 loss" in done.stdout
     assert "learns projector" in done.stdout
     assert "go on with --resume" in refused("train", recipe, "--stage", "1")
-    again = run_command("train", recipe, "--stage", "1", "--stage", "2", "--resume", "--set", "stage2.optimisation.max_steps=1")
+    assert "was made with stage1" in refused("train", recipe, "--stage", "1", "--resume")
+    settings = ["--set", "stage1.optimisation.max_steps=2", "--set", "stage2.optimisation.max_steps=1"]
+    again = run_command("train", recipe, "--stage", "1", "--stage", "2", "--resume", *settings)
     assert again.returncode == 0, again.stderr
-    assert "stage1 " not in again.stdout
+    assert "stage1 2/2" not in again.stdout
+    assert "stage2 1/1 loss" in again.stdout
     assert (tmp_path / "run" / "stage2" / "config.json").is_file()
 
 
@@ -93,7 +104,7 @@ SMALL = [
     for stage in (1, 2, 3)
     for key, value in (("max_steps", 2), ("batch_size", 8), ("per_device_batch_size", 8))
     for argument in ("--set", f"stage{stage}.optimisation.{key}={value}")
-]
+] + ["--set", "logging_steps=1"]
 
 
 def test_demo_in_small(tmp_path):
@@ -112,11 +123,13 @@ def test_demo_in_small(tmp_path):
     assert page.count("<svg") + page.count("data:image/svg") >= 4
     assert "http" not in page.replace("http-equiv", "")
     assert f"chat {out / 'stage3'}" in first.stdout
+    assert "stage1 2/2 loss" in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     answers = (out / "answers" / "sparse.jsonl").read_text()
     second = run_command(*command)
     assert second.returncode == 0, second.stderr
-    assert "stage1 " not in second.stdout.split("accuracy")[0]
+    assert "stage1 2/2 loss" not in second.stdout
+    assert "holds 20 and 4 pictures, not 30 and 4" in refused("demo", "--out", out, "--train-images", "30", *SMALL)
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert answers == (out / "answers" / "sparse.jsonl").read_text()
     shutil.rmtree(out)

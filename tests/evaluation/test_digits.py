@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_llava.data.records import Record
-from moe_llava.evaluation.digits import Answered, accuracy, existence
+from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
 from moe_llava.evaluation.statistics import bootstrap_mean
 
 
@@ -21,6 +21,22 @@ def test_accuracy_per_family():
     assert scores["sum"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 2}  # one picture: nothing to resample
     assert scores["colour"]["n"] == 1
     assert items[0].question == "sum ?"
+
+
+def test_existence_pairs_each_kind_with_positives_of_the_same_pictures():
+    items = [answered("existence", "yes", given, "positive", image) for given, image in (("yes", "a.png"), ("no", "b.png"))]
+    items += [answered("existence", "no", "no", "random", image) for image in ("a.png", "b.png")]
+    items += [answered("existence", "no", "no", "adversarial", "a.png")]
+    scores = existence(items)
+    assert (scores["random"]["n"], scores["random"]["recall"]) == (4, 0.5)
+    assert (scores["adversarial"]["n"], scores["adversarial"]["recall"]) == (2, 1.0)
+
+
+def test_compare_is_paired():
+    one = [answered("sum", "7", given, image=f"{index}.png") for index, given in enumerate("7788")]
+    other = [answered("sum", "7", given, image=f"{index}.png") for index, given in enumerate("7878")]
+    assert compare(one, other)["mean"] == 0.0
+    assert compare(one, one) == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
 
 
 def test_existence_as_pope_scores_it():
@@ -50,4 +66,3 @@ def test_bootstrap_draws_whole_groups():
     assert 0.57 < alone.high < 0.62
     paired = bootstrap_mean([0.0] * 50 + [1.0] * 50, [str(number // 10) for number in range(100)])
     assert paired.low < alone.low
-    assert str(alone) == f"50.0% [{alone.low:.1%}, {alone.high:.1%}]"

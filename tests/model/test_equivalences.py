@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
-from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_dense, tiny_inputs
+from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_config, tiny_dense, tiny_inputs
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -155,6 +155,33 @@ def test_placeholder_needs_no_row_in_the_embedding_table():
         outside = tiny_inputs(image_token_id=outside_id)
         assert torch.equal(sparse(**outside).logits, expected)
     assert expected.shape[-1] == 99
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_static_cache_generates_the_same(family):
+    sparse = shuffled_sparse(family)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = sparse.generate(**tiny_inputs(), **settings)
+    assert torch.equal(sparse.generate(**tiny_inputs(), **settings, cache_implementation="static"), expected)
+
+
+@torch.no_grad()
+def test_images_of_different_sizes():
+    """A tower that takes them (Pixtral), as in transformers' own LLaVA."""
+    config = tiny_config("llama")
+    config.vision_config = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
+    torch.manual_seed(0)
+    dense = LlavaForConditionalGeneration(config).eval()
+    inputs = {
+        "input_ids": torch.tensor([[5] + [98] * 4 + [6] + [98] * 2 + [7]]),
+        "pixel_values": torch.randn(2, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 16], [16, 8]]),
+    }
+    torch.testing.assert_close(upcycle(dense)(**inputs).logits, dense(**inputs).logits, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -33,6 +33,22 @@ def test_auto_classes_that_are_in_use_already_learn_of_it():
     assert python(code) == "MoeLlavaConfig\n"
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from transformers import pipeline",
+        "from transformers import LlavaConfig",
+        "from transformers import LlavaForConditionalGeneration",
+        "from transformers import CLIPModel, Trainer",
+        "import moe_llava.training.run",
+        "import moe_llava.digits.base",
+        "from moe_llava import upcycle",
+    ],
+)
+def test_nothing_else_is_disturbed(statement):
+    assert python(f"import moe_llava; {statement}; print('fine')") == "fine\n"
+
+
 def test_unknown_names_are_attribute_errors():
     import moe_llava
 
@@ -60,6 +76,12 @@ def folder(tmp_path_factory):
         chat_template=tokenizer.chat_template,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("auto", ["AutoProcessor", "AutoModelForImageTextToText", "AutoModel", "AutoConfig"])
+def test_each_auto_class_alone_loads_a_saved_folder(folder, auto):
+    name = python(f"import moe_llava; from transformers import {auto}; print(type({auto}.from_pretrained({str(folder)!r})).__name__)")
+    assert name.startswith("MoeLlava")
 
 
 def test_a_saved_folder_loads_by_the_auto_classes(folder):

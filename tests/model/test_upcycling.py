@@ -54,6 +54,21 @@ def test_mode_dtype_and_generation_settings_are_kept():
     assert sparse.generation_config.max_new_tokens == 17
 
 
+def test_attention_implementation_is_kept():
+    dense = LlavaForConditionalGeneration._from_config(tiny_config("llama"), attn_implementation="eager")
+    dense.model.vision_tower.set_attn_implementation("sdpa")
+    sparse = upcycle(dense)
+    assert sparse.model.language_model.config._attn_implementation == "eager"
+    assert sparse.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_experts_have_the_dtype_of_their_ffn():
+    dense = tiny_dense("llama")
+    dense.model.language_model.to(torch.bfloat16)
+    sparse = upcycle(dense)
+    assert {parameter.dtype for parameter in sparse.model.sparse_mlps()[0].parameters()} == {torch.bfloat16}
+
+
 def test_tied_embeddings_stay_tied():
     config = tiny_config("llama")
     config.text_config.tie_word_embeddings = True
@@ -64,7 +79,7 @@ def test_tied_embeddings_stay_tied():
 
 def test_only_dense_llavas_are_taken():
     sparse = upcycle(tiny_dense("llama"))
-    with pytest.raises(TypeError, match="sparse already"):
+    with pytest.raises(ValueError, match="sparse already"):
         upcycle(sparse)
     with pytest.raises(TypeError, match="takes a LlavaForConditionalGeneration, not a LlamaForCausalLM"):
         upcycle(LlamaForCausalLM(tiny_config("llama").text_config))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
-from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor
+from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.checkpoints.load import CheckpointError
 from moe_llava.data.records import DataError
 from moe_llava.training import run
@@ -50,7 +50,10 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
     assert changed(start, one) == {name for name in one if "multi_modal_projector" in name}
     assert changed(one, two) == {name for name in two if "vision_tower" not in name}
     assert changed(two, control) == {name for name in two if "language_model.layers.0.mlp" in name or "language_model.layers.2.mlp" in name}
-    assert changed(two, parameters(stage3)) == set()  # what the sparse model shares with stage II is frozen
+    sparse = parameters(stage3)
+    assert changed(two, sparse) == set()  # what the sparse model shares with stage II is frozen
+    start_of_3 = upcycle(AutoModelForImageTextToText.from_pretrained(stage2), seed=recipe.seed).state_dict()
+    assert changed(start_of_3, sparse) == {name for name in sparse if ".experts." in name or ".router." in name}
 
     lines = [line for line in log(stage3) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -88,6 +91,9 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
     with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
         train(load_recipe(file), [number], resume=False, console=QUIET)
     train(load_recipe(file), [number], resume=True, console=QUIET)
+    for line in log(whole):
+        if "language_loss" in line:
+            assert line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4)
     got = parameters(whole)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -149,6 +155,7 @@ def test_gradient_checkpointing_and_bf16_run(write_recipe):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
+        ({"attention": "eagre"}, ValueError, "eagre"),
         ({"stage2__data__file": "none.json"}, DataError, "data file none.json does not exist"),
         ({"model": "nowhere/at/all"}, CheckpointError, "nowhere/at/all is not a folder"),
         ({"stage3__moe__moe_layers": [0, 9]}, ValueError, r"moe_layers names layer 9, but the language model has layers 0\.\.3"),
@@ -161,6 +168,57 @@ def test_what_is_wrong_is_found_before_the_first_step(write_recipe, tmp_path, se
     assert not (tmp_path / "run").exists()
 
 
+def test_a_save_that_was_cut_short_is_passed_over(write_recipe, tmp_path):
+    work = tmp_path / "run" / ".stage1"
+    for step, complete in ((2, True), (10, True), (12, False)):
+        folder = work / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert run.last_checkpoint(work) == str(work / "checkpoint-10")
+    assert run.last_checkpoint(tmp_path) is None
+
+
+def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_one(write_recipe):
+    file = write_recipe()
+    train(load_recipe(file), [1], resume=False, console=QUIET)
+    with pytest.raises(RecipeError, match=r"stage1 was made with stage1 .*'max_steps': 3.* but the recipe now says .*'max_steps': 4"):
+        train(load_recipe(file, ["stage1.optimisation.max_steps=4"]), [1], resume=True, console=QUIET)
+    train(load_recipe(file, ["stage2.optimisation.max_steps=4"]), [1], resume=True, console=QUIET)
+
+
+def test_a_batch_that_cannot_be_shared_out(write_recipe, monkeypatch):
+    recipe = load_recipe(write_recipe())
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    with pytest.raises(RecipeError, match="batch_size is 4, but must be a multiple of what all 3 devices compute at once, 12"):
+        train(recipe, [1], resume=False, console=QUIET)
+
+
+def test_stage_one_needs_images(write_recipe, tmp_path):
+    records = [{"conversations": [{"from": "human", "value": "is there a red 7 ?"}, {"from": "gpt", "value": "no"}]}]
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    with pytest.raises(DataError, match=r"record 0 of .*text.json has no image, but stage I teaches the projector"):
+        train(load_recipe(write_recipe(stage1__data__file=str(tmp_path / "text.json"))), [1], resume=False, console=QUIET)
+
+
+def test_bf16_reaches_the_experts(write_recipe, monkeypatch):
+    from moe_llava.model.moe import GatedExperts
+
+    seen = set()
+    plain = GatedExperts.apply_expert
+
+    def spy(self, expert, x):
+        y = plain(self, expert, x)
+        seen.add(y.dtype)
+        return y
+
+    file = write_recipe(precision="bf16")
+    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    monkeypatch.setattr(GatedExperts, "apply_expert", spy)
+    train(load_recipe(file), [3], resume=False, console=QUIET)
+    assert seen == {torch.bfloat16}
+
+
 def test_stages_do_not_start_from_a_sparse_model(write_recipe, tmp_path):
     recipe = load_recipe(write_recipe())
     train(recipe, [1, 2, 3], resume=False, console=QUIET)
@@ -170,5 +228,7 @@ def test_stages_do_not_start_from_a_sparse_model(write_recipe, tmp_path):
 
 
 def test_a_stage_needs_the_one_before(write_recipe):
-    with pytest.raises(CheckpointError, match="stage1 is not a folder"):
+    with pytest.raises(CheckpointError, match=r"stage 2 starts from .*stage1, which does not exist: run stage 1 first"):
         train(load_recipe(write_recipe()), [2], resume=False, console=QUIET)
+    with pytest.raises(CheckpointError, match=r"stage 3 starts from .*stage2, which does not exist"):
+        train(load_recipe(write_recipe()), [1, 3], resume=False, console=QUIET)
