@@ -106,7 +106,7 @@ def upcycle(
     use_residual: Annotated[bool, typer.Option(help="keep the dense FFN beside the experts")] = False,
     seed: Annotated[int, typer.Option(help="of the routers' start")] = 0,
 ) -> None:
-    """Makes a dense checkpoint sparse: the result computes the same, and is ready for stage III."""
+    """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same."""
     with user_errors():
         from moe_llava.checkpoints.load import load_checkpoint
         from moe_llava.model import MoeLlavaProcessor

@@ -80,11 +80,13 @@ def prepare(out: Path, train_images: int | None, test_images: int | None, consol
 
     Raises DataError if data are there, but not of the size asked for.
     """
-    numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
+    asked = (train_images, test_images)
     if (out / "data").exists():
         found = tuple(len(list((out / "data" / "images" / split).iterdir())) for split in ("train", "test"))
-        if any(asked and asked != there for asked, there in zip((train_images, test_images), found, strict=True)):
-            raise DataError(f"{out / 'data'} holds {found[0]} and {found[1]} pictures, not {numbers[0]} and {numbers[1]}: remove it first")
+        wanted = tuple(number or there for number, there in zip(asked, found, strict=True))
+        if wanted != found:
+            raise DataError(f"{out / 'data'} holds {found[0]} and {found[1]} pictures, not {wanted[0]} and {wanted[1]}: remove it first")
+    numbers = (train_images or TRAIN_IMAGES, test_images or TEST_IMAGES)
 
     def data(folder: Path) -> None:
         with Progress(console=console, disable=not console.is_terminal) as progress:
