@@ -2,7 +2,7 @@
 
 OUT/images/{train,test}/*.png
 OUT/captions.json    stage I: each training image with its description
-OUT/train.json       stages II and III: each training image with several questions
+OUT/train.json       stages II and III: each training image with some questions and, last, its description
 OUT/test.json        unseen handwriting; one question per record, with its family, kind and answer
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 from moe_llava.digits.questions import FAMILIES, NEGATIVE_KINDS, Question, ask_existence, sample_questions
 from moe_llava.digits.scenes import Scene, Split, render, sample_scene
 
-TRAIN_IMAGES = 12_000
+TRAIN_IMAGES = 16_000
 TEST_IMAGES = 500
-QUESTIONS_PER_IMAGE = 4
+QUESTIONS_PER_IMAGE = 3
 
 
 def write_dataset(
@@ -32,7 +32,9 @@ def write_dataset(
         scene, image = _draw(out, "train", index, rng)
         caption = Question("caption", "describe the image .", scene.caption)
         captions.append(_record(f"caption-{index}", image, [caption]))
-        train.append(_record(f"train-{index}", image, sample_questions(scene, rng, QUESTIONS_PER_IMAGE)))
+        # The description comes last: it names every digit, which teaches reading, and before a question it would give the answer away.
+        questions = [question for question in sample_questions(scene, rng, QUESTIONS_PER_IMAGE) if question != caption]
+        train.append(_record(f"train-{index}", image, [*questions, caption]))
         advance()
     for index in range(test_images):
         scene, image = _draw(out, "test", index, rng)
