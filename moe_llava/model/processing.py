@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
@@ -13,6 +15,15 @@ class MoeLlavaProcessor(LlavaProcessor):
 
     Raises ValueError if a batch has more or fewer `<image>` than images.
     """
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """As LlavaProcessor; older versions of transformers do not count."""
+        texts = [text] if isinstance(text, str) else text or []
+        found = sum(sample.count(self.image_token) for sample in texts)
+        given = 0 if images is None else len(make_flat_list_of_images(images))
+        if texts and found != given:
+            raise ValueError(f"found {found} {self.image_token} tokens and {given} images")
+        return super().__call__(images=images, text=text, **kwargs)
 
     @classmethod
     def from_llava(cls, processor: LlavaProcessor) -> MoeLlavaProcessor:

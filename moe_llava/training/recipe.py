@@ -162,7 +162,9 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where + ".", problems)
     if not _fits(hint, value):
-        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        expected = hint.__name__ if isinstance(hint, type) else str(hint)
+        if typing.get_origin(hint) is Literal:
+            expected = f"one of {', '.join(typing.get_args(hint))}"
         problems.append(f"{where} is {value!r}, but must be {expected}")
     return float(value) if hint is float and isinstance(value, int) else value
 

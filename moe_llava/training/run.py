@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -49,6 +50,8 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
     todo = [(number, name) for number, name in zip(stages, names, strict=True) if not (output / name).is_dir()]
     for name in names:
         check_folder(recipe, output / name, resume)
+        if (output / name).is_dir():
+            console.print(f"{output / name}: finished, kept", highlight=False, soft_wrap=True)
     if todo:
         data = check_everything(recipe, dict(todo), console)
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
@@ -80,12 +83,10 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
-        changed = [name for name in now if before.get(name) != now[name]]
+        before = _flatten(before)
+        changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
         if changed:
-            name = changed[0]
-            raise RecipeError(
-                f"{final} was made with {name} {before.get(name)}, but the recipe now says {now[name]}: choose another output, or remove it"
-            )
+            raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
 
 def work_folder(final: Path) -> Path:
@@ -226,8 +227,16 @@ def _moe_layers(recipe: Recipe, dense: LlavaForConditionalGeneration) -> list[in
     return sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
 
 
-def _what_counts(recipe: Recipe, name: str) -> dict[str, object]:
+def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:
     """The settings that decide what a stage's folder holds."""
     whole = dataclasses.asdict(recipe)
     stage = "stage3" if name == "dense" else name
-    return {key: whole[key] for key in ("model", "seed", "precision", "attention", stage)}
+    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", stage)})
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -91,11 +91,12 @@ def test_train_and_its_errors(write_recipe, tmp_path):  # noqa: F811
     assert "stage1 2/2 loss" in done.stdout
     assert "learns projector" in done.stdout
     assert "go on with --resume" in refused("train", recipe, "--stage", "1")
-    assert "was made with stage1" in refused("train", recipe, "--stage", "1", "--resume")
+    assert "was made with stage1.optimisation.max_steps 2, now 3" in refused("train", recipe, "--stage", "1", "--resume")
     settings = ["--set", "stage1.optimisation.max_steps=2", "--set", "stage2.optimisation.max_steps=1"]
     again = run_command("train", recipe, "--stage", "1", "--stage", "2", "--resume", *settings)
     assert again.returncode == 0, again.stderr
     assert "stage1 2/2" not in again.stdout
+    assert "stage1: finished, kept" in again.stdout
     assert "stage2 1/1 loss" in again.stdout
     assert (tmp_path / "run" / "stage2" / "config.json").is_file()
 

@@ -113,5 +113,5 @@ def test_processor_counts_placeholders_for_serving_engines(folder):
 
 def test_processor_refuses_more_or_fewer_images_than_placeholders(folder):
     processor = AutoProcessor.from_pretrained(folder)
-    with pytest.raises(ValueError, match="2 <image> tokens and 1 images"):
+    with pytest.raises(ValueError, match="found 2 <image> tokens and 1 images"):
         processor(text="<image> <image> where", images=[Image.new("RGB", (48, 48))])
