@@ -4,8 +4,7 @@
     python -m moe_llava.digits.pretrain language-model OUT
 
 Both are deterministic from their seed on one machine and number of threads. Weights are bfloat16 while computing, which is three times as
-fast on a CPU that knows it, with
-a float32 master copy; hidden matrices are trained with Muon, the rest with AdamW.
+fast on a CPU that knows it, with a float32 master copy; hidden matrices are trained with Muon, the rest with AdamW.
 
 Shapes: B rows, S sequence, N labelled positions.
 """
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from moe_llava.digits.base import pixel_values
-from moe_llava.digits.questions import FAMILIES, Question, ask_existence, sample_questions
+from moe_llava.digits.questions import FAMILIES, Question, ask_existence, sample_questions, unique_items
 from moe_llava.digits.scenes import CANVAS, COLOURS, MAX_DIGITS, Item, Scene, handwriting, render, sample_scene
 from moe_llava.digits.tokenizer import build_tokenizer
 
@@ -197,8 +196,7 @@ def text_scene(scene: Scene) -> str:
 
 def flash_cards(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
     """(prompt, answer) pairs that look one thing up and say it at once: "colour 7" -> "red", "where red 7" -> "top-left"."""
-    unique_digit = [item for item in scene.items if sum(other.digit == item.digit for other in scene.items) == 1]
-    unique_colour = [item for item in scene.items if sum(other.colour == item.colour for other in scene.items) == 1]
+    unique_digit, unique_colour = unique_items(scene, "digit"), unique_items(scene, "colour")
     cards: list[tuple[str, str]] = []
     while len(cards) < number:
         item = rng.choice(scene.items)

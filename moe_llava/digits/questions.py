@@ -58,7 +58,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
 
 
 def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
-    item = _draw(_unique(scene, "digit"), rng)
+    item = _draw(unique_items(scene, "digit"), rng)
     return Question("colour", f"what colour is the {item.digit} ?", item.colour) if item else None
 
 
@@ -66,7 +66,7 @@ def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
         anywhere = rng.choice(scene.items)
         return Question("digit", f"which digit is at the {anywhere.position} ?", str(anywhere.digit))
-    item = _draw(_unique(scene, "colour"), rng)
+    item = _draw(unique_items(scene, "colour"), rng)
     return Question("digit", f"which digit is {item.colour} ?", str(item.digit)) if item else None
 
 
@@ -141,7 +141,8 @@ def vocabulary() -> list[str]:
     return sorted({*templates.split(), *numbers, *COLOURS, *POSITIONS})
 
 
-def _unique(scene: Scene, attribute: str) -> list[Item]:
+def unique_items(scene: Scene, attribute: str) -> list[Item]:
+    """The items that share their value of `attribute` ("digit" or "colour") with no other."""
     values = [getattr(item, attribute) for item in scene.items]
     return [item for item, value in zip(scene.items, values, strict=True) if values.count(value) == 1]
 
@@ -151,7 +152,7 @@ def _draw(items: list[Item], rng: random.Random) -> Item | None:
 
 
 def _draw_pair(scene: Scene, rng: random.Random) -> tuple[Item, Item] | None:
-    items = _unique(scene, "colour")
+    items = unique_items(scene, "colour")
     if len(items) < 2:
         return None
     first, second = rng.sample(items, 2)
