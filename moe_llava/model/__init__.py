@@ -1,4 +1,5 @@
-"""The network. Imports nothing else of the package, so that a saved checkpoint can carry it along.
+"""The network. Imports nothing else of the package, and its own files by relative imports: so a saved checkpoint carries them along, and
+loads with `trust_remote_code=True` where the package is not installed.
 
 Importing this registers configuration, model and processor with transformers' Auto classes.
 """
@@ -6,11 +7,11 @@ Importing this registers configuration, model and processor with transformers' A
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from moe_llava.model.configuration import MoeLlavaConfig
-from moe_llava.model.modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
-from moe_llava.model.moe import Experts, Router, SparseMlp, balance_loss, z_loss
-from moe_llava.model.processing import MoeLlavaProcessor
-from moe_llava.model.upcycling import upcycle
+from .configuration import MoeLlavaConfig
+from .modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
+from .moe import Experts, Router, SparseMlp, balance_loss, z_loss
+from .processing import MoeLlavaProcessor
+from .upcycling import upcycle
 
 # The names of configuration and processor may stand in the tables already: see moe_llava/_registration.py.
 AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
@@ -19,6 +20,12 @@ AutoModelForImageTextToText.register(MoeLlavaConfig, MoeLlavaForConditionalGener
 AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
 # pipeline("image-text-to-text") looks the model up by name.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MoeLlavaConfig.model_type] = MoeLlavaForConditionalGeneration.__name__
+
+# What is saved takes these files with it, and names them in `auto_map`.
+MoeLlavaConfig.register_for_auto_class("AutoConfig")
+MoeLlavaModel.register_for_auto_class("AutoModel")
+MoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+MoeLlavaProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "Experts",

@@ -1,8 +1,7 @@
 """How the FFN of each language model family maps onto stacked experts. This table is all the package knows of families.
 
 A family is covered if its decoder layers keep their FFN in `layer.mlp` and that module's parameters are those of a row: llama, mistral,
-qwen2, qwen3,
-stablelm and gemma are `GATED`, phi is `PLAIN`. To add a family with other parameter names, add a row.
+qwen2, qwen3, stablelm and gemma are `GATED`, phi is `PLAIN`. To add a family with other parameter names, add a row: docs/customising.md.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_llava.model.configuration import MoeLlavaConfig
-from moe_llava.model.moe import Experts, GatedExperts, PlainExperts, Router, SparseMlp
+from .configuration import MoeLlavaConfig
+from .moe import Experts, GatedExperts, PlainExperts, Router, SparseMlp
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,20 @@ FFN_FORMS = [GATED, PLAIN]
 def find_form(layer: nn.Module) -> FfnForm:
     """The row of the table that describes `layer.mlp`.
 
-    Raises ValueError, naming the modules found and where to add a row, if there is none.
+    Raises ValueError, naming what was found instead, if `layer` has no such module or the table no such row.
     """
     ffn = getattr(layer, "mlp", None)
     if not isinstance(ffn, nn.Module):
         found = ", ".join(name for name, _ in layer.named_children())
         raise ValueError(f"{type(layer).__name__} has no module 'mlp' that experts could replace; its modules are: {found}")
+    return form_of(ffn)
+
+
+def form_of(ffn: nn.Module) -> FfnForm:
+    """The row of the table that describes `ffn`.
+
+    Raises ValueError, naming its parameters and where to add a row, if there is none.
+    """
     names = {name for name, _ in ffn.named_parameters()}
     for form in FFN_FORMS:
         if names == form.dense_names:
@@ -87,8 +94,10 @@ def sparse_mlp(config: MoeLlavaConfig, layer: nn.Module) -> SparseMlp:
 
 @torch.no_grad()
 def copy_into_experts(ffn: nn.Module, experts: Experts) -> None:
-    """Fills every expert with the weights of the dense `ffn`."""
-    form = next(form for form in FFN_FORMS if form.experts is type(experts))
-    for name, parts in form.stacked.items():
+    """Fills every expert with the weights of the dense `ffn`.
+
+    Raises ValueError if no row of the table describes `ffn`.
+    """
+    for name, parts in form_of(ffn).stacked.items():
         one_expert: Tensor = torch.cat([ffn.get_parameter(part) for part in parts])
         experts.get_parameter(name).copy_(one_expert.expand(experts.num_experts, *one_expert.shape))

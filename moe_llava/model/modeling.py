@@ -30,9 +30,9 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from moe_llava.model.configuration import MoeLlavaConfig
-from moe_llava.model.ffn import sparse_mlp
-from moe_llava.model.moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
+from .configuration import MoeLlavaConfig
+from .ffn import sparse_mlp
+from .moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
 
 
 @dataclass

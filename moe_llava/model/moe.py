@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
 
 if TYPE_CHECKING:
-    from moe_llava.model.configuration import MoeLlavaConfig
+    from .configuration import MoeLlavaConfig
 
 Activation = Callable[[Tensor], Tensor]
 

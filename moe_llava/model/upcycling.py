@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from moe_llava.model.configuration import MoeLlavaConfig
-from moe_llava.model.ffn import copy_into_experts, find_form
-from moe_llava.model.modeling import MoeLlavaForConditionalGeneration
+from .configuration import MoeLlavaConfig
+from .ffn import copy_into_experts, find_form
+from .modeling import MoeLlavaForConditionalGeneration
 
 ROUTER_STD = 0.02
 
