@@ -10,13 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel
 
+from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.model import MoeLlavaConfig
 
 MODEL_TYPES = ("llava", MoeLlavaConfig.model_type)
-
-
-class CheckpointError(ValueError):
-    """A folder that is no checkpoint, or not one of a LLaVA."""
 
 
 def check_checkpoint(path: str | Path) -> None:

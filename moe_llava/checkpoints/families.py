@@ -1,0 +1,106 @@
+"""The published layout, as tables: what each language model family calls its parameters and settings there, and here.
+
+Nothing else in this room names a family. "Here" are transformers' names, of which the published checkpoints keep most; a table lists
+only what differs. `*` stands for the number of a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One language model family.
+
+    `config`: the class of transformers' configurations, by model type.
+    `backbone`: what stands before the names of the backbone, the projector and the tower.
+    `modules`: name of a module here -> its name there.
+    `parts`: name of a module here -> its name there, and which of how many equal runs of rows of that module's parameters it is.
+    `settings`: name of a setting there -> its name here.
+    `halved`: settings whose value there is twice ours.
+    `required`: settings that must have this value, if they are there, for transformers' class to compute the same.
+    `template`: conversation form, of moe_llava/data/templates.py. `templates_by_token`: instead, for a tokenizer that knows the token.
+    """
+
+    config: str
+    backbone: str = "model"
+    modules: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    halved: tuple[str, ...] = ()
+    required: dict[str, Any] = field(default_factory=dict)
+    template: str = "v1"
+    templates_by_token: dict[str, str] = field(default_factory=dict)
+
+    def stored_name(self, name: str) -> tuple[str, int, int]:
+        """The published name of a backbone parameter, and which run of how many of its rows, from the name it has here."""
+        module, _, parameter = name.rpartition(".")
+        layer = re.search(r"\.(\d+)\.", f".{module}.")
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
+        stored, part, parts = self.parts.get(pattern) or (self.modules.get(pattern, pattern), 0, 1)
+        if layer:
+            stored = stored.replace("*", layer[1])
+        return f"{self.backbone}.{stored}.{parameter}", part, parts
+
+
+# The names of the Qwen of 2023 ("v1"). What it computes is what Qwen2 computes: w2 is the gate, w1 the way up.
+_QWEN_V1 = Family(
+    config="qwen2",
+    backbone="transformer",
+    modules={
+        "embed_tokens": "wte",
+        "norm": "ln_f",
+        "layers.*.input_layernorm": "h.*.ln_1",
+        "layers.*.post_attention_layernorm": "h.*.ln_2",
+        "layers.*.self_attn.o_proj": "h.*.attn.c_proj",
+        "layers.*.mlp.gate_proj": "h.*.mlp.w2",
+        "layers.*.mlp.up_proj": "h.*.mlp.w1",
+        "layers.*.mlp.down_proj": "h.*.mlp.c_proj",
+    },
+    parts={
+        "layers.*.self_attn.q_proj": ("h.*.attn.c_attn", 0, 3),
+        "layers.*.self_attn.k_proj": ("h.*.attn.c_attn", 1, 3),
+        "layers.*.self_attn.v_proj": ("h.*.attn.c_attn", 2, 3),
+    },
+    settings={
+        "layer_norm_epsilon": "rms_norm_eps",
+        "rotary_emb_base": "rope_theta",
+        "seq_length": "max_position_embeddings",
+        "attn_dropout_prob": "attention_dropout",
+    },
+    halved=("intermediate_size",),
+    required={"no_bias": True, "rotary_pct": 1.0},
+    template="qwen",
+)
+
+# model_type after "moe_llava_" or "llava_" -> the family
+FAMILIES = {
+    "phi": Family(config="phi", template="phi"),
+    "stablelm": Family(
+        config="stablelm", settings={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}, template="stablelm"
+    ),
+    "qwen": _QWEN_V1,
+    "qwen1_5": Family(config="qwen2", template="qwen"),
+    "mistral": Family(config="mistral", template="mistral", templates_by_token={"<|end_of_turn|>": "openchat"}),
+    "llama": Family(config="llama", template="v1"),
+}
+
+# Below `backbone`, in every family; `{}` is the number of an expert.
+PROJECTOR = {"linear_1": "mm_projector.image_spatial_proj.0", "linear_2": "mm_projector.image_spatial_proj.2"}
+TOWER = "image_tower.image_tower.vision_model"
+# Below the place of a layer's FFN.
+ROUTER = "deepspeed_moe.gate.wg.weight"
+EXPERT = "deepspeed_moe.experts.deepspeed_experts.{}"
+RESIDUAL = "mlp"
+COEFFICIENT = "coefficient"
+
+# Stored, and used by nothing: what it is -> the names.
+UNUSED = {
+    "constants that are computed": re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)"),
+    "the pooling head of a SigLIP tower, which comes after the layer that the features are taken from": re.compile(
+        rf".*\.{re.escape(TOWER)}\.head\..*"
+    ),
+}

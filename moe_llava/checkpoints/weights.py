@@ -1,0 +1,195 @@
+"""Weight files of a checkpoint: safetensors or PyTorch pickles, single or sharded.
+
+Unusual here: nothing is loaded to look at a file. Both formats store a tensor as one run of bytes, so a table of names, shapes and
+offsets is read first, and each tensor later goes straight from the file into the memory that will keep it. So a conversion needs little
+more memory than the weights it makes. Pickles are read with `weights_only=True` alone, which runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_llava.checkpoints.errors import CheckpointError
+
+# A folder's weights are the first of these that it has. An index names the shards.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+PROJECTOR_FILE = "mm_projector.bin"  # what stage I of the original code leaves
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: contiguous, at `offset` bytes; or `loaded` already, where the file's form allows nothing else."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0
+    loaded: Tensor | None = None
+
+    def rows(self, part: int, parts: int) -> StoredTensor:
+        """One of `parts` equal runs of rows."""
+        count = self.shape[0] // parts
+        if self.loaded is not None:
+            return replace(self, shape=(count, *self.shape[1:]), loaded=self.loaded[part * count : (part + 1) * count])
+        shape = (count, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + part * shape_bytes(shape, self.dtype))
+
+    def read_into(self, out: Tensor) -> None:
+        """Copies the values into `out`, which has the same shape, is contiguous, and may have another dtype.
+
+        Raises CheckpointError if the file ends before the tensor does.
+        """
+        if self.loaded is not None:
+            out.copy_(self.loaded)
+            return
+        target = out if out.dtype == self.dtype else torch.empty(self.shape, dtype=self.dtype)
+        if target.numel():
+            view = memoryview(target.view(-1).view(torch.uint8).numpy())
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.file} is truncated: it ends {len(view) - done} bytes before a tensor does")
+                    done += count
+        if target is not out:
+            out.copy_(target)
+
+
+def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The weight files of `folder`, shards in order.
+
+    Raises CheckpointError if there are none, or a shard that the index names is missing.
+    """
+    for name in WEIGHT_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [file]
+        shards = sorted(set(read_json(file).get("weight_map", {}).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing or not shards:
+            raise CheckpointError(f"{file} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
+        return [folder / shard for shard in shards]
+    raise CheckpointError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Name -> where it lies, over all `files`.
+
+    Raises CheckpointError, naming the file, if one is damaged, holds code, or repeats a name of another.
+    """
+    tables: dict[str, StoredTensor] = {}
+    for file in files:
+        table = _safetensors_table(file) if file.suffix == ".safetensors" else _pickle_table(file)
+        twice = tables.keys() & table.keys()
+        if twice:
+            raise CheckpointError(f"{file} holds {min(twice)}, which {tables[min(twice)].file} holds too")
+        tables |= table
+    return tables
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises CheckpointError if `file` is missing or holds no JSON object."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} has no {file.name}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(content).__name__}")
+    return content
+
+
+def _safetensors_table(file: Path) -> dict[str, StoredTensor]:
+    """Eight bytes of length, a JSON header of that length, then the tensors (the safetensors format)."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file} is truncated: its header of {length} bytes does not fit into {size}")
+        try:
+            header = json.loads(opened.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is no safetensors file: {error}") from error
+    start = 8 + length
+    table = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{file} stores {name} as {entry['dtype']}, but must store one of {', '.join(_DTYPES)}")
+        begin, end = entry["data_offsets"]
+        if start + end > size:
+            raise CheckpointError(f"{file} is truncated: {name} ends at byte {start + end}, the file at {size}")
+        stored = StoredTensor(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], start + begin)
+        if end - begin != shape_bytes(stored.shape, stored.dtype):
+            raise CheckpointError(f"{file} is damaged: {name} has {end - begin} bytes, which its shape {stored.shape} does not")
+        table[name] = stored
+    return table
+
+
+def _pickle_table(file: Path) -> dict[str, StoredTensor]:
+    """Under FakeTensorMode torch reads a pickle without its tensors, and notes where in the file each one lies."""
+    with FakeTensorMode():
+        tensors = _load_pickle(file)
+    if all(tensor.is_contiguous() and _offset(tensor) is not None for tensor in tensors.values()):
+        return {
+            name: StoredTensor(
+                file,
+                tuple(tensor.shape),
+                tensor.dtype,
+                _offset(tensor) + tensor.storage_offset() * tensor.dtype.itemsize,  # type: ignore[operator]
+            )
+            for name, tensor in tensors.items()
+        }
+    # Files of PyTorch before 1.6, and transposed tensors: no plain runs of bytes.
+    return {name: StoredTensor(file, tuple(t.shape), t.dtype, loaded=t.detach()) for name, t in _load_pickle(file).items()}
+
+
+def _offset(tensor: Tensor) -> int | None:
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file} holds more than tensors, which may be code, or is damaged: it was not loaded") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} must hold tensors by name, but holds something else")
+    return content
