@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from moe_llava._registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from moe_llava.checkpoints.published import load_published
     from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["MoeLlavaConfig", "MoeLlavaForConditionalGeneration", "MoeLlavaProcessor", "upcycle"]
+__all__ = ["MoeLlavaConfig", "MoeLlavaForConditionalGeneration", "MoeLlavaProcessor", "load_published", "upcycle"]
 
-_HOME = dict.fromkeys(__all__, "moe_llava.model")
+_HOME = dict.fromkeys(__all__, "moe_llava.model") | {"load_published": "moe_llava.checkpoints.published"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from moe_llava.serving.chat import Conversation
+    from moe_llava.training.budget import Budget
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,33 +107,100 @@ def upcycle(
 ) -> None:
     """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same."""
     with user_errors():
+        from moe_llava.checkpoints.folders import new_folder
         from moe_llava.checkpoints.load import load_checkpoint
         from moe_llava.model import MoeLlavaProcessor
         from moe_llava.model.upcycling import upcycle as make_sparse
 
-        if out.exists():
-            raise FileExistsError(f"{out} exists already: choose another folder")
-        model, processor = load_checkpoint(dense)
-        layers: str | list[int] = moe_layers
-        if moe_layers[:1].isdigit():
-            layers = [int(index) for index in moe_layers.split(",")]
-        sparse = make_sparse(
-            model,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            moe_layers=layers,
-            norm_topk_prob=norm_topk_prob,
-            capacity_factor=capacity_factor,
-            use_residual=use_residual,
-            seed=seed,
-        )
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        sparse.save_pretrained(partial)
-        MoeLlavaProcessor.from_llava(processor).save_pretrained(partial)
-        os.replace(partial, out)
+        with new_folder(out) as folder:
+            model, processor = load_checkpoint(dense)
+            layers: str | list[int] = moe_layers
+            if moe_layers[:1].isdigit():
+                layers = [int(index) for index in moe_layers.split(",")]
+            sparse = make_sparse(
+                model,
+                num_experts=num_experts,
+                num_experts_per_tok=num_experts_per_tok,
+                moe_layers=layers,
+                norm_topk_prob=norm_topk_prob,
+                capacity_factor=capacity_factor,
+                use_residual=use_residual,
+                seed=seed,
+            )
+            sparse.save_pretrained(folder)
+            MoeLlavaProcessor.from_llava(processor).save_pretrained(folder)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
+
+
+@app.command()
+def convert(
+    published: Annotated[str, typer.Argument(help="a checkpoint of the original MoE-LLaVA code: a folder, or a hub id")],
+    out: Annotated[Path, typer.Argument(help="folder for the converted checkpoint; must not exist")],
+    vision_towers: Annotated[Path | None, typer.Option(help="folder with the vision towers, instead of the hub")] = None,
+    language_model: Annotated[str | None, typer.Option(help="for a stage I projector: the language model it was trained with")] = None,
+) -> None:
+    """Turns a published checkpoint, sparse or of stage I or II, into one that this package and transformers load."""
+    with user_errors():
+        from moe_llava.checkpoints.convert import convert as run
+
+        for line in [*run(published, out, vision_towers, language_model), f"written to {out}"]:
+            print(line)
+
+
+@app.command()
+def params(
+    target: Annotated[str, typer.Argument(help="a recipe (.yaml), or a checkpoint, ours or a published one: a folder or a hub id")],
+    vision_towers: Annotated[Path | None, typer.Option(help="for a published checkpoint: folder with the vision towers")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Counts a model's parameters, arithmetic and memory from its configuration, without its weights."""
+    with user_errors():
+        from moe_llava.training.budget import survey
+
+        budget, training = survey(target, vision_towers)
+        if as_json:
+            print(json.dumps(budget.as_dict() | {"training_bytes": training}))
+        else:
+            _print_budget(budget, training)
+
+
+def _print_budget(budget: Budget, training: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_llava.training.budget import CONTEXT
+
+    table = Table("part", "total", "active per token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, total in budget.total.items():
+        table.add_row(part, f"{total:,}", f"{budget.active[part]:,}")
+    table.add_section()
+    table.add_row("language model", *(f"{number:,}" for number in budget.language_model))
+    table.add_row("all", f"{sum(budget.total.values()):,}", f"{sum(budget.active.values()):,}")
+    console = Console()
+    console.print(table)
+    sparse = ""
+    if budget.experts:
+        layers = ", ".join(map(str, budget.moe_layers))
+        sparse = f", {len(budget.moe_layers)} of them sparse ({layers}): {budget.experts[0]} experts, a token uses {budget.experts[1]}"
+    lines = [
+        f"layers: {budget.layers}{sparse}",
+        f"forward pass of the language model: {budget.flops / 1e9:,.3f} GFLOPs per token, at {CONTEXT:,} tokens of context",
+        f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
+        f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
+        *(
+            f"training, {stage}: {_megabytes(size)} for weights, gradients and AdamW, without activations"
+            for stage, size in training.items()
+        ),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 @app.command()

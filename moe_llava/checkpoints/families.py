@@ -88,6 +88,13 @@ FAMILIES = {
     "llama": Family(config="llama", template="v1"),
 }
 
+
+def published_family(model_type: Any) -> tuple[Family, bool] | None:
+    """(family, whether sparse) of a config.json's model_type; None if that is no published one."""
+    match = re.fullmatch(r"(moe_)?llava_(\w+)", str(model_type))
+    return (FAMILIES[match[2]], match[1] is not None) if match and match[2] in FAMILIES else None
+
+
 # Below `backbone`, in every family; `{}` is the number of an expert.
 PROJECTOR = {"linear_1": "mm_projector.image_spatial_proj.0", "linear_2": "mm_projector.image_spatial_proj.2"}
 TOWER = "image_tower.image_tower.vision_model"

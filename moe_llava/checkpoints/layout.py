@@ -96,16 +96,20 @@ def _sparse_pieces(family: Family, target: str, layer: int, name: str, mlp: Spar
     ]
 
 
-def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForConditionalGeneration, source: str) -> list[str]:
-    """The stored names that are known to be unused.
+def unused(tables: dict[str, StoredTensor]) -> dict[str, list[str]]:
+    """The stored names that nothing uses, by reason."""
+    found = {reason: sorted(key for key in tables if pattern.fullmatch(key)) for reason, pattern in UNUSED.items()}
+    return {reason: names for reason, names in found.items() if names}
 
-    Raises CheckpointError, listing every missing, unexpected and misshapen name, if the rest is not exactly what `pieces` need.
-    """
-    unused = sorted(key for key in tables if any(pattern.fullmatch(key) for pattern in UNUSED.values()))
+
+def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForConditionalGeneration, source: str) -> None:
+    """Raises CheckpointError, listing every missing, unexpected and misshapen name, unless `tables` holds exactly what `pieces` need,
+    and at most what is known to be unused."""
+    passed_over = {name for names in unused(tables).values() for name in names}
     targets = model.state_dict()
     wanted = {piece.key: piece.stored_shape(targets[piece.target]) for piece in pieces}
     problems = [f"missing: {key} {list(wanted[key])}" for key in sorted(wanted.keys() - tables.keys())]
-    problems += [f"unexpected: {key} {list(tables[key].shape)}" for key in sorted(tables.keys() - wanted.keys() - set(unused))]
+    problems += [f"unexpected: {key} {list(tables[key].shape)}" for key in sorted(tables.keys() - wanted.keys() - passed_over)]
     problems += [
         f"misshapen: {key} is {list(tables[key].shape)}, but the configuration asks for {list(wanted[key])}"
         for key in sorted(wanted.keys() & tables.keys())
@@ -113,7 +117,6 @@ def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForC
     ]
     if problems:
         raise CheckpointError(f"{source} does not hold the weights that its config.json describes:\n  " + "\n  ".join(problems))
-    return unused
 
 
 def without(pieces: list[Piece], prefix: str) -> list[Piece]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.families import published_family
+from moe_llava.checkpoints.weights import read_json
 from moe_llava.model import MoeLlavaConfig
 
 MODEL_TYPES = ("llava", MoeLlavaConfig.model_type)
@@ -23,20 +24,16 @@ def check_checkpoint(path: str | Path) -> None:
         return  # may be owner/name on the hub
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {path} is not a folder")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{config} is not JSON: {error}") from error
-    model_type = content.get("model_type") if isinstance(content, dict) else None
+    model_type = read_json(folder / "config.json").get("model_type")
+    if published_family(model_type):
+        raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
     if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"{config} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
+        raise CheckpointError(f"{folder / 'config.json'} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
-    """(model in evaluation mode, processor) from a folder or hub id; `settings` go to `from_pretrained`.
+    """(model in evaluation mode, processor) from a folder or hub id; `settings` go to `from_pretrained`, fields of the configuration
+    among them.
 
     Raises CheckpointError as `check_checkpoint` does.
     """
@@ -53,15 +50,20 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def load_on_meta(path: str | Path) -> PreTrainedModel:
+def load_config(path: str | Path) -> LlavaConfig:
+    """The configuration of a folder or hub id. Raises CheckpointError as `check_checkpoint` does."""
+    check_checkpoint(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_on_meta(path: str | Path) -> LlavaForConditionalGeneration:
     """The model of a checkpoint without its weights: its structure, in no memory.
 
     Raises CheckpointError as `check_checkpoint` does.
     """
-    check_checkpoint(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    config = load_config(path)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)

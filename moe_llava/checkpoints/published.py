@@ -10,7 +10,6 @@ Unusual here:
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,10 @@ from transformers import (
 
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError
-from moe_llava.checkpoints.families import FAMILIES, Family
+from moe_llava.checkpoints.families import FAMILIES, Family, published_family
 from moe_llava.checkpoints.tokenization import load_tokenizer
 from moe_llava.checkpoints.weights import PROJECTOR_FILE, WEIGHT_FILES, find_weights, read_json, read_tables
+from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
@@ -51,10 +51,12 @@ _ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 class Published:
     """A checkpoint of the original code, looked at but not loaded.
 
-    `settings`: its config.json. `tower`: folder or hub id of the vision tower that it names.
+    `settings`: its config.json. `tower`: folder or hub id of the vision tower that it names. `tokenizer_folder`: where its tokenizer is,
+    if anywhere; beside the language model, for a projector.
     """
 
     folder: Path
+    tokenizer_folder: Path
     settings: dict[str, Any]
     family: Family
     config: LlavaConfig
@@ -96,7 +98,7 @@ def load_published(
 
     Raises CheckpointError, naming file and rule, if the checkpoint is damaged, incomplete, of an unknown family, or its tower is not found.
     """
-    published = look_at(path, vision_towers)
+    published = look_at(path, vision_towers, language_model)
     if published.is_projector:
         return _load_projector(published, language_model, dtype)
     if language_model is not None:
@@ -104,18 +106,19 @@ def load_published(
     return _load_weights(published, find_weights(published.folder), dtype)
 
 
-def look_at(path: str | Path, vision_towers: str | Path | None = None) -> Published:
-    """Reads configurations only. Raises CheckpointError as `load_published` does."""
+def look_at(path: str | Path, vision_towers: str | Path | None = None, language_model: str | Path | None = None) -> Published:
+    """Reads configurations and tokenizer only. Raises CheckpointError as `load_published` does."""
     folder = _resolve(path)
+    tokenizer_folder = folder if language_model is None else _resolve(language_model)
     file = folder / "config.json"
     settings = read_json(file)
     model_type = settings.get("model_type")
-    match = re.fullmatch(r"(moe_)?llava_(\w+)", str(model_type))
-    if match is None or match[2] not in FAMILIES:
+    found = published_family(model_type)
+    if found is None:
         known = ", ".join(f"[moe_]llava_{name}" for name in FAMILIES)
         raise CheckpointError(f"{file} has model_type {model_type!r}, but a published checkpoint has one of {known}")
-    family = FAMILIES[match[2]]
-    if match[1] and not isinstance(settings.get("moe"), dict):
+    family, sparse = found
+    if sparse and not isinstance(settings.get("moe"), dict):
         raise CheckpointError(f"{file} has model_type {model_type!r}, but no settings `moe`, which say what is sparse in it")
     name = settings.get("mm_image_tower")
     if not isinstance(name, str) or not name:
@@ -126,14 +129,14 @@ def look_at(path: str | Path, vision_towers: str | Path | None = None) -> Publis
         "text_config": _text_config(family, settings, file),
         **_llava_settings(settings, vision_config, file),
     }
-    if match[1]:
+    if sparse:
         # No token of the language model can have this id.
         arguments["image_token_id"] = settings["vocab_size"]
         config: LlavaConfig = _build(MoeLlavaConfig, arguments | _moe_settings(settings["moe"], file), file)
     else:
-        arguments["image_token_id"] = free_row(settings, folder)
+        arguments["image_token_id"] = free_row(settings, tokenizer_folder)
         config = _build(LlavaConfig, arguments, file)
-    return Published(folder, settings, family, config, tower)
+    return Published(folder, tokenizer_folder, settings, family, config, tower)
 
 
 def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTrainedConfig]:
@@ -173,15 +176,18 @@ def extra_tokens(vision_config: PreTrainedConfig) -> int:
 
 
 def free_row(settings: dict[str, Any], folder: Path) -> int:
-    """The last id of the vocabulary that no token has: none of the tokenizer's, or, for want of one, of the special ones in `settings`.
-    If the vocabulary is full, the id after it."""
+    """Where a dense model keeps its placeholder: the row of the tokenizer's own `<image>`, or the last one that no token has (without a
+    tokenizer: none of the special ones in `settings`). If the vocabulary is full, the id after all others."""
     vocab_size = settings["vocab_size"]
     tokenizer = load_tokenizer(folder, vocab_size)
     if tokenizer is None:
-        taken = {settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+        taken = {settings[name] for name in names if isinstance(settings.get(name), int)}
+    elif IMAGE_TOKEN in tokenizer.get_vocab():
+        return tokenizer.get_vocab()[IMAGE_TOKEN]
     else:
         taken = set(tokenizer.get_vocab().values())
-    return next((row for row in range(vocab_size - 1, -1, -1) if row not in taken), vocab_size)
+    return next((row for row in range(vocab_size - 1, -1, -1) if row not in taken), max(vocab_size, *(row + 1 for row in taken)))
 
 
 def _load_weights(published: Published, files: list[Path], dtype: torch.dtype | None, unused: str = "") -> LlavaForConditionalGeneration:
@@ -200,7 +206,7 @@ def _load_weights(published: Published, files: list[Path], dtype: torch.dtype | 
     if not has_tower:
         state |= {_TOWER + name: tensor for name, tensor in _load_tower(published, dtype).state_dict().items()}
     config = published.config
-    if published.model_class is LlavaForConditionalGeneration and config.image_token_id == config.text_config.vocab_size:
+    if published.model_class is LlavaForConditionalGeneration and config.image_token_id >= config.text_config.vocab_size:
         _grow(config, state)
     model, report = published.model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
@@ -236,11 +242,12 @@ def _load_tower(published: Published, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _grow(config: LlavaConfig, state: dict[str, Tensor]) -> None:
-    """Gives the placeholder a row of zeros after a vocabulary that is full: transformers' dense LLaVA needs one."""
-    config.text_config.vocab_size += 1
+    """Gives the placeholder a row, of zeros, after a vocabulary that is full: transformers' dense LLaVA needs one."""
+    added = config.image_token_id + 1 - config.text_config.vocab_size
+    config.text_config.vocab_size += added
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in state:
-            state[name] = torch.cat([state[name], state[name].new_zeros(1, state[name].shape[1])])
+            state[name] = torch.cat([state[name], state[name].new_zeros(added, state[name].shape[1])])
 
 
 def _generation_config(published: Published) -> GenerationConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from moe_llava.checkpoints.errors import CheckpointError
@@ -83,7 +83,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast | N
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
+        if (folder / "tokenizer.model").is_file():
+            return _from_sentencepiece(folder)
+        if (folder / "vocab.json").is_file():
             return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -98,8 +100,10 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast, token_id: int, chat_temp
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         raise CheckpointError(f"the tokenizer is a {state['model']['type']} model, but must be a BPE model to take the id of {IMAGE_TOKEN}")
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        state["model"]["vocab"][IMAGE_TOKEN] = token_id
+    # The library counts added tokens on from the size of the vocabulary, unless they have their ids there.
+    vocab = state["model"]["vocab"]
+    vocab.update({added["content"]: added["id"] for added in state["added_tokens"]})
+    vocab.setdefault(IMAGE_TOKEN, token_id)
     backend = Tokenizer.from_str(json.dumps(state))
     backend.add_special_tokens([_special(IMAGE_TOKEN)])
     names = {name: getattr(tokenizer, name) for name in SPECIAL_NAMES}
@@ -152,6 +156,18 @@ def _from_tiktoken(file: Path, form: TiktokenForm, vocab_size: int) -> PreTraine
     backend.add_special_tokens([_special(token) for token in form.special])
     names = {"eos_token": _END, "unk_token": form.unknown, "pad_token": form.unknown} | _named_tokens(file.parent)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
+    file = folder / "tokenizer_config.json"
+    legacy = not file.is_file() or read_json(file).get("legacy", True)
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+    if legacy:
+        # SentencePiece puts a space before every stretch of text, also where one is already; transformers 5 does not there.
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    return tokenizer
 
 
 def _named_tokens(folder: Path) -> dict[str, Any]:

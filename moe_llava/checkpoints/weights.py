@@ -69,7 +69,7 @@ class StoredTensor:
             return
         target = out if out.dtype == self.dtype else torch.empty(self.shape, dtype=self.dtype)
         if target.numel():
-            view = memoryview(target.view(-1).view(torch.uint8).numpy())
+            view = target.view(-1).view(torch.uint8).numpy().data
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
                 done = 0
@@ -165,22 +165,19 @@ def _pickle_table(file: Path) -> dict[str, StoredTensor]:
     """Under FakeTensorMode torch reads a pickle without its tensors, and notes where in the file each one lies."""
     with FakeTensorMode():
         tensors = _load_pickle(file)
-    if all(tensor.is_contiguous() and _offset(tensor) is not None for tensor in tensors.values()):
-        return {
-            name: StoredTensor(
-                file,
-                tuple(tensor.shape),
-                tensor.dtype,
-                _offset(tensor) + tensor.storage_offset() * tensor.dtype.itemsize,  # type: ignore[operator]
-            )
-            for name, tensor in tensors.items()
-        }
+    if all(tensor.is_contiguous() and _storage_offset(tensor) is not None for tensor in tensors.values()):
+        return {name: StoredTensor(file, tuple(t.shape), t.dtype, offset=_offset(t)) for name, t in tensors.items()}
     # Files of PyTorch before 1.6, and transposed tensors: no plain runs of bytes.
     return {name: StoredTensor(file, tuple(t.shape), t.dtype, loaded=t.detach()) for name, t in _load_pickle(file).items()}
 
 
-def _offset(tensor: Tensor) -> int | None:
+def _storage_offset(tensor: Tensor) -> int | None:
+    """Where in its file a fake tensor's storage begins."""
     return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _offset(tensor: Tensor) -> int:
+    return (_storage_offset(tensor) or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:

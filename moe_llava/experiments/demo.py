@@ -33,9 +33,9 @@ from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
 from moe_llava.evaluation.generate import answer_records, prompt_inputs
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, write_whole
 from moe_llava.routing.load import expert_counts
+from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Data, Recipe, load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.stages import active_parameters
 
 SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
 BATCH = 128

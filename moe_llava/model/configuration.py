@@ -14,8 +14,7 @@ class MoeLlavaConfig(LlavaConfig):
         num_experts: experts E per MoE layer.
         num_experts_per_tok: experts k that each token goes through, 1 <= k <= E.
         moe_layers: the decoder layers that become sparse: "interval" (every other one, from layer 0; the paper's choice), "all",
-            "first_half", "second_half",
-            or a list of layer indices.
+            "first_half", "second_half", or a list of layer indices.
         norm_topk_prob: divide the k weights by their sum. True makes an upcycled model compute what its dense origin computed;
             False is equation 6 of the paper as printed.
         router_aux_loss_coef: alpha, weight of the balance loss (equation 7; 0.01 in the paper).
@@ -43,6 +42,10 @@ class MoeLlavaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.check_moe()
+
+    def check_moe(self) -> None:
+        """Raises ValueError as the class does. The model calls it too: `from_pretrained(..., num_experts_per_tok=1)` sets fields late."""
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, but a MoE layer needs at least 1 expert")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -2,8 +2,7 @@
 
 Unusual here:
 - The language model's class is made on the fly: a subclass of the family's own backbone that swaps `layer.mlp` for a SparseMlp in its
-  constructor and
-  tells transformers how to record the router. Nothing is patched, and no family is named.
+  constructor and tells transformers how to record the router. Nothing is patched, and no family is named.
 - The image placeholder needs no row in the embedding table: its id may lie outside the vocabulary.
 
 Shapes: B batch, S sequence, T = B * S tokens, D model width, E experts, K experts per token.
@@ -46,8 +45,8 @@ class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
 @dataclass
 class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """`language_loss`: the loss before the auxiliary ones are added; `aux_loss`: the balance loss summed over the MoE layers, `z_loss`
-    the same of the z-loss, both before their coefficients; `router_logits`: per
-    MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool, the assignments that found their expert full."""
+    the same of the z-loss, both before their coefficients; `router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer
+    [T, K] bool, the assignments that found their expert full."""
 
     language_loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -97,6 +96,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
     """Vision tower, projector and sparse language model, without the language modeling head."""
 
     def __init__(self, config: MoeLlavaConfig):
+        config.check_moe()
         # Not LlavaModel.__init__: that would build the dense language model first.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -217,8 +217,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             output_router_logits: None means `config.output_router_logits`.
             logits_to_keep: compute logits for the last n positions only (0: all), or for the positions given.
             num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are
-                weighted by
-                this batch's share of them, so neither depends on how a step is cut into batches.
+                weighted by this batch's share of them, so neither depends on how a step is cut into batches.
 
         The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss. Outside training the last two are
         part of it only with `output_router_logits`, as in transformers' MoE models.

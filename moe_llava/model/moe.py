@@ -2,8 +2,7 @@
 
 Unusual here:
 - Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" |
-  "batched_mm" | "eager")`
-  and the kernels behind it apply.
+  "batched_mm" | "eager")` and the kernels behind it apply.
 - The router always computes in float32, autocast or not, as the published models do.
 - A dropped assignment (see `capacity_factor`) keeps its expert index and gets weight 0: shapes never depend on the data.
 

@@ -32,8 +32,7 @@ def upcycle(
     """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
     With `norm_topk_prob` (and no capacity) the result computes what `dense` computes. With one expert per token and `norm_topk_prob` the
-    weight is always 1, so
-    that only the balance loss teaches the router.
+    weight is always 1, so that only the balance loss teaches the router.
 
     Args:
         dense: any LLaVA of transformers. All its parameters but the replaced FFNs are shared with the result, not copied: training one

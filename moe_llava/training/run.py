@@ -15,15 +15,16 @@ import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
-from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainingArguments, set_seed
+from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
-from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_on_meta
+from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.records import DataError, Record, check_images, load_records
-from moe_llava.model import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
-from moe_llava.training.stages import active_parameters, choose_parameters
+from moe_llava.training.stages import choose_parameters
 from moe_llava.training.trainer import ProgressDisplay, StageTrainer
 
 TITLES = {
@@ -70,8 +71,12 @@ def stage_settings(recipe: Recipe, number: int) -> Stage:
 
 
 def origin(recipe: Recipe, number: int) -> str:
-    """The checkpoint that a stage starts from."""
-    return recipe.model if number == 1 else str(Path(recipe.output) / f"stage{number - 1}")
+    """The checkpoint that a stage starts from: the one before it, or the recipe's model. A model that is sparse already is where stage III
+    goes on."""
+    before = Path(recipe.output) / f"stage{number - 1}"
+    if number == 1 or (number == 3 and not before.is_dir() and isinstance(load_config(recipe.model), MoeLlavaConfig)):
+        return recipe.model
+    return str(before)
 
 
 def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
@@ -96,14 +101,10 @@ def work_folder(final: Path) -> Path:
 
 def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> dict[str, list[Record]]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
-    first = min(todo)
     for number in todo:
-        if number - 1 not in todo and number > 1 and not Path(origin(recipe, number)).is_dir():
-            raise CheckpointError(
-                f"stage {number} starts from {origin(recipe, number)}, which does not exist: run stage {number - 1} first"
-            )
+        if number - 1 not in todo:
+            check_start(recipe, number, origin(recipe, number))
         training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
-    check_placement(recipe, origin(recipe, first), load_on_meta(origin(recipe, first)))
     data = {}
     for number, name in todo.items():
         settings = stage_settings(recipe, number).data
@@ -117,12 +118,29 @@ def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> 
     return data
 
 
-def check_placement(recipe: Recipe, path: str, dense: PreTrainedModel) -> None:
-    """Raises ValueError now if `dense` could not be upcycled as stage III says."""
-    if isinstance(dense, MoeLlavaForConditionalGeneration):
-        raise RecipeError(f"{path} is sparse already: the stages start from a dense LLaVA")
-    with torch.device("meta"):
-        MoeLlavaForConditionalGeneration(sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe)))
+# Of what a sparse model is, these are in its weights; the rest may change from run to run.
+STRUCTURE = ("num_experts", "moe_layers", "use_residual")
+
+
+def check_start(recipe: Recipe, number: int, path: str) -> None:
+    """Raises CheckpointError, RecipeError or ValueError now if a stage cannot start from `path`, or stage III could not make it sparse."""
+    if path != recipe.model and not Path(path).is_dir():
+        raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
+    model = load_on_meta(path)
+    if not isinstance(model, MoeLlavaForConditionalGeneration):
+        with torch.device("meta"):
+            MoeLlavaForConditionalGeneration(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
+        return
+    if number != 3:
+        raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")
+    if recipe.stage3.dense:
+        raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense control, which starts from a dense LLaVA")
+    wanted = MoeLlavaConfig(**model.config.to_dict() | dataclasses.asdict(recipe.stage3.moe))
+    for name in STRUCTURE:
+        attribute = "moe_layer_indices" if name == "moe_layers" else name
+        has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
+        if has != asked:
+            raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
 
 
 def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], console: Console) -> None:
@@ -132,14 +150,11 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     set_seed(recipe.seed)
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
-    model, processor = load_checkpoint(origin(recipe, number), dtype=torch.float32, attn_implementation=recipe.attention)
+    model, processor = start_model(recipe, number, name)
     moe_layers = _moe_layers(recipe, model)
-    if name == "stage3":
-        model = upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed)
-        processor = MoeLlavaProcessor.from_llava(processor)
-        if arguments.bf16:
-            # The grouped backend is not autocast: with float32 weights it would compute in float32.
-            model.set_experts_implementation("eager")
+    if name == "stage3" and arguments.bf16:
+        # The grouped backend is not autocast: with float32 weights it would compute in float32.
+        model.set_experts_implementation("eager")
     if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     counts = choose_parameters(model, name, moe_layers)
@@ -168,6 +183,19 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
             shutil.rmtree(folder)
         work.rename(final)
     console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+
+
+def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """(model, processor) as the stage starts with them: in float32, sparse in stage III."""
+    path = origin(recipe, number)
+    moe = dataclasses.asdict(recipe.stage3.moe)
+    changes: dict[str, Any] = {}
+    if isinstance(load_config(path), MoeLlavaConfig):
+        changes = {name: value for name, value in moe.items() if name not in STRUCTURE}
+    model, processor = load_checkpoint(path, dtype=torch.float32, attn_implementation=recipe.attention, **changes)
+    if name == "stage3" and not changes:
+        return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
+    return model, processor
 
 
 def last_checkpoint(work: Path) -> str | None:
@@ -223,8 +251,11 @@ def use_bf16(precision: str) -> bool:
     return precision == "bf16"
 
 
-def _moe_layers(recipe: Recipe, dense: LlavaForConditionalGeneration) -> list[int]:
-    return sparse_config(dense.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
+def _moe_layers(recipe: Recipe, model: LlavaForConditionalGeneration) -> list[int]:
+    """The layers that are, or would be, sparse."""
+    if isinstance(model, MoeLlavaForConditionalGeneration):
+        return model.config.moe_layer_indices
+    return sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
 
 
 def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from typing import Any
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.model import MoeLlavaForConditionalGeneration
-
 STAGES = {
     "stage1": ("projector",),
     "stage2": ("projector", "language model"),
@@ -69,13 +67,3 @@ def _parameters_of(model: LlavaForConditionalGeneration, part: str, moe_layers: 
         case _:
             raise ValueError(f"no part of the model is called {part!r}")
     return [parameter for module in modules for parameter in module.parameters()]
-
-
-def active_parameters(model: nn.Module) -> int:
-    """Parameters that one token goes through: all but the experts it is not routed to."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if isinstance(model, MoeLlavaForConditionalGeneration):
-        idle = 1 - model.config.num_experts_per_tok / model.config.num_experts
-        for mlp in model.model.sparse_mlps().values():
-            total -= round(sum(parameter.numel() for parameter in mlp.experts.parameters()) * idle)
-    return total

@@ -1,0 +1,123 @@
+"""A published checkpoint becomes a folder of ours: model, processor, tokenizer, chat template, generation settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from moe_llava.checkpoints import layout
+from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.folders import new_folder
+from moe_llava.checkpoints.published import Published, extra_tokens, load_published, look_at
+from moe_llava.checkpoints.tokenization import add_placeholder, highest_id, load_tokenizer
+from moe_llava.checkpoints.weights import find_weights, read_tables
+from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
+from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
+
+# Small enough that writing a shard needs little memory of its own.
+SHARD_SIZE = "2GB"
+
+
+def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None, language_model: str | Path | None = None) -> list[str]:
+    """Writes `out`, a new folder that `from_pretrained` and `pipeline` take; returns what there is to say about it, line by line.
+
+    A checkpoint without a tokenizer makes a folder without one: a model with its image processor.
+
+    Args: as `load_published`.
+
+    Raises CheckpointError as `load_published` does, or FileExistsError if `out` exists; then nothing is left behind.
+    """
+    with new_folder(out) as folder:
+        published = look_at(path, vision_towers, language_model)
+        if published.is_projector and language_model is None:
+            raise CheckpointError(f"{path} holds a projector alone: name the language model that it was trained with")
+        images = image_processor(published)
+        tokenizer = load_tokenizer(published.tokenizer_folder, published.settings["vocab_size"])
+        processor = None if tokenizer is None else make_processor(published, images, tokenizer)
+        model = load_published(path, vision_towers, language_model=language_model)
+        if processor is None:
+            images.save_pretrained(folder)
+        else:
+            model.config.image_token_id = processor.image_token_id
+            model.generation_config.eos_token_id = end_ids(published, processor.tokenizer)
+            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+            processor.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    return _summary(published, model, tokenizer)
+
+
+def image_processor(published: Published) -> LlavaImageProcessorPil:
+    """The tower's own preprocessing, after padding to a square if the model was trained so.
+
+    Raises CheckpointError if the tower comes without it.
+    """
+    try:
+        settings, _ = LlavaImageProcessorPil.get_image_processor_dict(published.tower)
+    except OSError as error:
+        raise CheckpointError(f"the vision tower {published.tower} has no preprocessor_config.json") from error
+    return LlavaImageProcessorPil.from_pretrained(
+        published.tower,
+        do_pad=published.settings.get("image_aspect_ratio") == "pad",
+        do_center_crop=settings.get("do_center_crop", False),  # SigLIP's file does not mention it
+    )
+
+
+def make_processor(published: Published, images: LlavaImageProcessorPil, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Images and text to model inputs, with the chat template that the model was trained with.
+
+    Raises CheckpointError if the tokenizer does not know what ends an answer in that template.
+    """
+    template = template_name(published, tokenizer)
+    if TEMPLATES[template].end not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"the tokenizer in {published.tokenizer_folder} does not know {TEMPLATES[template].end}, "
+            f"which ends an answer in the conversation form {template!r}"
+        )
+    wrapped = f"<im_start>{IMAGE_TOKEN}<im_end>" if published.settings.get("mm_use_im_start_end") else IMAGE_TOKEN
+    image_token_id = max(published.config.image_token_id, highest_id(tokenizer) + 1)
+    if not isinstance(published.config, MoeLlavaConfig):
+        image_token_id = published.config.image_token_id
+    tokenizer = add_placeholder(tokenizer, image_token_id, chat_template(template, wrapped))
+    vision_config = published.config.vision_config
+    arguments: dict[str, Any] = {
+        "image_processor": images,
+        "tokenizer": tokenizer,
+        "patch_size": vision_config.patch_size,
+        "vision_feature_select_strategy": published.config.vision_feature_select_strategy,
+        "num_additional_image_tokens": extra_tokens(vision_config),
+        "chat_template": tokenizer.chat_template,
+    }
+    return MoeLlavaProcessor(**arguments) if isinstance(published.config, MoeLlavaConfig) else LlavaProcessor(**arguments)
+
+
+def template_name(published: Published, tokenizer: PreTrainedTokenizerFast) -> str:
+    for token, name in published.family.templates_by_token.items():
+        if token in tokenizer.get_vocab():
+            return name
+    return published.family.template
+
+
+def end_ids(published: Published, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Where an answer ends: the tokenizer's end of text, and what ends an answer in the template."""
+    end = TEMPLATES[template_name(published, tokenizer)].end
+    return sorted({tokenizer.convert_tokens_to_ids(end)} | ({tokenizer.eos_token_id} - {None}))
+
+
+def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFast | None) -> list[str]:
+    config = model.config
+    lines = [f"{published.settings['model_type']}: {model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}"]
+    if isinstance(config, MoeLlavaConfig):
+        lines.append(
+            f"experts: {config.num_experts}, of which a token uses {config.num_experts_per_tok}, in layers {config.moe_layer_indices}"
+        )
+    if not published.is_projector:
+        for reason, names in layout.unused(read_tables(find_weights(published.folder))).items():
+            lines.append(f"not used, {reason}: {', '.join(names)}")
+    vocab_size = published.settings["vocab_size"]
+    if tokenizer is None:
+        lines.append(f"no tokenizer: {published.tokenizer_folder} has none, so the folder holds the model and its image processor alone")
+    elif highest_id(tokenizer) >= vocab_size:
+        lines.append(f"warning: the tokenizer has ids up to {highest_id(tokenizer)}, but the model's vocabulary ends at {vocab_size - 1}")
+    return lines

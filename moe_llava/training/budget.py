@@ -1,0 +1,152 @@
+"""What a model costs, counted on the meta device: parameters by part, arithmetic, cache, and the memory that training it takes.
+
+Conventions: a token goes through all parameters but those of the experts it is not routed to (the paper's "activated"). One multiplication
+and one addition are two FLOPs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from moe_llava.checkpoints.families import published_family
+from moe_llava.checkpoints.load import load_on_meta
+from moe_llava.checkpoints.published import look_at
+from moe_llava.checkpoints.weights import read_json
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
+from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.recipe import load_recipe
+from moe_llava.training.stages import choose_parameters
+
+CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
+PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`total`, `active`: parameters by part. `flops`: of the language model's forward pass for one token, at CONTEXT. `cache_bytes`: of
+    keys and values per token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, that a token uses), or None for a dense model."""
+
+    layers: int
+    moe_layers: list[int]
+    experts: tuple[int, int] | None
+    total: dict[str, int]
+    active: dict[str, int]
+    flops: int
+    cache_bytes: int
+
+    @property
+    def language_model(self) -> tuple[int, int]:
+        """(total, active) without tower and projector, as the paper counts."""
+        seen = self.total["tower"] + self.total["projector"]
+        return sum(self.total.values()) - seen, sum(self.active.values()) - seen
+
+    @property
+    def weight_bytes(self) -> int:
+        """In bfloat16."""
+        return 2 * sum(self.total.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        total, active = self.language_model
+        derived = {"language_model": {"total": total, "active": active}, "weight_bytes": self.weight_bytes, "context": CONTEXT}
+        return dataclasses.asdict(self) | derived
+
+
+def count(model: LlavaForConditionalGeneration) -> Budget:
+    """The budget of `model`, which may be on the meta device."""
+    total = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        total[_part(model, name)] += parameter.numel()
+    experts = (model.config.num_experts, model.config.num_experts_per_tok) if is_sparse(model) else None
+    active = dict(total)
+    if experts is not None:
+        active["experts"] = total["experts"] * experts[1] // experts[0]
+    text: Any = model.config.text_config
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
+    head = model.lm_head.weight.numel()
+    multiplied = active["attention"] + active["FFN"] + active["experts"] + active["router"] + head
+    scores = 2 * text.num_hidden_layers * text.num_attention_heads * head_width * CONTEXT
+    return Budget(
+        layers=text.num_hidden_layers,
+        moe_layers=model.config.moe_layer_indices if is_sparse(model) else [],
+        experts=experts,
+        total=total,
+        active=active,
+        flops=2 * (multiplied + scores),
+        cache_bytes=2 * text.num_hidden_layers * (text.num_key_value_heads or text.num_attention_heads) * head_width * 2,
+    )
+
+
+def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, int]]:
+    """(budget, bytes of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with.
+
+    Raises RecipeError or CheckpointError as loading them does.
+    """
+    if Path(target).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(Path(target))
+        start = load_on_meta(recipe.model)
+        moe = dataclasses.asdict(recipe.stage3.moe)
+        stage = "dense" if recipe.stage3.dense else "stage3"
+        final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, **moe))
+        layers = final.config.moe_layer_indices if is_sparse(final) else sparse_config(start.config, **moe).moe_layer_indices
+        stages = {stage: training_bytes(final, stage, layers)}
+    else:
+        start = final = _checkpoint_on_meta(target, vision_towers)
+        stages = {"stage3": training_bytes(final, "stage3", final.config.moe_layer_indices)} if is_sparse(final) else {}
+    if not is_sparse(start):
+        stages = {stage: training_bytes(start, stage, []) for stage in ("stage1", "stage2")} | stages
+    return count(final), stages
+
+
+def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
+    folder = Path(path)
+    if folder.is_dir() and published_family(read_json(folder / "config.json").get("model_type")):
+        return look_at(path, vision_towers).on_meta()
+    return load_on_meta(path)
+
+
+def is_sparse(model: LlavaForConditionalGeneration) -> bool:
+    return isinstance(model, MoeLlavaForConditionalGeneration)
+
+
+def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:
+    with torch.device("meta"):
+        return MoeLlavaForConditionalGeneration._from_config(config)
+
+
+def active_parameters(model: LlavaForConditionalGeneration) -> int:
+    """Parameters that one token goes through."""
+    return sum(count(model).active.values())
+
+
+def training_bytes(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int]) -> int:
+    """Memory of weights, gradients and AdamW's two moments in float32, as training keeps them on one device. Activations come on top.
+
+    Args: as `choose_parameters`.
+    """
+    counts = choose_parameters(model, stage, moe_layers)
+    return 4 * counts.total + 12 * sum(counts.learning.values())
+
+
+def _part(model: LlavaForConditionalGeneration, name: str) -> str:
+    """Which of PARTS the parameter `name` belongs to."""
+    if ".vision_tower." in name:
+        return "tower"
+    if ".multi_modal_projector." in name:
+        return "projector"
+    if name.startswith("lm_head.") or ".embed_tokens." in name:
+        return "embeddings"
+    if ".mlp." in name:
+        mlp: nn.Module = model.get_submodule(name.partition(".mlp.")[0] + ".mlp")
+        inner = name.partition(".mlp.")[2].partition(".")[0]
+        if isinstance(mlp, SparseMlp) and inner != "residual_mlp":
+            return "experts" if inner == "experts" else "router"
+        return "FFN"
+    return "attention" if ".self_attn." in name else "norms"
