@@ -1,0 +1,292 @@
+"""Converted folders: what is in them, and that everything that reads such folders reads them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
+
+from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, load_published
+from moe_llava.checkpoints.convert import convert
+from moe_llava.checkpoints.errors import CheckpointError
+from tests.checkpoints import tiny_published as tiny
+from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
+from tests.conftest import run_command
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return tiny.write_towers(tmp_path_factory.mktemp("towers"))
+
+
+def published(folder, towers, family="qwen1_5", vocab_size=520, tokenizer=True, **options):
+    settings = tiny.settings_of(family, vocab_size=vocab_size, **options)
+    tiny.write_published(folder, settings, tiny.weights_of(settings, towers))
+    if tokenizer and family == "qwen":
+        write_tiktoken(folder, "qwen.tiktoken")
+    elif tokenizer:
+        write_phi(folder, fast=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, towers):
+    """A converted sparse checkpoint, made by the command."""
+    folder = tmp_path_factory.mktemp("converted")
+    published(folder / "published", towers)
+    result = run_command("convert", folder / "published", folder / "out", "--vision-towers", towers)
+    assert result.returncode == 0, result.stderr
+    assert "moe_llava_qwen1_5: " in result.stdout
+    assert "experts: 3, of which a token uses 2, in layers [1, 2]" in result.stdout
+    return folder / "out"
+
+
+def test_the_folder_loads_by_the_auto_classes_and_computes_the_same(converted, towers):
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    assert type(model) is MoeLlavaForConditionalGeneration
+    expected = load_published(converted.parent / "published", towers).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.generation_config.eos_token_id == [500]
+    assert model.generation_config.pad_token_id == 502
+    processor = AutoProcessor.from_pretrained(converted)
+    assert type(processor) is MoeLlavaProcessor
+    assert processor.image_token_id == model.config.image_token_id == 520
+    assert processor.image_processor.do_pad
+
+
+def test_prompt_and_answer(converted):
+    model, processor = AutoModelForImageTextToText.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
+    prompt = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    assert prompt == f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT:"
+    inputs = processor(text=prompt, images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+    assert (inputs["input_ids"] == 520).sum() == 16
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_chat_and_pipeline(converted, tmp_path):
+    Image.new("RGB", (50, 30)).save(tmp_path / "image.png")
+    arguments = ("--image", tmp_path / "image.png", "--max-new-tokens", 4, "--json", "What is this?")
+    answer = json.loads(run_command("chat", converted, *arguments).stdout)
+    assert answer["question"] == "What is this?"
+    content = [{"type": "image", "image": Image.new("RGB", (50, 30))}, {"type": "text", "text": "What is this?"}]
+    output = pipeline("image-text-to-text", model=str(converted))(text=[{"role": "user", "content": content}], max_new_tokens=3)
+    assert isinstance(output[0]["generated_text"], list)
+
+
+WITHOUT_PACKAGE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "moe_llava":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, out = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="<image>\\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(**inputs, output_router_logits=True).logits, out + "/logits.pt")
+model.save_pretrained(out)
+processor.save_pretrained(out)
+print("moe_llava" in sys.modules, type(model).__name__, type(processor).__name__)
+"""
+
+
+def without_package(folder, out):
+    out.mkdir()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules")}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
+    assert result.stdout == "False MoeLlavaForConditionalGeneration MoeLlavaProcessor\n", result.stderr
+    return torch.load(out / "logits.pt")
+
+
+def test_the_folder_works_where_the_package_is_not_installed(converted, tmp_path):
+    """And so does what is saved there."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
+    inputs = processor(text="<image>\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    torch.testing.assert_close(without_package(converted, tmp_path / "first"), expected)
+    torch.testing.assert_close(without_package(tmp_path / "first", tmp_path / "second"), expected)
+
+
+def test_a_dense_checkpoint_becomes_a_llava_that_upcycles(tmp_path, towers):
+    published(tmp_path / "published", towers, sparse=False)
+    convert(tmp_path / "published", tmp_path / "out", towers)
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+    assert (type(model), type(processor)) == (LlavaForConditionalGeneration, LlavaProcessor)
+    assert processor.image_token_id == model.config.image_token_id == 519  # the tokenizer's own ids end at 502
+    inputs = processor(text="<image>\nWhat?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    result = run_command("upcycle", tmp_path / "out", tmp_path / "sparse")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_full_vocabulary_gets_one_more_row_in_a_dense_model(tmp_path, towers):
+    published(tmp_path / "published", towers, sparse=False, vocab_size=503)
+    convert(tmp_path / "published", tmp_path / "out", towers)
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.image_token_id == model.config.image_token_id == 503
+    inputs = processor(text="<image>\nWhat?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+    assert model(**inputs).logits.shape[-1] == 504
+    assert model.generation_config.suppress_tokens == [503]
+
+
+def test_qwens_tokenizer_and_a_siglip_tower(tmp_path, towers):
+    published(tmp_path / "published", towers, "qwen", vocab_size=1200, tower=tiny.SIGLIP)
+    lines = convert(tmp_path / "published", tmp_path / "out", towers)
+    assert any(line.startswith("not used, the pooling head of a SigLIP tower") for line in lines)
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(text="<image>\nWhat?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
+    assert (inputs["input_ids"] == 1200).sum() == 15
+    assert model(**inputs).logits.shape[-1] == 1200
+    assert processor._get_num_multimodal_tokens([[50, 30]])["num_image_tokens"] == [15]
+
+
+@pytest.mark.parametrize(("family", "token", "end"), [("mistral", "<|end_of_turn|>", "<|end_of_turn|>"), ("mistral", None, "</s>")])
+def test_openchat_is_a_mistral_whose_tokenizer_knows_its_turns(tmp_path, towers, golden, family, token, end):
+    folder = published(tmp_path / "published", towers, family, tokenizer=False)
+    text = (golden / "tokenizers" / "llama_fast" / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text if token else text.replace("<|end_of_turn|>", "<|other|>"))
+    config = json.loads((golden / "tokenizers" / "llama_fast" / "tokenizer_config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("added_tokens_decoder", "additional_special_tokens")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    convert(folder, tmp_path / "out", towers)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    messages = [*QUESTION, {"role": "assistant", "content": "A cat."}]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt == f"<s>{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A cat.{end}"
+    ends = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").generation_config.eos_token_id
+    assert ends == sorted({processor.tokenizer.convert_tokens_to_ids(end), processor.tokenizer.eos_token_id})
+
+
+def test_a_stage_1_projector(tmp_path, towers):
+    folder = published(tmp_path / "base", towers, sparse=False)
+    weights = tiny.weights_of(json.loads((folder / "config.json").read_text()))
+    base = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name}
+    tiny.write_published(tmp_path / "language", {}, base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "language" / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, tmp_path / "stage1" / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match="holds a projector alone: name the language model"):
+        convert(tmp_path / "stage1", tmp_path / "out", towers)
+    convert(tmp_path / "stage1", tmp_path / "out", towers, tmp_path / "language")
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_token_id == 519
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+
+
+def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
+    published(tmp_path / "published", towers, tokenizer=False)
+    result = run_command("convert", tmp_path / "published", tmp_path / "out", "--vision-towers", towers)
+    assert "no tokenizer: " in result.stdout
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    refused = run_command("chat", tmp_path / "out", "What?")
+    assert refused.returncode == 2
+    assert "error: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path, towers):
+    folder = published(tmp_path / "published", towers)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|endoftext|>", "<|done|>"))
+    with pytest.raises(CheckpointError, match=r"does not know <\|endoftext\|>"):
+        convert(folder, tmp_path / "out", towers)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no moe", "no tower", "no preprocessing"])
+def test_nothing_is_left_behind_by_what_is_refused(tmp_path, towers, damage):
+    folder = published(tmp_path / "published", towers)
+    if damage == "truncated":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5])
+    elif damage == "no moe":
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "moe"}))
+    elif damage == "no tower":
+        towers = tmp_path / "none"
+    else:
+        towers = tiny.write_towers(tmp_path / "towers")
+        (towers / tiny.CLIP / "preprocessor_config.json").unlink()
+    before = sorted(tmp_path.iterdir())
+    result = run_command("convert", folder, tmp_path / "out", "--vision-towers", towers)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_in_the_way_is_kept(tmp_path, towers):
+    folder = published(tmp_path / "published", towers)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert(folder, tmp_path / "out", towers)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_other_commands_say_what_to_do_with_a_published_checkpoint(tmp_path, towers):
+    folder = published(tmp_path / "published", towers)
+    result = run_command("chat", folder, "What?")
+    assert result.returncode == 2
+    assert "make one of ours with `moe-llava convert`" in result.stderr
+
+
+MEASURE = """
+import sys, threading, psutil
+import torch
+from pathlib import Path
+import moe_llava.checkpoints.convert as module
+process, peak, done = psutil.Process(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, process.memory_info().rss)
+published, towers, out, warm = map(Path, sys.argv[1:])
+module.convert(warm, out.with_name("warmed"), towers)  # so that what libraries keep for themselves is not counted
+start = process.memory_info().rss
+thread = threading.Thread(target=watch)
+thread.start()
+module.convert(published, out, towers)
+done.set()
+thread.join()
+print(peak - start)
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_memory_of_a_conversion(tmp_path, towers, form, monkeypatch):
+    """At most 1.3 times the checkpoint's size, on top of what libraries need."""
+    published(tmp_path / "warm", towers)
+    monkeypatch.setattr(tiny, "FFN", 120_000)
+    monkeypatch.setitem(tiny.FAMILIES["qwen1_5"], "intermediate_size", 120_000)
+    folder = published(tmp_path / "published", towers)
+    file = folder / "model.safetensors"
+    if form == "bin":
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+        file = folder / "pytorch_model.bin"
+    size = file.stat().st_size
+    assert size > 300e6
+    arguments = [folder, towers, tmp_path / "out", tmp_path / "warm"]
+    result = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.splitlines()[-1]) < 1.3 * size

@@ -1,0 +1,330 @@
+"""Published checkpoints of the families without recorded outputs, against the arithmetic written down in tiny_published.py; the files they
+may come in; and what is refused."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel
+
+from moe_llava import MoeLlavaForConditionalGeneration, load_published
+from moe_llava.checkpoints.errors import CheckpointError
+from tests.checkpoints import tiny_published as tiny
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return tiny.write_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture
+def write(tmp_path, towers):
+    """Writes a checkpoint and returns (folder, settings, weights)."""
+
+    def write(family="qwen1_5", with_tower=True, **options):
+        settings = tiny.settings_of(family, **options)
+        weights = tiny.weights_of(settings, towers if with_tower else None)
+        return tiny.write_published(tmp_path / "published", settings, weights), settings, weights
+
+    return write
+
+
+def features(model, pixels):
+    outputs = model.model.get_image_features(
+        pixel_values=pixels, vision_feature_layer=-2, vision_feature_select_strategy=model.config.vision_feature_select_strategy
+    )
+    return torch.stack(list(outputs.pooler_output))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 1}, {"use_residual": True}, {"top_k": 1, "use_residual": True}, {"sparse": False}],
+    ids=["top2", "top1", "residual", "top1_residual", "dense"],
+)
+@torch.no_grad()
+def test_every_family_computes_what_its_arithmetic_says(write, towers, family, options):
+    folder, settings, weights = write(family, **options)
+    model = load_published(folder, towers)
+    assert type(model) is (MoeLlavaForConditionalGeneration if options.get("sparse", True) else LlavaForConditionalGeneration)
+    assert not model.training
+    x = torch.randn(10, tiny.D, generator=torch.Generator().manual_seed(1))
+    logits = model.lm_head(model.model.language_model(inputs_embeds=x[None]).last_hidden_state)[0]
+    torch.testing.assert_close(logits, tiny.compute(settings, weights, x), atol=1e-4, rtol=0)
+    embedding = weights["transformer.wte.weight" if family == "qwen" else "model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+@pytest.mark.parametrize(("tower", "tower_class", "count"), [(tiny.CLIP, CLIPVisionModel, 16), (tiny.SIGLIP, SiglipVisionModel, 15)])
+@pytest.mark.parametrize("with_tower", [True, False], ids=["tower in the checkpoint", "tower beside it"])
+@torch.no_grad()
+def test_towers_leave_out_the_first_token(write, towers, tower, tower_class, count, with_tower):
+    """CLIP's class token; of SigLIP, which has none, the first patch."""
+    folder, _, weights = write(tower=tower, with_tower=with_tower)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    hidden = tower_class.from_pretrained(towers / tower)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    first, second = ("model.mm_projector.image_spatial_proj." + name for name in "02")
+    expected = torch.nn.functional.gelu(hidden @ weights[first + ".weight"].T + weights[first + ".bias"])
+    expected = expected @ weights[second + ".weight"].T + weights[second + ".bias"]
+    found = features(load_published(folder, towers), pixels)
+    assert found.shape[1] == count
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_checkpoints_own_tower_counts(write, towers):
+    folder, _, weights = write()
+    key = "model.image_tower.image_tower.vision_model.embeddings.class_embedding"
+    weights[key] = weights[key] + 1
+    save_file(weights, folder / "model.safetensors")
+    model = load_published(folder, towers)
+    assert torch.equal(model.model.vision_tower.state_dict()["embeddings.class_embedding"], weights[key])
+
+
+# --- files
+
+
+def shard(weights, folder, suffix):
+    """Three shards and their index."""
+    (folder / "model.safetensors").unlink()
+    stem, save = ("model", save_file) if suffix == "safetensors" else ("pytorch_model", torch.save)
+    names = sorted(weights)
+    weight_map = {}
+    for number in range(3):
+        part = names[number::3]
+        file = f"{stem}-{number + 1:05}-of-00003.{suffix}"
+        save({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def single_bin(weights, folder, **options):
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", **options)
+
+
+FORMS = {
+    "safetensors shards": lambda weights, folder: shard(weights, folder, "safetensors"),
+    "bin shards": lambda weights, folder: shard(weights, folder, "bin"),
+    "bin": single_bin,
+    "bin before torch 1.6": lambda weights, folder: single_bin(weights, folder, _use_new_zipfile_serialization=False),
+    "bin, transposed": lambda weights, folder: single_bin(
+        {name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights.items()}, folder
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_forms_of_files_give_the_same_model(write, towers, form, dtype):
+    folder, _, weights = write("qwen")
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors")
+    single = load_published(folder, towers)
+    assert single.dtype == dtype
+    expected = single.state_dict()
+    FORMS[form](weights, folder)
+    found = load_published(folder, towers).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_dtype_on_request(write, towers):
+    folder, *_ = write()
+    assert load_published(folder, towers, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_tied_head_may_be_left_out(write, towers):
+    folder, settings, weights = write()
+    settings["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(settings))
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
+    model = load_published(folder, towers)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_what_is_known_to_be_unused_is_passed_over(write, towers):
+    folder, _, weights = write()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(weights, folder / "model.safetensors")
+    load_published(folder, towers)
+
+
+@torch.no_grad()
+def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tmp_path):
+    folder, settings, weights = write("qwen", sparse=False)
+    whole = load_published(folder, towers)
+    stage1 = tmp_path / "stage1"
+    stage1.mkdir()
+    (stage1 / "config.json").write_text(json.dumps(settings))
+    torch.save({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, stage1 / "mm_projector.bin")
+    base = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name and "image_tower" not in name}
+    language_model = tiny.write_published(tmp_path / "base", {"model_type": "qwen"}, base | {"lm_head.bias": torch.ones(tiny.VOCAB)})
+
+    pixels = torch.randn(1, 3, 32, 32)
+    for path in (stage1, stage1 / "mm_projector.bin"):
+        model = load_published(path, towers)
+        assert torch.equal(features(model, pixels), features(whole, pixels))
+        assert model.lm_head.weight.is_meta  # no weights are made up
+
+    joined = load_published(stage1, towers, language_model=language_model)
+    assert all(torch.equal(tensor, joined.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    with pytest.raises(CheckpointError, match="holds its own language model"):
+        load_published(folder, towers, language_model=language_model)
+
+
+# --- the placeholder
+
+
+@torch.no_grad()
+def test_the_placeholder_takes_no_row_of_a_sparse_model(write, towers):
+    folder, *_ = write()
+    model = load_published(folder, towers)
+    assert model.config.image_token_id == tiny.VOCAB
+    ids = torch.tensor([[5] + [tiny.VOCAB] * 16 + [6]])
+    assert model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 18, tiny.VOCAB)
+
+
+@torch.no_grad()
+def test_the_placeholder_of_a_dense_model_is_a_row_that_no_token_has(write, towers):
+    folder, *_ = write(sparse=False)
+    model = load_published(folder, towers)
+    assert model.config.image_token_id == tiny.VOCAB - 1
+    assert model.generation_config.suppress_tokens == [tiny.VOCAB - 1]
+    ids = torch.tensor([[5] + [tiny.VOCAB - 1] * 16 + [6]])
+    assert model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 18, tiny.VOCAB)
+
+
+# --- bad input
+
+
+def change(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        if value is None:
+            settings.pop(name)
+        else:
+            settings[name] = value
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe": None}, "has model_type 'moe_llava_qwen1_5', but no settings `moe`"),
+        ({"model_type": "moe_llava_gpt"}, "has model_type 'moe_llava_gpt', but a published checkpoint has one of"),
+        ({"model_type": "llama"}, "has model_type 'llama'"),
+        ({"model_type": None}, "has model_type None"),
+        ({"mm_image_tower": "openai/none"}, "the vision tower openai/none is in neither"),
+        ({"mm_image_tower": None}, "must name the vision tower"),
+        ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
+        ({"image_projector_type": "qformer2_64"}, "has image_projector_type 'qformer2_64'"),
+        ({"mm_vision_select_feature": "cls"}, "has mm_vision_select_feature 'cls'"),
+        ({"moe": {"num_experts": [3, 2], "top_k_experts": 2, "moe_layers_idx": [1, 2]}}, r"has moe.num_experts \[3, 2\]"),
+        ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "does not say moe.moe_layers_idx"),
+        ({"moe": {"num_experts": [3], "top_k_experts": 4, "moe_layers_idx": [1]}}, "num_experts_per_tok is 4"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+    ],
+)
+def test_configurations_that_are_refused(write, towers, changes, message):
+    folder, *_ = write()
+    change(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_published(folder, towers)
+    assert str(folder) in str(caught.value) or "tower" in message
+
+
+def test_a_qwen_that_computes_something_else_is_refused(write, towers):
+    folder, *_ = write("qwen")
+    change(folder, no_bias=False)
+    with pytest.raises(CheckpointError, match="has no_bias False, but only True"):
+        load_published(folder, towers)
+
+
+def test_all_wrong_names_and_shapes_are_listed(write, towers):
+    folder, _, weights = write()
+    del weights["model.norm.weight"], weights["model.layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight"]
+    weights["model.extra.weight"] = torch.ones(2)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_published(folder, towers)
+    text = str(caught.value)
+    assert "missing: model.norm.weight [32]" in text
+    assert "missing: model.layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight [48, 32]" in text
+    assert "unexpected: model.extra.weight [2]" in text
+    assert "misshapen: lm_head.weight is [119, 32], but the configuration asks for [120, 32]" in text
+
+
+def test_a_truncated_safetensors_file(write, towers):
+    folder, *_ = write()
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    for length, message in ((len(content) - 10, "is truncated"), (100, "is truncated"), (5, "is truncated"), (0, "is truncated")):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=message):
+            load_published(folder, towers)
+    file.write_bytes(b"\x10" + b"\0" * 7 + b"no header at all" + content)
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        load_published(folder, towers)
+
+
+def test_a_truncated_or_missing_shard(write, towers):
+    folder, _, weights = write()
+    shard(weights, folder, "bin")
+    file = folder / "pytorch_model-00002-of-00003.bin"
+    file.write_bytes(file.read_bytes()[:-3000])
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00003.bin is truncated or damaged"):
+        load_published(folder, towers)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"names shards that .* does not have: pytorch_model-00002-of-00003.bin"):
+        load_published(folder, towers)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('harm').touch()",))
+
+
+def test_a_pickle_with_code_is_not_run(write, towers, tmp_path, monkeypatch):
+    folder, *_ = write()
+    (folder / "model.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    torch.save({"lm_head.weight": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin holds more than tensors, which may be code"):
+        load_published(folder, towers)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin"):
+        load_published(folder, towers)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_folder_without_weights_or_configuration(write, towers, tmp_path):
+    folder, *_ = write()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights; looked for"):
+        load_published(folder, towers)
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        load_published(tmp_path, towers)
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        load_published(tmp_path / "none" / "at" / "all", towers)
+    with pytest.raises(CheckpointError, match="is not a folder, and the hub did not give it"):
+        load_published("nobody/nothing", towers)
+
+
+def test_a_tower_that_only_the_hub_could_have(write):
+    folder, *_ = write()
+    with pytest.raises(CheckpointError, match="the vision tower openai/clip-tiny cannot be loaded from openai/clip-tiny"):
+        load_published(folder)
+
+
+def test_the_stored_tensors_are_left_as_they_are(write, towers):
+    folder, _, weights = write()
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_published(folder, towers)
+    model.lm_head.weight.data.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
