@@ -36,7 +36,8 @@ TEMPLATES = {
 }
 
 # A message is a string, or parts; parts stand on lines of their own, an image as its placeholder. What a model learns to say is marked:
-# the space before an answer belongs to it, because most tokenizers join it to the first word.
+# the space before an answer belongs to it, because most tokenizers join it to the first word. An empty answer is none: the original
+# code writes neither the space nor the end.
 _JINJA = (
     "{%- macro text(content) -%}"
     "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
@@ -47,7 +48,7 @@ _JINJA = (
     "{%- if messages[0]['role'] == 'system' -%}{{- text(messages[0]['content']) -}}{%- else -%}{{- SYSTEM -}}{%- endif -%}{{- ' ' -}}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{{- 'USER: ' + text(message['content']) + ' ASSISTANT:' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- elif message['role'] == 'assistant' and text(message['content']) -%}"
     "{%- generation -%}{{- ' ' + text(message['content']) + END -}}{%- endgeneration -%}"
     "{%- endif -%}"
     "{%- endfor -%}"

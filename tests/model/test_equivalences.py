@@ -216,3 +216,18 @@ def test_either_ids_or_embeddings():
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_reentrant"):
         upcycle(tiny_dense("llama")).gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_experts_per_token_may_change_at_load(tmp_path, k):
+    upcycle(tiny_dense("llama"), num_experts=4).save_pretrained(tmp_path)
+    changed = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, num_experts_per_tok=k)
+    assert changed.config.num_experts_per_tok == k
+    router = changed.model.sparse_mlps()[0].router
+    assert router(torch.randn(5, 32))[2].shape == (5, k)
+
+
+def test_more_experts_per_token_than_there_are_is_refused_at_load(tmp_path):
+    upcycle(tiny_dense("llama"), num_experts=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"num_experts_per_tok is 5, but must lie in 1\.\.num_experts=4"):
+        MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, num_experts_per_tok=5)

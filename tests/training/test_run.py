@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
-from moe_llava.checkpoints.load import CheckpointError
+from moe_llava.checkpoints.load import CheckpointError, load_config
 from moe_llava.data.records import DataError
 from moe_llava.training import run
 from moe_llava.training.recipe import RecipeError, load_recipe
@@ -225,6 +226,34 @@ def test_stages_do_not_start_from_a_sparse_model(write_recipe, tmp_path):
     recipe.model, recipe.output = str(tmp_path / "run" / "stage3"), str(tmp_path / "again")
     with pytest.raises(RecipeError, match="sparse already"):
         train(recipe, [1], resume=False, console=QUIET)
+
+
+def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
+    """With other settings where the weights allow it, and a word about it where they do not."""
+    train(load_recipe(write_recipe()), [1, 2, 3], resume=False, console=QUIET)
+    before = load_file(tmp_path / "run" / "stage3" / "model.safetensors")
+    again = {"model": str(tmp_path / "run" / "stage3"), "output": str(tmp_path / "again")}
+    recipe = load_recipe(write_recipe(**again, stage3__moe={"num_experts_per_tok": 1, "capacity_factor": 1.5}))
+    train(recipe, [3], resume=False, console=QUIET)
+    config = load_config(tmp_path / "again" / "stage3")
+    assert (config.num_experts, config.num_experts_per_tok, config.capacity_factor) == (4, 1, 1.5)
+    after = load_file(tmp_path / "again" / "stage3" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".experts." in name or ".router." in name for name in changed)
+
+    other = {**again, "output": str(tmp_path / "other")}
+    for moe, message in (
+        ({"num_experts": 8}, "has num_experts 4, but stage3.moe.num_experts says 8"),
+        ({"moe_layers": "all"}, r"has moe_layers \[0, 2\], but stage3.moe.moe_layers says \[0, 1, 2, 3\]"),
+        ({"use_residual": True}, "has use_residual False, but stage3.moe.use_residual says True"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            train(load_recipe(write_recipe(**other, stage3__moe=moe)), [3], resume=False, console=QUIET)
+    with pytest.raises(RecipeError, match=r"but stage3\.dense asks for the dense control"):
+        train(load_recipe(write_recipe(**other, stage3__dense=True)), [3], resume=False, console=QUIET)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_stage_needs_the_one_before(write_recipe):

@@ -1,0 +1,136 @@
+"""Counts from configurations alone, and the paper's table of models."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, PhiConfig, Qwen2Config, StableLmConfig
+
+from moe_llava import upcycle
+from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.budget import active_parameters, count, on_meta, survey, training_bytes
+from tests.checkpoints import tiny_published
+from tests.conftest import run_command, tiny_dense
+from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
+
+# The language models of the paper, from their published configurations.
+LANGUAGE_MODELS = {
+    "stablelm": StableLmConfig(
+        vocab_size=100352, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
+        use_qkv_bias=True,
+    ),
+    "qwen": Qwen2Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+    ),
+    "phi": PhiConfig(vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32),
+    "openchat": MistralConfig(
+        vocab_size=32002, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    ),
+}  # fmt: skip
+TOWER = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+)
+
+
+def sparse_on_meta(name, moe_layers="interval"):
+    dense = LlavaConfig(text_config=LANGUAGE_MODELS[name], vision_config=TOWER)
+    return on_meta(sparse_config(dense, num_experts=4, num_experts_per_tok=2, moe_layers=moe_layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "moe_layers", "active", "total"),
+    [
+        # Table 1 of the paper (arXiv 2401.15947), in 1e9. Left out: what follows from a base that the paper counts wrongly, the active
+        # parameters of 1.6Bx4 (2.0) and of 7Bx4 (9.6; total 15.2): its bases are 1.6 and 6.7, the configurations' 1.64 and 7.24.
+        ("stablelm", "interval", None, 2.9),
+        ("stablelm", "all", 2.5, 4.1),
+        ("qwen", "interval", 2.2, 3.1),
+        ("qwen", "all", 2.6, 4.3),
+        ("phi", "interval", 3.6, 5.3),
+        ("phi", "all", 4.5, 7.8),
+    ],
+)
+def test_the_papers_table(name, moe_layers, active, total):
+    found_total, found_active = count(sparse_on_meta(name, moe_layers)).language_model
+    assert found_total / 1e9 == pytest.approx(total, rel=0.02)
+    if active is not None:
+        assert found_active / 1e9 == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "total"), [("stablelm", 2.06, 2.89), ("qwen", 2.24, 3.05), ("phi", 3.62, 5.30), ("openchat", 10.06, 15.70)]
+)
+def test_counted_from_the_configurations(name, active, total):
+    found_total, found_active = count(sparse_on_meta(name)).language_model
+    assert (round(found_active / 1e9, 2), round(found_total / 1e9, 2)) == (active, total)
+
+
+def test_every_parameter_is_in_one_part():
+    for family in ("phi", "qwen3", "gemma"):
+        dense = tiny_dense(family)
+        sparse = upcycle(dense, num_experts=4, num_experts_per_tok=1, use_residual=True)
+        for model in (dense, sparse):
+            assert sum(count(model).total.values()) == sum(parameter.numel() for parameter in model.parameters())
+        ffn = sum(parameter.numel() for parameter in dense.model.language_model.layers[0].mlp.parameters())
+        assert count(dense).total["FFN"] == count(sparse).total["FFN"] == 4 * ffn
+        assert count(sparse).total["experts"] == 2 * 4 * ffn
+        assert count(sparse).active["experts"] == 2 * ffn
+        assert count(sparse).total["router"] == 2 * (4 * 32 + 2 * 32 + 2)
+
+
+def test_active_parameters_leave_out_idle_experts():
+    dense = tiny_dense("llama")
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    assert active_parameters(dense) == total
+    sparse = upcycle(dense, num_experts=4, num_experts_per_tok=1)
+    # One expert per token is as much as the dense model, and a router of 4 x 32 in each of two layers.
+    assert active_parameters(sparse) == total + 2 * 4 * 32
+
+
+def test_flops_and_cache_by_hand():
+    """Llama with 4 layers, width 32, FFN 48, 4 heads of width 8, 2 of them for keys and values, vocabulary 99; 2,048 tokens of context."""
+    budget = count(tiny_dense("llama"))
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    assert budget.flops == 2 * (4 * layer + 32 * 99) + 4 * (2 * 2 * 32 * 2048)
+    assert budget.cache_bytes == 4 * 2 * 16 * 2
+
+
+def test_training_memory():
+    """float32: 4 bytes of weight for all, and 12 of gradient and moments for what learns."""
+    dense = tiny_dense("llama")
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    projector = sum(parameter.numel() for parameter in dense.model.multi_modal_projector.parameters())
+    assert training_bytes(dense, "stage1", []) == 4 * total + 12 * projector
+    sparse = upcycle(dense)
+    parts = count(sparse).total
+    expected = 4 * sum(parts.values()) + 12 * (parts["experts"] + parts["router"])
+    assert training_bytes(sparse, "stage3", sparse.config.moe_layer_indices) == expected
+
+
+def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F811
+    recipe = write_recipe()
+    budget, stages = survey(recipe)
+    assert budget.experts == (4, 2)
+    assert list(stages) == ["stage1", "stage2", "stage3"]
+    assert list(survey(write_recipe(stage3__dense=True))[1]) == ["stage1", "stage2", "dense"]
+    dense, stages = survey(tiny_base / "base")
+    assert dense.experts is None
+    assert list(stages) == ["stage1", "stage2"]
+    towers = tiny_published.write_towers(tmp_path / "towers")
+    published = tmp_path / "published"
+    settings = tiny_published.settings_of("qwen")
+    tiny_published.write_published(published, settings, {"lm_head.weight": torch.ones(1)})  # the weights are not looked at
+    budget, stages = survey(published, towers)
+    assert (budget.experts, budget.moe_layers, list(stages)) == ((3, 2), [1, 2], ["stage3"])
+
+
+def test_the_command(tiny_base, tmp_path):  # noqa: F811
+    table = run_command("params", tiny_base / "base").stdout
+    assert "tower" in table
+    assert "training, stage2: " in table
+    found = json.loads(run_command("params", tiny_base / "base", "--json").stdout)
+    assert found["language_model"]["total"] == sum(found["total"].values()) - found["total"]["tower"] - found["total"]["projector"]
+    assert found["training_bytes"].keys() == {"stage1", "stage2"}
+    refused = run_command("params", tmp_path)
+    assert refused.returncode == 2
+    assert "has no config.json" in refused.stderr
