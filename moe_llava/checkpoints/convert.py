@@ -16,9 +16,6 @@ from moe_llava.checkpoints.weights import find_weights, read_tables
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 
-# Small enough that writing a shard needs little memory of its own.
-SHARD_SIZE = "2GB"
-
 
 def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None, language_model: str | Path | None = None) -> list[str]:
     """Writes `out`, a new folder that `from_pretrained` and `pipeline` take; returns what there is to say about it, line by line.
@@ -44,7 +41,7 @@ def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None
             model.generation_config.eos_token_id = end_ids(published, processor.tokenizer)
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
             processor.save_pretrained(folder)
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(folder)
     return _summary(published, model, tokenizer)
 
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import tiny_published
+from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
-DOCUMENTS = ["README.md", "docs/training.md", "docs/digits.md"]
+DOCUMENTS = ["README.md", "docs/training.md", "docs/digits.md", "docs/checkpoints.md", "docs/customising.md"]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
     "digits": ["--train-images", "20", "--test-images", "4"],
     "train": SMALL,
     "chat": ["--max-new-tokens", "4"],
+    "convert": [],
+    "params": [],
     "tower": ["--steps", "2"],
     "language-model": ["--steps", "2"],
 }
@@ -51,6 +55,9 @@ def runnable(words: list[str]) -> list[str] | None:
 @pytest.mark.slow
 def test_documented_commands_and_python_run(tmp_path):
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    towers = tiny_published.write_towers(tmp_path / "towers")
+    settings = tiny_published.settings_of("qwen1_5", vocab_size=520)
+    write_phi(tiny_published.write_published(tmp_path / "published", settings, tiny_published.weights_of(settings, towers)), fast=True)
     ran = 0
     for name, words in commands():
         command = runnable(words)
