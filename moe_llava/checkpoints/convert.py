@@ -10,7 +10,7 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedToken
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.folders import new_folder
-from moe_llava.checkpoints.published import Published, extra_tokens, load_published, look_at
+from moe_llava.checkpoints.published import Published, extra_tokens, look_at
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id, load_tokenizer
 from moe_llava.checkpoints.weights import find_weights, read_tables
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
@@ -28,12 +28,12 @@ def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None
     """
     with new_folder(out) as folder:
         published = look_at(path, vision_towers, language_model)
-        if published.is_projector and language_model is None:
+        if published.language_model is None:
             raise CheckpointError(f"{path} holds a projector alone: name the language model that it was trained with")
         images = image_processor(published)
-        tokenizer = load_tokenizer(published.tokenizer_folder, published.settings["vocab_size"])
+        tokenizer = load_tokenizer(published.language_model, published.settings["vocab_size"])
         processor = None if tokenizer is None else make_processor(published, images, tokenizer)
-        model = load_published(path, vision_towers, language_model=language_model)
+        model = published.load()
         if processor is None:
             images.save_pretrained(folder)
         else:
@@ -69,7 +69,7 @@ def make_processor(published: Published, images: LlavaImageProcessorPil, tokeniz
     template = template_name(published, tokenizer)
     if TEMPLATES[template].end not in tokenizer.get_vocab():
         raise CheckpointError(
-            f"the tokenizer in {published.tokenizer_folder} does not know {TEMPLATES[template].end}, "
+            f"the tokenizer in {published.language_model} does not know {TEMPLATES[template].end}, "
             f"which ends an answer in the conversation form {template!r}"
         )
     wrapped = f"<im_start>{IMAGE_TOKEN}<im_end>" if published.settings.get("mm_use_im_start_end") else IMAGE_TOKEN
@@ -109,12 +109,12 @@ def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFas
         lines.append(
             f"experts: {config.num_experts}, of which a token uses {config.num_experts_per_tok}, in layers {config.moe_layer_indices}"
         )
-    if not published.is_projector:
+    if published.projector is None:
         for reason, names in layout.unused(read_tables(find_weights(published.folder))).items():
             lines.append(f"not used, {reason}: {', '.join(names)}")
     vocab_size = published.settings["vocab_size"]
     if tokenizer is None:
-        lines.append(f"no tokenizer: {published.tokenizer_folder} has none, so the folder holds the model and its image processor alone")
+        lines.append(f"no tokenizer: {published.language_model} has none, so the folder holds the model and its image processor alone")
     elif highest_id(tokenizer) >= vocab_size:
         lines.append(f"warning: the tokenizer has ids up to {highest_id(tokenizer)}, but the model's vocabulary ends at {vocab_size - 1}")
     return lines

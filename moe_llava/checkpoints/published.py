@@ -51,22 +51,17 @@ _ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 class Published:
     """A checkpoint of the original code, looked at but not loaded.
 
-    `settings`: its config.json. `tower`: folder or hub id of the vision tower that it names. `tokenizer_folder`: where its tokenizer is,
-    if anywhere; beside the language model, for a projector.
+    `settings`: its config.json. `tower`: folder or hub id of the vision tower that it names. `projector`: of stage I, the file that is all
+    it holds. `language_model`: the folder of the language model and its tokenizer; None for a projector that was given none.
     """
 
     folder: Path
-    tokenizer_folder: Path
     settings: dict[str, Any]
     family: Family
     config: LlavaConfig
     tower: str
-
-    @property
-    def is_projector(self) -> bool:
-        """Whether this is stage I, whose checkpoint is the projector alone."""
-        has_weights = any((self.folder / name).is_file() for name in WEIGHT_FILES)
-        return not has_weights and (self.folder / PROJECTOR_FILE).is_file()
+    projector: Path | None
+    language_model: Path | None
 
     @property
     def model_class(self) -> type[LlavaForConditionalGeneration]:
@@ -76,6 +71,12 @@ class Published:
         """The model without weights, in no memory."""
         with torch.device("meta"):
             return self.model_class._from_config(self.config)
+
+    def load(self, dtype: torch.dtype | None = None) -> LlavaForConditionalGeneration:
+        """Reads the weights. Raises CheckpointError as `load_published` does."""
+        if self.projector is not None and self.language_model is None:
+            return _load_projector(self, self.projector, dtype)
+        return _load_weights(self, self.language_model or self.folder, dtype)
 
 
 def load_published(
@@ -98,18 +99,17 @@ def load_published(
 
     Raises CheckpointError, naming file and rule, if the checkpoint is damaged, incomplete, of an unknown family, or its tower is not found.
     """
-    published = look_at(path, vision_towers, language_model)
-    if published.is_projector:
-        return _load_projector(published, language_model, dtype)
-    if language_model is not None:
-        raise CheckpointError(f"{path} holds its own language model: a language model goes with a stage I projector only")
-    return _load_weights(published, find_weights(published.folder), dtype)
+    return look_at(path, vision_towers, language_model).load(dtype)
 
 
 def look_at(path: str | Path, vision_towers: str | Path | None = None, language_model: str | Path | None = None) -> Published:
     """Reads configurations and tokenizer only. Raises CheckpointError as `load_published` does."""
     folder = _resolve(path)
-    tokenizer_folder = folder if language_model is None else _resolve(language_model)
+    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
+    projector = folder / PROJECTOR_FILE if not has_weights and (folder / PROJECTOR_FILE).is_file() else None
+    if projector is None and language_model is not None:
+        raise CheckpointError(f"{path} holds its own language model: a language model goes with a stage I projector only")
+    language_folder = folder if projector is None else None if language_model is None else _resolve(language_model)
     file = folder / "config.json"
     settings = read_json(file)
     model_type = settings.get("model_type")
@@ -134,9 +134,9 @@ def look_at(path: str | Path, vision_towers: str | Path | None = None, language_
         arguments["image_token_id"] = settings["vocab_size"]
         config: LlavaConfig = _build(MoeLlavaConfig, arguments | _moe_settings(settings["moe"], file), file)
     else:
-        arguments["image_token_id"] = free_row(settings, tokenizer_folder)
+        arguments["image_token_id"] = free_row(settings, language_folder)
         config = _build(LlavaConfig, arguments, file)
-    return Published(folder, tokenizer_folder, settings, family, config, tower)
+    return Published(folder, settings, family, config, tower, projector, language_folder)
 
 
 def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTrainedConfig]:
@@ -175,11 +175,11 @@ def extra_tokens(vision_config: PreTrainedConfig) -> int:
     return embeddings.position_embedding.weight.shape[0] - embeddings.num_patches
 
 
-def free_row(settings: dict[str, Any], folder: Path) -> int:
+def free_row(settings: dict[str, Any], folder: Path | None) -> int:
     """Where a dense model keeps its placeholder: the row of the tokenizer's own `<image>`, or the last one that no token has (without a
     tokenizer: none of the special ones in `settings`). If the vocabulary is full, the id after all others."""
     vocab_size = settings["vocab_size"]
-    tokenizer = load_tokenizer(folder, vocab_size)
+    tokenizer = None if folder is None else load_tokenizer(folder, vocab_size)
     if tokenizer is None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
         taken = {settings[name] for name in names if isinstance(settings.get(name), int)}
@@ -190,11 +190,14 @@ def free_row(settings: dict[str, Any], folder: Path) -> int:
     return next((row for row in range(vocab_size - 1, -1, -1) if row not in taken), max(vocab_size, *(row + 1 for row in taken)))
 
 
-def _load_weights(published: Published, files: list[Path], dtype: torch.dtype | None, unused: str = "") -> LlavaForConditionalGeneration:
-    """`unused`: a stored name that is to be passed over, if it is there."""
+def _load_weights(published: Published, folder: Path, dtype: torch.dtype | None) -> LlavaForConditionalGeneration:
+    """`folder`: where all weights are, or all but the projector's."""
     meta = published.on_meta()
     pieces = layout.plan(meta, published.family)
-    tables = {key: stored for key, stored in read_tables(files).items() if key != unused}
+    tables = read_tables(find_weights(folder))
+    if published.projector is not None:
+        tables.pop("lm_head.bias", None)  # some language models have one; the original code leaves it out
+        tables |= read_tables([published.projector])
     if published.config.tie_word_embeddings and "lm_head.weight" not in tables:
         pieces = layout.without(pieces, "lm_head.")
     has_tower = any(piece.key in tables for piece in pieces if piece.target.startswith(_TOWER))
@@ -215,15 +218,12 @@ def _load_weights(published: Published, files: list[Path], dtype: torch.dtype | 
     return model
 
 
-def _load_projector(published: Published, language_model: str | Path | None, dtype: torch.dtype | None) -> LlavaForConditionalGeneration:
-    projector = published.folder / PROJECTOR_FILE
-    if language_model is not None:
-        # The original code leaves out the bias that some language models have at their head.
-        return _load_weights(published, [*find_weights(_resolve(language_model)), projector], dtype, unused="lm_head.bias")
+def _load_projector(published: Published, file: Path, dtype: torch.dtype | None) -> LlavaForConditionalGeneration:
+    """Tower and projector, and a language model on the meta device."""
     model = published.on_meta()
     pieces = [piece for piece in layout.plan(model, published.family) if piece.target.startswith(_PROJECTOR)]
-    tables = read_tables([projector])
-    layout.check(pieces, tables, model, str(projector))
+    tables = read_tables([file])
+    layout.check(pieces, tables, model, str(file))
     dtype = dtype or tables[pieces[0].key].dtype
     state = layout.read(pieces, tables, model, dtype)
     model.model.vision_tower = _load_tower(published, dtype)
@@ -234,11 +234,17 @@ def _load_projector(published: Published, language_model: str | Path | None, dty
 def _load_tower(published: Published, dtype: torch.dtype) -> PreTrainedModel:
     vision_config = published.config.vision_config
     try:
-        return MODEL_MAPPING[type(vision_config)].from_pretrained(published.tower, config=vision_config, dtype=dtype)
+        tower, report = MODEL_MAPPING[type(vision_config)].from_pretrained(
+            published.tower, config=vision_config, dtype=dtype, output_loading_info=True
+        )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{published.folder} has no weights of its vision tower, and {published.tower} has none either: {str(error).splitlines()[0]}"
         ) from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        problems = "\n  ".join(sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])))
+        raise CheckpointError(f"the vision tower in {published.tower} lacks weights that its config.json describes:\n  {problems}")
+    return tower
 
 
 def _grow(config: LlavaConfig, state: dict[str, Tensor]) -> None:

@@ -321,6 +321,18 @@ def test_a_tower_that_only_the_hub_could_have(write):
         load_published(folder)
 
 
+def test_a_tower_without_all_its_weights(write, towers, tmp_path):
+    folder, *_ = write(with_tower=False)
+    copy = tiny.write_towers(tmp_path / "copy")
+    weights = load_file(copy / tiny.CLIP / "model.safetensors")
+    save_file({name: weights[name] for name in list(weights)[3:]}, copy / tiny.CLIP / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks weights that its config"):
+        load_published(folder, copy)
+    (copy / tiny.CLIP / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights of its vision tower"):
+        load_published(folder, copy)
+
+
 def test_the_stored_tensors_are_left_as_they_are(write, towers):
     folder, _, weights = write()
     before = (folder / "model.safetensors").read_bytes()
