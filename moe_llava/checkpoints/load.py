@@ -47,7 +47,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **setti
 
 def best_device() -> torch.device:
     """The accelerator, if there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def load_config(path: str | Path) -> LlavaConfig:
