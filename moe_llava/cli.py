@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ def user_errors() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (ValueError, FileExistsError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 
@@ -116,6 +119,8 @@ def upcycle(
             model, processor = load_checkpoint(dense)
             layers: str | list[int] = moe_layers
             if moe_layers[:1].isdigit():
+                if not re.fullmatch(r"\d+(,\d+)*", moe_layers):
+                    raise ValueError(f"--moe-layers is {moe_layers!r}, but must be a name, or indices with commas between: 0,2,4")
                 layers = [int(index) for index in moe_layers.split(",")]
             sparse = make_sparse(
                 model,

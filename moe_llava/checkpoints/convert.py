@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.folders import new_folder
-from moe_llava.checkpoints.published import Published, extra_tokens, look_at
+from moe_llava.checkpoints.published import Published, look_at, no_tokens
+from moe_llava.checkpoints.settings import extra_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id, load_tokenizer
-from moe_llava.checkpoints.weights import find_weights, read_tables
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 
@@ -38,6 +38,7 @@ def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None
             images.save_pretrained(folder)
         else:
             model.config.image_token_id = processor.image_token_id
+            model.generation_config.suppress_tokens = no_tokens(model.config, published.settings)
             model.generation_config.eos_token_id = end_ids(published, processor.tokenizer)
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
             processor.save_pretrained(folder)
@@ -72,7 +73,13 @@ def make_processor(published: Published, images: LlavaImageProcessorPil, tokeniz
             f"the tokenizer in {published.language_model} does not know {TEMPLATES[template].end}, "
             f"which ends an answer in the conversation form {template!r}"
         )
-    wrapped = f"<im_start>{IMAGE_TOKEN}<im_end>" if published.settings.get("mm_use_im_start_end") else IMAGE_TOKEN
+    wrapped = IMAGE_TOKEN
+    if published.settings.get("mm_use_im_start_end"):
+        wrapped = f"<im_start>{IMAGE_TOKEN}<im_end>"
+        if not {"<im_start>", "<im_end>"} <= tokenizer.get_vocab().keys():
+            raise CheckpointError(
+                f"{published.folder / 'config.json'} has mm_use_im_start_end, but the tokenizer does not know <im_start> and <im_end>"
+            )
     image_token_id = max(published.config.image_token_id, highest_id(tokenizer) + 1)
     if not isinstance(published.config, MoeLlavaConfig):
         image_token_id = published.config.image_token_id
@@ -109,9 +116,11 @@ def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFas
         lines.append(
             f"experts: {config.num_experts}, of which a token uses {config.num_experts_per_tok}, in layers {config.moe_layer_indices}"
         )
-    if published.projector is None:
-        for reason, names in layout.unused(read_tables(find_weights(published.folder))).items():
-            lines.append(f"not used, {reason}: {', '.join(names)}")
+    tables, unused = published.tables()
+    for reason, names in unused.items():
+        lines.append(f"not used, {reason}: {', '.join(names)}")
+    others = Counter(stored.dtype for stored in tables.values() if stored.dtype != model.dtype)
+    lines += [f"converted from {str(dtype).removeprefix('torch.')}: {number} of {len(tables)} tensors" for dtype, number in others.items()]
     vocab_size = published.settings["vocab_size"]
     if tokenizer is None:
         lines.append(f"no tokenizer: {published.language_model} has none, so the folder holds the model and its image processor alone")

@@ -3,3 +3,8 @@
 
 class CheckpointError(ValueError):
     """A folder that is no checkpoint, or whose files are damaged or do not fit each other."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short: libraries' messages may go on for a page, or be empty."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

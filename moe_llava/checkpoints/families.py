@@ -95,6 +95,9 @@ def published_family(model_type: Any) -> tuple[Family, bool] | None:
     return (FAMILIES[match[2]], match[1] is not None) if match and match[2] in FAMILIES else None
 
 
+# The kinds of vision towers, by transformers' model type.
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
 # Below `backbone`, in every family; `{}` is the number of an expert.
 PROJECTOR = {"linear_1": "mm_projector.image_spatial_proj.0", "linear_2": "mm_projector.image_spatial_proj.2"}
 TOWER = "image_tower.image_tower.vision_model"

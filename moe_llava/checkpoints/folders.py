@@ -15,13 +15,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises FileExistsError if `out` exists.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} exists already: choose another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # which leaves alone what is not empty

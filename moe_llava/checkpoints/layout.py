@@ -103,18 +103,17 @@ def unused(tables: dict[str, StoredTensor]) -> dict[str, list[str]]:
 
 
 def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForConditionalGeneration, source: str) -> None:
-    """Raises CheckpointError, listing every missing, unexpected and misshapen name, unless `tables` holds exactly what `pieces` need,
-    and at most what is known to be unused."""
-    passed_over = {name for names in unused(tables).values() for name in names}
+    """Raises CheckpointError, listing every missing, unexpected and misshapen name, unless `tables` holds exactly what `pieces` need."""
     targets = model.state_dict()
     wanted = {piece.key: piece.stored_shape(targets[piece.target]) for piece in pieces}
     problems = [f"missing: {key} {list(wanted[key])}" for key in sorted(wanted.keys() - tables.keys())]
-    problems += [f"unexpected: {key} {list(tables[key].shape)}" for key in sorted(tables.keys() - wanted.keys() - passed_over)]
+    problems += [f"unexpected: {key} {list(tables[key].shape)}" for key in sorted(tables.keys() - wanted.keys())]
     problems += [
         f"misshapen: {key} is {list(tables[key].shape)}, but the configuration asks for {list(wanted[key])}"
         for key in sorted(wanted.keys() & tables.keys())
         if tables[key].shape != wanted[key]
     ]
+    problems += [f"not floating point: {key} is {tables[key].dtype}" for key in sorted(tables) if not tables[key].dtype.is_floating_point]
     if problems:
         raise CheckpointError(f"{source} does not hold the weights that its config.json describes:\n  " + "\n  ".join(problems))
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.weights import read_json
 from moe_llava.data.templates import IMAGE_TOKEN
 
@@ -86,9 +86,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast | N
         if (folder / "tokenizer.model").is_file():
             return _from_sentencepiece(folder)
         if (folder / "vocab.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     return None
 
 
@@ -162,6 +162,8 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     file = folder / "tokenizer_config.json"
     legacy = not file.is_file() or read_json(file).get("legacy", True)
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError("tokenizer.model holds no tokens")
     if legacy:
         # SentencePiece puts a space before every stretch of text, also where one is already; transformers 5 does not there.
         backend = tokenizer.backend_tokenizer

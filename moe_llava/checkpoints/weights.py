@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.errors import CheckpointError, first_line
 
 # A folder's weights are the first of these that it has. An index names the shards.
 WEIGHT_FILES = (
@@ -97,7 +98,10 @@ def find_weights(folder: Path) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [file]
-        shards = sorted(set(read_json(file).get("weight_map", {}).values()))
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{file} must hold a `weight_map` from tensors to files")
+        shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             raise CheckpointError(f"{file} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
@@ -145,16 +149,17 @@ def _safetensors_table(file: Path) -> dict[str, StoredTensor]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file} is no safetensors file: {error}") from error
     start = 8 + length
+    try:
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header says no dtype, shape and offsets for every tensor") from error
     table = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{file} stores {name} as {entry['dtype']}, but must store one of {', '.join(_DTYPES)}")
-        begin, end = entry["data_offsets"]
+    for name, (dtype, shape, begin, end) in entries.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{file} stores {name} as {dtype}, but must store one of {', '.join(_DTYPES)}")
         if start + end > size:
             raise CheckpointError(f"{file} is truncated: {name} ends at byte {start + end}, the file at {size}")
-        stored = StoredTensor(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], start + begin)
+        stored = StoredTensor(file, shape, _DTYPES[dtype], start + begin)
         if end - begin != shape_bytes(stored.shape, stored.dtype):
             raise CheckpointError(f"{file} is damaged: {name} has {end - begin} bytes, which its shape {stored.shape} does not")
         table[name] = stored
@@ -165,9 +170,10 @@ def _pickle_table(file: Path) -> dict[str, StoredTensor]:
     """Under FakeTensorMode torch reads a pickle without its tensors, and notes where in the file each one lies."""
     with FakeTensorMode():
         tensors = _load_pickle(file)
-    if all(tensor.is_contiguous() and _storage_offset(tensor) is not None for tensor in tensors.values()):
+    plain = zipfile.is_zipfile(file) and all(entry.compress_type == zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist())
+    if plain and all(tensor.is_contiguous() and _storage_offset(tensor) is not None for tensor in tensors.values()):
         return {name: StoredTensor(file, tuple(t.shape), t.dtype, offset=_offset(t)) for name, t in tensors.items()}
-    # Files of PyTorch before 1.6, and transposed tensors: no plain runs of bytes.
+    # Files of PyTorch before 1.6, compressed ones, and transposed tensors: no plain runs of bytes.
     return {name: StoredTensor(file, tuple(t.shape), t.dtype, loaded=t.detach()) for name, t in _load_pickle(file).items()}
 
 
@@ -181,12 +187,15 @@ def _offset(tensor: Tensor) -> int:
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, and nothing else: `weights_only` refuses what could run."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} holds more than tensors, which may be code, or is damaged: it was not loaded") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{file} must hold tensors by name, but holds something else")
+        raise CheckpointError(f"{file} is truncated or damaged: {first_line(error)}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided for name, value in content.items()
+    ):
+        raise CheckpointError(f"{file} must hold dense tensors by name, but holds something else")
     return content

@@ -41,6 +41,8 @@ class MoeLlavaConfig(LlavaConfig):
     use_residual: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # What a saved folder names beside the classes that are saved into it.
+        kwargs.setdefault("auto_map", {"AutoModel": "modeling.MoeLlavaModel"})
         super().__post_init__(**kwargs)
         self.check_moe()
 

@@ -16,9 +16,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.families import published_family
-from moe_llava.checkpoints.load import load_on_meta
+from moe_llava.checkpoints.load import load_on_meta, read_config
 from moe_llava.checkpoints.published import look_at
-from moe_llava.checkpoints.weights import read_json
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.recipe import load_recipe
@@ -106,9 +105,8 @@ def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple
 
 
 def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
-    folder = Path(path)
-    if folder.is_dir() and published_family(read_json(folder / "config.json").get("model_type")):
-        return look_at(path, vision_towers).on_meta()
+    if published_family(read_config(path).get("model_type")):
+        return look_at(path, vision_towers, with_weights=False).on_meta()
     return load_on_meta(path)
 
 

@@ -34,4 +34,5 @@ def test_folders_that_are_no_checkpoint(tmp_path, config, message):
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         check_checkpoint(tmp_path / "none")
-    check_checkpoint("owner/name")  # may be on the hub
+    with pytest.raises(CheckpointError, match="it is no folder, and the hub did not give it"):
+        check_checkpoint("owner/name")

@@ -3,11 +3,12 @@ may come in; and what is refused."""
 
 import json
 import pickle
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel, ViTConfig
 
 from moe_llava import MoeLlavaForConditionalGeneration, load_published
 from moe_llava.checkpoints.errors import CheckpointError
@@ -130,19 +131,35 @@ def test_all_forms_of_files_give_the_same_model(write, towers, form, dtype):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_compressed_pickle(write, towers):
+    folder, _, weights = write()
+    expected = load_published(folder, towers).state_dict()
+    single_bin(weights, folder)
+    file = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as plain:
+        entries = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, content in entries.items():
+            compressed.writestr(name, content)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_published(folder, towers).state_dict().items())
+
+
 def test_another_dtype_on_request(write, towers):
     folder, *_ = write()
     assert load_published(folder, towers, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_tied_head_may_be_left_out(write, towers):
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_tied_head_is_the_embedding_table(write, towers, stored):
     folder, settings, weights = write()
     settings["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(settings))
-    del weights["lm_head.weight"]
+    if not stored:
+        del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors")
     model = load_published(folder, towers)
     assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
 
 
 def test_what_is_known_to_be_unused_is_passed_over(write, towers):
@@ -162,7 +179,8 @@ def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tm
     (stage1 / "config.json").write_text(json.dumps(settings))
     torch.save({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, stage1 / "mm_projector.bin")
     base = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name and "image_tower" not in name}
-    language_model = tiny.write_published(tmp_path / "base", {"model_type": "qwen"}, base | {"lm_head.bias": torch.ones(tiny.VOCAB)})
+    base["lm_head.bias"] = torch.ones(tiny.VOCAB)  # the original code leaves it out
+    language_model = tiny.write_published(tmp_path / "base", settings | {"model_type": "qwen"}, base)
 
     pixels = torch.randn(1, 3, 32, 32)
     for path in (stage1, stage1 / "mm_projector.bin"):
@@ -172,6 +190,9 @@ def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tm
 
     joined = load_published(stage1, towers, language_model=language_model)
     assert all(torch.equal(tensor, joined.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    change(language_model, rotary_emb_base=10000.0)
+    with pytest.raises(CheckpointError, match=r"has rope_parameters .*, but .* was trained with .*: they do not belong together"):
+        load_published(stage1, towers, language_model=language_model)
     with pytest.raises(CheckpointError, match="holds its own language model"):
         load_published(folder, towers, language_model=language_model)
 
@@ -218,7 +239,7 @@ def change(folder, **changes):
         ({"model_type": "moe_llava_gpt"}, "has model_type 'moe_llava_gpt', but a published checkpoint has one of"),
         ({"model_type": "llama"}, "has model_type 'llama'"),
         ({"model_type": None}, "has model_type None"),
-        ({"mm_image_tower": "openai/none"}, "the vision tower openai/none is in neither"),
+        ({"mm_image_tower": "openai/none"}, "the vision tower openai/none is in none of"),
         ({"mm_image_tower": None}, "must name the vision tower"),
         ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
         ({"image_projector_type": "qformer2_64"}, "has image_projector_type 'qformer2_64'"),
@@ -226,7 +247,13 @@ def change(folder, **changes):
         ({"moe": {"num_experts": [3, 2], "top_k_experts": 2, "moe_layers_idx": [1, 2]}}, r"has moe.num_experts \[3, 2\]"),
         ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "does not say moe.moe_layers_idx"),
         ({"moe": {"num_experts": [3], "top_k_experts": 4, "moe_layers_idx": [1]}}, "num_experts_per_tok is 4"),
+        ({"moe": {"num_experts": [3], "top_k_experts": "2", "moe_layers_idx": [1]}}, "which must be whole"),
         ({"num_attention_heads": "four"}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "makes no model"),
+        ({"hidden_act": "none"}, "makes no model"),
+        ({"pad_token_id": 500}, "makes no model"),
+        ({"mm_vision_select_layer": -9}, "has mm_vision_select_layer -9, but its tower has 3 layers"),
+        ({"image_aspect_ratio": "anyres"}, "has image_aspect_ratio 'anyres'"),
     ],
 )
 def test_configurations_that_are_refused(write, towers, changes, message):
@@ -267,9 +294,10 @@ def test_a_truncated_safetensors_file(write, towers):
         file.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=message):
             load_published(folder, towers)
-    file.write_bytes(b"\x10" + b"\0" * 7 + b"no header at all" + content)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
-        load_published(folder, towers)
+    for header in (b"no header at all", b'["no mapping"]', b'{"a": "no entry"}', b'{"a": {"shape": [1]}}'):
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content)
+        with pytest.raises(CheckpointError, match="is no safetensors file"):
+            load_published(folder, towers)
 
 
 def test_a_truncated_or_missing_shard(write, towers):
@@ -279,6 +307,9 @@ def test_a_truncated_or_missing_shard(write, towers):
     file.write_bytes(file.read_bytes()[:-3000])
     with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00003.bin is truncated or damaged"):
         load_published(folder, towers)
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00003.bin"):
+        load_published(folder, towers)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"names shards that .* does not have: pytorch_model-00002-of-00003.bin"):
         load_published(folder, towers)
@@ -287,6 +318,30 @@ def test_a_truncated_or_missing_shard(write, towers):
 class Harmful:
     def __reduce__(self):
         return (exec, ("import pathlib; pathlib.Path('harm').touch()",))
+
+
+@pytest.mark.parametrize("content", [{"weight_map": None}, {"weight_map": {"a": 1}}, {}])
+def test_an_index_that_is_none(write, towers, content):
+    folder, *_ = write()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="must hold a `weight_map` from tensors to files"):
+        load_published(folder, towers)
+
+
+@pytest.mark.parametrize("content", [{"a": torch.ones(2).to_sparse()}, {1: torch.ones(2)}, [torch.ones(2)]])
+def test_a_pickle_of_something_else(write, towers, content):
+    folder, *_ = write()
+    single_bin(content, folder)
+    with pytest.raises(CheckpointError, match="must hold dense tensors by name"):
+        load_published(folder, towers)
+
+
+def test_whole_numbers_are_no_weights(write, towers):
+    folder, _, weights = write()
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int32)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"not floating point: lm_head.weight is torch.int32"):
+        load_published(folder, towers)
 
 
 def test_a_pickle_with_code_is_not_run(write, towers, tmp_path, monkeypatch):
@@ -315,6 +370,23 @@ def test_a_folder_without_weights_or_configuration(write, towers, tmp_path):
         load_published("nobody/nothing", towers)
 
 
+def test_a_tower_is_found_by_the_last_parts_of_a_path(write, towers):
+    folder, *_ = write()
+    for name in (f"/cache/{tiny.CLIP}", "/somewhere/clip-tiny"):
+        change(folder, mm_image_tower=name)
+        if "somewhere" in name:
+            with pytest.raises(CheckpointError, match="is in none of"):
+                load_published(folder, towers)
+        load_published(folder, towers if "cache" in name else towers / "openai")
+
+
+def test_another_kind_of_tower_is_refused(write, tmp_path):
+    folder, *_ = write()
+    ViTConfig().save_pretrained(tmp_path / "towers" / tiny.CLIP)
+    with pytest.raises(CheckpointError, match="has model_type 'vit', but must have one of clip_vision_model, siglip_vision_model"):
+        load_published(folder, tmp_path / "towers")
+
+
 def test_a_tower_that_only_the_hub_could_have(write):
     folder, *_ = write()
     with pytest.raises(CheckpointError, match="the vision tower openai/clip-tiny cannot be loaded from openai/clip-tiny"):
@@ -327,6 +399,10 @@ def test_a_tower_without_all_its_weights(write, towers, tmp_path):
     weights = load_file(copy / tiny.CLIP / "model.safetensors")
     save_file({name: weights[name] for name in list(weights)[3:]}, copy / tiny.CLIP / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks weights that its config"):
+        load_published(folder, copy)
+    weights = {name: tensor[:1].clone() for name, tensor in weights.items()}
+    save_file(weights, copy / tiny.CLIP / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_published(folder, copy)
     (copy / tiny.CLIP / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has no weights of its vision tower"):

@@ -106,9 +106,11 @@ def test_sentencepiece_files_give_what_the_fast_tokenizer_gives(golden, tmp_path
 
 def test_a_folder_without_a_tokenizer_and_a_damaged_one(tmp_path):
     assert load_tokenizer(tmp_path, 100) is None
-    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        load_tokenizer(tmp_path, 100)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        for content in (b"nonsense", b"", b"{}"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match="cannot be loaded"):
+                load_tokenizer(tmp_path, 100)
 
 
 def test_other_kinds_of_tokenizers_are_refused(tmp_path):

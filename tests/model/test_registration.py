@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
@@ -109,6 +110,21 @@ def test_processor_counts_placeholders_for_serving_engines(folder):
     assert expected == 36
     assert processor._get_num_multimodal_tokens([[30, 60], [48, 48]])["num_image_tokens"] == [expected, expected]
     assert processor._get_num_multimodal_tokens().num_image_tokens is None
+
+
+def test_images_may_be_files(folder, tmp_path):
+    processor = AutoProcessor.from_pretrained(folder)
+    images = [Image.new("RGB", (48, 48), colour) for colour in ("red", "blue")]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    files = [str(tmp_path / f"{number}.png") for number in range(2)]
+    expected = processor(text=["<image> where", "<image> where"], images=images, return_tensors="pt")["pixel_values"]
+    for given in (files, [[file] for file in files], images, [[image] for image in images]):
+        found = processor(text=["<image> where", "<image> where"], images=given, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, expected)
+    content = [{"type": "image", "path": files[0]}, {"type": "text", "text": "where ?"}]
+    encoded = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(encoded["pixel_values"], expected[:1])
 
 
 def test_processor_refuses_more_or_fewer_images_than_placeholders(folder):

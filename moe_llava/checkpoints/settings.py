@@ -1,0 +1,146 @@
+"""From a published config.json to transformers' configurations: of the tower, the language model, the whole.
+
+Every function here takes the content of config.json as `settings`, and its path as `file`, for errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedConfig
+
+from moe_llava.checkpoints.errors import CheckpointError, first_line
+from moe_llava.checkpoints.families import TOWERS, Family
+from moe_llava.checkpoints.weights import read_json
+
+_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# With a SigLIP tower, which has no class token, "patch" takes off the first patch. The published models were trained so.
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_ASPECT_RATIOS = ("pad", "square", None)
+# Beginnings of the settings that decide what a language model of the same shapes computes.
+_ARITHMETIC = ("num_", "hidden_act", "rope_parameters", "layer_norm_eps", "rms_norm_eps", "sliding_window")
+# Settings that transformers 5 keeps in `rope_parameters` and takes apart from a configuration's fields.
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTrainedConfig]:
+    """(folder or hub id, configuration) of a vision tower.
+
+    Raises CheckpointError, naming where it was looked for, if it is not found.
+    """
+    tower = name
+    if vision_towers is not None:
+        # Where a path was trained with, its last parts are the name.
+        parts = [part for part in Path(name).parts if part != "/"]
+        places = [Path(vision_towers, *parts[start:]) for start in range(len(parts))]
+        found = [place for place in places if (place / "config.json").is_file()]
+        if not found:
+            raise CheckpointError(f"the vision tower {name} is in none of {', '.join(map(str, places))}")
+        tower = str(found[0])
+    try:
+        config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the vision tower {name} cannot be loaded from {tower}: {first_line(error)}") from error
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in TOWERS:
+        raise CheckpointError(f"the vision tower {tower} has model_type {config.model_type!r}, but must have one of {', '.join(TOWERS)}")
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # it would pool what comes after the layer that the features are taken from
+    return tower, config
+
+
+def image_features(vision_config: PreTrainedConfig, strategy: str) -> int:
+    """Features that one image makes."""
+    patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    return patches + extra_tokens(vision_config) - (strategy == "default")
+
+
+def extra_tokens(vision_config: PreTrainedConfig) -> int:
+    """Tokens that a tower puts before its patches: 1 for a class token, as CLIP has."""
+    with torch.device("meta"):
+        embeddings = MODEL_MAPPING[type(vision_config)](vision_config).get_submodule("embeddings")
+    return embeddings.position_embedding.weight.shape[0] - embeddings.num_patches
+
+
+def text_config(family: Family, settings: dict[str, Any], file: Path) -> PreTrainedConfig:
+    """The language model's configuration in transformers' words."""
+    missing = [name for name in _NEEDED if name not in settings]
+    if missing:
+        raise CheckpointError(f"{file} does not say {', '.join(missing)}")
+    for name, value in family.required.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(f"{file} has {name} {settings[name]!r}, but only {value!r} is computed here as it was there")
+    text_class = CONFIG_MAPPING[family.config]
+    known = {f.name for f in dataclasses.fields(text_class)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    renamed = {name: settings[old] for old, name in family.settings.items() if old in settings}
+    values = {name: value for name, value in (renamed | settings).items() if name in known}
+    values |= {name: value for name, value in (renamed | settings).items() if name in _ROPE and value is not None}
+    for name in family.halved:
+        if values[name] % 2:
+            raise CheckpointError(f"{file} has {name} {values[name]}, but it counts two layers of the same width and must be even")
+        values[name] //= 2
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    return build_config(text_class, values, file)
+
+
+def check_language_model(family: Family, settings: dict[str, Any], file: Path, language_file: Path) -> None:
+    """Raises CheckpointError if a projector was trained with another language model than the one in `language_file`, as far as their
+    settings tell."""
+    trained, given = text_config(family, settings, file), text_config(family, read_json(language_file), language_file)
+    for name in trained.to_dict():
+        if name.startswith(_ARITHMETIC) and getattr(trained, name) != getattr(given, name):
+            raise CheckpointError(
+                f"{language_file} has {name} {getattr(given, name)}, but {file} was trained with {getattr(trained, name)}: "
+                "they do not belong together"
+            )
+
+
+def llava_settings(settings: dict[str, Any], vision_config: PreTrainedConfig, file: Path) -> dict[str, Any]:
+    projector, feature = settings.get("image_projector_type"), settings.get("mm_vision_select_feature", "patch")
+    if projector != "mlp2x_gelu":
+        raise CheckpointError(f"{file} has image_projector_type {projector!r}, but must have 'mlp2x_gelu': two layers with GELU between")
+    if settings.get("image_aspect_ratio") not in _ASPECT_RATIOS:
+        raise CheckpointError(f"{file} has image_aspect_ratio {settings['image_aspect_ratio']!r}, but must have one of {_ASPECT_RATIOS}")
+    layer = settings.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int) or not -vision_config.num_hidden_layers - 1 <= layer <= vision_config.num_hidden_layers:
+        raise CheckpointError(f"{file} has mm_vision_select_layer {layer!r}, but its tower has {vision_config.num_hidden_layers} layers")
+    if feature not in _STRATEGIES:
+        raise CheckpointError(f"{file} has mm_vision_select_feature {feature!r}, but must have one of {', '.join(_STRATEGIES)}")
+    return {
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": _STRATEGIES[feature],
+        "image_seq_length": image_features(vision_config, _STRATEGIES[feature]),
+        "tie_word_embeddings": settings.get("tie_word_embeddings", False),
+    }
+
+
+def moe_settings(moe: dict[str, Any], file: Path) -> dict[str, Any]:
+    missing = [name for name in ("num_experts", "top_k_experts", "moe_layers_idx") if moe.get(name) in (None, [])]
+    if missing:
+        raise CheckpointError(f"{file} does not say {', '.join(f'moe.{name}' for name in missing)}")
+    numbers = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
+    if not all(isinstance(number, int) for number in [*numbers, moe["top_k_experts"]]):
+        raise CheckpointError(f"{file} has moe.num_experts {numbers} and moe.top_k_experts {moe['top_k_experts']!r}, which must be whole")
+    if len(set(numbers)) != 1:
+        raise CheckpointError(f"{file} has moe.num_experts {numbers}, but all layers must have the same number of experts")
+    return {
+        "num_experts": numbers[0],
+        "num_experts_per_tok": moe["top_k_experts"],
+        "moe_layers": moe["moe_layers_idx"],
+        "norm_topk_prob": moe["top_k_experts"] > 1,  # the original divides two weights by their sum, and leaves a single one as it is
+        "router_aux_loss_coef": moe.get("router_aux_loss_coef", 0.01),
+        "use_residual": moe.get("use_residual", False),
+    }
+
+
+def build_config(config_class: type[PreTrainedConfig], values: dict[str, Any], file: Path) -> Any:
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file} makes no {config_class.__name__}: {error}") from error
