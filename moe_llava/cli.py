@@ -77,6 +77,7 @@ def digits(
         from moe_llava.experiments.demo import prepare
 
         prepare(out, train_images, test_images, Console())
+        print(f"{out / 'data'}: pictures and questions; {out / 'base'}: the dense model to start from")
 
 
 @app.command()
@@ -91,9 +92,11 @@ def train(
         from rich.console import Console
 
         from moe_llava.training.recipe import load_recipe
+        from moe_llava.training.run import stages_of
         from moe_llava.training.run import train as run
 
-        run(load_recipe(recipe, settings), sorted(set(stage or [1, 2, 3])), resume, Console())
+        loaded = load_recipe(recipe, settings)
+        run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
 
 
 @app.command()

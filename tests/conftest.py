@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 REPOSITORY = Path(__file__).parents[1]
 FAMILIES = {
     "phi": "PhiConfig",
+    "phi3": "Phi3Config",
     "stablelm": "StableLmConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",

@@ -29,7 +29,7 @@ def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None
     with new_folder(out) as folder:
         published = look_at(path, vision_towers, language_model)
         if published.language_model is None:
-            raise CheckpointError(f"{path} holds a projector alone: name the language model that it was trained with")
+            raise CheckpointError(f"{path} holds a projector alone: name the language model that it was trained with (--language-model)")
         images = image_processor(published)
         tokenizer = load_tokenizer(published.language_model, published.settings["vocab_size"])
         processor = None if tokenizer is None else make_processor(published, images, tokenizer)
@@ -39,8 +39,9 @@ def convert(path: str | Path, out: Path, vision_towers: str | Path | None = None
         else:
             model.config.image_token_id = processor.image_token_id
             model.generation_config.suppress_tokens = no_tokens(model.config, published.settings)
-            model.generation_config.eos_token_id = end_ids(published, processor.tokenizer)
-            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+            generation = model.generation_config
+            generation.eos_token_id = end_ids(published, processor.tokenizer) or generation.eos_token_id
+            generation.pad_token_id = processor.tokenizer.pad_token_id
             processor.save_pretrained(folder)
         model.save_pretrained(folder)
     return _summary(published, model, tokenizer)
@@ -104,9 +105,10 @@ def template_name(published: Published, tokenizer: PreTrainedTokenizerFast) -> s
 
 
 def end_ids(published: Published, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Where an answer ends: the tokenizer's end of text, and what ends an answer in the template."""
+    """Where an answer ends, of what the vocabulary has: the tokenizer's end of text, and what ends an answer in the template."""
     end = TEMPLATES[template_name(published, tokenizer)].end
-    return sorted({tokenizer.convert_tokens_to_ids(end)} | ({tokenizer.eos_token_id} - {None}))
+    ids = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id} - {None}
+    return sorted(token for token in ids if token < published.settings["vocab_size"])
 
 
 def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFast | None) -> list[str]:
@@ -125,5 +127,8 @@ def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFas
     if tokenizer is None:
         lines.append(f"no tokenizer: {published.language_model} has none, so the folder holds the model and its image processor alone")
     elif highest_id(tokenizer) >= vocab_size:
-        lines.append(f"warning: the tokenizer has ids up to {highest_id(tokenizer)}, but the model's vocabulary ends at {vocab_size - 1}")
+        lines.append(
+            f"warning: the tokenizer has ids up to {highest_id(tokenizer)}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "they do not belong together, and a text with the ids beyond is an error"
+        )
     return lines

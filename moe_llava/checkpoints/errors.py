@@ -7,4 +7,5 @@ class CheckpointError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """What an error says, in short: libraries' messages may go on for a page, or be empty."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 300 else line[:300] + " ..."

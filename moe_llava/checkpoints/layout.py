@@ -115,7 +115,7 @@ def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForC
     ]
     problems += [f"not floating point: {key} is {tables[key].dtype}" for key in sorted(tables) if not tables[key].dtype.is_floating_point]
     if problems:
-        raise CheckpointError(f"{source} does not hold the weights that its config.json describes:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{source} does not hold the weights that config.json describes:\n  " + "\n  ".join(problems))
 
 
 def without(pieces: list[Piece], prefix: str) -> list[Piece]:

@@ -48,7 +48,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **setti
     """
     check_checkpoint(path)
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
-        raise CheckpointError(f"checkpoint {path} has no tokenizer")
+        raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings)
         return model, AutoProcessor.from_pretrained(path)
@@ -66,7 +66,7 @@ def load_config(path: str | Path) -> LlavaConfig:
     check_checkpoint(path)
     try:
         return AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
 
 

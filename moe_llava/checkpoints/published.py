@@ -130,6 +130,8 @@ def look_at(
     settings = read_json(file)
     model_type = settings.get("model_type")
     found = published_family(model_type)
+    if model_type == MoeLlavaConfig.model_type or (model_type == "llava" and "vision_config" in settings):
+        raise CheckpointError(f"{path} is no published checkpoint: it loads as it is")
     if found is None:
         known = ", ".join(f"[moe_]llava_{name}" for name in FAMILIES)
         raise CheckpointError(f"{file} has model_type {model_type!r}, but a published checkpoint has one of {known}")
@@ -181,7 +183,7 @@ def _load_weights(published: Published, dtype: torch.dtype | None) -> LlavaForCo
     has_tower = any(piece.key in tables for piece in pieces if piece.target.startswith(_TOWER))
     if not has_tower:
         pieces = layout.without(pieces, _TOWER)
-    layout.check(pieces, tables, meta, str(published.folder))
+    layout.check(pieces, tables, meta, " and ".join(str(place) for place in (published.language_model, published.projector) if place))
     dtype = dtype or tables[published.family.stored_name("embed_tokens.weight")[0]].dtype
     state = layout.read(pieces, tables, meta, dtype)
     if not has_tower:

@@ -44,7 +44,10 @@ def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTra
     try:
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the vision tower {name} cannot be loaded from {tower}: {first_line(error)}") from error
+        raise CheckpointError(
+            f"the vision tower {name} cannot be loaded from {tower} (a folder of towers may be given: vision_towers, --vision-towers): "
+            f"{first_line(error)}"
+        ) from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in TOWERS:
         raise CheckpointError(f"the vision tower {tower} has model_type {config.model_type!r}, but must have one of {', '.join(TOWERS)}")
@@ -91,7 +94,10 @@ def text_config(family: Family, settings: dict[str, Any], file: Path) -> PreTrai
 def check_language_model(family: Family, settings: dict[str, Any], file: Path, language_file: Path) -> None:
     """Raises CheckpointError if a projector was trained with another language model than the one in `language_file`, as far as their
     settings tell."""
-    trained, given = text_config(family, settings, file), text_config(family, read_json(language_file), language_file)
+    content = read_json(language_file)
+    if "mm_image_tower" in content or "vision_config" in content:
+        raise CheckpointError(f"{language_file} describes a whole LLaVA, not the language model that a projector was trained with")
+    trained, given = text_config(family, settings, file), text_config(family, content, language_file)
     for name in trained.to_dict():
         if name.startswith(_ARITHMETIC) and getattr(trained, name) != getattr(given, name):
             raise CheckpointError(

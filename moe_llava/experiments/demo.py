@@ -35,7 +35,7 @@ from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, wr
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Data, Recipe, load_recipe
-from moe_llava.training.run import train
+from moe_llava.training.run import stage_settings, train
 
 SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
 BATCH = 128
@@ -65,7 +65,7 @@ def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
     """The recipe, moved into the folder `out`."""
     recipe = load_recipe(file, settings)
     recipe.model, recipe.output = str(out / "base"), str(out)
-    for stage, name in ((recipe.stage1, "captions"), (recipe.stage2, "train"), (recipe.stage3, "train")):
+    for stage, name in zip((stage_settings(recipe, number) for number in (1, 2, 3)), ("captions", "train", "train"), strict=True):
         stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))
     return recipe
 

@@ -1,7 +1,8 @@
 """How the FFN of each language model family maps onto stacked experts. This table is all the package knows of families.
 
 A family is covered if its decoder layers keep their FFN in `layer.mlp` and that module's parameters are those of a row: llama, mistral,
-qwen2, qwen3, stablelm and gemma are `GATED`, phi is `PLAIN`. To add a family with other parameter names, add a row: docs/customising.md.
+qwen2, qwen3, stablelm and gemma are `GATED`, phi (1, 1.5 and 2) is `PLAIN`, phi3 and glm4 are `FUSED`. To add a family with other
+parameter names, add a row: docs/customising.md.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from .configuration import MoeLlavaConfig
 from .moe import Experts, GatedExperts, PlainExperts, Router, SparseMlp
 
+MAX_DIFFERENCE = 0.02  # relative, of an expert from its FFN: more than the roundings of a model in half precision
+
 
 @dataclass(frozen=True)
 class FfnForm:
     """One way to write an FFN.
 
     `stacked`: parameter of the experts class -> the dense parameters that one expert's slice of it is made of, joined along the output
-    dimension. `activation`: the attribute of the dense module that holds its activation.
+    dimension; `down_proj`, [width, FFN width], is among them and tells the sizes. `activation`: the attribute of the dense module that
+    holds its activation.
     """
 
     experts: type[Experts]
@@ -37,6 +41,11 @@ GATED = FfnForm(
     stacked={"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
     activation="act_fn",
 )
+FUSED = FfnForm(
+    experts=GatedExperts,
+    stacked={"gate_up_proj": ("gate_up_proj.weight",), "down_proj": ("down_proj.weight",)},
+    activation="activation_fn",
+)
 PLAIN = FfnForm(
     experts=PlainExperts,
     stacked={
@@ -47,7 +56,7 @@ PLAIN = FfnForm(
     },
     activation="activation_fn",
 )
-FFN_FORMS = [GATED, PLAIN]
+FFN_FORMS = [GATED, PLAIN, FUSED]
 
 
 def find_form(layer: nn.Module) -> FfnForm:
@@ -69,11 +78,11 @@ def form_of(ffn: nn.Module) -> FfnForm:
     """
     names = {name for name, _ in ffn.named_parameters()}
     for form in FFN_FORMS:
-        if names == form.dense_names:
+        if names == form.dense_names and hasattr(ffn, form.activation):
             return form
     raise ValueError(
         f"no row of FFN_FORMS in moe_llava/model/ffn.py describes {type(ffn).__name__}, whose parameters are: {', '.join(sorted(names))}. "
-        "Add a row that maps them onto stacked experts"
+        "Add a row that maps them onto stacked experts: docs/customising.md"
     )
 
 
@@ -96,8 +105,22 @@ def sparse_mlp(config: MoeLlavaConfig, layer: nn.Module) -> SparseMlp:
 def copy_into_experts(ffn: nn.Module, experts: Experts) -> None:
     """Fills every expert with the weights of the dense `ffn`.
 
-    Raises ValueError if no row of the table describes `ffn`.
+    Raises ValueError if no row of the table describes `ffn`, or if an expert then computes something else: two families may call their
+    parameters the same and use them differently.
     """
     for name, parts in form_of(ffn).stacked.items():
         one_expert: Tensor = torch.cat([ffn.get_parameter(part) for part in parts])
         experts.get_parameter(name).copy_(one_expert.expand(experts.num_experts, *one_expert.shape))
+    down = experts.get_parameter("down_proj")
+    if down.is_meta:
+        return
+    x_ND = torch.linspace(-2, 2, 3 * experts.hidden_dim, device=down.device).sin().view(3, -1).to(down.dtype)
+    training = ffn.training
+    expected_ND = ffn.eval()(x_ND)
+    ffn.train(training)
+    difference = (experts.apply_expert(0, x_ND) - expected_ND).float().norm() / expected_ND.float().norm().clamp(min=1e-12)
+    if not difference <= MAX_DIFFERENCE:
+        raise ValueError(
+            f"{type(ffn).__name__} has the parameters of a row of FFN_FORMS in moe_llava/model/ffn.py, but computes something else "
+            f"({difference:.1%} off): it needs a form of its own, docs/customising.md"
+        )

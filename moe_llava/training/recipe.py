@@ -72,15 +72,14 @@ class SparseStage(Stage):
 
 @dataclass
 class Recipe:
-    """`model` is a folder or hub id of a dense LLaVA with its processor; `precision` "bf16" computes in bfloat16 with float32 weights,
-    "auto" does so where the
-    machine is fast at it."""
+    """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; `precision` "bf16" computes in
+    bfloat16 with float32 weights, "auto" does so where the machine is fast at it."""
 
     model: str
     output: str
-    stage1: Stage
-    stage2: Stage
     stage3: SparseStage
+    stage1: Stage | None = None  # absent where the model has been through it
+    stage2: Stage | None = None
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     attention: str | None = None  # an attention implementation of transformers; None is its default
@@ -159,8 +158,9 @@ def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".", problems)
+    kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
+    if kinds and value is not None:
+        return _build(kinds[0], value, where + ".", problems)
     if not _fits(hint, value):
         expected = hint.__name__ if isinstance(hint, type) else str(hint)
         if typing.get_origin(hint) is Literal:
@@ -186,6 +186,8 @@ def _rules(recipe: Recipe) -> list[str]:
     """What a type cannot say."""
     problems = []
     for name in ("stage1", "stage2", "stage3"):
+        if getattr(recipe, name) is None:
+            continue
         settings = getattr(recipe, name).optimisation
         for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
             if getattr(settings, key) <= 0:

@@ -46,6 +46,8 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
     state = PartialState()
     if not state.is_main_process:
         console = Console(quiet=True)
+    for number in stages:
+        stage_settings(recipe, number)  # raises if the recipe has no such stage
     names = [stage_name(recipe, number) for number in stages]
     output = Path(recipe.output)
     todo = [(number, name) for number, name in zip(stages, names, strict=True) if not (output / name).is_dir()]
@@ -67,7 +69,15 @@ def stage_name(recipe: Recipe, number: int) -> str:
 
 
 def stage_settings(recipe: Recipe, number: int) -> Stage:
-    return (recipe.stage1, recipe.stage2, recipe.stage3)[number - 1]
+    stage = (recipe.stage1, recipe.stage2, recipe.stage3)[number - 1]
+    if stage is None:
+        raise RecipeError(f"the recipe has no stage{number}")
+    return stage
+
+
+def stages_of(recipe: Recipe) -> list[int]:
+    """The numbers of the stages that a recipe has."""
+    return [number for number, stage in ((1, recipe.stage1), (2, recipe.stage2), (3, recipe.stage3)) if stage is not None]
 
 
 def origin(recipe: Recipe, number: int) -> str:

@@ -184,7 +184,8 @@ def test_a_stage_1_projector(tmp_path, towers):
     folder = published(tmp_path / "base", towers, sparse=False)
     weights = tiny.weights_of(json.loads((folder / "config.json").read_text()))
     base = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name}
-    language = tiny.write_published(tmp_path / "language", json.loads((folder / "config.json").read_text()), base)
+    settings = json.loads((folder / "config.json").read_text())
+    language = tiny.write_published(tmp_path / "language", {k: v for k, v in settings.items() if not k.startswith("mm_")}, base)
     save_file(base | {"lm_head.bias": torch.ones(520)}, language / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "language" / name).write_bytes((folder / name).read_bytes())
@@ -207,7 +208,22 @@ def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     refused = run_command("chat", tmp_path / "out", "What?")
     assert refused.returncode == 2
-    assert refused.stderr == f"error: checkpoint {tmp_path / 'out'} has no tokenizer\n"
+    assert f"error: checkpoint {tmp_path / 'out'} has no tokenizer: put its files beside" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_warned_of(tmp_path, towers):
+    folder = published(tmp_path / "published", towers, vocab_size=450)
+    lines = convert(folder, tmp_path / "out", towers)
+    assert any(line.startswith("warning: the tokenizer has ids up to 502, but the model's vocabulary ends at 449") for line in lines)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert model.config.image_token_id == 503
+    assert model.generation_config.eos_token_id == 2  # the published one
+
+
+def test_a_folder_of_ours_is_not_converted_again(converted, tmp_path, towers):
+    with pytest.raises(CheckpointError, match="is no published checkpoint: it loads as it is"):
+        convert(converted, tmp_path / "out", towers)
 
 
 def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path, towers):

@@ -64,6 +64,20 @@ def test_a_sparse_checkpoint_computes_what_it_did(load, name, row):
         close(torch.cat(outputs.hidden_states), recorded["seq0.hidden_states"], 1e-4)
 
 
+@pytest.mark.parametrize("name", SPARSE)
+@torch.no_grad()
+def test_each_sparse_layer_alone(load, name):
+    model, recorded = load(name)
+    for layer, mlp in model.model.sparse_mlps().items():
+        x = recorded[f"seq0.layer{layer}.moe_in"]
+        close(mlp(x[None])[0], recorded[f"seq0.layer{layer}.moe_out"], 1e-5)
+        logits, weights, ids, dropped = mlp.router(x)
+        close(logits, recorded[f"seq0.layer{layer}.router_logits"], 1e-5)
+        close(weights, recorded[f"seq0.layer{layer}.topk_weights"], 1e-5)
+        assert torch.equal(ids, recorded[f"seq0.layer{layer}.topk_ids"].long())
+        assert not dropped.any()
+
+
 @pytest.mark.parametrize("name", [*SPARSE, "phi_stage2"])
 @torch.no_grad()
 def test_the_same_greedy_tokens(load, name):

@@ -180,7 +180,7 @@ def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tm
     torch.save({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, stage1 / "mm_projector.bin")
     base = {name: tensor for name, tensor in weights.items() if "mm_projector" not in name and "image_tower" not in name}
     base["lm_head.bias"] = torch.ones(tiny.VOCAB)  # the original code leaves it out
-    language_model = tiny.write_published(tmp_path / "base", settings | {"model_type": "qwen"}, base)
+    language_model = tiny.write_published(tmp_path / "base", {k: v for k, v in settings.items() if not k.startswith("mm_")}, base)
 
     pixels = torch.randn(1, 3, 32, 32)
     for path in (stage1, stage1 / "mm_projector.bin"):
@@ -190,8 +190,11 @@ def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tm
 
     joined = load_published(stage1, towers, language_model=language_model)
     assert all(torch.equal(tensor, joined.state_dict()[name]) for name, tensor in whole.state_dict().items())
-    change(language_model, rotary_emb_base=10000.0)
+    change(language_model, model_type="qwen", rotary_emb_base=10000.0)
     with pytest.raises(CheckpointError, match=r"has rope_parameters .*, but .* was trained with .*: they do not belong together"):
+        load_published(stage1, towers, language_model=language_model)
+    change(language_model, mm_image_tower=tiny.CLIP)
+    with pytest.raises(CheckpointError, match="describes a whole LLaVA"):
         load_published(stage1, towers, language_model=language_model)
     with pytest.raises(CheckpointError, match="holds its own language model"):
         load_published(folder, towers, language_model=language_model)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, LlavaFo
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
 from moe_llava.model import ffn
-from tests.conftest import REPOSITORY, tiny_config, tiny_inputs
+from tests.conftest import REPOSITORY, tiny_config, tiny_dense, tiny_inputs
 
 
 class ToyConfig(LlamaConfig):
@@ -60,6 +60,23 @@ def documented_row(monkeypatch):
 
 def test_without_a_row_the_error_says_what_was_found(dense):
     with pytest.raises(ValueError, match=r"describes ToyMlp, whose parameters are: w1\.weight, w2\.weight, w3\.weight"):
+        upcycle(dense)
+
+
+def test_a_row_with_an_activation_that_is_not_there_does_not_fit(dense, documented_row):
+    for layer in dense.model.language_model.layers:
+        del layer.mlp.act_fn
+    with pytest.raises(ValueError, match="no row of FFN_FORMS"):
+        upcycle(dense)
+
+
+def test_the_same_parameters_used_differently_are_refused(monkeypatch):
+    """Gemma3n is such a family: some of its layers leave out most of the gate."""
+    dense = tiny_dense("llama")
+    mlp = type(dense.model.language_model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x) + 0.1 * self.down_proj(self.up_proj(x)))
+    with pytest.raises(ValueError, match=r"computes something else \(.*% off\): it needs a form of its own"):
         upcycle(dense)
 
 
