@@ -5,7 +5,6 @@ Shapes: B rows, S sequence, N images of the batch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,46 +13,43 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_record, render
 from moe_llava.data.records import DataError, Record, open_image
-
-IGNORE_INDEX = -100
 
 
 class ConversationDataset(Dataset):
     """Records as model inputs: `input_ids` and `labels` [S], `pixel_values` [images, 3, H, W] (absent without images).
 
-    Labels are the answers, their end token included, as the generation blocks of the tokenizer's chat template mark them.
+    Labels are the answers, their end token included. `template` is a conversation form, None the tokenizer's own.
     """
 
-    def __init__(self, records: list[Record], processor: Any):
+    def __init__(self, records: list[Record], processor: Any, template: str | None = None):
         self.records = records
         self.processor = processor
+        self.template = template
         if processor.tokenizer.pad_token_id is None:
             raise DataError("the tokenizer has no pad token, which batches are padded with")
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", processor.tokenizer.chat_template or ""):
-            raise DataError(
-                "the tokenizer's chat template has no {% generation %} blocks, so the answers to learn from cannot be told from the rest"
-            )
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+        render(turns, processor.tokenizer, template)  # raises if answers cannot be told from the rest
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         record = self.records[index]
-        encoded = self.processor.tokenizer.apply_chat_template(record.messages(), return_assistant_tokens_mask=True, return_dict=True)
-        ids, learnt = encoded["input_ids"], encoded["assistant_masks"]
         item: dict[str, Tensor] = {}
         tokens_per_image = 0
         if record.images:
             images = [open_image(path, record.source) for path in record.images]
             item["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
             tokens_per_image = image_tokens(self.processor, item["pixel_values"])
-        image_id = self.processor.image_token_id
-        # Each placeholder of the template stands for all the features of its image.
-        repeats = torch.tensor([tokens_per_image if token == image_id else 1 for token in ids])
-        item["input_ids"] = torch.tensor(ids).repeat_interleave(repeats)
-        labels = torch.where(torch.tensor(learnt).bool(), torch.tensor(ids), IGNORE_INDEX)
-        item["labels"] = labels.repeat_interleave(repeats)
+        try:
+            encoded = encode_record(record, self.processor.tokenizer, self.template, tokens_per_image)
+        except DataError as error:
+            raise DataError(f"{record.source}: {error}") from error
+        ids, labels = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["labels"])
+        item["input_ids"] = ids.masked_fill(ids == IMAGE_INDEX, self.processor.image_token_id)
+        item["labels"] = labels.masked_fill(labels == IMAGE_INDEX, IGNORE_INDEX)
         return item
 
 

@@ -3,11 +3,13 @@
     A chat between ... questions. USER: <image>
     What is this? ASSISTANT: A cat.<|endoftext|>USER: Sure? ASSISTANT: Yes.<|endoftext|>
 
-All of them read so; they differ in what ends an answer, and in whether the beginning-of-sequence token comes first.
+Most of them read so; they differ in what ends an answer, and in whether the beginning-of-sequence token comes first. "llama_2" is Llama
+2's own form; "plain", of stage I, is an image and its caption.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from moe_llava.data.records import IMAGE_TOKEN
@@ -18,32 +20,25 @@ SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class Template:
-    """`end`: what ends an answer. `bos`: whether the tokenizer's beginning-of-sequence token comes first."""
-
-    end: str
-    bos: bool = False
-
-
-TEMPLATES = {
-    "phi": Template("<|endoftext|>"),
-    "stablelm": Template("<|endoftext|>"),
-    "qwen": Template("<|endoftext|>"),
-    "openchat": Template("<|end_of_turn|>", bos=True),
-    "mistral": Template("</s>", bos=True),
-    "v1": Template("</s>", bos=True),
-}
+LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
 
 # A message is a string, or parts; parts stand on lines of their own, an image as its placeholder. What a model learns to say is marked:
 # the space before an answer belongs to it, because most tokenizers join it to the first word. An empty answer is none: the original
 # code writes neither the space nor the end.
-_JINJA = (
+_TEXT = (
     "{%- macro text(content) -%}"
     "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
-    "{{- IMAGE if part['type'] == 'image' else part['text'] -}}{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
+    "{{- IMAGE if part['type'] == 'image' else part['text'] -}}{%- if not loop.last -%}{{- '\n' -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
+)
+_TWO = _TEXT + (
     "{{- BOS -}}"
     "{%- if messages[0]['role'] == 'system' -%}{{- text(messages[0]['content']) -}}{%- else -%}{{- SYSTEM -}}{%- endif -%}{{- ' ' -}}"
     "{%- for message in messages -%}"
@@ -53,17 +48,60 @@ _JINJA = (
     "{%- endif -%}"
     "{%- endfor -%}"
 )
+_LLAMA_2 = _TEXT + (
+    "{{- BOS -}}"
+    "{%- set system = text(messages[0]['content']) if messages[0]['role'] == 'system' else SYSTEM -%}"
+    "{%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- if not loop.first -%}{{- '<s>' -}}{%- endif -%}{{- '[INST] ' -}}"
+    "{%- if loop.first -%}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' -}}{%- endif -%}"
+    "{{- text(message['content']) + ' [/INST]' -}}"
+    "{%- elif text(message['content']) -%}"
+    "{%- generation -%}{{- ' ' + text(message['content']) + END -}}{%- endgeneration -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+_PLAIN = _TEXT + (
+    "{{- IMAGE -}}{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """`end`: what ends an answer. `bos`: whether the tokenizer's beginning-of-sequence token comes first."""
+
+    end: str
+    bos: bool = False
+    system: str = SYSTEM
+    jinja: str = _TWO
+
+
+TEMPLATES = {
+    "phi": Template("<|endoftext|>"),
+    "stablelm": Template("<|endoftext|>"),
+    "qwen": Template("<|endoftext|>"),
+    "openchat": Template("<|end_of_turn|>", bos=True),
+    "mistral": Template("</s>", bos=True),
+    "minicpm": Template("</s>", bos=True),
+    "v1": Template("</s>", bos=True),
+    "llama_2": Template(" </s>", bos=True, system=LLAMA_2_SYSTEM, jinja=_LLAMA_2),
+    "plain": Template("\n", jinja=_PLAIN),
+}
 
 
 def chat_template(name: str, image: str = IMAGE_TOKEN) -> str:
     """The Jinja template of a conversation form, for tokenizers and processors; `image` is what stands for an image."""
     template = TEMPLATES[name]
-    values = {"IMAGE": _quote(image), "SYSTEM": _quote(SYSTEM), "END": _quote(template.end), "BOS": "bos_token" if template.bos else "''"}
-    text = _JINJA
+    values = {"IMAGE": image, "SYSTEM": template.system, "END": template.end}
+    text = template.jinja.replace("BOS", "bos_token" if template.bos else "''")
     for key, value in values.items():
-        text = text.replace(key, value)
+        text = text.replace(key, _quote(value))
     return text
 
 
 def _quote(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+    """A Jinja string."""
+    return json.dumps(text, ensure_ascii=False)

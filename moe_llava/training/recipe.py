@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from moe_llava.data.templates import TEMPLATES
+
 
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each."""
@@ -20,10 +22,12 @@ class RecipeError(ValueError):
 
 @dataclass
 class Data:
-    """A LLaVA JSON file, and the folder that its image names are relative to."""
+    """A LLaVA JSON file, and the folder that its image names are relative to. `template`: a conversation form, a key of TEMPLATES in
+    data/templates.py; None is the tokenizer's own."""
 
     file: str
     images: str
+    template: str | None = None
 
 
 @dataclass
@@ -189,6 +193,11 @@ def _rules(recipe: Recipe) -> list[str]:
         if getattr(recipe, name) is None:
             continue
         settings = getattr(recipe, name).optimisation
+        template = getattr(recipe, name).data.template
+        if template is not None and template not in TEMPLATES:
+            problems.append(
+                f"{name}.data.template is {template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own"
+            )
         for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
             if getattr(settings, key) <= 0:
                 problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")

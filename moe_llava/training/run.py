@@ -173,7 +173,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=ConversationDataset(records, processor),
+        train_dataset=ConversationDataset(records, processor, settings.data.template),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[display],
         log_file=work / "log.jsonl",

@@ -53,12 +53,16 @@ def test_batches_are_padded_on_the_right(processor, records):
     assert "pixel_values" not in Collator(0)([dataset[1]])
 
 
-def test_a_template_without_generation_blocks_is_refused(processor, records):
+def test_a_template_whose_answers_cannot_be_told_is_refused(processor, records):
     from copy import deepcopy
 
     plain = deepcopy(processor)
     plain.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(DataError, match="generation"):
+    with pytest.raises(DataError, match="name one of phi, stablelm"):
+        ConversationDataset(records, plain)
+    assert ConversationDataset(records, plain, "phi")[1]["labels"].max() > 0
+    plain.tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has no chat template: name one of"):
         ConversationDataset(records, plain)
     plain.tokenizer.chat_template = "{%- generation -%}{%- endgeneration -%}"
     ConversationDataset(records, plain)

@@ -1,0 +1,162 @@
+"""From a conversation to token ids and labels: what a model reads, and what it learns to say.
+
+One mechanism for all conversation forms: a chat template is rendered, with the places of the answers, and the text between images is
+tokenized piece by piece, as the original code does. A token is learnt if it ends within an answer.
+
+Unusual here:
+- An image is -200 in the ids until a model's own placeholder takes its place; inside an answer it is -200 in the labels, too, and is no
+  more learnt than outside.
+- The tokenizer alone decides about a beginning-of-sequence token, once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from moe_llava.data.records import IMAGE_TOKEN, DataError, Record
+from moe_llava.data.templates import TEMPLATES, chat_template
+
+IMAGE_INDEX = -200
+IGNORE_INDEX = -100
+LONGEST_RUN = 16
+ROLES = {"human": "user", "gpt": "assistant"}
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+def encode_record(
+    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None = None, image_tokens: int = 1
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a record, of equal length.
+
+    Args:
+        record: a Record, or a LLaVA record as it stands in a file: `conversations`, and `image` if `<image>` in its text means an image.
+        template: a conversation form, a key of TEMPLATES; None takes the tokenizer's own chat template.
+        image_tokens: how many -200 stand for an image.
+
+    A text-only record is cut at the tokenizer's `model_max_length`, as the original code does. An answer that is empty is not learnt, a
+    last question without an answer is read and not learnt, and an answer before the first question is dropped.
+
+    Raises DataError, naming the rule, if the conversation has no question, roles out of order, or does not fit the form.
+    """
+    messages, has_images = _messages(record)
+    if template == "plain":
+        _check_caption(messages)
+        has_images = True
+    text, answers = render(messages, tokenizer, template)
+    if not has_images:
+        ids, labels = _encode_piece(text, 0, answers, tokenizer)
+        return {"input_ids": ids[: tokenizer.model_max_length], "labels": labels[: tokenizer.model_max_length]}
+    ids, labels, start = [], [], 0
+    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if number:
+            learnt = any(low <= start - len(IMAGE_TOKEN) < high for low, high in answers)
+            ids += [IMAGE_INDEX] * image_tokens
+            labels += [IMAGE_INDEX if learnt else IGNORE_INDEX] * image_tokens
+        piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
+        # Every piece is tokenized as if it were a text of its own, with the beginning of one.
+        first = int(number > 0 and bool(piece) and piece_ids[0] == tokenizer.bos_token_id)
+        ids += piece_ids[first:]
+        labels += piece_labels[first:]
+        start += len(piece) + len(IMAGE_TOKEN)
+    return {"input_ids": ids, "labels": labels}
+
+
+def render(messages: list[Message], tokenizer: Any, template: str | None) -> tuple[str, list[Span]]:
+    """The text of a conversation, and the [start, end) of each answer in it, its end token included.
+
+    Raises DataError if the tokenizer has no chat template, or one that does not build a conversation turn by turn.
+    """
+    if template is None:
+        jinja = tokenizer.chat_template
+        if not jinja:
+            raise DataError(f"the tokenizer has no chat template: name one of {', '.join(TEMPLATES)}")
+        special = tokenizer.special_tokens_map
+    else:
+        jinja, special = chat_template(template), {"bos_token": ""}  # the tokenizer adds it
+    if re.search(r"\{%-?\s*generation\s*-?%\}", jinja):
+        texts, spans = render_jinja_template([messages], chat_template=jinja, return_assistant_tokens_mask=True, **special)
+        return texts[0], [(low, high) for low, high in spans[0]]
+    return _render_by_turns(messages, jinja, special)
+
+
+def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any]) -> tuple[str, list[Span]]:
+    """For a template that does not mark its answers: an answer is what a turn adds to the prompt for it."""
+
+    def text_of(count: int, prompt: bool) -> str:
+        return render_jinja_template([messages[:count]], chat_template=jinja, add_generation_prompt=prompt, **special)[0][0]
+
+    whole, answers = text_of(len(messages), False), []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answered = text_of(index, True), text_of(index + 1, False)
+        if not (answered.startswith(prompt) and whole.startswith(answered)) or (answered == prompt and message["content"]):
+            raise DataError(
+                "the tokenizer's chat template does not add turn to turn, and has no {% generation %} blocks, so its answers cannot be "
+                f"told from the rest: name one of {', '.join(TEMPLATES)}"
+            )
+        answers.append((len(prompt), len(answered)))
+    return whole, answers
+
+
+def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels of a text that begins at `start` of the whole."""
+    if not text:
+        return [], []
+    encoded = _with_true_offsets(tokenizer).encode(text)
+    labels = []
+    for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):
+        learnt = any(low < start + end <= high for low, high in answers)
+        labels.append(token if learnt else IGNORE_INDEX)
+    # A template may write the beginning-of-sequence token that the tokenizer adds.
+    twice = int(encoded.ids[:2] == [tokenizer.bos_token_id] * 2)
+    return encoded.ids[twice:], labels[twice:]
+
+
+@lru_cache(maxsize=4)
+def _with_true_offsets(tokenizer: Any) -> Tokenizer:
+    """Byte-level tokenizers report their tokens without the white space in them."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    text = json.dumps(state["post_processor"]).replace('"trim_offsets": true', '"trim_offsets": false')
+    return Tokenizer.from_str(json.dumps({**state, "post_processor": json.loads(text)}))
+
+
+def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
+    """(messages as chat templates take them, whether `<image>` means an image)"""
+    if isinstance(record, Record):
+        turns = [(role, text) for question, answer in record.turns for role, text in (("human", question), ("gpt", answer))]
+        has_images = bool(record.images)
+    else:
+        turns = [(turn["from"], _cut_run(turn["value"])) for turn in record["conversations"]]
+        has_images = "image" in record
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]
+    for number, (role, _) in enumerate(turns):
+        if role != ("human", "gpt")[number % 2]:
+            raise DataError(f"turn {number} is by {role!r}, but human and gpt must take turns, human first")
+    if not turns:
+        raise DataError("the conversation has no question")
+    return [{"role": ROLES[role], "content": text} for role, text in turns], has_images
+
+
+def _cut_run(text: str) -> str:
+    """The original code makes 16 of a longer run of images at the beginning of a turn. Only what is compared with it needs this: a Record
+    keeps all its images."""
+    run = IMAGE_TOKEN * text.count(IMAGE_TOKEN)
+    longest = IMAGE_TOKEN * LONGEST_RUN
+    return text.replace(run, longest).strip() if text.startswith(longest) and len(run) > len(longest) else text
+
+
+def _check_caption(messages: list[Message]) -> None:
+    if len(messages) != 2 or IMAGE_TOKEN not in messages[0]["content"]:
+        raise DataError(f"the form 'plain' takes one question with {IMAGE_TOKEN} and its caption, but found {len(messages)} turns")
