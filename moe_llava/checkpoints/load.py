@@ -46,14 +46,22 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **setti
 
     Raises CheckpointError as `check_checkpoint` does.
     """
+    processor = load_processor(path)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings), processor
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a folder or hub id. Raises CheckpointError as `check_checkpoint` does, or if there is none."""
     check_checkpoint(path)
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings)
-        return model, AutoProcessor.from_pretrained(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
 
 
 def best_device() -> torch.device:

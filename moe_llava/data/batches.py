@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -58,6 +59,11 @@ def image_tokens(processor: Any, pixel_values: Tensor) -> int:
     height, width = pixel_values.shape[-2:]
     number = (height // processor.patch_size) * (width // processor.patch_size) + processor.num_additional_image_tokens
     return number - (processor.vision_feature_select_strategy == "default")
+
+
+def tokens_per_image(processor: Any) -> int:
+    """The same, of any image: the processor brings all to one size."""
+    return image_tokens(processor, processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"])
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_placeholders_keep_their_places():
         (conversation("x", "y", image="a.png"), "found 0 image tokens in record 0 of .* but 1 images"),
         (conversation("<image>", "y"), "found 1 image tokens in record 0 of .* but 0 images"),
         (conversation("<image> x", "y", image="b.png"), r"record 0 of .*data.json names the image .*b.png, which does not exist"),
-        (conversation("x"), "record 0 of .* must have 'conversations'"),
+        (conversation("x"), "record 0 of .* must have 'conversations', a list of human and gpt turns in pairs"),
         (conversation("x", "y", image=5), "record 0 of .* must have a file name or a list of them as 'image', but has 5"),
         ({"id": 3}, "record 0 of .* must have 'conversations'"),
         (5, "record 0 of .* must have 'conversations'"),
@@ -71,10 +71,50 @@ def test_bad_records(write, record, message):
         load_records(*write(record))
 
 
-@pytest.mark.parametrize(("text", "message"), [("[", "is not JSON"), ("{}", "must hold a list"), ("[]", "at least one record")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is not JSON"),
+        ("{}", "line 1 of .* must have 'conversations' or 'messages'"),
+        ("[]", "at least one record"),
+        ("", "is empty"),
+        ("{}\n{", "is neither a JSON list nor JSON lines: line 2"),
+    ],
+)
 def test_bad_files(write, text, message):
     with pytest.raises(DataError, match=message):
         load_records(*write(text))
+
+
+def test_lines_and_messages(write):
+    messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
+    parts = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
+    ]
+    lines = [
+        conversation("<image>\nWhat?", "This.", image="a.png"),
+        {"messages": messages, "images": ["a.png"]},
+        {"messages": parts, "image": "a.png"},
+    ]
+    records = load_records(*write("\n\n".join(map(json.dumps, lines)) + "\n", name="data.jsonl"))
+    assert [record.source.split(" of ")[0] for record in records] == ["line 1", "line 3", "line 5"]
+    assert {(record.turns, record.images) for record in records} == {((("<image>\nWhat?", "This."),), records[0].images)}
+    wrong = {"messages": [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "x"}]}
+    with pytest.raises(DataError, match=r"turn 0 of record 0 of .* must be a text from 'user'"):
+        load_records(*write(wrong))
+
+
+def test_all_problems_are_told_at_once(write):
+    good, bad = conversation("x", "y"), conversation("<image>", "y")
+    with pytest.raises(DataError) as caught:
+        load_records(*write(good, bad, good, bad))
+    assert [line.split(" but ")[0].split(" of ")[0].strip() for line in str(caught.value).splitlines()] == [
+        "found 1 image tokens in record 1",
+        "found 1 image tokens in record 3",
+    ]
+    with pytest.raises(DataError, match=r"and 5 more: `moe-llava check .*data.json` shows all"):
+        load_records(*write(*[bad] * 25))
 
 
 def test_missing_file(tmp_path):

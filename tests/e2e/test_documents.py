@@ -20,6 +20,7 @@ SMALLER = {
     "digits": ["--train-images", "20", "--test-images", "4"],
     "train": SMALL,
     "chat": ["--max-new-tokens", "4"],
+    "check": [],
     "convert": [],
     "params": [],
     "tower": ["--steps", "2"],

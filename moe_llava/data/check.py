@@ -1,0 +1,95 @@
+"""Looks through a data file before it is trained on: every problem by record, the lengths, what padding would cost.
+
+Shapes: none; lengths are tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from moe_llava.data.encode import IGNORE_INDEX, encode_record
+from moe_llava.data.records import DataError, Record, open_image, parse_record, read_items
+
+
+@dataclass
+class Report:
+    """`problems`: (where, what). `lengths`: of each sound record, in tokens, with its images. `cut`: how many records the limit cuts.
+    Lengths and cuts need a tokenizer."""
+
+    records: int = 0
+    images: int = 0
+    text_only: int = 0
+    problems: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    learnt: int = 0
+    cut: int = 0
+
+    def histogram(self) -> dict[str, int]:
+        """Records by length, in powers of two."""
+        counts = Counter((length - 1).bit_length() for length in self.lengths)
+        return {f"{2 ** (power - 1) + 1}-{2**power}" if power else "1": counts[power] for power in sorted(counts)}
+
+    def padding(self, batch_size: int) -> float:
+        """The share of a batch that is padding, if batches of `batch_size` are drawn in the file's order."""
+        batches = [self.lengths[start : start + batch_size] for start in range(0, len(self.lengths), batch_size)]
+        places = sum(max(batch) * len(batch) for batch in batches)
+        return 1 - sum(self.lengths) / places if places else 0.0
+
+
+def check_data(
+    file: str | Path,
+    images: str | Path,
+    tokenizer: Any = None,
+    template: str | None = None,
+    image_tokens: int = 1,
+    max_length: int | None = None,
+) -> Report:
+    """Reads every record and decodes every image once.
+
+    Args:
+        tokenizer: to count tokens with, and to see that there is something to learn; without it, neither is done.
+        template, image_tokens: as `encode_record`.
+        max_length: tokens beyond which a record is cut.
+
+    Raises DataError only if the file itself cannot be read.
+    """
+    report, seen = Report(), {}
+    items = list(read_items(file))
+    console = Console(stderr=True)
+    for source, item in track(items, "checking", console=console, transient=True, disable=not sys.stderr.isatty()):
+        report.records += 1
+        try:
+            record = parse_record(source, item, Path(images))
+            for path in record.images:
+                if path not in seen:
+                    seen[path] = True
+                    open_image(path, source)
+            if tokenizer is not None:
+                _measure(report, record, tokenizer, template, image_tokens, max_length)
+            report.text_only += not record.images
+        except DataError as error:
+            report.problems.append(str(error))
+    report.images = len(seen)
+    return report
+
+
+def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
+    try:
+        encoded = encode_record(record, tokenizer, template, image_tokens)
+    except DataError as error:
+        raise DataError(f"{record.source}: {error}") from error
+    labels = encoded["labels"][:max_length]
+    length, learnt = len(encoded["labels"]), sum(label != IGNORE_INDEX for label in labels)
+    report.lengths.append(min(length, max_length or length))
+    report.learnt += learnt
+    if max_length is not None and length > max_length:
+        report.cut += 1
+        if not learnt:
+            raise DataError(f"{record.source} has {length} tokens, and nothing to learn from is left of it at the limit of {max_length}")
