@@ -238,24 +238,18 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
 
-        aux = z = language_loss = loss = None
+        losses: dict[str, Tensor] = {}
         if record:
             token_mask_T = real_tokens(attention_mask, outputs.last_hidden_state)
-            aux = balance_loss(outputs.router_logits, token_mask_T)
-            z = z_loss(outputs.router_logits, token_mask_T)
+            losses["aux_loss"] = balance_loss(outputs.router_logits, token_mask_T)
+            losses["z_loss"] = z_loss(outputs.router_logits, token_mask_T)
         if labels is not None:
-            loss = language_loss = self.loss_function(
+            losses["language_loss"] = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
             )
-            if aux is not None and z is not None:
-                # Label 0 of each row predicts nothing.
-                share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
-                loss = loss + share * (self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z)
+            losses["loss"] = self._total_loss(losses, labels, num_items_in_batch)
         return MoeLlavaCausalLMOutputWithPast(
-            loss=loss,
-            language_loss=language_loss,
-            aux_loss=aux,
-            z_loss=z,
+            **losses,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -264,6 +258,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             router_logits=outputs.router_logits if output_router_logits else None,
             router_drops=outputs.router_drops if output_router_logits else None,
         )
+
+    def _total_loss(self, losses: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The language loss and, if there are any, the auxiliary ones, weighted by the batch's share of a step's labels."""
+        if "aux_loss" not in losses:
+            return losses["language_loss"]
+        # Label 0 of each row predicts nothing.
+        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+        auxiliary = self.config.router_aux_loss_coef * losses["aux_loss"] + self.config.router_z_loss_coef * losses["z_loss"]
+        return losses["language_loss"] + share * auxiliary
 
 
 def real_tokens(attention_mask: Any, embeds_BSD: Tensor) -> Tensor | None:

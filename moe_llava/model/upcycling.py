@@ -6,11 +6,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .configuration import MoeLlavaConfig
 from .ffn import copy_into_experts, find_form
 from .modeling import MoeLlavaForConditionalGeneration
+from .moe import SparseMlp
 
 ROUTER_STD = 0.02
 
@@ -69,19 +71,22 @@ def upcycle(
     _share(dense, sparse)
     generator = torch.Generator().manual_seed(seed)
     for index, mlp in sparse.model.sparse_mlps().items():
-        ffn = dense_layers[index].mlp
-        # The FFN's own: towers and language models may differ.
-        origin = next(ffn.parameters())
-        mlp.to_empty(device=origin.device).to(origin.dtype)
-        mlp.router.weight.copy_(torch.randn(mlp.router.weight.shape, generator=generator) * ROUTER_STD)
-        copy_into_experts(ffn, mlp.experts)
-        if mlp.coefficient is not None:
-            mlp.residual_mlp = ffn
-            mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
-            mlp.coefficient.bias.zero_()
+        _fill(mlp, dense_layers[index].mlp, generator)
     sparse.tie_weights()
     sparse.generation_config = copy.deepcopy(dense.generation_config)
     return sparse.train(dense.training)
+
+
+def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
+    """Gives a SparseMlp without weights those of the dense FFN in whose place it stands, and a random router."""
+    origin = next(ffn.parameters())  # device and dtype of this FFN: towers and language models may differ
+    mlp.to_empty(device=origin.device).to(origin.dtype)
+    mlp.router.weight.copy_(torch.randn(mlp.router.weight.shape, generator=generator) * ROUTER_STD)
+    copy_into_experts(ffn, mlp.experts)
+    if mlp.coefficient is not None:
+        mlp.residual_mlp = ffn
+        mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
+        mlp.coefficient.bias.zero_()
 
 
 def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
