@@ -56,16 +56,16 @@ def encode_record(
         ids, labels = _encode_piece(text, 0, answers, tokenizer)
         return {"input_ids": ids[: tokenizer.model_max_length], "labels": labels[: tokenizer.model_max_length]}
     ids, labels, start = [], [], 0
+    # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
+    begin = int(_with_true_offsets(tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id])
     for number, piece in enumerate(text.split(IMAGE_TOKEN)):
         if number:
             learnt = any(low <= start - len(IMAGE_TOKEN) < high for low, high in answers)
             ids += [IMAGE_INDEX] * image_tokens
             labels += [IMAGE_INDEX if learnt else IGNORE_INDEX] * image_tokens
         piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
-        # Every piece is tokenized as if it were a text of its own, with the beginning of one.
-        first = int(number > 0 and bool(piece) and piece_ids[0] == tokenizer.bos_token_id)
-        ids += piece_ids[first:]
-        labels += piece_labels[first:]
+        ids += piece_ids[begin if number else 0 :]
+        labels += piece_labels[begin if number else 0 :]
         start += len(piece) + len(IMAGE_TOKEN)
     return {"input_ids": ids, "labels": labels}
 
@@ -110,8 +110,6 @@ def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any
 
 def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids and labels of a text that begins at `start` of the whole."""
-    if not text:
-        return [], []
     encoded = _with_true_offsets(tokenizer).encode(text)
     labels = []
     for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):

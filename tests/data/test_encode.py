@@ -118,6 +118,10 @@ def test_other_forms(load, byte_level):
         assert encoded["input_ids"].count(llama.bos_token_id) == (2 if template == "llama_2" else 1)
     text = llama.decode([token for token in encoded["input_ids"] if token != -200])
     assert text.startswith("<s> [INST] <<SYS>>\nYou are a helpful") or text.startswith("<s>[INST] <<SYS>>\nYou are a helpful")
+    caption = encode_record(conversation("Describe.\n<image>", "a cat"), llama, "plain")
+    assert caption["input_ids"][:2] == [llama.bos_token_id, -200]
+    assert caption["labels"][:2] == [-100, -100]
+    assert caption["labels"][2:] == caption["input_ids"][2:]
     with pytest.raises(DataError, match="the form 'plain' takes one question"):
         encode_record(record, byte_level, "plain")
 
