@@ -9,6 +9,7 @@ In the second, content may also be a list of parts: {"type": "image"} and {"type
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,13 @@ def _read_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{file} is neither a JSON list nor JSON lines: line {number}: {error}") from error
     if not found:
         raise DataError(f"{file} is empty")
+
+
+def weighted(records: list[Record], weight: float, seed: int) -> list[Record]:
+    """`records` as often as `weight` says; of its fraction, so many of them, drawn without repetition and kept in order."""
+    times, fraction = divmod(weight, 1)
+    drawn = random.Random(seed).sample(range(len(records)), round(fraction * len(records)))
+    return records * int(times) + [records[index] for index in sorted(drawn)]
 
 
 def open_image(path: Path, source: str) -> Image.Image:

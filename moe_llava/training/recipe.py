@@ -22,12 +22,12 @@ class RecipeError(ValueError):
 
 @dataclass
 class Data:
-    """A LLaVA JSON file, and the folder that its image names are relative to. `template`: a conversation form, a key of TEMPLATES in
-    data/templates.py; None is the tokenizer's own."""
+    """A data file, and the folder that its image names are relative to. `weight`: how often an epoch sees each record; 0.5 takes half of
+    them, chosen by the recipe's seed, 2 takes all of them twice."""
 
     file: str
     images: str
-    template: str | None = None
+    weight: float = 1.0
 
 
 @dataclass
@@ -61,8 +61,16 @@ class Moe:
 
 @dataclass
 class Stage:
-    data: Data
+    """`data`: one file, or several. `template`: a conversation form, a key of TEMPLATES in data/templates.py; None is the tokenizer's
+    own."""
+
+    data: Data | list[Data]
     optimisation: Optimisation
+    template: str | None = None
+
+    @property
+    def sources(self) -> list[Data]:
+        return self.data if isinstance(self.data, list) else [self.data]
 
 
 @dataclass
@@ -163,6 +171,8 @@ def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
+    if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
+        return [_build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]
     if kinds and value is not None:
         return _build(kinds[0], value, where + ".", problems)
     if not _fits(hint, value):
@@ -193,11 +203,14 @@ def _rules(recipe: Recipe) -> list[str]:
         if getattr(recipe, name) is None:
             continue
         settings = getattr(recipe, name).optimisation
-        template = getattr(recipe, name).data.template
+        template = getattr(recipe, name).template
         if template is not None and template not in TEMPLATES:
-            problems.append(
-                f"{name}.data.template is {template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own"
-            )
+            problems.append(f"{name}.template is {template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own")
+        if not getattr(recipe, name).sources:
+            problems.append(f"{name}.data is an empty list, but must name at least one file")
+        for source in getattr(recipe, name).sources:
+            if source.weight <= 0:
+                problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
         for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
             if getattr(settings, key) <= 0:
                 problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset
-from moe_llava.data.records import DataError, Record, check_images, load_records
+from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters
@@ -117,8 +117,11 @@ def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> 
         training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
     data = {}
     for number, name in todo.items():
-        settings = stage_settings(recipe, number).data
-        data[name] = load_records(settings.file, settings.images)
+        data[name] = [
+            record
+            for source in stage_settings(recipe, number).sources
+            for record in weighted(load_records(source.file, source.images), source.weight, recipe.seed)
+        ]
         if name == "stage1":
             for record in data[name]:
                 if not record.images:
@@ -173,7 +176,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=ConversationDataset(records, processor, settings.data.template),
+        train_dataset=ConversationDataset(records, processor, settings.template),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         callbacks=[display],
         log_file=work / "log.jsonl",

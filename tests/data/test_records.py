@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from moe_llava.data.records import DataError, check_images, content_parts, load_records, open_image
+from moe_llava.data.records import DataError, check_images, content_parts, load_records, open_image, weighted
 
 
 @pytest.fixture
@@ -115,6 +115,17 @@ def test_all_problems_are_told_at_once(write):
     ]
     with pytest.raises(DataError, match=r"and 5 more: `moe-llava check .*data.json` shows all"):
         load_records(*write(*[bad] * 25))
+
+
+def test_weights(write):
+    records = load_records(*write(*[conversation(str(number), "y") for number in range(10)]))
+    assert weighted(records, 1, 0) == records
+    assert weighted(records, 2, 0) == records * 2
+    half = weighted(records, 0.5, 0)
+    assert len(half) == len(set(map(id, half))) == 5
+    assert half == sorted(half, key=records.index)
+    assert half == weighted(records, 0.5, 0) != weighted(records, 0.5, 1)
+    assert len(weighted(records, 1.3, 0)) == 13
 
 
 def test_missing_file(tmp_path):

@@ -86,3 +86,27 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
 def test_missing_recipe(tmp_path):
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_several_files_and_a_template(write_recipe):
+    file = write_recipe()
+    raw = yaml.safe_load(file.read_text())
+    first = raw["stage2"]["data"]
+    raw["stage2"]["data"] = [first, {**first, "weight": 0.5}]
+    raw["stage2"]["template"] = "phi"
+    file.write_text(yaml.safe_dump(raw))
+    recipe = load_recipe(file)
+    assert [source.weight for source in recipe.stage2.sources] == [1.0, 0.5]
+    assert recipe.stage1.sources == [recipe.stage1.data]
+    raw["stage2"]["data"][1] |= {"weight": 0, "fil": "x"}
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(RecipeError, match=r"unknown key stage2.data.1.fil; did you mean stage2.data.1.file"):
+        load_recipe(file)
+    del raw["stage2"]["data"][1]["fil"]
+    raw["stage2"]["template"] = "fi"
+    raw["stage3"]["data"] = []
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    for problem in ("stage2.data has weight 0.0", "stage2.template is 'fi'", "stage3.data is an empty list"):
+        assert problem in str(caught.value)

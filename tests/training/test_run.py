@@ -1,5 +1,6 @@
 """Stages end to end on a tiny model: what they leave behind, what they train, how they stop and go on."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -271,3 +272,17 @@ def test_a_stage_needs_the_one_before(write_recipe):
         train(load_recipe(write_recipe()), [2], resume=False, console=QUIET)
     with pytest.raises(CheckpointError, match=r"stage 3 starts from .*stage2, which does not exist"):
         train(load_recipe(write_recipe()), [1, 3], resume=False, console=QUIET)
+
+
+def test_a_stage_on_several_files_in_another_form(write_recipe, tmp_path):
+    """It says how many records there are: 24 pictures' captions, and half of them once more."""
+    file = write_recipe()
+    raw = yaml.safe_load(file.read_text())
+    raw["stage1"]["data"] = [raw["stage1"]["data"], {**raw["stage1"]["data"], "weight": 0.5}]
+    raw["stage1"]["template"] = "v1"
+    raw["stage1"]["optimisation"]["max_steps"] = 1
+    file.write_text(yaml.safe_dump(raw))
+    number = len(json.loads(Path(raw["stage1"]["data"][0]["file"]).read_text()))
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    train(load_recipe(file), [1], resume=False, console=console)
+    assert f"{number + round(number / 2)} records" in console.export_text()
