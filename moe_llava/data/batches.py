@@ -63,14 +63,42 @@ def image_tokens(processor: Any, pixel_values: Tensor) -> int:
 
 def tokens_per_image(processor: Any) -> int:
     """The same, of any image: the processor brings all to one size."""
-    return image_tokens(processor, processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"])
+    return EmptyImage.of(processor).tokens
+
+
+@dataclass(frozen=True)
+class EmptyImage:
+    """Stands in a batch of text alone, where no token sees it: so the projector takes part in every step, in every process. Without it a
+    process without images would keep its neighbours waiting for the projector's gradients.
+
+    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`.
+    """
+
+    pixels: Tensor
+    tokens: int
+    token_id: int
+
+    @classmethod
+    def of(cls, processor: Any) -> EmptyImage:
+        pixels = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+        return cls(pixels, image_tokens(processor, pixels), processor.image_token_id)
+
+    def add_to(self, batch: dict[str, Tensor]) -> None:
+        """Puts it after the end of the first row, outside the attention mask and the labels."""
+        rows = batch["input_ids"].shape[0]
+        fills = {"input_ids": self.token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        for name, fill in fills.items():
+            batch[name] = torch.cat([batch[name], torch.full((rows, self.tokens), fill)], dim=1)
+        batch["input_ids"][1:, -self.tokens :] = 0  # one image, one row of placeholders; the others are padding of any kind
+        batch["pixel_values"] = self.pixels
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads to the longest row on the right."""
+    """Pads to the longest row on the right. `empty_image` goes into batches that have none."""
 
     pad_token_id: int
+    empty_image: EmptyImage | None = None
 
     def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ids_BS = pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=self.pad_token_id)
@@ -83,4 +111,6 @@ class Collator:
         pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
+        elif self.empty_image is not None:
+            self.empty_image.add_to(batch)
         return batch

@@ -18,13 +18,13 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
-from moe_llava.data.batches import Collator, ConversationDataset
+from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.trainer import ProgressDisplay, StageTrainer
 
 TITLES = {
@@ -43,7 +43,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
 
     Raises RecipeError, DataError, CheckpointError or ValueError, each naming what is wrong.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if not state.is_main_process:
         console = Console(quiet=True)
     for number in stages:
@@ -177,7 +177,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         model=model,
         args=arguments,
         train_dataset=ConversationDataset(records, processor, settings.template),
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor) if "projector" in STAGES[name] else None),
         callbacks=[display],
         log_file=work / "log.jsonl",
     )
@@ -242,6 +242,7 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         data_seed=recipe.seed,
         dataloader_num_workers=recipe.dataloader_workers,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # what learns takes part in every step: see EmptyImage
         disable_tqdm=True,
         report_to="none",
     )

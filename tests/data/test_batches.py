@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset
+from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError, Record
 from moe_llava.digits.base import build_base
 
@@ -51,6 +51,24 @@ def test_batches_are_padded_on_the_right(processor, records):
     assert (batch["input_ids"][1, length:] == processor.tokenizer.pad_token_id).all()
     assert batch["pixel_values"].shape == (1, 3, 48, 48)
     assert "pixel_values" not in Collator(0)([dataset[1]])
+
+
+def test_an_empty_image_changes_nothing_that_is_learnt(processor, records):
+    """But its projector takes part."""
+    model, _ = build_base()
+    dataset = ConversationDataset([records[1], records[1]], processor)
+    plain = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    batch = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor))([dataset[0], dataset[1]])
+    assert batch["pixel_values"].shape == (1, 3, 48, 48)
+    length = plain["input_ids"].shape[1]
+    for name in plain:
+        assert torch.equal(batch[name][:, :length], plain[name])
+    expected, found = model(**plain), model(**batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits[:, :length], expected.logits)
+    found.loss.backward()
+    gradients = [parameter.grad for parameter in model.model.multi_modal_projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_a_template_whose_answers_cannot_be_told_is_refused(processor, records):

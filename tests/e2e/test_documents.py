@@ -19,6 +19,11 @@ SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
     "digits": ["--train-images", "20", "--test-images", "4"],
     "train": SMALL,
+    "torchrun": [
+        argument
+        for key, value in (("max_steps", 2), ("batch_size", 8), ("per_device_batch_size", 4))
+        for argument in ("--set", f"stage1.optimisation.{key}={value}")
+    ],
     "chat": ["--max-new-tokens", "4"],
     "check": [],
     "convert": [],
@@ -48,9 +53,10 @@ def runnable(words: list[str]) -> list[str] | None:
     if words == ["make", "test"]:
         return None
     program, *arguments = words
-    verb = arguments[2] if program == "python" else arguments[0]
-    binary = Path(sys.executable).parent / Path(program).name
-    return [str(binary), *arguments, *SMALLER[verb]]
+    folder = Path(sys.executable).parent
+    verb = arguments[2] if program == "python" else program if program == "torchrun" else arguments[0]
+    arguments = [str(folder / word) if word == "moe-llava" else word for word in arguments]
+    return [str(folder / Path(program).name), *arguments, *SMALLER[verb]]
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""Two real processes under torchrun, over gloo, do what one does with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import REPOSITORY, run_command
+
+BIN = Path(sys.executable).parent
+
+
+def torchrun(*arguments):
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", BIN / "moe-llava", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_log(folder):
+    """The steps of a stage."""
+    return [entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+
+
+@pytest.fixture
+def make_recipe(write_recipe, tmp_path):
+    """name -> a recipe file of its own; `per_device` of the 4 records of a step, every third record without its image."""
+    file = write_recipe()
+    raw = yaml.safe_load(file.read_text())
+    data = raw["stage2"]["data"]
+    records = json.loads(Path(data["file"]).read_text())
+    for record in records[::3]:
+        record.pop("image")
+        for turn in record["conversations"]:
+            turn["value"] = turn["value"].replace("<image>\n", "")
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps(records))
+
+    def make(name, per_device, checkpointing):
+        recipe = json.loads(json.dumps(raw)) | {"output": str(tmp_path / name)}
+        for stage in ("stage1", "stage2", "stage3"):
+            recipe[stage]["optimisation"] |= {"per_device_batch_size": per_device, "gradient_checkpointing": checkpointing}
+            if stage != "stage1":
+                recipe[stage]["data"]["file"] = str(mixed)
+        # The balance loss multiplies two means over what a process sees, so it is another one in halves of a batch.
+        recipe["stage3"]["moe"]["router_aux_loss_coef"] = 0.0
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path, checkpointing):
+    """Also where a process has images and its neighbour has none."""
+    one = run_command("train", make_recipe("one", 4, checkpointing))
+    assert one.returncode == 0, one.stderr
+    printed = torchrun("train", make_recipe("two", 2, checkpointing))
+    assert printed.count("stage3 3/3 loss") == 1
+    for stage in ("stage1", "stage2", "stage3"):
+        expected, found = (read_log(tmp_path / name / stage) for name in ("one", "two"))
+        assert len(expected) == len(found) == 3
+        # Equal experts give their router no gradient but rounding, of which Adam makes whole steps: from then on tokens may go elsewhere.
+        steps = 2 if stage == "stage3" else 3
+        for before, after in zip(expected[:steps], found[:steps], strict=True):
+            assert after["loss"] == pytest.approx(before["loss"], abs=1e-5), stage
+            assert after["grad_norm"] == pytest.approx(before["grad_norm"], abs=1e-5), stage
+        if stage == "stage3":
+            continue
+        expected, found = (load_file(tmp_path / name / stage / "model.safetensors") for name in ("one", "two"))
+        assert expected.keys() == found.keys()
+        assert max((expected[name] - found[name]).abs().max().item() for name in expected) < 1e-5, stage
+        assert not list((tmp_path / "two").glob(".*"))
