@@ -20,13 +20,12 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moe_llava.data.records import IMAGE_TOKEN, DataError, Record
+from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, text_of
 from moe_llava.data.templates import TEMPLATES, chat_template
 
 IMAGE_INDEX = -200
 IGNORE_INDEX = -100
 LONGEST_RUN = 16
-ROLES = {"human": "user", "gpt": "assistant"}
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -38,7 +37,8 @@ def encode_record(
     """`input_ids` and `labels` of a record, of equal length.
 
     Args:
-        record: a Record, or a LLaVA record as it stands in a file: `conversations`, and `image` if `<image>` in its text means an image.
+        record: a Record, or a record as it stands in a file, of either form; `<image>` in its text means an image if it has `image` or
+            `images`.
         template: a conversation form, a key of TEMPLATES; None takes the tokenizer's own chat template.
         image_tokens: how many -200 stand for an image.
 
@@ -132,19 +132,34 @@ def _with_true_offsets(tokenizer: Any) -> Tokenizer:
 def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
     """(messages as chat templates take them, whether `<image>` means an image)"""
     if isinstance(record, Record):
-        turns = [(role, text) for question, answer in record.turns for role, text in (("human", question), ("gpt", answer))]
+        turns = [turn for question, answer in record.turns for turn in (("user", question), ("assistant", answer))]
         has_images = bool(record.images)
     else:
-        turns = [(turn["from"], _cut_run(turn["value"])) for turn in record["conversations"]]
-        has_images = "image" in record
-    if turns and turns[0][0] == "gpt":
+        turns, has_images = _raw_turns(record)
+    if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     for number, (role, _) in enumerate(turns):
-        if role != ("human", "gpt")[number % 2]:
-            raise DataError(f"turn {number} is by {role!r}, but human and gpt must take turns, human first")
+        if role != ("user", "assistant")[number % 2]:
+            raise DataError(f"turn {number} is by the {role}, but user and assistant must take turns, user first")
     if not turns:
         raise DataError("the conversation has no question")
-    return [{"role": ROLES[role], "content": text} for role, text in turns], has_images
+    return [{"role": role, "content": text} for role, text in turns], has_images
+
+
+def _raw_turns(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], bool]:
+    """((role, text) of each turn, whether there are images) of a record as it stands in a file."""
+    for key, (role_key, text_key), roles in FORMS:
+        if key not in record:
+            continue
+        names = dict(zip(roles, ("user", "assistant"), strict=True))
+        turns = []
+        for number, turn in enumerate(record[key]):
+            role, text = turn.get(role_key), text_of(turn.get(text_key))
+            if role not in names or text is None:
+                raise DataError(f"turn {number} must be a text from one of {', '.join(roles)}, but is {str(turn)[:60]}")
+            turns.append((names[role], _cut_run(text)))
+        return turns, "image" in record or bool(record.get("images"))
+    raise DataError(f"the record has neither {' nor '.join(repr(key) for key, *_ in FORMS)}")
 
 
 def _cut_run(text: str) -> str:

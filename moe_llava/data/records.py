@@ -20,7 +20,7 @@ from PIL import Image
 IMAGE_TOKEN = "<image>"
 MOST_SHOWN = 20
 # key of the turns, (key of a turn's role, of its text), the roles
-_FORMS = (
+FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
     ("messages", ("role", "content"), ("user", "assistant")),
 )
@@ -161,7 +161,7 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
 
 def _turns(source: str, item: Any) -> list[str]:
     """The texts of a record, questions and answers in turn."""
-    for key, (role_key, text_key), roles in _FORMS:
+    for key, (role_key, text_key), roles in FORMS:
         if not isinstance(item, dict) or key not in item:
             continue
         turns = item[key]
@@ -169,7 +169,7 @@ def _turns(source: str, item: Any) -> list[str]:
             raise DataError(f"{source} must have {key!r}, a list of {roles[0]} and {roles[1]} turns in pairs, but has {str(turns)[:60]}")
         values = []
         for number, turn in enumerate(turns):
-            role, text = (turn.get(role_key), _text(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
+            role, text = (turn.get(role_key), text_of(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
             if role != roles[number % 2] or text is None:
                 raise DataError(f"turn {number} of {source} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
             if number % 2 and not text.strip():
@@ -181,7 +181,7 @@ def _turns(source: str, item: Any) -> list[str]:
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
 
 
-def _text(content: Any) -> str | None:
+def text_of(content: Any) -> str | None:
     """A turn's text, of a string or of parts, which stand on lines of their own; None of anything else."""
     if isinstance(content, str):
         return content

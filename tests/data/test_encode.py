@@ -75,7 +75,7 @@ def test_where_the_original_failed(load, name):
     for record, texts in right.items():
         found = learnt(encode_record(records[record], tokenizer, template), tokenizer)
         assert [text.replace(" ", "") for text in found] == [text.replace(" ", "") for text in texts], record
-    with pytest.raises(DataError, match="turn 1 is by 'human', but human and gpt must take turns, human first"):
+    with pytest.raises(DataError, match="turn 1 is by the user, but user and assistant must take turns, user first"):
         encode_record(records["bad_role_order"], tokenizer, template)
 
 
@@ -141,3 +141,15 @@ def test_a_language_models_own_template(byte_level):
     byte_level.chat_template = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="does not add turn to turn"):
         encode_record(conversation("What?", "A cat.", "Sure?", "Yes."), byte_level)
+
+
+def test_both_forms_of_records(byte_level):
+    expected = encode_record(conversation("<image>\nWhat?", "A cat."), byte_level, "phi")
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    for content in ("<image>\nWhat?", parts):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat."}]
+        assert encode_record({"messages": messages, "images": ["a.png"]}, byte_level, "phi") == expected
+    with pytest.raises(DataError, match="neither 'conversations' nor 'messages'"):
+        encode_record({"id": 1}, byte_level, "phi")
+    with pytest.raises(DataError, match="turn 0 must be a text from one of human, gpt"):
+        encode_record({"conversations": [{"from": "user", "value": "x"}]}, byte_level, "phi")
