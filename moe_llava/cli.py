@@ -113,14 +113,14 @@ def check(
     """Looks through a data file: every problem by record, lengths, padding. Exit status 1 if there is a problem."""
     with user_errors():
         from moe_llava.checkpoints.load import load_processor
-        from moe_llava.data.batches import tokens_per_image
+        from moe_llava.data.batches import EmptyImage
         from moe_llava.data.check import check_data
         from moe_llava.data.templates import TEMPLATES
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
         processor = None if model is None else load_processor(model)
-        tokenizer, image_tokens = (None, 1) if processor is None else (processor.tokenizer, tokens_per_image(processor))
+        tokenizer, image_tokens = (None, 1) if processor is None else (processor.tokenizer, EmptyImage.of(processor).tokens)
         report = check_data(data, images, tokenizer, template, image_tokens, max_length)
     counts: dict[str, float] = {
         "records": report.records,

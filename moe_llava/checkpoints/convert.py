@@ -81,9 +81,9 @@ def make_processor(published: Published, images: LlavaImageProcessorPil, tokeniz
             raise CheckpointError(
                 f"{published.folder / 'config.json'} has mm_use_im_start_end, but the tokenizer does not know <im_start> and <im_end>"
             )
-    image_token_id = max(published.config.image_token_id, highest_id(tokenizer) + 1)
-    if not isinstance(published.config, MoeLlavaConfig):
-        image_token_id = published.config.image_token_id
+    image_token_id = published.config.image_token_id
+    if isinstance(published.config, MoeLlavaConfig):
+        image_token_id = max(image_token_id, highest_id(tokenizer) + 1)
     tokenizer = add_placeholder(tokenizer, image_token_id, chat_template(template, wrapped))
     vision_config = published.config.vision_config
     arguments: dict[str, Any] = {
@@ -118,7 +118,7 @@ def _summary(published: Published, model: Any, tokenizer: PreTrainedTokenizerFas
         lines.append(
             f"experts: {config.num_experts}, of which a token uses {config.num_experts_per_tok}, in layers {config.moe_layer_indices}"
         )
-    tables, unused = published.tables()
+    tables, unused = published.tables
     for reason, names in unused.items():
         lines.append(f"not used, {reason}: {', '.join(names)}")
     others = Counter(stored.dtype for stored in tables.values() if stored.dtype != model.dtype)

@@ -10,6 +10,7 @@ Unusual here:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Published:
         except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{self.folder / 'config.json'} makes no model: {first_line(error)}") from error
 
+    @cached_property
     def tables(self) -> tuple[dict[str, StoredTensor], dict[str, list[str]]]:
         """(what is stored and used, names of what is stored and not used, by reason)."""
         files = [] if self.projector is None else [self.projector]
@@ -177,7 +179,7 @@ def free_row(settings: dict[str, Any], folder: Path | None) -> int:
 def _load_weights(published: Published, dtype: torch.dtype | None) -> LlavaForConditionalGeneration:
     meta = published.on_meta()
     pieces = layout.plan(meta, published.family)
-    tables, _ = published.tables()
+    tables, _ = published.tables
     if published.config.tie_word_embeddings:
         pieces = layout.without(pieces, "lm_head.")
     has_tower = any(piece.key in tables for piece in pieces if piece.target.startswith(_TOWER))
@@ -202,7 +204,7 @@ def _load_projector(published: Published, dtype: torch.dtype | None) -> LlavaFor
     """Tower and projector, and a language model on the meta device."""
     model = published.on_meta()
     pieces = [piece for piece in layout.plan(model, published.family) if piece.target.startswith(_PROJECTOR)]
-    tables, _ = published.tables()
+    tables, _ = published.tables
     layout.check(pieces, tables, model, str(published.projector))
     dtype = dtype or tables[pieces[0].key].dtype
     state = layout.read(pieces, tables, model, dtype)

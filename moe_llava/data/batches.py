@@ -44,10 +44,7 @@ class ConversationDataset(Dataset):
             images = [open_image(path, record.source) for path in record.images]
             item["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
             tokens_per_image = image_tokens(self.processor, item["pixel_values"])
-        try:
-            encoded = encode_record(record, self.processor.tokenizer, self.template, tokens_per_image)
-        except DataError as error:
-            raise DataError(f"{record.source}: {error}") from error
+        encoded = encode_record(record, self.processor.tokenizer, self.template, tokens_per_image)
         ids, labels = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["labels"])
         item["input_ids"] = ids.masked_fill(ids == IMAGE_INDEX, self.processor.image_token_id)
         item["labels"] = labels.masked_fill(labels == IMAGE_INDEX, IGNORE_INDEX)
@@ -61,17 +58,12 @@ def image_tokens(processor: Any, pixel_values: Tensor) -> int:
     return number - (processor.vision_feature_select_strategy == "default")
 
 
-def tokens_per_image(processor: Any) -> int:
-    """The same, of any image: the processor brings all to one size."""
-    return EmptyImage.of(processor).tokens
-
-
 @dataclass(frozen=True)
 class EmptyImage:
     """Stands in a batch of text alone, where no token sees it: so the projector takes part in every step, in every process. Without it a
     process without images would keep its neighbours waiting for the projector's gradients.
 
-    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`.
+    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`, as many as any image has: the processor brings all to one size.
     """
 
     pixels: Tensor

@@ -60,7 +60,7 @@ def check_data(
 
     Raises DataError only if the file itself cannot be read.
     """
-    report, seen = Report(), {}
+    report, seen = Report(), set()
     items = list(read_items(file))
     console = Console(stderr=True)
     for source, item in track(items, "checking", console=console, transient=True, disable=not sys.stderr.isatty()):
@@ -69,7 +69,7 @@ def check_data(
             record = parse_record(source, item, Path(images))
             for path in record.images:
                 if path not in seen:
-                    seen[path] = True
+                    seen.add(path)
                     open_image(path, source)
             if tokenizer is not None:
                 _measure(report, record, tokenizer, template, image_tokens, max_length)
@@ -81,10 +81,7 @@ def check_data(
 
 
 def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
-    try:
-        encoded = encode_record(record, tokenizer, template, image_tokens)
-    except DataError as error:
-        raise DataError(f"{record.source}: {error}") from error
+    encoded = encode_record(record, tokenizer, template, image_tokens)
     labels = encoded["labels"][:max_length]
     length, learnt = len(encoded["labels"]), sum(label != IGNORE_INDEX for label in labels)
     report.lengths.append(min(length, max_length or length))

@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, text_of
+from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, role_and_text
 from moe_llava.data.templates import TEMPLATES, chat_template
 
 IMAGE_INDEX = -200
@@ -47,27 +47,32 @@ def encode_record(
 
     Raises DataError, naming the rule, if the conversation has no question, roles out of order, or does not fit the form.
     """
-    messages, has_images = _messages(record)
-    if template == "plain":
-        _check_caption(messages)
-        has_images = True
-    text, answers = render(messages, tokenizer, template)
-    if not has_images:
-        ids, labels = _encode_piece(text, 0, answers, tokenizer)
-        return {"input_ids": ids[: tokenizer.model_max_length], "labels": labels[: tokenizer.model_max_length]}
+    try:
+        messages, has_images = _messages(record)
+        if template == "plain":
+            _check_caption(messages)
+            has_images = True
+        text, answers = render(messages, tokenizer, template)
+    except DataError as error:
+        raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
+    limit = None if has_images else tokenizer.model_max_length
     ids, labels, start = [], [], 0
     # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
     begin = int(_with_true_offsets(tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id])
-    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+    for number, piece in enumerate(text.split(IMAGE_TOKEN) if has_images else [text]):
         if number:
-            learnt = any(low <= start - len(IMAGE_TOKEN) < high for low, high in answers)
             ids += [IMAGE_INDEX] * image_tokens
-            labels += [IMAGE_INDEX if learnt else IGNORE_INDEX] * image_tokens
+            labels += [IMAGE_INDEX if _learnt(start, answers) else IGNORE_INDEX] * image_tokens
         piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
         ids += piece_ids[begin if number else 0 :]
         labels += piece_labels[begin if number else 0 :]
         start += len(piece) + len(IMAGE_TOKEN)
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids[:limit], "labels": labels[:limit]}
+
+
+def _learnt(end: int, answers: list[Span]) -> bool:
+    """Whether what ends at `end` of the whole text belongs to an answer."""
+    return any(low < end <= high for low, high in answers)
 
 
 def render(messages: list[Message], tokenizer: Any, template: str | None) -> tuple[str, list[Span]]:
@@ -91,14 +96,14 @@ def render(messages: list[Message], tokenizer: Any, template: str | None) -> tup
 def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any]) -> tuple[str, list[Span]]:
     """For a template that does not mark its answers: an answer is what a turn adds to the prompt for it."""
 
-    def text_of(count: int, prompt: bool) -> str:
+    def written(count: int, prompt: bool) -> str:
         return render_jinja_template([messages[:count]], chat_template=jinja, add_generation_prompt=prompt, **special)[0][0]
 
-    whole, answers = text_of(len(messages), False), []
+    whole, answers = written(len(messages), False), []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, answered = text_of(index, True), text_of(index + 1, False)
+        prompt, answered = written(index, True), written(index + 1, False)
         if not (answered.startswith(prompt) and whole.startswith(answered)) or (answered == prompt and message["content"]):
             raise DataError(
                 "the tokenizer's chat template does not add turn to turn, and has no {% generation %} blocks, so its answers cannot be "
@@ -111,10 +116,9 @@ def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any
 def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids and labels of a text that begins at `start` of the whole."""
     encoded = _with_true_offsets(tokenizer).encode(text)
-    labels = []
-    for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):
-        learnt = any(low < start + end <= high for low, high in answers)
-        labels.append(token if learnt else IGNORE_INDEX)
+    labels = [
+        token if _learnt(start + end, answers) else IGNORE_INDEX for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True)
+    ]
     # A template may write the beginning-of-sequence token that the tokenizer adds.
     twice = int(encoded.ids[:2] == [tokenizer.bos_token_id] * 2)
     return encoded.ids[twice:], labels[twice:]
@@ -154,7 +158,7 @@ def _raw_turns(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], bool]:
         names = dict(zip(roles, ("user", "assistant"), strict=True))
         turns = []
         for number, turn in enumerate(record[key]):
-            role, text = turn.get(role_key), text_of(turn.get(text_key))
+            role, text = role_and_text(turn, role_key, text_key)
             if role not in names or text is None:
                 raise DataError(f"turn {number} must be a text from one of {', '.join(roles)}, but is {str(turn)[:60]}")
             turns.append((names[role], _cut_run(text)))

@@ -169,7 +169,7 @@ def _turns(source: str, item: Any) -> list[str]:
             raise DataError(f"{source} must have {key!r}, a list of {roles[0]} and {roles[1]} turns in pairs, but has {str(turns)[:60]}")
         values = []
         for number, turn in enumerate(turns):
-            role, text = (turn.get(role_key), text_of(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
+            role, text = role_and_text(turn, role_key, text_key)
             if role != roles[number % 2] or text is None:
                 raise DataError(f"turn {number} of {source} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
             if number % 2 and not text.strip():
@@ -179,6 +179,11 @@ def _turns(source: str, item: Any) -> list[str]:
             values.append(text)
         return values
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
+
+
+def role_and_text(turn: Any, role_key: str, text_key: str) -> tuple[Any, str | None]:
+    """Who says what in a turn; None for what it does not say."""
+    return (turn.get(role_key), text_of(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
 
 
 def text_of(content: Any) -> str | None:

@@ -22,7 +22,7 @@ from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.budget import active_parameters
+from moe_llava.training.budget import active_parameters, on_meta
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.trainer import ProgressDisplay, StageTrainer
@@ -141,8 +141,7 @@ def check_start(recipe: Recipe, number: int, path: str) -> None:
         raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
     model = load_on_meta(path)
     if not isinstance(model, MoeLlavaForConditionalGeneration):
-        with torch.device("meta"):
-            MoeLlavaForConditionalGeneration(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
+        on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
         return
     if number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")

@@ -153,3 +153,5 @@ def test_both_forms_of_records(byte_level):
         encode_record({"id": 1}, byte_level, "phi")
     with pytest.raises(DataError, match="turn 0 must be a text from one of human, gpt"):
         encode_record({"conversations": [{"from": "user", "value": "x"}]}, byte_level, "phi")
+    with pytest.raises(DataError, match="turn 0 must be a text from one of human, gpt, but is hello"):
+        encode_record({"conversations": ["hello"]}, byte_level, "phi")
