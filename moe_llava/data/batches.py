@@ -5,6 +5,7 @@ Shapes: B rows, S sequence, N images of the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class ConversationDataset(Dataset):
     Labels are the answers, their end token included. `template` is a conversation form, None the tokenizer's own.
     """
 
-    def __init__(self, records: list[Record], processor: Any, template: str | None = None):
+    def __init__(self, records: Sequence[Record], processor: Any, template: str | None = None):
         self.records = records
         self.processor = processor
         self.template = template

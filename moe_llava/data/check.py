@@ -5,7 +5,6 @@ Shapes: none; lengths are tokens.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from moe_llava.data.encode import IGNORE_INDEX, encode_record
-from moe_llava.data.records import DataError, Record, open_image, parse_record, read_items
+from moe_llava.data.files import read_items
+from moe_llava.data.records import DataError, Record, open_image, parse_record
 
 
 @dataclass
@@ -61,9 +61,8 @@ def check_data(
     Raises DataError only if the file itself cannot be read.
     """
     report, seen = Report(), set()
-    items = list(read_items(file))
     console = Console(stderr=True)
-    for source, item in track(items, "checking", console=console, transient=True, disable=not sys.stderr.isatty()):
+    for source, item in track(read_items(file), "checking", console=console, transient=True, disable=not console.is_terminal):
         report.records += 1
         try:
             record = parse_record(source, item, Path(images))

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -19,7 +20,8 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
-from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
+from moe_llava.data.records import DataError
+from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters, on_meta
@@ -56,7 +58,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
         if (output / name).is_dir():
             console.print(f"{output / name}: finished, kept", highlight=False, soft_wrap=True)
     if todo:
-        data = check_everything(recipe, dict(todo), console)
+        data = check_everything(recipe, dict(todo))
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
     for number, name in todo:
         run_stage(recipe, number, name, data[name], console)
@@ -109,7 +111,7 @@ def work_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}")
 
 
-def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> dict[str, list[Record]]:
+def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
     for number in todo:
         if number - 1 not in todo:
@@ -117,17 +119,14 @@ def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> 
         training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
     data = {}
     for number, name in todo.items():
-        data[name] = [
-            record
+        data[name] = joined(
+            weighted(load_records(source.file, source.images), source.weight, recipe.seed)
             for source in stage_settings(recipe, number).sources
-            for record in weighted(load_records(source.file, source.images), source.weight, recipe.seed)
-        ]
-        if name == "stage1":
-            for record in data[name]:
-                if not record.images:
-                    raise DataError(f"{record.source} has no image, but stage I teaches the projector, which sees nothing else")
-    with console.status("looking at the images"):
-        check_images([record for records in data.values() for record in records])
+        )
+        without = np.flatnonzero(data[name].image_counts() == 0)
+        if name == "stage1" and len(without):
+            source = data[name][without[0]].source
+            raise DataError(f"{source} has no image, but stage I teaches the projector, which sees nothing else")
     return data
 
 
@@ -155,7 +154,7 @@ def check_start(recipe: Recipe, number: int, path: str) -> None:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
 
 
-def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], console: Console) -> None:
+def run_stage(recipe: Recipe, number: int, name: str, records: Records, console: Console) -> None:
     """Trains one stage and leaves `<output>/<name>`: model, processor, log.jsonl, recipe.yaml."""
     final = Path(recipe.output) / name
     work = work_folder(final)
