@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from moe_llava.data.encode import IGNORE_INDEX, encode_record
+from moe_llava.data.encode import cut, encode_record
 from moe_llava.data.files import read_items
 from moe_llava.data.records import DataError, Record, open_image, parse_record
 
@@ -81,11 +81,7 @@ def check_data(
 
 def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
     encoded = encode_record(record, tokenizer, template, image_tokens)
-    labels = encoded["labels"][:max_length]
-    length, learnt = len(encoded["labels"]), sum(label != IGNORE_INDEX for label in labels)
-    report.lengths.append(min(length, max_length or length))
-    report.learnt += learnt
-    if max_length is not None and length > max_length:
-        report.cut += 1
-        if not learnt:
-            raise DataError(f"{record.source} has {length} tokens, and nothing to learn from is left of it at the limit of {max_length}")
+    report.cut += max_length is not None and len(encoded["labels"]) > max_length
+    kept = cut(encoded, max_length, record.source)
+    report.lengths.append(len(kept["labels"]))
+    report.learnt += sum(label >= 0 for label in kept["labels"])

@@ -7,6 +7,7 @@ The table is kept where Hugging Face `datasets` keeps its own (HF_DATASETS_CACHE
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -130,18 +131,19 @@ def _raise_all(file: Path, problems: list[str]) -> None:
 
 def missing_images(records: Records) -> list[str]:
     """A line for each image file that is not there. Folders are listed once each: that is quicker than to ask for each file."""
-    listed: dict[Path, set[str]] = {}
     problems = []
     for table, _, images in records.tables:
-        for batch in table.select_columns(["source", "images"]).iter(10_000):
-            for source, names in zip(batch["source"], batch["images"], strict=True):
-                for path in (images / name for name in names if name):
-                    folder = path.parent
-                    if folder not in listed:
-                        listed[folder] = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-                    if path.name not in listed[folder]:
-                        problems.append(str(missing_image(source, path)))
+        names = pc.unique(pc.list_flatten(table.data.column("images"))).to_pylist()
+        listed = {folder: _names_in(images / folder) for folder in {os.path.dirname(name) for name in names}}
+        missing = {name for name in names if name and os.path.basename(name) not in listed[os.path.dirname(name)]}
+        if missing:
+            rows = zip(table["source"], table["images"], strict=True)
+            problems += [str(missing_image(source, images / name)) for source, row in rows for name in row if name in missing]
     return problems
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def weighted(records: Records, weight: float, seed: int) -> Records:
