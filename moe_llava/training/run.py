@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
@@ -21,13 +22,16 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError
+from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters, on_meta
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
+from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder, write_whole
 from moe_llava.training.stages import STAGES, choose_parameters
-from moe_llava.training.trainer import ProgressDisplay, StageTrainer
+from moe_llava.training.trainer import StageTrainer
+from moe_llava.training.watch import ProgressDisplay, plot_run
 
 TITLES = {
     "stage1": "stage I, the projector",
@@ -98,17 +102,14 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             continue
         if not resume:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
+        if not (folder / "recipe.yaml").is_file():
+            continue  # it was stopped before it had begun
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
         before = _flatten(before)
         changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
-
-
-def work_folder(final: Path) -> Path:
-    """Where a stage lives until it is complete."""
-    return final.with_name(f".{final.name}")
 
 
 def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
@@ -171,29 +172,56 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=ConversationDataset(records, processor, settings.template),
-        data_collator=Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor) if "projector" in STAGES[name] else None),
-        callbacks=[display],
-        log_file=work / "log.jsonl",
-    )
+    image = EmptyImage.of(processor)
+    with StopWhenAsked() as stop:
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=ConversationDataset(records, processor, settings.template, settings.max_length),
+            data_collator=Collator(
+                processor.tokenizer.pad_token_id, image if "projector" in STAGES[name] else None, settings.optimisation.packing
+            ),
+            callbacks=[stop],
+            work=work,
+            display=display,
+            save_total_limit=recipe.save_total_limit,
+            sampler=make_sampler(settings, records, image.tokens, arguments),
+            skip_bad_records=recipe.on_bad_record == "skip",
+        )
+        if trainer.is_world_process_zero():
+            work.mkdir(parents=True, exist_ok=True)
+            write_whole(work / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+        try:
+            trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
+        finally:
+            display.progress.stop()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"{name} stopped as asked after step {trainer.state.global_step} of {trainer.state.max_steps}: go on with --resume")
     if trainer.is_world_process_zero():
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
-    checkpoint = last_checkpoint(work)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        display.progress.stop()
-    if trainer.is_world_process_zero():
+        finish(work, final, model, processor)
+    console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+
+
+def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments: TrainingArguments) -> GroupedSampler | None:
+    """None is Trainer's own random order."""
+    if not settings.optimisation.group_by_length:
+        return None
+    lengths = np.minimum(records.lengths(image_tokens), settings.max_length or np.iinfo(np.int64).max)
+    has_image = records.image_counts() > 0
+    return GroupedSampler(lengths, has_image, arguments.train_batch_size, arguments.world_size, arguments.seed)
+
+
+def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:
+    """Writes what a finished stage is, and gives its folder its name. The saves go last: until then, a run can go on from them."""
+    with saving(work, "the finished stage"):
         model.save_pretrained(work)
         processor.save_pretrained(work)
-        for folder in work.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        work.rename(final)
-    console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+        plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
+        plot.savefig(work / "run.png", dpi=110)
+        plt.close(plot)
+    for save in saves(work):
+        shutil.rmtree(save)
+    work.rename(final)
 
 
 def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -207,12 +235,6 @@ def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditi
     if name == "stage3" and not changes:
         return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
     return model, processor
-
-
-def last_checkpoint(work: Path) -> str | None:
-    """The newest save that is whole: Trainer writes trainer_state.json last."""
-    whole = [folder for folder in work.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:
@@ -235,14 +257,14 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         bf16=use_bf16(recipe.precision),
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
-        save_total_limit=1,
+        torch_compile=recipe.torch_compile,
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_num_workers=recipe.dataloader_workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # what learns takes part in every step: see EmptyImage
         disable_tqdm=True,
-        report_to="none",
+        report_to=recipe.report_to or "none",
     )
     at_once = arguments.train_batch_size * arguments.world_size
     if settings.batch_size % at_once:
@@ -274,7 +296,7 @@ def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:
     """The settings that decide what a stage's folder holds."""
     whole = dataclasses.asdict(recipe)
     stage = "stage3" if name == "dense" else name
-    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", stage)})
+    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
