@@ -211,7 +211,9 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _build(kinds[0], value, where + ".", problems)
     if not _fits(hint, value):
         expected = hint.__name__ if isinstance(hint, type) else str(hint)
-        choices = [choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+        choices = [
+            choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
+        ]
         if choices:
             expected = f"one of {', '.join(choices)}"
         problems.append(f"{where} is {value!r}, but must be {expected}")

@@ -68,8 +68,8 @@ HUB = {
     "openai/clip-vit-large-patch14-336": TOWER,
     "google/siglip-so400m-patch14-384": SO400M,
 }
-# recipe: parameters of the language model (with one head bias less, those of Phi's model card), layers, width, parameters of one FFN,
-# and in 1e9 what a token uses and what there is, counted from the paper's configurations
+# recipe: parameters of the language model (of Phi without the bias of its head), layers, width, parameters of one FFN, and in 1e9 what a
+# token uses and what there is, counted from the paper's configurations
 PAPER = {
     "stablelm-1.6b": (1_644_515_328, 24, 2048, 3 * 2048 * 5632, (2.06, 2.89)),
     "qwen-1.8b": (1_836_828_672, 24, 2048, 3 * 2048 * 5504, (2.24, 3.05)),
@@ -291,7 +291,7 @@ def test_joining_leaves_the_random_numbers_alone(parts):
 def test_three_stages_from_parts(parts, write_recipe, tmp_path, language_model, tower):
     template = "qwen" if language_model == "qwen" else "phi"
     ratios = {"stage1__image_aspect_ratio": "square", "stage2__image_aspect_ratio": "pad"}
-    steps = {f"stage{number}__optimisation__max_steps": 1 for number in (1, 2, 3)}
+    steps = {f"stage{number}__optimisation__max_steps": 2 for number in (1, 2, 3)}
     recipe = load_recipe(write_recipe(model=model_of(parts, language_model, tower, template), stage1__template="plain", **ratios, **steps))
     folders = train(recipe, [1, 2, 3], resume=False, console=QUIET)
     for folder, pads in zip(folders, (False, True, True), strict=True):
