@@ -23,13 +23,23 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family, published_family
-from moe_llava.checkpoints.settings import build_config, check_language_model, find_tower, llava_settings, moe_settings, text_config
+from moe_llava.checkpoints.settings import (
+    build_config,
+    check_language_model,
+    find_tower,
+    llava_settings,
+    moe_settings,
+    no_tokens,
+    text_config,
+)
 from moe_llava.checkpoints.tokenization import load_tokenizer
 from moe_llava.checkpoints.weights import PROJECTOR_FILE, WEIGHT_FILES, StoredTensor, find_weights, read_json, read_tables
 from moe_llava.data.records import IMAGE_TOKEN
@@ -120,14 +130,14 @@ def look_at(
 
     Raises CheckpointError as `load_published` does.
     """
-    folder = _resolve(path, with_weights)
+    folder = resolve(path, with_weights)
     has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
     projector = folder / PROJECTOR_FILE if Path(path).name == PROJECTOR_FILE or not has_weights else None
     if projector is not None and not projector.is_file():
         projector = None
     if projector is None and language_model is not None:
         raise CheckpointError(f"{path} holds its own language model: a language model goes with a stage I projector only")
-    language_folder = folder if projector is None else None if language_model is None else _resolve(language_model, with_weights)
+    language_folder = folder if projector is None else None if language_model is None else resolve(language_model, with_weights)
     file = folder / "config.json"
     settings = read_json(file)
     model_type = settings.get("model_type")
@@ -156,16 +166,16 @@ def look_at(
         arguments["image_token_id"] = settings["vocab_size"]
         config: LlavaConfig = build_config(MoeLlavaConfig, arguments | moe_settings(settings["moe"], file), file)
     else:
-        arguments["image_token_id"] = free_row(settings, language_folder)
+        tokenizer = None if language_folder is None else load_tokenizer(language_folder, settings["vocab_size"])
+        arguments["image_token_id"] = free_row(settings, tokenizer)
         config = build_config(LlavaConfig, arguments, file)
     return Published(folder, settings, family, config, tower, projector, language_folder)
 
 
-def free_row(settings: dict[str, Any], folder: Path | None) -> int:
+def free_row(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> int:
     """Where a dense model keeps its placeholder: the row of the tokenizer's own `<image>`, or the last one that no token has (without a
     tokenizer: none of the special ones in `settings`). If the vocabulary is full, the id after all others."""
     vocab_size = settings["vocab_size"]
-    tokenizer = None if folder is None else load_tokenizer(folder, vocab_size)
     if tokenizer is None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
         taken = {settings[name] for name in names if isinstance(settings.get(name), int)}
@@ -189,14 +199,26 @@ def _load_weights(published: Published, dtype: torch.dtype | None) -> LlavaForCo
     dtype = dtype or tables[published.family.stored_name("embed_tokens.weight")[0]].dtype
     state = layout.read(pieces, tables, meta, dtype)
     if not has_tower:
-        state |= {_TOWER + name: tensor for name, tensor in _load_tower(published, dtype).state_dict().items()}
-    config = published.config
-    if published.model_class is LlavaForConditionalGeneration and config.image_token_id >= config.text_config.vocab_size:
-        _grow(config, state)
-    model, report = published.model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        raise RuntimeError(f"{published.folder} was read wrongly: {report}")
+        state |= {
+            _TOWER + name: tensor
+            for name, tensor in load_tower(published.tower, published.config.vision_config, dtype).state_dict().items()
+        }
+    model = assemble(published.model_class, published.config, state, dtype)
     model.generation_config = _generation_config(published)
+    return model
+
+
+def assemble(
+    model_class: type[LlavaForConditionalGeneration], config: LlavaConfig, state: dict[str, Tensor], dtype: torch.dtype, **settings: Any
+) -> LlavaForConditionalGeneration:
+    """The model of `config` with the tensors of `state`, which are not copied; `settings` go to `from_pretrained`. A dense model's
+    placeholder gets a row if it has none."""
+    if model_class is LlavaForConditionalGeneration and config.image_token_id >= config.text_config.vocab_size:
+        _grow(config, state)
+    arguments = settings | {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    model, report = model_class.from_pretrained(None, **arguments)
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        raise RuntimeError(f"the weights do not fit the configuration: {report}")
     return model
 
 
@@ -208,25 +230,24 @@ def _load_projector(published: Published, dtype: torch.dtype | None) -> LlavaFor
     layout.check(pieces, tables, model, str(published.projector))
     dtype = dtype or tables[pieces[0].key].dtype
     state = layout.read(pieces, tables, model, dtype)
-    model.model.vision_tower = _load_tower(published, dtype)
+    model.model.vision_tower = load_tower(published.tower, published.config.vision_config, dtype)
     model.model.multi_modal_projector.load_state_dict({name.removeprefix(_PROJECTOR): t for name, t in state.items()}, assign=True)
     return model.to(dtype).eval()
 
 
-def _load_tower(published: Published, dtype: torch.dtype) -> PreTrainedModel:
-    vision_config = published.config.vision_config
+def load_tower(tower: str, vision_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision tower in a folder or hub id, which may hold a whole CLIP or SigLIP. Raises CheckpointError if its weights are not all
+    there."""
     try:
-        tower, report = MODEL_MAPPING[type(vision_config)].from_pretrained(
-            published.tower, config=vision_config, dtype=dtype, output_loading_info=True
+        model, report = MODEL_MAPPING[type(vision_config)].from_pretrained(
+            tower, config=vision_config, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{published.folder} has no weights of its vision tower, and those of {published.tower} cannot be loaded: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"the weights of the vision tower {tower} cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = "\n  ".join(sorted(report["missing_keys"]))
-        raise CheckpointError(f"the vision tower in {published.tower} lacks weights that its config.json describes:\n  {missing}")
-    return tower
+        raise CheckpointError(f"the vision tower in {tower} lacks weights that its config.json describes:\n  {missing}")
+    return model
 
 
 def _grow(config: LlavaConfig, state: dict[str, Tensor]) -> None:
@@ -244,16 +265,11 @@ def _generation_config(published: Published) -> GenerationConfig:
     file = published.folder / "generation_config.json"
     settings = published.settings | (read_json(file) if file.is_file() else {})
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: settings.get(name) for name in names}, suppress_tokens=no_tokens(published.config, published.settings))
+    vocab_size = published.settings["vocab_size"]
+    return GenerationConfig(**{name: settings.get(name) for name in names}, suppress_tokens=no_tokens(published.config, vocab_size))
 
 
-def no_tokens(config: LlavaConfig, settings: dict[str, Any]) -> list[int] | None:
-    """Rows of the vocabulary that must never be generated: the placeholder's, and those that were added to a full one. None if none."""
-    rows = set(range(settings["vocab_size"], config.text_config.vocab_size)) | {config.image_token_id}
-    return sorted(row for row in rows if row < config.text_config.vocab_size) or None
-
-
-def _resolve(path: str | Path, with_weights: bool) -> Path:
+def resolve(path: str | Path, with_weights: bool) -> Path:
     """A folder on this machine, fetched from the hub if need be."""
     folder = Path(path)
     if folder.is_dir():

@@ -45,7 +45,7 @@ def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTra
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the vision tower {name} cannot be loaded from {tower} (a folder of towers may be given: vision_towers, --vision-towers): "
+            f"the vision tower {name} cannot be loaded from {tower} (`moe-llava convert` takes a folder of towers: --vision-towers): "
             f"{first_line(error)}"
         ) from error
     config = getattr(config, "vision_config", config)
@@ -95,7 +95,7 @@ def check_language_model(family: Family, settings: dict[str, Any], file: Path, l
     """Raises CheckpointError if a projector was trained with another language model than the one in `language_file`, as far as their
     settings tell."""
     content = read_json(language_file)
-    if "mm_image_tower" in content or "vision_config" in content:
+    if describes_llava(content):
         raise CheckpointError(f"{language_file} describes a whole LLaVA, not the language model that a projector was trained with")
     trained, given = text_config(family, settings, file), text_config(family, content, language_file)
     for name in trained.to_dict():
@@ -104,6 +104,11 @@ def check_language_model(family: Family, settings: dict[str, Any], file: Path, l
                 f"{language_file} has {name} {getattr(given, name)}, but {file} was trained with {getattr(trained, name)}: "
                 "they do not belong together"
             )
+
+
+def describes_llava(content: dict[str, Any]) -> bool:
+    """Whether a config.json, published or of transformers, is that of a model with a vision tower."""
+    return "mm_image_tower" in content or "vision_config" in content
 
 
 def llava_settings(settings: dict[str, Any], vision_config: PreTrainedConfig, file: Path) -> dict[str, Any]:
@@ -124,6 +129,13 @@ def llava_settings(settings: dict[str, Any], vision_config: PreTrainedConfig, fi
         "image_seq_length": image_features(vision_config, _STRATEGIES[feature]),
         "tie_word_embeddings": settings.get("tie_word_embeddings", False),
     }
+
+
+def no_tokens(config: PreTrainedConfig, vocab_size: int) -> list[int] | None:
+    """Rows that must never be generated: the placeholder's, and those that were added to a full vocabulary of `vocab_size`. None if
+    none."""
+    rows = set(range(vocab_size, config.text_config.vocab_size)) | {config.image_token_id}
+    return sorted(row for row in rows if row < config.text_config.vocab_size) or None
 
 
 def moe_settings(moe: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     What is this? ASSISTANT: A cat.<|endoftext|>USER: Sure? ASSISTANT: Yes.<|endoftext|>
 
 Most of them read so; they differ in what ends an answer, and in whether the beginning-of-sequence token comes first. "llama_2" is Llama
-2's own form; "plain", of stage I, is an image and its caption.
+2's own form; "chatml" is that of many models since, here without a default system prompt, because some tokenizers' own template cannot
+be built turn by turn; "plain", of stage I, is an image and its caption.
 """
 
 from __future__ import annotations
@@ -67,6 +68,16 @@ _PLAIN = _TEXT + (
     "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}"
     "{%- endif -%}{%- endfor -%}"
 )
+_CHATML = _TEXT + (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] != 'assistant' -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + text(message['content']) + END + '\n' -}}"
+    "{%- if message['role'] == 'user' -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+    "{%- elif text(message['content']) -%}"
+    "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}{{- '\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ TEMPLATES = {
     "minicpm": Template("</s>", bos=True),
     "v1": Template("</s>", bos=True),
     "llama_2": Template(" </s>", bos=True, system=LLAMA_2_SYSTEM, jinja=_LLAMA_2),
+    "chatml": Template("<|im_end|>", jinja=_CHATML),
     "plain": Template("\n", jinja=_PLAIN),
 }
 

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.families import published_family
+from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_on_meta, read_config
 from moe_llava.checkpoints.published import look_at
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.recipe import load_recipe
+from moe_llava.training.recipe import Parts, load_recipe
 from moe_llava.training.stages import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
@@ -90,7 +91,7 @@ def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple
     """
     if Path(target).suffix in (".yaml", ".yml"):
         recipe = load_recipe(Path(target))
-        start = load_on_meta(recipe.model)
+        start = start_on_meta(recipe.model)
         moe = dataclasses.asdict(recipe.stage3.moe)
         stage = "dense" if recipe.stage3.dense else "stage3"
         final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, **moe))
@@ -112,6 +113,14 @@ def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> L
 
 def is_sparse(model: LlavaForConditionalGeneration) -> bool:
     return isinstance(model, MoeLlavaForConditionalGeneration)
+
+
+def start_on_meta(start: str | Parts) -> LlavaForConditionalGeneration:
+    """What a stage starts from, without its weights. Raises CheckpointError as loading its configuration does."""
+    if isinstance(start, str):
+        return load_on_meta(start)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
 
 
 def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:

@@ -63,14 +63,26 @@ class Moe:
 
 
 @dataclass
+class Parts:
+    """What a dense LLaVA is joined from, each a folder or hub id. `template`: the conversation form of its chat template, a key of
+    TEMPLATES in data/templates.py; None keeps the tokenizer's own."""
+
+    language_model: str
+    vision_tower: str
+    template: str | None = None
+
+
+@dataclass
 class Stage:
     """`data`: one file, or several. `template`: a conversation form, a key of TEMPLATES in data/templates.py; None is the tokenizer's
-    own. `max_length`: tokens, those of images included, after which a record is cut."""
+    own. `max_length`: tokens, those of images included, after which a record is cut. `image_aspect_ratio`: "pad" pads images to a square
+    with the tower's mean colour, "square" resizes and crops them as the tower's preprocessing does; None leaves the processor as it is."""
 
     data: Data | list[Data]
     optimisation: Optimisation
     template: str | None = None
     max_length: int | None = None
+    image_aspect_ratio: Literal["pad", "square"] | None = None
 
     @property
     def sources(self) -> list[Data]:
@@ -88,14 +100,14 @@ class SparseStage(Stage):
 
 @dataclass
 class Recipe:
-    """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; `precision` "bf16" computes in
-    bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
+    """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; or what a dense one is joined
+    from. `precision` "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
 
     `on_bad_record`: whether a record that cannot be read stops the run, or is left out; `report_to`: services of transformers' Trainer
     that draw curves, such as tensorboard, trackio, wandb; `save_total_limit`: the last saves that are kept.
     """
 
-    model: str
+    model: str | Parts
     output: str
     stage3: SparseStage
     stage1: Stage | None = None  # absent where the model has been through it
@@ -113,20 +125,14 @@ class Recipe:
 
 
 def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe; `overrides` are "a.b=value" with a YAML value.
+    """Reads a recipe; `overrides` are "a.b=value" with a YAML value. A recipe may name another one as its `base`, and say only what
+    differs.
 
     Raises RecipeError, with every problem found: file missing, unknown or missing keys, values of the wrong type, settings that do not
     fit together.
     """
     file = Path(file)
-    if not file.is_file():
-        raise RecipeError(f"recipe {file} does not exist")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
+    raw = _read(file)
     problems: list[str] = []
     for override in overrides or []:
         _override(raw, override, problems)
@@ -136,6 +142,32 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     if problems:
         raise RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return recipe
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, over those of the file that it names as `base`, relative to its own place. `above`: what names it so."""
+    if not file.is_file():
+        raise RecipeError(f"recipe {file} does not exist")
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
+    if "base" not in raw:
+        return raw
+    base = file.parent / str(raw.pop("base"))
+    if not base.is_file():
+        raise RecipeError(f"{file} has base {base}, which does not exist")
+    if base.resolve() in (chain := (*above, file.resolve())):
+        raise RecipeError(f"{file} has base {base}, which is based on it in turn")
+    return _over(_read(base, chain), raw)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, mapping by mapping; where both have a value, that of `above`."""
+    nested = {key: _over(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return below | above | nested
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,14 +215,19 @@ def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
+    if isinstance(value, str) and str in typing.get_args(hint):
+        return value
     if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
         return [_build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]
     if kinds and value is not None:
         return _build(kinds[0], value, where + ".", problems)
     if not _fits(hint, value):
         expected = hint.__name__ if isinstance(hint, type) else str(hint)
-        if typing.get_origin(hint) is Literal:
-            expected = f"one of {', '.join(typing.get_args(hint))}"
+        choices = [
+            choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
+        ]
+        if choices:
+            expected = f"one of {', '.join(choices)}"
         problems.append(f"{where} is {value!r}, but must be {expected}")
     return float(value) if hint is float and isinstance(value, int) else value
 
@@ -211,6 +248,10 @@ def _fits(hint: Any, value: Any) -> bool:
 def _rules(recipe: Recipe) -> list[str]:
     """What a type cannot say."""
     problems = []
+    if isinstance(recipe.model, Parts) and recipe.model.template not in (None, *TEMPLATES):
+        problems.append(
+            f"model.template is {recipe.model.template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own"
+        )
     for name in ("stage1", "stage2", "stage3"):
         if getattr(recipe, name) is None:
             continue

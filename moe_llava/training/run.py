@@ -19,15 +19,16 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
-from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
+from moe_llava.checkpoints.join import join, joined_processor
+from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_processor
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.budget import active_parameters, on_meta
-from moe_llava.training.recipe import Recipe, RecipeError, Stage
+from moe_llava.training.budget import active_parameters, on_meta, start_on_meta
+from moe_llava.training.recipe import Parts, Recipe, RecipeError, Stage
 from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder, write_whole
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.trainer import StageTrainer
@@ -86,12 +87,12 @@ def stages_of(recipe: Recipe) -> list[int]:
     return [number for number, stage in ((1, recipe.stage1), (2, recipe.stage2), (3, recipe.stage3)) if stage is not None]
 
 
-def origin(recipe: Recipe, number: int) -> str:
-    """The checkpoint that a stage starts from: the one before it, or the recipe's model. A model that is sparse already is where stage III
-    goes on."""
-    before = Path(recipe.output) / f"stage{number - 1}"
-    if number == 1 or (number == 3 and not before.is_dir() and isinstance(load_config(recipe.model), MoeLlavaConfig)):
-        return recipe.model
+def origin(recipe: Recipe, number: int) -> str | Parts:
+    """The checkpoint that a stage starts from: the one before it, or the recipe's model, which stage I may start from in parts. A model
+    that is sparse already is where stage III goes on."""
+    before, model = Path(recipe.output) / f"stage{number - 1}", recipe.model
+    if number == 1 or (number == 3 and not before.is_dir() and isinstance(model, str) and isinstance(load_config(model), MoeLlavaConfig)):
+        return model
     return str(before)
 
 
@@ -115,9 +116,14 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
 def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
     for number in todo:
+        settings = stage_settings(recipe, number)
         if number - 1 not in todo:
-            check_start(recipe, number, origin(recipe, number))
-        training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
+            start = origin(recipe, number)
+            check_start(recipe, number, start)
+            processor = start_processor(start)
+        set_aspect_ratio(processor, settings)
+        ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
+        training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number]))
     data = {}
     for number, name in todo.items():
         data[name] = joined(
@@ -135,11 +141,11 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
 STRUCTURE = ("num_experts", "moe_layers", "use_residual")
 
 
-def check_start(recipe: Recipe, number: int, path: str) -> None:
+def check_start(recipe: Recipe, number: int, path: str | Parts) -> None:
     """Raises CheckpointError, RecipeError or ValueError now if a stage cannot start from `path`, or stage III could not make it sparse."""
-    if path != recipe.model and not Path(path).is_dir():
+    if isinstance(path, str) and path != recipe.model and not Path(path).is_dir():
         raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
-    model = load_on_meta(path)
+    model = start_on_meta(path)
     if not isinstance(model, MoeLlavaForConditionalGeneration):
         on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
         return
@@ -163,6 +169,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
     model, processor = start_model(recipe, number, name)
+    set_aspect_ratio(processor, settings)
     moe_layers = _moe_layers(recipe, model)
     if name == "stage3" and arguments.bf16:
         # The grouped backend is not autocast: with float32 weights it would compute in float32.
@@ -227,6 +234,8 @@ def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, proces
 def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
     """(model, processor) as the stage starts with them: in float32, sparse in stage III."""
     path = origin(recipe, number)
+    if isinstance(path, Parts):
+        return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
     moe = dataclasses.asdict(recipe.stage3.moe)
     changes: dict[str, Any] = {}
     if isinstance(load_config(path), MoeLlavaConfig):
@@ -235,6 +244,23 @@ def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditi
     if name == "stage3" and not changes:
         return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
     return model, processor
+
+
+def start_processor(path: str | Parts) -> Any:
+    """The processor of what a stage starts from. Raises CheckpointError if there is none."""
+    return joined_processor(**dataclasses.asdict(path)) if isinstance(path, Parts) else load_processor(path)
+
+
+def set_aspect_ratio(processor: Any, settings: Stage) -> None:
+    """Makes the processor pad images to a square, or not, if the stage says so. Raises RecipeError if it cannot pad."""
+    if settings.image_aspect_ratio is None:
+        return
+    images = processor.image_processor
+    if not hasattr(images, "pad_to_square"):
+        raise RecipeError(
+            f"image_aspect_ratio is {settings.image_aspect_ratio}, but the model's {type(images).__name__} cannot pad to a square"
+        )
+    images.do_pad = settings.image_aspect_ratio == "pad"
 
 
 def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:

@@ -408,7 +408,7 @@ def test_a_tower_without_all_its_weights(write, towers, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_published(folder, copy)
     (copy / tiny.CLIP / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no weights of its vision tower"):
+    with pytest.raises(CheckpointError, match=r"the weights of the vision tower .* cannot be loaded"):
         load_published(folder, copy)
 
 

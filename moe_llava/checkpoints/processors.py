@@ -1,0 +1,82 @@
+"""Processors: a tower's preprocessing and a tokenizer, put together for a LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.settings import extra_tokens, no_tokens
+from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
+from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
+
+
+def image_processor(tower: str, pad: bool) -> LlavaImageProcessorPil:
+    """The preprocessing of a tower (folder or hub id); with `pad`, after padding to a square with the tower's mean colour.
+
+    Raises CheckpointError if the tower comes without it.
+    """
+    try:
+        settings, _ = LlavaImageProcessorPil.get_image_processor_dict(tower)
+    except OSError as error:
+        raise CheckpointError(f"the vision tower {tower} has no preprocessor_config.json") from error
+    return LlavaImageProcessorPil.from_pretrained(
+        tower,
+        do_pad=pad,
+        do_center_crop=settings.get("do_center_crop", False),  # SigLIP's file does not mention it
+    )
+
+
+def make_processor(
+    config: LlavaConfig,
+    images: LlavaImageProcessorPil,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    source: str,
+    image: str = IMAGE_TOKEN,
+) -> LlavaProcessor:
+    """Images and text to the inputs of a model with `config`.
+
+    Args:
+        template: the conversation form of its chat template, a key of TEMPLATES; None keeps the tokenizer's own.
+        source: where the tokenizer is from, for errors.
+        image: what stands for an image in a text of that form.
+
+    Raises CheckpointError if the tokenizer does not know what ends an answer in that form, or has no chat template of its own.
+    """
+    if template is not None and TEMPLATES[template].end.strip() not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"the tokenizer in {source} does not know {TEMPLATES[template].end}, which ends an answer in the conversation form {template!r}"
+        )
+    jinja = tokenizer.chat_template if template is None else chat_template(template, image)
+    if not jinja:
+        raise CheckpointError(f"the tokenizer in {source} has no chat template: name a conversation form, one of {', '.join(TEMPLATES)}")
+    image_token_id = config.image_token_id
+    if isinstance(config, MoeLlavaConfig):
+        image_token_id = max(image_token_id, highest_id(tokenizer) + 1)
+    tokenizer = add_placeholder(tokenizer, image_token_id, jinja)
+    arguments: dict[str, Any] = {
+        "image_processor": images,
+        "tokenizer": tokenizer,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": extra_tokens(config.vision_config),
+        "chat_template": tokenizer.chat_template,
+    }
+    return MoeLlavaProcessor(**arguments) if isinstance(config, MoeLlavaConfig) else LlavaProcessor(**arguments)
+
+
+def set_token_ids(
+    generation: GenerationConfig, config: LlavaConfig, processor: LlavaProcessor, template: str | None, vocab_size: int
+) -> None:
+    """Which ids end an answer (the tokenizer's end of text, and what ends an answer in the form `template`), pad, and are never
+    generated. `vocab_size`: of the language model as it was published."""
+    tokenizer = processor.tokenizer
+    ends = {tokenizer.eos_token_id} - {None}
+    if template is not None:
+        ends.add(tokenizer.convert_tokens_to_ids(TEMPLATES[template].end.strip()))
+    generation.eos_token_id = sorted(token for token in ends if token < vocab_size) or generation.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.suppress_tokens = no_tokens(config, vocab_size)
