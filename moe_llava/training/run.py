@@ -24,6 +24,7 @@ from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, Mo
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters, on_meta
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
+from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, load_sharded, sharding_of, shared_folder, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.trainer import ProgressDisplay, StageTrainer
 
@@ -43,6 +44,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
 
     Raises RecipeError, DataError, CheckpointError or ValueError, each naming what is wrong.
     """
+    check_engine(recipe)
     state = PartialState(cpu=not torch.accelerator.is_available())
     if not state.is_main_process:
         console = Console(quiet=True)
@@ -98,6 +100,8 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
+        if folder != final:
+            now |= sharding_of(recipe)  # what was saved in parts is not read as a whole, nor the other way round
         before = _flatten(before)
         changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
         if changed:
@@ -114,7 +118,7 @@ def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> 
     for number in todo:
         if number - 1 not in todo:
             check_start(recipe, number, origin(recipe, number))
-        training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
+        check_zero(training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number])))
     data = {}
     for number, name in todo.items():
         data[name] = [
@@ -162,7 +166,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     set_seed(recipe.seed)
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
-    model, processor = start_model(recipe, number, name)
+    model, processor = (start_sharded if recipe.sharding else start_model)(recipe, number, name)
     moe_layers = _moe_layers(recipe, model)
     if name == "stage3" and arguments.bf16:
         # The grouped backend is not autocast: with float32 weights it would compute in float32.
@@ -172,7 +176,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
-    trainer = StageTrainer(
+    trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
         model=model,
         args=arguments,
         train_dataset=ConversationDataset(records, processor, settings.template),
@@ -188,6 +192,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         display.progress.stop()
+    model = whole_model(model)
     if trainer.is_world_process_zero():
         model.save_pretrained(work)
         processor.save_pretrained(work)
@@ -200,14 +205,28 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
 def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
     """(model, processor) as the stage starts with them: in float32, sparse in stage III."""
     path = origin(recipe, number)
-    moe = dataclasses.asdict(recipe.stage3.moe)
-    changes: dict[str, Any] = {}
-    if isinstance(load_config(path), MoeLlavaConfig):
-        changes = {name: value for name, value in moe.items() if name not in STRUCTURE}
-    model, processor = load_checkpoint(path, dtype=torch.float32, attn_implementation=recipe.attention, **changes)
-    if name == "stage3" and not changes:
-        return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
+    model, processor = load_checkpoint(path, **_load_settings(recipe, path))
+    if name == "stage3" and not isinstance(model, MoeLlavaForConditionalGeneration):
+        return upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
     return model, processor
+
+
+def start_sharded(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """As `start_model`, but of the model only this process's part. Parts are loaded from a folder, so stage III writes its sparse model to
+    one first."""
+    path = origin(recipe, number)
+    if name != "stage3" or isinstance(load_config(path), MoeLlavaConfig):
+        return load_sharded(recipe, path, **_load_settings(recipe, path))
+    with shared_folder(Path(recipe.output) / f".{name}-start", lambda: start_model(recipe, number, name)) as folder:
+        return load_sharded(recipe, folder, **_load_settings(recipe, folder))
+
+
+def _load_settings(recipe: Recipe, path: str) -> dict[str, Any]:
+    """How a checkpoint is loaded for training; a sparse one with the recipe's settings, but for those that are in its weights."""
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": recipe.attention}
+    if isinstance(load_config(path), MoeLlavaConfig):
+        settings |= {name: value for name, value in dataclasses.asdict(recipe.stage3.moe).items() if name not in STRUCTURE}
+    return settings
 
 
 def last_checkpoint(work: Path) -> str | None:
