@@ -47,7 +47,7 @@ def check_engine(recipe: Recipe) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.sharding.fsdp_size != processes:
         raise RecipeError(
-            f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes, {processes}: start as many with torchrun"
+            f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes that torchrun starts, {processes}"
         )
     try:
         require_version("transformers>=5.23")
