@@ -65,10 +65,10 @@ def with_sharding(file, **changes):
 
 
 def test_three_stages_in_parts(make_recipe, tmp_path):  # noqa: F811
-    """FSDP2 in stages I and II, expert parallelism in III; also where a process has images and its neighbour has none."""
+    """FSDP2 in stages I and II, expert parallelism in III, two batches a step; also where a process has images and its neighbour none."""
     one = run_command("train", make_recipe("one", 4, checkpointing=True))
     assert one.returncode == 0, one.stderr
-    printed = torchrun("train", with_sharding(make_recipe("two", 2, checkpointing=True)))
+    printed = torchrun("train", with_sharding(make_recipe("two", 1, checkpointing=True)))
     assert printed.count("stage3 3/3 loss") == 1
     kinds = {"stage1": LlavaForConditionalGeneration, "stage2": LlavaForConditionalGeneration, "stage3": MoeLlavaForConditionalGeneration}
     for stage, kind in kinds.items():
@@ -101,6 +101,7 @@ def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_
     assert two_processes("stopped.py", dies).returncode != 0
     assert (tmp_path / "dies" / ".stage3" / "checkpoint-2").is_dir()
     torchrun("train", dies, "--stage", "3", "--resume")
+    assert [entry["step"] for entry in read_log(tmp_path / "dies" / "stage3")] == [1, 2, 3, 4, 5]  # the first two were not done again
     expected, found = (load_file(tmp_path / name / "stage3" / "model.safetensors") for name in ("whole", "dies"))
     start = load_file(sparse / "model.safetensors")
     assert any(not torch.equal(start[name], found[name]) for name in start)
