@@ -263,7 +263,7 @@ def _print_budget(budget: Budget, training: dict[str, int]) -> None:
         f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
         f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
         *(
-            f"training, {stage}: {_megabytes(size)} for weights, gradients and AdamW, without activations"
+            f"training, {stage}: {_megabytes(size)} on each device for weights, gradients and AdamW, without activations"
             for stage, size in training.items()
         ),
     ]

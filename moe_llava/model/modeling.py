@@ -63,6 +63,10 @@ class SparseBackbone(PreTrainedModel):
         for index in moe_config.moe_layer_indices:
             self.layers[index].mlp = sparse_mlp(moe_config, self.layers[index])
         self.post_init()
+        # How transformers gives each process whole experts, and sends it their tokens: DistributedConfig(ep_size=...).
+        experts = self.layers[moe_config.moe_layer_indices[0]].mlp.experts
+        self._ep_plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name, _ in experts.named_parameters()}
+        self._ep_plan["layers.*.mlp.experts"] = "ep_dispatch_experts"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -85,15 +85,18 @@ def count(model: LlavaForConditionalGeneration) -> Budget:
 
 
 def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, int]]:
-    """(budget, bytes of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with.
+    """(budget, bytes of training by stage on each device) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it
+    ends with, in the parts that its sharding makes.
 
     Raises RecipeError or CheckpointError as loading them does.
     """
+    processes = 1
     if Path(target).suffix in (".yaml", ".yml"):
         recipe = load_recipe(Path(target))
         start = start_on_meta(recipe.model)
         moe = dataclasses.asdict(recipe.stage3.moe)
         stage = "dense" if recipe.stage3.dense else "stage3"
+        processes = recipe.sharding.fsdp_size if recipe.sharding else 1
         final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, **moe))
         layers = final.config.moe_layer_indices if is_sparse(final) else sparse_config(start.config, **moe).moe_layer_indices
         stages = {stage: training_bytes(final, stage, layers)}
@@ -102,7 +105,7 @@ def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple
         stages = {"stage3": training_bytes(final, "stage3", final.config.moe_layer_indices)} if is_sparse(final) else {}
     if not is_sparse(start):
         stages = {stage: training_bytes(start, stage, []) for stage in ("stage1", "stage2")} | stages
-    return count(final), stages
+    return count(final), {stage: size // processes for stage, size in stages.items()}
 
 
 def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
@@ -134,7 +137,7 @@ def active_parameters(model: LlavaForConditionalGeneration) -> int:
 
 
 def training_bytes(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int]) -> int:
-    """Memory of weights, gradients and AdamW's two moments in float32, as training keeps them on one device. Activations come on top.
+    """Memory of weights, gradients and AdamW's two moments in float32, of the whole model, sharded or not. Activations come on top.
 
     Args: as `choose_parameters`.
     """

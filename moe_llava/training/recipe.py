@@ -99,6 +99,15 @@ class SparseStage(Stage):
 
 
 @dataclass
+class Sharding:
+    """FSDP2: each of the `fsdp_size` processes keeps its part of every parameter, gradient and moment. With `ep_size` above 1 the experts
+    of stage III stay whole: groups of `ep_size` processes share them out, and tokens travel to them."""
+
+    fsdp_size: int
+    ep_size: int = 1
+
+
+@dataclass
 class Recipe:
     """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; or what a dense one is joined
     from. `precision` "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
@@ -118,6 +127,7 @@ class Recipe:
     torch_compile: bool = False
     on_bad_record: Literal["stop", "skip"] = "stop"
     report_to: list[str] = field(default_factory=list)
+    sharding: Sharding | None = None  # None: every process keeps the whole model
     logging_steps: int = 10
     save_steps: int = 500
     save_total_limit: int = 1
@@ -290,4 +300,17 @@ def _rules(recipe: Recipe) -> list[str]:
         problems.append(f"stage3.moe.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"stage3.moe.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
+    return problems + _sharding_rules(recipe.sharding, moe.num_experts)
+
+
+def _sharding_rules(sharding: Sharding | None, num_experts: int) -> list[str]:
+    if sharding is None:
+        return []
+    problems = []
+    if sharding.fsdp_size < 2:
+        problems.append(f"sharding.fsdp_size is {sharding.fsdp_size}, but must be at least 2; leave sharding out for one process")
+    if sharding.ep_size < 1 or sharding.fsdp_size % sharding.ep_size:
+        problems.append(f"sharding.ep_size is {sharding.ep_size}, but must be at least 1 and divide fsdp_size={sharding.fsdp_size}")
+    elif num_experts % sharding.ep_size:
+        problems.append(f"sharding.ep_size is {sharding.ep_size}, but must divide stage3.moe.num_experts={num_experts}")
     return problems

@@ -30,6 +30,7 @@ from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import active_parameters, on_meta, start_on_meta
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, Stage
 from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder, write_whole
+from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, load_sharded, sharding_of, shared_folder, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.trainer import StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
@@ -50,6 +51,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
 
     Raises RecipeError, DataError, CheckpointError or ValueError, each naming what is wrong.
     """
+    check_engine(recipe)
     state = PartialState(cpu=not torch.accelerator.is_available())
     if not state.is_main_process:
         console = Console(quiet=True)
@@ -107,6 +109,8 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             continue  # it was stopped before it had begun
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
+        if folder != final:
+            now |= sharding_of(recipe)  # what was saved in parts is not read as a whole, nor the other way round
         before = _flatten(before)
         changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
         if changed:
@@ -123,7 +127,7 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
             processor = start_processor(start)
         set_aspect_ratio(processor, settings)
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
-        training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number]))
+        check_zero(training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number])))
     data = {}
     for number, name in todo.items():
         data[name] = joined(
@@ -168,7 +172,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     set_seed(recipe.seed)
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
-    model, processor = start_model(recipe, number, name)
+    model, processor = (start_sharded if recipe.sharding else start_model)(recipe, number, name)
     set_aspect_ratio(processor, settings)
     moe_layers = _moe_layers(recipe, model)
     if name == "stage3" and arguments.bf16:
@@ -181,7 +185,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     display = ProgressDisplay(name, console)
     image = EmptyImage.of(processor)
     with StopWhenAsked() as stop:
-        trainer = StageTrainer(
+        trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
             model=model,
             args=arguments,
             train_dataset=ConversationDataset(records, processor, settings.template, settings.max_length),
@@ -204,6 +208,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             display.progress.stop()
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"{name} stopped as asked after step {trainer.state.global_step} of {trainer.state.max_steps}: go on with --resume")
+    model = whole_model(model)
     if trainer.is_world_process_zero():
         finish(work, final, model, processor)
     console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
@@ -236,14 +241,28 @@ def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditi
     path = origin(recipe, number)
     if isinstance(path, Parts):
         return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
-    moe = dataclasses.asdict(recipe.stage3.moe)
-    changes: dict[str, Any] = {}
-    if isinstance(load_config(path), MoeLlavaConfig):
-        changes = {name: value for name, value in moe.items() if name not in STRUCTURE}
-    model, processor = load_checkpoint(path, dtype=torch.float32, attn_implementation=recipe.attention, **changes)
-    if name == "stage3" and not changes:
-        return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
+    model, processor = load_checkpoint(path, **_load_settings(recipe, path))
+    if name == "stage3" and not isinstance(model, MoeLlavaForConditionalGeneration):
+        return upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
     return model, processor
+
+
+def start_sharded(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """As `start_model`, but of the model only this process's part. Parts are loaded from a folder, so a model that is made first, joined or
+    sparse, is written to one."""
+    path = origin(recipe, number)
+    if isinstance(path, str) and (name != "stage3" or isinstance(load_config(path), MoeLlavaConfig)):
+        return load_sharded(recipe, path, **_load_settings(recipe, path))
+    with shared_folder(Path(recipe.output) / f".{name}-start", lambda: start_model(recipe, number, name)) as folder:
+        return load_sharded(recipe, folder, **_load_settings(recipe, folder))
+
+
+def _load_settings(recipe: Recipe, path: str) -> dict[str, Any]:
+    """How a checkpoint is loaded for training; a sparse one with the recipe's settings, but for those that are in its weights."""
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": recipe.attention}
+    if isinstance(load_config(path), MoeLlavaConfig):
+        settings |= {name: value for name, value in dataclasses.asdict(recipe.stage3.moe).items() if name not in STRUCTURE}
+    return settings
 
 
 def start_processor(path: str | Parts) -> Any:

@@ -111,6 +111,8 @@ def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F8
     budget, stages = survey(recipe)
     assert budget.experts == (4, 2)
     assert list(stages) == ["stage1", "stage2", "stage3"]
+    sharded = write_recipe(sharding={"fsdp_size": 4, "ep_size": 2})
+    assert survey(sharded)[1] == {stage: size // 4 for stage, size in stages.items()}
     assert list(survey(write_recipe(stage3__dense=True))[1]) == ["stage1", "stage2", "dense"]
     dense, stages = survey(tiny_base / "base")
     assert dense.experts is None

@@ -1,0 +1,146 @@
+"""Training a model that no process holds as a whole: FSDP2 and expert parallelism, as transformers and torch have them.
+
+transformers shards a model while it loads it from a folder (`distributed_config`), and Trainer trains what was loaded so. Here is what is
+left: which sizes go together, whole models at the end, and saves that a run can go on from.
+
+Every process has data of its own, under expert parallelism too: tokens travel to the experts and back. So `batch_size` means what it
+means without sharding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_deepspeed_available
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainingArguments
+from transformers.utils.versions import require_version
+
+from moe_llava.checkpoints.load import load_checkpoint, load_config
+from moe_llava.model import MoeLlavaConfig
+from moe_llava.training.recipe import Recipe, RecipeError, Sharding
+from moe_llava.training.trainer import StageTrainer
+
+OPTIMIZER = "optimizer_shards"  # a folder of a save: the optimizer's state, in parts
+SCHEDULER = "scheduler.pt"
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raises RecipeError if the recipe's sharding, or DeepSpeed, does not go with the processes that were started or with what is
+    installed. To be called before the processes meet."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and not is_deepspeed_available():
+        raise RecipeError("accelerate was told to use DeepSpeed, which is not installed: pip install deepspeed, or start with torchrun")
+    if recipe.sharding is None:
+        return
+    if deepspeed:
+        raise RecipeError("the recipe has sharding, and accelerate was told to use DeepSpeed, which does the same: leave one of them out")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.sharding.fsdp_size != processes:
+        raise RecipeError(
+            f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes that torchrun starts, {processes}"
+        )
+    try:
+        require_version("transformers>=5.23")
+    except ImportError as error:
+        raise RecipeError(f"sharding needs a newer transformers: {error}") from error
+
+
+def check_zero(arguments: TrainingArguments) -> None:
+    """Raises RecipeError for ZeRO stage 3, under which a process could neither copy FFNs into experts nor save the model."""
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise RecipeError("DeepSpeed's zero_stage is 3, but must be 1 or 2: to share out the parameters too, use the recipe's sharding")
+
+
+def sharding_of(recipe: Recipe) -> dict[str, int | None]:
+    """The recipe's sharding by the names of its settings, None for a recipe without."""
+    return {f"sharding.{field.name}": getattr(recipe.sharding, field.name, None) for field in dataclasses.fields(Sharding)}
+
+
+def load_sharded(recipe: Recipe, path: str, **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
+    """(model, processor) as `load_checkpoint` gives them, but of the model this process's part. A dense model has no experts to share
+    out: `ep_size` is for sparse ones."""
+    from transformers.distributed import DistributedConfig
+
+    assert recipe.sharding is not None
+    ep_size = recipe.sharding.ep_size if isinstance(load_config(path), MoeLlavaConfig) else 1
+    distributed = DistributedConfig(fsdp_size=recipe.sharding.fsdp_size, ep_size=ep_size)
+    return load_checkpoint(path, distributed_config=distributed, **settings)
+
+
+@contextmanager
+def shared_folder(folder: Path, make: Callable[[], tuple[LlavaForConditionalGeneration, Any]]) -> Iterator[str]:
+    """A folder in which the main process writes the model and processor that it makes, for all to load from. It is gone afterwards."""
+    state = PartialState()
+    if state.is_main_process:
+        for part in make():
+            part.save_pretrained(folder)
+    state.wait_for_everyone()
+    yield str(folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(folder)
+
+
+def whole_model(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """A model as one process would have it, on the CPU of the main process; on the others, without weights. Of a model that is not
+    sharded, itself. All processes have to call it."""
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return model
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    config = copy.copy(model.config)
+    config.distributed_config = None
+    with torch.device("meta"):
+        plain = AutoModelForImageTextToText.from_config(config)
+    plain.load_state_dict(state, assign=True, strict=PartialState().is_main_process)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+class ShardedTrainer(StageTrainer):
+    """A StageTrainer for a model that was loaded in parts. Its saves hold the whole model, and the optimizer's state in parts."""
+
+    def __init__(self, *arguments: Any, args: TrainingArguments, **settings: Any):
+        # Trainer insists, as it cannot save the optimizer of such a model; but torch can.
+        args.save_only_model = True
+        super().__init__(*arguments, args=args, **settings)
+        args.save_only_model = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = whole_model(self.model)
+        if self.args.should_save:
+            model.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        from transformers.distributed.checkpoint import save_optimizer_distributed
+
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(output_dir, OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = AutoModelForImageTextToText.from_pretrained(
+            resume_from_checkpoint, dtype=self.model.dtype, distributed_config=self.model.config.distributed_config
+        )
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
+                mine.to_local().copy_(theirs.to_local())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        from transformers.distributed.checkpoint import load_optimizer_distributed
+
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(checkpoint, OPTIMIZER))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))
