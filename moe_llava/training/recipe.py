@@ -59,14 +59,34 @@ class Moe:
     use_residual: bool = False
 
 
+ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
+QUANTISATIONS = ("nf4", "int8")
+
+
+@dataclass
+class Adapter:
+    """LoRA on parts of the language model (ADAPTER_TARGETS; routers learn in full), all else of which is frozen. `quantisation`, one of
+    QUANTISATIONS, is of its frozen linear layers. `continue_from`: an adapter folder to go on from; the stage then starts from that
+    adapter's base, and not from the stage before."""
+
+    targets: list[str]
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    use_dora: bool = False
+    quantisation: str | None = None
+    continue_from: str | None = None
+
+
 @dataclass
 class Stage:
     """`data`: one file, or several. `template`: a conversation form, a key of TEMPLATES in data/templates.py; None is the tokenizer's
-    own."""
+    own. `adapter`: what learns instead of the stage's own parameters; None trains these in full."""
 
     data: Data | list[Data]
     optimisation: Optimisation
     template: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def sources(self) -> list[Data]:
@@ -223,6 +243,7 @@ def _rules(recipe: Recipe) -> list[str]:
                 f"{name}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of "
                 f"per_device_batch_size={settings.per_device_batch_size}"
             )
+        problems += _adapter_rules(name, getattr(recipe, name))
     for key in ("logging_steps", "save_steps"):
         if getattr(recipe, key) < 1:
             problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
@@ -231,4 +252,39 @@ def _rules(recipe: Recipe) -> list[str]:
         problems.append(f"stage3.moe.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"stage3.moe.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
+    return problems
+
+
+def _adapter_rules(name: str, stage: Stage) -> list[str]:
+    adapter, where = stage.adapter, f"{name}.adapter"
+    if adapter is None:
+        return []
+    if name == "stage1":
+        return [f"{where} is set, but stage I trains only the projector, and in full: leave it out"]
+    problems = []
+    if isinstance(stage, SparseStage) and stage.dense:
+        problems.append(f"{where} is set, but stage3.dense is true, and the dense control trains its FFNs in full")
+    allowed = ADAPTER_TARGETS if isinstance(stage, SparseStage) else ("attention", "FFN")
+    wrong = [target for target in adapter.targets if target not in allowed]
+    if wrong:
+        only = "" if isinstance(stage, SparseStage) else "; only stage III has experts and routers"
+        problems.append(f"{where}.targets names {', '.join(wrong)}, but must name some of {', '.join(allowed)}{only}")
+    elif not set(adapter.targets) - {"routers"}:
+        problems.append(f"{where}.targets is {adapter.targets}, but must name attention, FFN or experts: LoRA needs a matrix to adapt")
+    if "experts" in adapter.targets and adapter.dropout:
+        problems.append(
+            f"{where}.dropout is {adapter.dropout}, but must be 0 with experts among the targets: "
+            "LoRA is added to the stacked weights before they meet an input that could be dropped"
+        )
+    if "experts" in adapter.targets and adapter.use_dora:
+        problems.append(f"{where}.use_dora is true, but must be false with experts among the targets: PEFT has no DoRA for stacked weights")
+    for key in ("rank", "alpha"):
+        if getattr(adapter, key) < 1:
+            problems.append(f"{where}.{key} is {getattr(adapter, key)}, but must be at least 1")
+    if not 0 <= adapter.dropout < 1:
+        problems.append(f"{where}.dropout is {adapter.dropout}, but must lie in 0..1")
+    if adapter.quantisation not in (None, *QUANTISATIONS):
+        problems.append(
+            f"{where}.quantisation is {adapter.quantisation!r}, but must be one of {', '.join(QUANTISATIONS)}, or null for none"
+        )
     return problems

@@ -17,11 +17,13 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
+from moe_llava.checkpoints.folders import new_folder
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.adapters import attach, base_of, check_adapter, describe_base, load_base, save_merged
 from moe_llava.training.budget import active_parameters, on_meta
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
 from moe_llava.training.stages import STAGES, choose_parameters
@@ -81,8 +83,11 @@ def stages_of(recipe: Recipe) -> list[int]:
 
 
 def origin(recipe: Recipe, number: int) -> str:
-    """The checkpoint that a stage starts from: the one before it, or the recipe's model. A model that is sparse already is where stage III
-    goes on."""
+    """The checkpoint that a stage starts from: the one before it, or the recipe's model, or the base of an adapter to go on from. A model
+    that is sparse already is where stage III goes on."""
+    adapter = stage_settings(recipe, number).adapter
+    if adapter and adapter.continue_from:
+        return base_of(adapter.continue_from)
     before = Path(recipe.output) / f"stage{number - 1}"
     if number == 1 or (number == 3 and not before.is_dir() and isinstance(load_config(recipe.model), MoeLlavaConfig)):
         return recipe.model
@@ -99,7 +104,8 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
         before = _flatten(before)
-        changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+        names = [*now, *(name for name in before if name.startswith(f"{final.name}.adapter.") and name not in now)]  # taken out since
+        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
@@ -112,8 +118,12 @@ def work_folder(final: Path) -> Path:
 def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> dict[str, list[Record]]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
     for number in todo:
-        if number - 1 not in todo:
-            check_start(recipe, number, origin(recipe, number))
+        adapter = stage_settings(recipe, number).adapter
+        if number - 1 not in todo or (adapter and adapter.continue_from):
+            path = origin(recipe, number)
+            check_start(recipe, number, path)
+        if adapter:
+            check_adapter(adapter, todo[number], start_on_meta(recipe, number, path))
         training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
     data = {}
     for number, name in todo.items():
@@ -137,7 +147,7 @@ STRUCTURE = ("num_experts", "moe_layers", "use_residual")
 
 def check_start(recipe: Recipe, number: int, path: str) -> None:
     """Raises CheckpointError, RecipeError or ValueError now if a stage cannot start from `path`, or stage III could not make it sparse."""
-    if path != recipe.model and not Path(path).is_dir():
+    if path == str(Path(recipe.output) / f"stage{number - 1}") and not Path(path).is_dir():
         raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
     model = load_on_meta(path)
     if not isinstance(model, MoeLlavaForConditionalGeneration):
@@ -162,14 +172,18 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
     set_seed(recipe.seed)
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
-    model, processor = start_model(recipe, number, name)
+    model, processor = (start_frozen if settings.adapter else start_model)(recipe, number, name)
     moe_layers = _moe_layers(recipe, model)
     if name == "stage3" and arguments.bf16:
         # The grouped backend is not autocast: with float32 weights it would compute in float32.
         model.set_experts_implementation("eager")
     if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    counts = choose_parameters(model, name, moe_layers)
+    if settings.adapter:
+        console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
+        model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, final))
+    else:
+        counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
     trainer = StageTrainer(
@@ -181,20 +195,62 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         log_file=work / "log.jsonl",
     )
     if trainer.is_world_process_zero():
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+        write_recipe(recipe, work)
     checkpoint = last_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         display.progress.stop()
     if trainer.is_world_process_zero():
-        model.save_pretrained(work)
+        if settings.adapter:
+            model = save_merged(model, work, base_of_stage(recipe, number, name, work))
+        else:
+            model.save_pretrained(work)
         processor.save_pretrained(work)
         for folder in work.glob("checkpoint-*"):
             shutil.rmtree(folder)
         work.rename(final)
-    console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+        console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+
+
+def write_recipe(recipe: Recipe, work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def start_on_meta(recipe: Recipe, number: int, path: str) -> LlavaForConditionalGeneration:
+    """The structure that a stage starts with, if `path` is where it comes from, or where an earlier stage does."""
+    model = load_on_meta(path)
+    if number != 3 or isinstance(model, MoeLlavaForConditionalGeneration):
+        return model
+    return on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
+
+
+def base_of_stage(recipe: Recipe, number: int, name: str, folder: Path) -> str:
+    """The checkpoint that a stage's adapter belongs to: the one that the stage starts from, or, where that has to become sparse or to take
+    other settings, the one that `start_frozen` writes into the stage's `folder`."""
+    path = origin(recipe, number)
+    config = load_config(path)
+    moe = {key: value for key, value in dataclasses.asdict(recipe.stage3.moe).items() if key not in STRUCTURE}
+    if name != "stage3" or (isinstance(config, MoeLlavaConfig) and all(getattr(config, key) == value for key, value in moe.items())):
+        return path
+    return str(folder / "base")
+
+
+def start_frozen(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """(model, processor) as a stage with an adapter starts with them: in float32 but for what is quantised."""
+    work = work_folder(Path(recipe.output) / name)
+    base = base_of_stage(recipe, number, name, work)
+    with PartialState().main_process_first():
+        if base == str(work / "base") and not Path(base).is_dir():
+            model, processor = start_model(recipe, number, name)
+            write_recipe(recipe, work)  # so that a run that is stopped now can be resumed
+            with new_folder(Path(base)) as folder:
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
+    adapter = stage_settings(recipe, number).adapter
+    assert adapter is not None
+    return load_base(base, adapter, torch.bfloat16 if use_bf16(recipe.precision) else torch.float32, recipe.attention)
 
 
 def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
