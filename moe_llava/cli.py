@@ -208,6 +208,24 @@ def convert(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder, such as the `adapter` of a stage")],
+    out: Annotated[Path, typer.Argument(help="folder for the merged checkpoint; must not exist")],
+    base: Annotated[str | None, typer.Option(help="the checkpoint it belongs to, if that is no longer where the adapter says")] = None,
+) -> None:
+    """Adds an adapter into the weights of its base: a checkpoint like any other."""
+    with user_errors():
+        from moe_llava.checkpoints.folders import new_folder
+        from moe_llava.training.adapters import merge as run
+
+        with new_folder(out) as folder:
+            model, processor = run(adapter, base)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        print(f"{out}: {model.num_parameters():,} parameters, the adapter among them")
+
+
+@app.command()
 def params(
     target: Annotated[str, typer.Argument(help="a recipe (.yaml), or a checkpoint, ours or a published one: a folder or a hub id")],
     vision_towers: Annotated[Path | None, typer.Option(help="for a published checkpoint: folder with the vision towers")] = None,

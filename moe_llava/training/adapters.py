@@ -14,6 +14,7 @@ Unusual here:
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -155,12 +156,11 @@ def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str
     modules = list(model.model.language_model.modules())
     number = sum(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in modules)
     rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in modules) else "embeddings"
-    return f"adapter on a base with {number} linear layers of the language model in {adapter.quantisation}; {rest} and all else as they are"
+    return f"adapter on a base with {number} linear layers of the language model in {adapter.quantisation}; {rest} and the rest are not"
 
 
 def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
-    """(PeftModel around `model`, what of it learns, by part). All of `model` itself is frozen. `base` is where the adapter says that its
-    base will be.
+    """(PeftModel around `model`, what of it learns, by part). All of `model` itself is frozen; it was loaded from `base`.
 
     Raises RecipeError as `lora_config` does.
     """
@@ -201,16 +201,18 @@ def check_loaded(adapted: Any, folder: str | Path) -> None:
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    has, saved = get_peft_model_state_dict(adapted).keys(), load_peft_weights(str(folder), device="cpu").keys()
-    if has ^ saved:
-        raise CheckpointError(
-            f"adapter {folder} does not fit its base: {len(has ^ saved)} tensors such as {min(has ^ saved)} are in only one"
-        )
+    has, saved = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys(), load_peft_weights(str(folder), device="cpu").keys()
+    alone = has ^ saved
+    if alone:
+        raise CheckpointError(f"adapter {folder} does not fit its base: {len(alone)} tensors, {min(alone)} among them, are in only one")
 
 
-def save_merged(adapted: Any, folder: Path, base: str) -> LlavaForConditionalGeneration:
-    """Writes the adapter into `folder`/adapter, and into `folder` the model that it makes of `base`, in float32; returns that model."""
+def save_merged(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
+    """Writes the adapter into `folder`/adapter, and into `folder` the model that it makes of `base`, in float32; returns that model.
+    `later` is where `base` will be when the folder has its name."""
     adapted.save_pretrained(folder / "adapter")
+    config = read_config(folder / "adapter") | {"base_model_name_or_path": later}
+    (folder / "adapter" / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     model, _ = merge(folder / "adapter", base, torch.float32)
     model.save_pretrained(folder)
     return model
@@ -233,7 +235,8 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
     read_config(folder)
     model, processor = load_checkpoint(path, dtype=dtype)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of missing tensors: the next line makes it an error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors: the next line makes it an error
             adapted = PeftModel.from_pretrained(model, str(folder))
         check_loaded(adapted, folder)
         return adapted.merge_and_unload(safe_merge=True), processor

@@ -181,7 +181,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
         console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
-        model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, final))
+        model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, work))
     else:
         counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
@@ -203,7 +203,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         display.progress.stop()
     if trainer.is_world_process_zero():
         if settings.adapter:
-            model = save_merged(model, work, base_of_stage(recipe, number, name, work))
+            model = save_merged(model, work, *(base_of_stage(recipe, number, name, folder) for folder in (work, final)))
         else:
             model.save_pretrained(work)
         processor.save_pretrained(work)
