@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -43,7 +44,6 @@ def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGenera
     adapter to go on from has other settings, or if a package is missing."""
     if stage == "dense":
         raise RecipeError("stage3.adapter is set, but the dense control trains its FFNs in full: leave the adapter out")
-    require("peft", f"{stage}.adapter")
     if adapter.quantisation:
         require("bitsandbytes", f"{stage}.adapter.quantisation")
     wanted = lora_config(model, adapter, stage)
@@ -88,8 +88,9 @@ def base_of(folder: str | Path) -> str:
 def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str) -> Any:
     """PEFT's LoraConfig for `adapter` on `model`.
 
-    Raises RecipeError if the model has nothing of a target, or if its experts are quantised.
+    Raises RecipeError if the model has nothing of a target, if its experts are quantised, or if PEFT is not installed.
     """
+    require("peft", f"{stage}.adapter")
     from peft import LoraConfig
 
     found = _find_targets(model)
@@ -147,6 +148,16 @@ def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | 
     elif adapter.quantisation == "int8":
         settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
     return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
+
+
+def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
+    """Bytes that quantising the linear layers of `model`, which holds them in float32, saves. One scale of 4 bytes is kept for 64 weights
+    ("nf4") or for a row ("int8")."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(LAYERS)}
+    weights = [module.weight for name, module in linear.items() if not name.endswith(".mlp.coefficient")]
+    if kind == "nf4":
+        return sum(4 * weight.numel() - weight.numel() // 2 - 4 * math.ceil(weight.numel() / 64) for weight in weights)
+    return sum(3 * weight.numel() - 4 * weight.shape[0] for weight in weights)
 
 
 def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str:

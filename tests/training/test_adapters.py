@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from moe_llava import upcycle
 from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.experiments.demo import demo_recipe
 from moe_llava.training import adapters, run
 from moe_llava.training.recipe import Adapter, RecipeError, load_recipe
 from moe_llava.training.run import train
@@ -321,6 +322,11 @@ def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatc
 def test_settings_that_cannot_work(write_recipe, stage, settings, message):
     with pytest.raises(RecipeError, match=message):
         with_adapter(write_recipe, stage, **{"targets": ["attention", "experts"], **settings})
+
+
+def test_the_demo_takes_none(write_recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"stage3.adapter is set, but the demo compares experts with FFNs that are trained in full"):
+        demo_recipe(tmp_path, write_recipe(stage3__adapter={"targets": ["experts"]}), [])
 
 
 def test_they_are_reported_at_once(write_recipe):
