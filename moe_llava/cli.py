@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,8 @@ def user_errors() -> Iterator[None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Where bitsandbytes is installed, every import of transformers' Trainer would warn of a kernel that it could have on some CPUs.
+    getLogger("bitsandbytes").setLevel(ERROR)
     try:
         yield
     except BrokenPipeError:
