@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from logging import ERROR, getLogger
@@ -53,6 +54,18 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextlib.contextmanager
+def stops() -> Iterator[None]:
+    """A run that was asked to stop says so, with the exit status of a process that SIGTERM ended."""
+    from moe_llava.training.saves import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGTERM) from stopped
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
@@ -62,7 +75,7 @@ def demo(
     test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
     """Trains the three stages on scenes of real handwritten digits, tests them, and writes a report with pictures."""
-    with user_errors():
+    with user_errors(), stops():
         from moe_llava.experiments.demo import run_demo
 
         run_demo(out, recipe, settings or [], train_images, test_images)
@@ -92,7 +105,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, go on with an unfinished one")] = False,
 ) -> None:
     """Runs MoE-Tuning: the projector, then the language model, then the experts."""
-    with user_errors():
+    with user_errors(), stops():
         from rich.console import Console
 
         from moe_llava.training.recipe import load_recipe

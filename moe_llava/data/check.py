@@ -5,7 +5,6 @@ Shapes: none; lengths are tokens.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from moe_llava.data.encode import IGNORE_INDEX, encode_record
-from moe_llava.data.records import DataError, Record, open_image, parse_record, read_items
+from moe_llava.data.encode import cut, encode_record
+from moe_llava.data.files import read_items
+from moe_llava.data.records import DataError, Record, open_image, parse_record
 
 
 @dataclass
@@ -61,9 +61,8 @@ def check_data(
     Raises DataError only if the file itself cannot be read.
     """
     report, seen = Report(), set()
-    items = list(read_items(file))
     console = Console(stderr=True)
-    for source, item in track(items, "checking", console=console, transient=True, disable=not sys.stderr.isatty()):
+    for source, item in track(read_items(file), "checking", console=console, transient=True, disable=not console.is_terminal):
         report.records += 1
         try:
             record = parse_record(source, item, Path(images))
@@ -82,11 +81,7 @@ def check_data(
 
 def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
     encoded = encode_record(record, tokenizer, template, image_tokens)
-    labels = encoded["labels"][:max_length]
-    length, learnt = len(encoded["labels"]), sum(label != IGNORE_INDEX for label in labels)
-    report.lengths.append(min(length, max_length or length))
-    report.learnt += learnt
-    if max_length is not None and length > max_length:
-        report.cut += 1
-        if not learnt:
-            raise DataError(f"{record.source} has {length} tokens, and nothing to learn from is left of it at the limit of {max_length}")
+    report.cut += max_length is not None and len(encoded["labels"]) > max_length
+    kept = cut(encoded, max_length, record.source)
+    report.lengths.append(len(kept["labels"]))
+    report.learnt += sum(label >= 0 for label in kept["labels"])

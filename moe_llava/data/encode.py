@@ -70,6 +70,22 @@ def encode_record(
     return {"input_ids": ids[:limit], "labels": labels[:limit]}
 
 
+def cut(encoded: dict[str, list[int]], limit: int | None, source: str) -> dict[str, list[int]]:
+    """`encoded`, of a record, without what comes after `limit` tokens.
+
+    Raises DataError if that goes through an image, or nothing is left to learn from.
+    """
+    length = len(encoded["input_ids"])
+    if limit is None or length <= limit:
+        return encoded
+    if IMAGE_INDEX in encoded["input_ids"][limit:]:
+        raise DataError(f"{source} has {length} tokens, and an image goes beyond the limit of {limit}")
+    kept = {name: values[:limit] for name, values in encoded.items()}
+    if all(label < 0 for label in kept["labels"]):
+        raise DataError(f"{source} has {length} tokens, and nothing to learn from is left of it at the limit of {limit}")
+    return kept
+
+
 def _learnt(end: int, answers: list[Span]) -> bool:
     """Whether what ends at `end` of the whole text belongs to an answer."""
     return any(low < end <= high for low, high in answers)

@@ -1,4 +1,4 @@
-"""Conversation files, JSON lists or JSON lines, read and checked as a whole before any long work starts. Two forms of records:
+"""One conversation, and the rules that it has to keep. Two forms of records:
 
 {"id": "7", "image": "7.png", "conversations": [{"from": "human", "value": "<image>\\nWhere?"}, {"from": "gpt", "value": "here"}]}
 {"id": "7", "images": ["7.png"], "messages": [{"role": "user", "content": "<image>\\nWhere?"}, {"role": "assistant", "content": "here"}]}
@@ -8,17 +8,15 @@ In the second, content may also be a list of parts: {"type": "image"} and {"type
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 IMAGE_TOKEN = "<image>"
-MOST_SHOWN = 20
+IMAGE_KEYS = ("image", "images")
 # key of the turns, (key of a turn's role, of its text), the roles
 FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
@@ -31,12 +29,30 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """An image that stands in a row of a `datasets` folder, rather than in a file of its own."""
+
+    folder: Path
+    row: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.number} of row {self.row} of {self.folder}"
+
+    def open(self) -> BinaryIO:
+        from moe_llava.data.files import image_values  # what reads such folders takes a second to import, and few have one
+
+        value = image_values(self.folder, self.row)[self.number]
+        return BytesIO(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).open("rb")
+
+
+@dataclass(frozen=True)
 class Record:
     """One conversation. `source` says where it stands, for messages; `extra` holds the keys that are not LLaVA's own."""
 
     source: str
     turns: tuple[tuple[str, str], ...]  # (human, answer)
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | StoredImage, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
     def messages(self) -> list[dict[str, Any]]:
@@ -59,104 +75,38 @@ def content_parts(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def load_records(file: str | Path, images: str | Path) -> list[Record]:
-    """Reads `file` and checks every record; image names are relative to the folder `images`.
-
-    Raises DataError, with all problems: file missing or no JSON, a record without conversation, roles out of order, more or fewer
-    `<image>` than images, an image that is missing.
-    """
-    records, problems = [], []
-    for source, item in read_items(file):
-        try:
-            records.append(parse_record(source, item, Path(images)))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        shown = problems[:MOST_SHOWN]
-        rest = [f"and {len(problems) - len(shown)} more: `moe-llava check {file}` shows all"] if len(problems) > len(shown) else []
-        raise DataError("\n  ".join([*shown, *rest]))
-    return records
-
-
-def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, the record as it stands there) of a JSON list, or of JSON lines, which a file is that does not begin with `[`.
-
-    Raises DataError if the file is missing, empty, or neither.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise DataError(f"data file {file} does not exist")
-    with file.open(encoding="utf-8") as opened:
-        start = opened.read(1).strip()
-        opened.seek(0)
-        if start != "[":
-            yield from _read_lines(file, opened)
-            return
-        try:
-            items = json.load(opened)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file} is not JSON: {error}") from error
-    if not items:
-        raise DataError(f"{file} must hold at least one record, but its list is empty")
-    yield from ((f"record {index} of {file}", item) for index, item in enumerate(items))
-
-
-def _read_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    found = False
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        found = True
-        try:
-            yield f"line {number} of {file}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file} is neither a JSON list nor JSON lines: line {number}: {error}") from error
-    if not found:
-        raise DataError(f"{file} is empty")
-
-
-def weighted(records: list[Record], weight: float, seed: int) -> list[Record]:
-    """`records` as often as `weight` says; of its fraction, so many of them, drawn without repetition and kept in order."""
-    times, fraction = divmod(weight, 1)
-    drawn = random.Random(seed).sample(range(len(records)), round(fraction * len(records)))
-    return records * int(times) + [records[index] for index in sorted(drawn)]
-
-
-def open_image(path: Path, source: str) -> Image.Image:
+def open_image(image: Path | StoredImage, source: str) -> Image.Image:
     """Decodes an image to RGB. Raises DataError, naming `source`, if that cannot be done."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file) as opened:
+            return opened.convert("RGB")
     except FileNotFoundError as error:
-        raise DataError(f"{source} names the image {path}, which does not exist") from error
+        raise missing_image(source, image) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} names the image {path}, which cannot be decoded: {error}") from error
+        raise DataError(f"{source} names the image {image}, which cannot be decoded: {error}") from error
 
 
-def check_images(records: list[Record]) -> None:
-    """Decodes every image once. Raises DataError for the first that fails."""
-    named_in = {path: record.source for record in records for path in record.images}
-    for path, source in named_in.items():
-        open_image(path, source)
+def missing_image(source: str, image: Path | StoredImage) -> DataError:
+    return DataError(f"{source} names the image {image}, which does not exist")
 
 
 def parse_record(source: str, item: Any, images: Path) -> Record:
-    """Raises DataError, naming `source` and the rule, for the first thing wrong with a record."""
+    """Whether its images exist is not looked at.
+
+    Raises DataError, naming `source` and the rule, for the first thing wrong with a record.
+    """
     values = _turns(source, item)
-    names = item.get("image", item.get("images", []))
+    names: Any = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), [])
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, (str, StoredImage)) for name in names):
         raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(names)[:60]}")
     found = sum(value.count(IMAGE_TOKEN) for value in values)
     if found != len(names):
         raise DataError(f"found {found} image tokens in {source} but {len(names)} images")
-    paths = tuple(images / name for name in names)
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{source} names the image {path}, which does not exist")
+    places = tuple(images / name if isinstance(name, str) else name for name in names)
     turns = tuple(zip(values[::2], values[1::2], strict=True))
-    known = ("conversations", "messages", "image", "images")
-    return Record(source, turns, paths, {key: value for key, value in item.items() if key not in known})
+    known = {key for key, *_ in FORMS} | {*IMAGE_KEYS}
+    return Record(source, turns, places, {key: value for key, value in item.items() if key not in known})
 
 
 def _turns(source: str, item: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ MAX_NEW_TOKENS = 40
 
 
 @torch.inference_mode()
-def answer_records(model: Any, processor: Any, records: list[Record], batch_size: int) -> list[str]:
+def answer_records(model: Any, processor: Any, records: Sequence[Record], batch_size: int) -> list[str]:
     """The model's answer to the first question of each record."""
     answers: list[str] = []
     for start in range(0, len(records), batch_size):
@@ -24,7 +25,7 @@ def answer_records(model: Any, processor: Any, records: list[Record], batch_size
     return answers
 
 
-def prompt_inputs(processor: Any, records: list[Record]) -> Any:
+def prompt_inputs(processor: Any, records: Sequence[Record]) -> Any:
     """Model inputs of the records' first questions, padded on the left, so that every answer begins at the same position."""
     prompts = [processor.apply_chat_template(record.messages()[:1], add_generation_prompt=True) for record in records]
     # A record's images stand in the order of its turns, so the first question's come first.

@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
-from moe_llava.data.records import DataError, Record, load_records
+from moe_llava.data.records import DataError, Record
+from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
 from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
@@ -114,7 +115,7 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
     partial.rename(path)
 
 
-def ask_checkpoint(out: Path, name: str, records: list[Record], console: Console) -> list[Answered]:
+def ask_checkpoint(out: Path, name: str, records: Sequence[Record], console: Console) -> list[Answered]:
     """Puts every test question to one checkpoint, or reads the answers of an earlier run."""
     file = out / "answers" / f"{name}.jsonl"
     if not file.exists():
@@ -136,7 +137,7 @@ def ask_checkpoint(out: Path, name: str, records: list[Record], console: Console
     return [Answered(record, texts[record.extra["id"]]) for record in records]
 
 
-def read_routing(out: Path, records: list[Record], console: Console) -> dict[str, Any]:
+def read_routing(out: Path, records: Sequence[Record], console: Console) -> dict[str, Any]:
     """`{"layers": [...], "top_k": k, "image": [layers x experts], "text": ...}`: counts over the test questions."""
     file = out / "routing.json"
     if not file.exists():

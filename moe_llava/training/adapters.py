@@ -218,15 +218,13 @@ def check_loaded(adapted: Any, folder: str | Path) -> None:
         raise CheckpointError(f"adapter {folder} does not fit its base: {len(alone)} tensors, {min(alone)} among them, are in only one")
 
 
-def save_merged(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
-    """Writes the adapter into `folder`/adapter, and into `folder` the model that it makes of `base`, in float32; returns that model.
-    `later` is where `base` will be when the folder has its name."""
-    adapted.save_pretrained(folder / "adapter")
-    config = read_config(folder / "adapter") | {"base_model_name_or_path": later}
-    (folder / "adapter" / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    model, _ = merge(folder / "adapter", base, torch.float32)
-    model.save_pretrained(folder)
-    return model
+def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
+    """Writes the adapter of a PeftModel into `folder`, and returns the model that it makes of `base`, in float32. `later` is where `base`
+    will be when the stage is finished."""
+    adapted.save_pretrained(folder)
+    config = read_config(folder) | {"base_model_name_or_path": later}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return merge(folder, base, torch.float32)[0]
 
 
 def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:

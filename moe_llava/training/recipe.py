@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 
 from moe_llava.data.templates import TEMPLATES
 
@@ -43,6 +44,8 @@ class Optimisation:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    group_by_length: bool = False  # batches of one modality and about one length; else records come in random order
+    packing: bool = False  # the samples that a process computes at once stand in one row, without padding, and do not see each other
 
 
 @dataclass
@@ -81,11 +84,13 @@ class Adapter:
 @dataclass
 class Stage:
     """`data`: one file, or several. `template`: a conversation form, a key of TEMPLATES in data/templates.py; None is the tokenizer's
-    own. `adapter`: what learns instead of the stage's own parameters; None trains these in full."""
+    own. `max_length`: tokens, those of images included, after which a record is cut. `adapter`: what learns instead of the stage's own
+    parameters; None trains these in full."""
 
     data: Data | list[Data]
     optimisation: Optimisation
     template: str | None = None
+    max_length: int | None = None
     adapter: Adapter | None = None
 
     @property
@@ -105,7 +110,11 @@ class SparseStage(Stage):
 @dataclass
 class Recipe:
     """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; `precision` "bf16" computes in
-    bfloat16 with float32 weights, "auto" does so where the machine is fast at it."""
+    bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
+
+    `on_bad_record`: whether a record that cannot be read stops the run, or is left out; `report_to`: services of transformers' Trainer
+    that draw curves, such as tensorboard, trackio, wandb; `save_total_limit`: the last saves that are kept.
+    """
 
     model: str
     output: str
@@ -115,8 +124,12 @@ class Recipe:
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     attention: str | None = None  # an attention implementation of transformers; None is its default
+    torch_compile: bool = False
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    report_to: list[str] = field(default_factory=list)
     logging_steps: int = 10
     save_steps: int = 500
+    save_total_limit: int = 1
     dataloader_workers: int = 0
 
 
@@ -226,6 +239,9 @@ def _rules(recipe: Recipe) -> list[str]:
         template = getattr(recipe, name).template
         if template is not None and template not in TEMPLATES:
             problems.append(f"{name}.template is {template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own")
+        max_length = getattr(recipe, name).max_length
+        if max_length is not None and max_length < 1:
+            problems.append(f"{name}.max_length is {max_length}, but must be at least 1, or null to cut nothing")
         if not getattr(recipe, name).sources:
             problems.append(f"{name}.data is an empty list, but must name at least one file")
         for source in getattr(recipe, name).sources:
@@ -244,7 +260,10 @@ def _rules(recipe: Recipe) -> list[str]:
                 f"per_device_batch_size={settings.per_device_batch_size}"
             )
         problems += _adapter_rules(name, getattr(recipe, name))
-    for key in ("logging_steps", "save_steps"):
+    for name in recipe.report_to:
+        if name not in get_available_reporting_integrations():
+            problems.append(f"report_to names {name!r}, which transformers does not know or which is not installed")
+    for key in ("logging_steps", "save_steps", "save_total_limit"):
         if getattr(recipe, key) < 1:
             problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
     moe = recipe.stage3.moe

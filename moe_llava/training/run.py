@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -20,14 +22,18 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 from moe_llava.checkpoints.folders import new_folder
 from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_on_meta
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
-from moe_llava.data.records import DataError, Record, check_images, load_records, weighted
+from moe_llava.data.records import DataError
+from moe_llava.data.sampling import GroupedSampler
+from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.adapters import attach, base_of, check_adapter, describe_base, load_base, save_merged
+from moe_llava.training.adapters import attach, base_of, check_adapter, describe_base, load_base, write_adapter
 from moe_llava.training.budget import active_parameters, on_meta
 from moe_llava.training.recipe import Recipe, RecipeError, Stage
+from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder, write_whole
 from moe_llava.training.stages import STAGES, choose_parameters
-from moe_llava.training.trainer import ProgressDisplay, StageTrainer
+from moe_llava.training.trainer import StageTrainer
+from moe_llava.training.watch import ProgressDisplay, plot_run
 
 TITLES = {
     "stage1": "stage I, the projector",
@@ -58,7 +64,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
         if (output / name).is_dir():
             console.print(f"{output / name}: finished, kept", highlight=False, soft_wrap=True)
     if todo:
-        data = check_everything(recipe, dict(todo), console)
+        data = check_everything(recipe, dict(todo))
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
     for number, name in todo:
         run_stage(recipe, number, name, data[name], console)
@@ -101,6 +107,8 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             continue
         if not resume:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
+        if not (folder / "recipe.yaml").is_file():
+            continue  # it was stopped before it had begun
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         now = _what_counts(recipe, final.name)
         before = _flatten(before)
@@ -110,12 +118,7 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
 
-def work_folder(final: Path) -> Path:
-    """Where a stage lives until it is complete."""
-    return final.with_name(f".{final.name}")
-
-
-def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> dict[str, list[Record]]:
+def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
     for number in todo:
         adapter = stage_settings(recipe, number).adapter
@@ -127,17 +130,14 @@ def check_everything(recipe: Recipe, todo: dict[int, str], console: Console) -> 
         training_arguments(recipe, stage_settings(recipe, number), work_folder(Path(recipe.output) / todo[number]))
     data = {}
     for number, name in todo.items():
-        data[name] = [
-            record
+        data[name] = joined(
+            weighted(load_records(source.file, source.images), source.weight, recipe.seed)
             for source in stage_settings(recipe, number).sources
-            for record in weighted(load_records(source.file, source.images), source.weight, recipe.seed)
-        ]
-        if name == "stage1":
-            for record in data[name]:
-                if not record.images:
-                    raise DataError(f"{record.source} has no image, but stage I teaches the projector, which sees nothing else")
-    with console.status("looking at the images"):
-        check_images([record for records in data.values() for record in records])
+        )
+        without = np.flatnonzero(data[name].image_counts() == 0)
+        if name == "stage1" and len(without):
+            source = data[name][without[0]].source
+            raise DataError(f"{source} has no image, but stage I teaches the projector, which sees nothing else")
     return data
 
 
@@ -165,7 +165,7 @@ def check_start(recipe: Recipe, number: int, path: str) -> None:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
 
 
-def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], console: Console) -> None:
+def run_stage(recipe: Recipe, number: int, name: str, records: Records, console: Console) -> None:
     """Trains one stage and leaves `<output>/<name>`: model, processor, log.jsonl, recipe.yaml."""
     final = Path(recipe.output) / name
     work = work_folder(final)
@@ -186,36 +186,41 @@ def run_stage(recipe: Recipe, number: int, name: str, records: list[Record], con
         counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=ConversationDataset(records, processor, settings.template),
-        data_collator=Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor) if "projector" in STAGES[name] else None),
-        callbacks=[display],
-        log_file=work / "log.jsonl",
-    )
-    if trainer.is_world_process_zero():
-        write_recipe(recipe, work)
-    checkpoint = last_checkpoint(work)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        display.progress.stop()
+    image = EmptyImage.of(processor)
+    with StopWhenAsked() as stop:
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=ConversationDataset(records, processor, settings.template, settings.max_length),
+            data_collator=Collator(
+                processor.tokenizer.pad_token_id, image if "projector" in STAGES[name] else None, settings.optimisation.packing
+            ),
+            callbacks=[stop],
+            work=work,
+            display=display,
+            save_total_limit=recipe.save_total_limit,
+            sampler=make_sampler(settings, records, image.tokens, arguments),
+            skip_bad_records=recipe.on_bad_record == "skip",
+        )
+        if trainer.is_world_process_zero():
+            write_recipe(recipe, work)
+        try:
+            trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
+        finally:
+            display.progress.stop()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"{name} stopped as asked after step {trainer.state.global_step} of {trainer.state.max_steps}: go on with --resume")
     if trainer.is_world_process_zero():
         if settings.adapter:
-            model = save_merged(model, work, *(base_of_stage(recipe, number, name, folder) for folder in (work, final)))
-        else:
-            model.save_pretrained(work)
-        processor.save_pretrained(work)
-        for folder in work.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        work.rename(final)
+            with saving(work, "the adapter"):
+                model = write_adapter(model, work / "adapter", *(base_of_stage(recipe, number, name, folder) for folder in (work, final)))
+        finish(work, final, model, processor)
         console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
 
 
 def write_recipe(recipe: Recipe, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+    write_whole(work / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
 def start_on_meta(recipe: Recipe, number: int, path: str) -> LlavaForConditionalGeneration:
@@ -244,13 +249,35 @@ def start_frozen(recipe: Recipe, number: int, name: str) -> tuple[LlavaForCondit
     with PartialState().main_process_first():
         if base == str(work / "base") and not Path(base).is_dir():
             model, processor = start_model(recipe, number, name)
-            write_recipe(recipe, work)  # so that a run that is stopped now can be resumed
-            with new_folder(Path(base)) as folder:
+            write_recipe(recipe, work)  # a run that is resumed takes the base as it is, so its settings must be known
+            with saving(work, "the base of the adapter"), new_folder(Path(base)) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
     adapter = stage_settings(recipe, number).adapter
     assert adapter is not None
     return load_base(base, adapter, torch.bfloat16 if use_bf16(recipe.precision) else torch.float32, recipe.attention)
+
+
+def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments: TrainingArguments) -> GroupedSampler | None:
+    """None is Trainer's own random order."""
+    if not settings.optimisation.group_by_length:
+        return None
+    lengths = np.minimum(records.lengths(image_tokens), settings.max_length or np.iinfo(np.int64).max)
+    has_image = records.image_counts() > 0
+    return GroupedSampler(lengths, has_image, arguments.train_batch_size, arguments.world_size, arguments.seed)
+
+
+def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:
+    """Writes what a finished stage is, and gives its folder its name. The saves go last: until then, a run can go on from them."""
+    with saving(work, "the finished stage"):
+        model.save_pretrained(work)
+        processor.save_pretrained(work)
+        plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
+        plot.savefig(work / "run.png", dpi=110)
+        plt.close(plot)
+    for save in saves(work):
+        shutil.rmtree(save)
+    work.rename(final)
 
 
 def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -264,12 +291,6 @@ def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditi
     if name == "stage3" and not changes:
         return upcycle(model, **moe, seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
     return model, processor
-
-
-def last_checkpoint(work: Path) -> str | None:
-    """The newest save that is whole: Trainer writes trainer_state.json last."""
-    whole = [folder for folder in work.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:
@@ -292,14 +313,14 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         bf16=use_bf16(recipe.precision),
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
-        save_total_limit=1,
+        torch_compile=recipe.torch_compile,
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_num_workers=recipe.dataloader_workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # what learns takes part in every step: see EmptyImage
         disable_tqdm=True,
-        report_to="none",
+        report_to=recipe.report_to or "none",
     )
     at_once = arguments.train_batch_size * arguments.world_size
     if settings.batch_size % at_once:
@@ -331,7 +352,7 @@ def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:
     """The settings that decide what a stage's folder holds."""
     whole = dataclasses.asdict(recipe)
     stage = "stage3" if name == "dense" else name
-    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", stage)})
+    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

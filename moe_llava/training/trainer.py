@@ -1,42 +1,108 @@
-"""transformers' Trainer, which also watches what a sparse model is made of: language loss, balance loss, shares of the experts."""
+"""transformers' Trainer, which also watches what a sparse model is made of, and saves so that nothing half written is ever found."""
 
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_llava.data.records import DataError
+from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.routing.load import expert_counts, expert_shares
 from moe_llava.training.adapters import without_adapter
+from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
+from moe_llava.training.watch import ProgressDisplay
+
+MOST_SKIPPED = 0.01  # of all records
 
 
 class StageTrainer(Trainer):
-    """Writes every logged step to `log_file` as a JSON line: `loss`, `grad_norm`, `learning_rate`, `seconds` since the run began. For
-    sparse models also, averaged since the line before: `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance)
-    and `expert_shares` (layers x experts)."""
+    """Writes every logged step to `log.jsonl` in the folder `work` as a JSON line.
 
-    def __init__(self, *arguments: Any, log_file: Path, **settings: Any):
+    `loss`, `grad_norm`, `learning_rate`; since the line before: `tokens_per_second` (of all processes, padding not counted), `padding` (its
+    share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models also, averaged since the line before:
+    `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance), `expert_shares` (layers x experts), and with a
+    capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as single numbers.
+
+    A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
+    are more than MOST_SKIPPED of all.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        work: Path,
+        display: ProgressDisplay,
+        save_total_limit: int,
+        sampler: GroupedSampler | None = None,
+        skip_bad_records: bool = False,
+        **settings: Any,
+    ):
         super().__init__(*arguments, **settings)
         self.remove_callback(PrinterCallback)
-        self.log_file = log_file
-        self._language_loss: list[Tensor] = []
-        self._balance_loss: list[Tensor] = []
-        self._counts_LE: Tensor | int = 0
-        self.begin(0)
-        self.add_callback(_Beginning(self))
+        self.work = work
+        self.display = display
+        self.save_total_limit = save_total_limit
+        self.sampler = sampler
+        self.skip_bad_records = skip_bad_records
+        self.add_callback(display)
+        self.add_callback(_Moments(self))
 
     def begin(self, step: int) -> None:
-        """A run begins, perhaps not at the first step."""
+        """A run begins, perhaps not at the first step: what was logged after it is taken back."""
+        if self.is_world_process_zero():
+            for name in ("log.jsonl", "skipped.jsonl"):
+                rewind(self.work / name, step)
+        self.accelerator.wait_for_everyone()
+        self._skipped = sum(line["process"] == self.args.process_index for line in read_lines(self.work / "skipped.jsonl"))
         self._last_step = step
         self._began = time.monotonic()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is summed from one logged step to the next begins again."""
+        self._since = time.monotonic()
+        self._sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        batches, labels = super().get_batch_samples(*arguments)
+        problems = [problem for batch in batches for problem in batch.pop("problems", [])]
+        if problems:
+            self._skip(problems)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._add("places", torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device))
+            self._add("tokens", self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum())
+        # A step of which nothing is left to learn divides by the number of its labels all the same.
+        return batches, labels if labels is None else torch.as_tensor(labels).clamp(min=1)
+
+    def _skip(self, problems: list[str]) -> None:
+        if not self.skip_bad_records:
+            raise DataError(problems[0])
+        with (self.work / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            for problem in problems:
+                step, process = self.state.global_step + 1, self.args.process_index
+                file.write(json.dumps({"step": step, "process": process, "problem": problem}) + "\n")
+        self._skipped += len(problems)
+        if self._skipped * self.args.world_size > MOST_SKIPPED * len(self.train_dataset):
+            raise DataError(
+                f"{self._skipped * self.args.world_size} of {len(self.train_dataset)} records could not be read, more than "
+                f"{MOST_SKIPPED:.0%}, the last because {problems[-1]} (all: {self.work / 'skipped.jsonl'})"
+            )
 
     def compute_loss(
         self,
@@ -50,15 +116,18 @@ class StageTrainer(Trainer):
             inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
-            self._watch(outputs, inputs["attention_mask"])
+            self._watch(outputs, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool())
         return (loss, outputs) if return_outputs else loss
 
-    def _watch(self, outputs: Any, attention_mask: Tensor) -> None:
-        self._language_loss.append(outputs.language_loss.detach())
-        self._balance_loss.append(outputs.aux_loss.detach())
-        top_k = self.accelerator.unwrap_model(self.model).config.num_experts_per_tok
-        with torch.no_grad():
-            self._counts_LE = self._counts_LE + expert_counts(outputs.router_logits, top_k, attention_mask.reshape(-1).bool())
+    @torch.no_grad()
+    def _watch(self, outputs: Any, token_mask_T: Tensor) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        self._add("language_loss", outputs.language_loss)
+        self._add("balance_loss", outputs.aux_loss)
+        self._add("batches", torch.ones_like(outputs.aux_loss))
+        self._add("counts_LE", expert_counts(outputs.router_logits, config.num_experts_per_tok, token_mask_T))
+        if config.capacity_factor is not None:
+            self._add("dropped", torch.stack([drops_TK[token_mask_T].sum() for drops_TK in outputs.router_drops]).sum())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Trainer reads the file's keys as they stand, but LLaVA saves under older names, which only `from_pretrained` translates; Trainer
@@ -69,25 +138,69 @@ class StageTrainer(Trainer):
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.work / SAVING)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with saving(self.work, f"step {self.state.global_step}") as folder:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                keep(folder, self.work, self.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
     def log(self, logs: dict[str, Any], *arguments: Any, **settings: Any) -> None:
-        if self._language_loss and isinstance(self._counts_LE, Tensor):
-            # Each batch's language loss is its share of the step's, over all processes: their sum counts steps, not batches.
-            language_loss = self.accelerator.reduce(torch.stack(self._language_loss).sum(), "sum")
-            logs["language_loss"] = language_loss.item() / max(self.state.global_step - self._last_step, 1)
-            logs["balance_loss"] = self.accelerator.reduce(torch.stack(self._balance_loss).mean(), "mean").item()
-            shares = expert_shares(self.accelerator.reduce(self._counts_LE, "sum"))
-            logs["expert_shares"] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
-            self._language_loss, self._balance_loss, self._counts_LE = [], [], 0
+        if "loss" in logs:
+            logs |= self._numbers()
         self._last_step = self.state.global_step
         logs["seconds"] = round(time.monotonic() - self._began, 2)
-        super().log(logs, *arguments, **settings)
-        if self.is_world_process_zero():
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+        super().log(self._singly(logs), *arguments, **settings)
+        if not self.is_world_process_zero():
+            return
+        entry = {"step": self.state.global_step, **logs}
+        with (self.work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if "loss" in entry:
+            self.display.show(entry, self.state.max_steps)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What was summed since the last logged step, in all processes."""
+        seconds = time.monotonic() - self._since
+        sums = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
+        numbers: dict[str, Any] = {
+            "tokens_per_second": round(sums["tokens"].item() / seconds, 1),
+            "padding": round(1 - (sums["tokens"] / sums["places"]).item(), 4),
+            "peak_memory": peak_memory(),
+        }
+        if "counts_LE" in sums:
+            # Each batch's language loss is its share of the step's: their sum counts steps, not batches.
+            numbers["language_loss"] = sums["language_loss"].item() / max(self.state.global_step - self._last_step, 1)
+            numbers["balance_loss"] = (sums["balance_loss"] / sums["batches"]).item()
+            numbers["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(sums["counts_LE"]).tolist()]
+        if "dropped" in sums:
+            numbers["dropped_share"] = round((sums["dropped"] / sums["counts_LE"].sum()).item(), 4)
+        if self.skip_bad_records:
+            numbers["skipped"] = int(self.accelerator.reduce(torch.tensor(self._skipped, device=self.args.device), "sum"))
+        self._forget()
+        return numbers
+
+    def _singly(self, logs: dict[str, Any]) -> dict[str, float]:
+        """Without lists, for the services that draw curves: of the shares the smallest and largest in each layer."""
+        numbers = {name: value for name, value in logs.items() if name != "expert_shares"}
+        for index, layer in enumerate(logs.get("expert_shares", [])):
+            numbers |= {f"experts_smallest/{index}": min(layer), f"experts_largest/{index}": max(layer)}
+        return numbers
 
 
-class _Beginning(TrainerCallback):
-    """Tells the trainer at which step and time its run begins."""
+def peak_memory() -> int:
+    """Bytes: the most that was allocated on the accelerator, or without one, that the process took."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Moments(TrainerCallback):
+    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
@@ -95,50 +208,6 @@ class _Beginning(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.begin(state.global_step)
 
-
-class ProgressDisplay(TrainerCallback):
-    """A progress bar on a terminal; elsewhere a line for each logged step."""
-
-    def __init__(self, name: str, console: Console):
-        self.name = name
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task(name, numbers="")
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
-        self.progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        numbers = summarise(logs)
-        self.progress.update(self.task, numbers=numbers)
-        if not self.console.is_terminal:
-            self.console.print(f"{self.name} {state.global_step}/{state.max_steps} {numbers}", highlight=False)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress.stop()
-
-
-def summarise(logs: dict[str, Any]) -> str:
-    """The numbers of one logged step in a few words; for a sparse model with the smallest and largest share of an expert in each layer."""
-    text = f"loss {float(logs['loss']):.3f}"
-    if "balance_loss" in logs:
-        shares = " ".join(f"{min(layer):.0%}-{max(layer):.0%}" for layer in logs["expert_shares"])
-        text = f"loss {logs['language_loss']:.3f} balance {logs['balance_loss']:.3f} experts {shares}"
-    return text
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
+from moe_llava import upcycle
 from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError, Record
 from moe_llava.digits.base import build_base
+from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_dense
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,75 @@ def test_a_template_whose_answers_cannot_be_told_is_refused(processor, records):
     plain.tokenizer.pad_token = None
     with pytest.raises(DataError, match="no pad token"):
         ConversationDataset(records, plain)
+
+
+def test_a_record_that_cannot_be_read_is_left_out_and_told(processor, records, tmp_path):
+    (tmp_path / "b.png").write_bytes(b"no image")
+    broken = Record("three", records[0].turns, (tmp_path / "b.png",))
+    dataset = ConversationDataset([broken, *records], processor)
+    collate = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor))
+    batch = collate([dataset[0], dataset[1], dataset[2]])
+    assert len(batch["problems"]) == 1
+    assert "three names the image" in batch.pop("problems")[0]
+    expected = collate([dataset[1], dataset[2]])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    empty = collate([dataset[0]])
+    assert len(empty["problems"]) == 1
+    assert (empty["labels"] == IGNORE_INDEX).all()
+    assert empty["pixel_values"].shape == (1, 3, 48, 48)
+
+
+def test_what_comes_after_the_limit_is_cut_off(processor, records):
+    whole = ConversationDataset(records, processor)[0]
+    length = len(whole["input_ids"])
+    cut = ConversationDataset(records, processor, max_length=length - 2)[0]
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:-2])
+    assert torch.equal(cut["labels"], whole["labels"][:-2])
+    assert torch.equal(ConversationDataset(records, processor, max_length=length)[0]["labels"], whole["labels"])
+    first_answer = int((whole["labels"] != IGNORE_INDEX).nonzero()[0])
+    for limit, message in (
+        (first_answer, "nothing to learn from is left of it at the limit of"),
+        (9, "an image goes beyond the limit of 9"),
+    ):
+        problem = ConversationDataset(records, processor, max_length=limit)[0]["problem"]
+        assert problem.startswith(f"one has {length} tokens, and ")
+        assert message in problem
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_samples_do_not_see_each_other(family, attention):
+    """Loss and gradients, dense and sparse, are those of the padded batch."""
+    dense = tiny_dense(family)
+    dense.set_attn_implementation(attention)
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for length, images in ((9, 1), (5, 0), (14, 2)):
+        ids = torch.randint(3, 97, (1 + IMAGE_TOKENS * images + length,), generator=generator)
+        ids[1 : 1 + IMAGE_TOKENS * images] = 98
+        labels = ids.clone()
+        labels[: 2 + IMAGE_TOKENS * images] = IGNORE_INDEX
+        pixels = {"pixel_values": torch.randn(images, 3, 16, 16, generator=generator)} if images else {}
+        items.append({"input_ids": ids, "labels": labels} | pixels)
+    for model in (dense, upcycle(dense, num_experts_per_tok=1, capacity_factor=1.0)):
+        model.train()
+        found = []
+        for packed in (False, True):
+            batch = Collator(0, packed=packed)(items)
+            model.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+            found.append((loss, gradients))
+        assert batch["input_ids"].shape == (1, sum(len(item["labels"]) for item in items))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_image_beside_packed_samples(processor, records):
+    model, _ = build_base()
+    dataset = ConversationDataset([records[1], records[1]], processor)
+    items = [dataset[0], dataset[1]]
+    plain = Collator(processor.tokenizer.pad_token_id)(items)
+    batch = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor), packed=True)(items)
+    torch.testing.assert_close(model(**batch).loss, model(**plain).loss)

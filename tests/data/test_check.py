@@ -63,8 +63,8 @@ def test_lengths_are_those_of_training(data):
 def test_the_limit(data):
     report = check_data(data / "data.json", data, build_tokenizer(), image_tokens=36, max_length=30)
     assert report.cut == 1
-    assert report.lengths[0] == 30
-    assert any("nothing to learn from is left of it at the limit of 30" in problem for problem in report.problems)
+    assert max(report.lengths) <= 30
+    assert any("an image goes beyond the limit of 30" in problem for problem in report.problems)
 
 
 def test_padding_and_histogram():

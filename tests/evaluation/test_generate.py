@@ -3,7 +3,8 @@
 import torch
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import Record, load_records
+from moe_llava.data.records import Record
+from moe_llava.data.store import load_records
 from moe_llava.evaluation.generate import answer_records, prompt_inputs
 from tests.training.conftest import tiny_base  # noqa: F401
 

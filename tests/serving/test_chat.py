@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import DataError, load_records
+from moe_llava.data.records import DataError
+from moe_llava.data.store import load_records
 from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.serving.chat import Conversation
 from tests.training.conftest import tiny_base  # noqa: F401

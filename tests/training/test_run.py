@@ -18,7 +18,7 @@ from moe_llava.data.records import DataError
 from moe_llava.training import run
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import stages_of, train
-from moe_llava.training.trainer import summarise
+from moe_llava.training.watch import summarise
 
 QUIET = Console(quiet=True)
 
@@ -169,17 +169,6 @@ def test_what_is_wrong_is_found_before_the_first_step(write_recipe, tmp_path, se
     with pytest.raises(error, match=message):
         train(load_recipe(write_recipe(**settings)), [1, 2, 3], resume=False, console=QUIET)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_save_that_was_cut_short_is_passed_over(write_recipe, tmp_path):
-    work = tmp_path / "run" / ".stage1"
-    for step, complete in ((2, True), (10, True), (12, False)):
-        folder = work / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert run.last_checkpoint(work) == str(work / "checkpoint-10")
-    assert run.last_checkpoint(tmp_path) is None
 
 
 def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_one(write_recipe):

@@ -1,0 +1,84 @@
+"""Kills a run of all three stages many times at random moments, lets it go on each time, and compares what it ends with, bit for bit, with
+a run that was left alone.
+
+    python benchmarks/killed.py runs/killed --kills 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+STAGES = ("stage1", "stage2", "stage3")
+STEPS = {"stage1": 120, "stage2": 60, "stage3": 60}
+
+
+def start(out: Path, output: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
+    settings = {"model": out / "base", "output": output, "save_steps": 10, "logging_steps": 1}
+    for stage in STAGES:
+        name = "captions" if stage == "stage1" else "train"
+        settings[f"{stage}.data"] = f"{{file: {out}/data/{name}.json, images: {out}/data/images}}"
+        settings |= {f"{stage}.optimisation.max_steps": STEPS[stage], f"{stage}.optimisation.group_by_length": "true"}
+        settings[f"{stage}.optimisation.per_device_batch_size"] = 32 // processes
+    torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node", processes, "--no-python"] if processes > 1 else []
+    changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [*torchrun, BIN / "moe-llava", "train", REPOSITORY / "recipes" / "digits.yaml", *options, *changes]
+    return subprocess.Popen([str(word) for word in command], start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def where(output: Path) -> str:
+    """The stage, and how many steps of it are logged."""
+    for stage in reversed(STAGES):
+        for folder in (output / stage, output / f".{stage}"):
+            if folder.is_dir():
+                log = folder / "log.jsonl"
+                saving = ", while saving" if (folder / ".saving").exists() else ""
+                return f"{folder.name}, {len(log.read_text().splitlines()) if log.exists() else 0} steps logged{saving}"
+    return "before the first stage"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=16, help="seconds until a kill, at most; at least 1")
+    arguments = parser.parse_args()
+    out, moments = arguments.out, random.Random(arguments.seed)
+    subprocess.run([BIN / "moe-llava", "digits", out, "--train-images", "200", "--test-images", "4"], check=True)
+    began = time.monotonic()
+    if start(out, out / "whole", arguments.processes).wait():
+        sys.exit("the run that was left alone failed")
+    print(f"left alone: {time.monotonic() - began:.0f} s", flush=True)
+    for number in range(1, arguments.kills + 1):
+        run = start(out, out / "killed", arguments.processes, "--resume")
+        time.sleep(moments.uniform(1, arguments.longest))
+        if run.poll() is not None:
+            sys.exit(f"the run ended by itself, with status {run.returncode}, before kill {number}: give it less time (--longest)")
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        print(f"kill {number}: {where(out / 'killed')}", flush=True)
+    if start(out, out / "killed", arguments.processes, "--resume").wait():
+        sys.exit("the run that was killed did not go on")
+    for stage in STAGES:
+        expected, found = (load_file(out / name / stage / "model.safetensors") for name in ("whole", "killed"))
+        different = [name for name in expected if not torch.equal(expected[name], found[name])]
+        if different or expected.keys() != found.keys():
+            sys.exit(f"{stage}: {len(different)} of {len(expected)} tensors differ")
+        print(f"{stage}: all {len(expected)} tensors are bitwise equal")
+
+
+if __name__ == "__main__":
+    main()
