@@ -171,10 +171,10 @@ def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
     assert "adapter on a base that is not quantised" in text
 
 
-@pytest.mark.parametrize(("number", "dropout"), [(2, 0.1), (3, 0.0)])
-def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number, dropout):
+@pytest.mark.parametrize(("number", "settings"), [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {})], ids=["nf4", "experts"])
+def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number, settings):
     targets = ALL if number == 3 else ["attention", "FFN"]
-    recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], dropout=dropout)
+    recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], **settings)
     train(recipe, list(range(1, number)), resume=False, console=QUIET)
     (whole,) = train(recipe, [number], resume=False, console=QUIET)
     kept = whole.rename(tmp_path / "whole")
