@@ -360,8 +360,10 @@ def test_an_adapter_taken_out_of_the_recipe_is_noticed(write_recipe):
         train(load_recipe(write_recipe()), [2], resume=True, console=QUIET)
 
 
-def test_quantised_experts_would_learn_nothing():
+def test_quantised_experts_are_refused():
     sparse = upcycle(tiny_dense("llama"))
     replace_parameter_4bit(sparse.model.language_model.layers[0].mlp.experts, "down_proj", quant_type="nf4")
-    with pytest.raises(RecipeError, match=r"layers.0.mlp.experts is quantised: LoRA over quantised experts gets no gradient"):
+    with pytest.raises(
+        RecipeError, match=r"layers.0.mlp.experts is quantised: LoRA over quantised experts leaves some matrices without a gradient"
+    ):
         adapted(sparse, "experts")
