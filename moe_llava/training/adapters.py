@@ -132,9 +132,7 @@ def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
 
 def _check_not_quantised(experts: Experts, name: str) -> None:
     if is_parametrized(experts) or not all(parameter.is_floating_point() for parameter in experts.parameters()):
-        raise RecipeError(
-            f"{name} is quantised: LoRA over quantised experts leaves some matrices without a gradient; leave the experts unquantised"
-        )
+        raise RecipeError(f"{name} is quantised: LoRA over them would leave matrices without a gradient")
 
 
 def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[LlavaForConditionalGeneration, Any]:
