@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,8 @@ def user_errors() -> Iterator[None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Where bitsandbytes is installed, every import of transformers' Trainer would warn of a kernel that it could have on some CPUs.
+    getLogger("bitsandbytes").setLevel(ERROR)
     try:
         yield
     except BrokenPipeError:
@@ -105,8 +108,7 @@ def train(
     with user_errors(), stops():
         from rich.console import Console
 
-        from moe_llava.training.recipe import load_recipe
-        from moe_llava.training.run import stages_of
+        from moe_llava.training.recipe import load_recipe, stages_of
         from moe_llava.training.run import train as run
 
         loaded = load_recipe(recipe, settings)
@@ -218,6 +220,24 @@ def convert(
 
         for line in [*run(published, out, vision_towers, language_model), f"written to {out}"]:
             print(line)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder, such as the `adapter` of a stage")],
+    out: Annotated[Path, typer.Argument(help="folder for the merged checkpoint; must not exist")],
+    base: Annotated[str | None, typer.Option(help="the checkpoint it belongs to, if that is no longer where the adapter says")] = None,
+) -> None:
+    """Adds an adapter into the weights of its base: a checkpoint like any other."""
+    with user_errors():
+        from moe_llava.checkpoints.folders import new_folder
+        from moe_llava.training.adapters import merge as run
+
+        with new_folder(out) as folder:
+            model, processor = run(adapter, base)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        print(f"{out}: {model.num_parameters():,} parameters, the adapter among them")
 
 
 @app.command()

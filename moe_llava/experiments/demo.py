@@ -35,8 +35,8 @@ from moe_llava.evaluation.generate import answer_records, prompt_inputs
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, write_whole
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.budget import active_parameters
-from moe_llava.training.recipe import Data, Recipe, load_recipe
-from moe_llava.training.run import stage_settings, train
+from moe_llava.training.recipe import Data, Recipe, RecipeError, load_recipe, stage_settings
+from moe_llava.training.run import train
 
 SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
 BATCH = 128
@@ -65,6 +65,8 @@ def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_ima
 def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
     """The recipe, moved into the folder `out`."""
     recipe = load_recipe(file, settings)
+    if recipe.stage3.adapter:
+        raise RecipeError("stage3.adapter is set, but the demo compares experts with FFNs that are trained in full: leave it out")
     recipe.model, recipe.output = str(out / "base"), str(out)
     for stage, name in zip((stage_settings(recipe, number) for number in (1, 2, 3)), ("captions", "train", "train"), strict=True):
         stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))

@@ -150,7 +150,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
 
         token_mask_T = real_tokens(attention_mask, inputs_embeds)
         for mlp in self.sparse_mlps().values():
-            mlp.router.token_mask = token_mask_T
+            mlp.token_mask = token_mask_T
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -27,12 +27,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for every token (paper, equation 5).
-
-    `token_mask` [T] bool, set by the model before each forward pass, tells tokens from padding; it is needed only where a capacity
-    is shared out. None means that every token counts. It outlives the forward pass, because gradient checkpointing routes again during
-    backward.
-    """
+    """Chooses K of E experts for every token (paper, equation 5)."""
 
     def __init__(self, config: MoeLlavaConfig, width: int):
         super().__init__()
@@ -41,15 +36,14 @@ class Router(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.capacity_factor = config.capacity_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
-        self.token_mask: Tensor | None = None
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns logits [T, E] float32, weights [T, K] float32, expert indices [T, K] in order of falling probability, and
-        dropped [T, K] bool."""
+        dropped [T, K] bool. `token_mask_T`, bool, tells tokens from padding where a capacity is shared out; None: every token counts."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
         probs_TK, ids_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
-        dropped_TK = self._over_capacity(ids_TK)
+        dropped_TK = self._over_capacity(ids_TK, token_mask_T)
         weights_TK = probs_TK.masked_fill(dropped_TK, 0.0)
         if self.norm_topk_prob:
             # A token that lost all its experts keeps weights of 0.
@@ -57,11 +51,11 @@ class Router(nn.Module):
             weights_TK = weights_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
         return logits_TE, weights_TK, ids_TK, dropped_TK
 
-    def _over_capacity(self, ids_TK: Tensor) -> Tensor:
+    def _over_capacity(self, ids_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
         """Which assignments find their expert full. First choices go before second ones, and earlier tokens before later."""
         if self.capacity_factor is None:
             return torch.zeros_like(ids_TK, dtype=torch.bool)
-        counts_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if self.token_mask is None else self.token_mask.to(ids_TK.device)
+        counts_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T.to(ids_TK.device)
         if counts_T.shape[0] != ids_TK.shape[0]:
             raise RuntimeError(f"the router got {ids_TK.shape[0]} tokens, but its token mask has {counts_T.shape[0]}")
         # In float64, less a hair: 25 tokens * 1.2 / 2 must give 15 places, not 16.
@@ -130,6 +124,9 @@ class SparseMlp(nn.Module):
     """Takes the place of `layer.mlp`: [B, S, D] -> [B, S, D] (paper, equations 4 to 6).
 
     With `residual_mlp` (the dense FFN), a token's output is c_0 * experts(x) + c_1 * residual_mlp(x), c = softmax(coefficient(x)).
+
+    `token_mask` [T] bool, set by the model before each forward pass, goes to the router. It stands here, and not there, because an adapter
+    may wrap the router. It outlives the forward pass, because gradient checkpointing routes again during backward.
     """
 
     def __init__(self, router: Router, experts: Experts, residual_mlp: nn.Module | None = None):
@@ -138,10 +135,11 @@ class SparseMlp(nn.Module):
         self.experts = experts
         self.residual_mlp = residual_mlp
         self.coefficient = None if residual_mlp is None else nn.Linear(experts.hidden_dim, 2)
+        self.token_mask: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        _, weights_TK, ids_TK, _ = self.router(x_TD)
+        _, weights_TK, ids_TK, _ = self.router(x_TD, self.token_mask)
         y_BSD = self.experts(x_TD, ids_TK, weights_TK.to(x_TD.dtype)).view_as(x_BSD)
         if self.residual_mlp is None or self.coefficient is None:
             return y_BSD

@@ -6,6 +6,7 @@ and one addition are two FLOPs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from moe_llava.checkpoints.load import load_on_meta, read_config
 from moe_llava.checkpoints.published import look_at
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.recipe import Parts, load_recipe
+from moe_llava.training.adapters import attach, quantisation_saves
+from moe_llava.training.recipe import Adapter, Parts, load_recipe
 from moe_llava.training.stages import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
@@ -91,20 +93,22 @@ def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple
     Raises RecipeError or CheckpointError as loading them does.
     """
     processes = 1
+    adapters: dict[str, Adapter | None] = {}
     if Path(target).suffix in (".yaml", ".yml"):
         recipe = load_recipe(Path(target))
+        adapters = {"stage2": recipe.stage2.adapter if recipe.stage2 else None, "stage3": recipe.stage3.adapter}
         start = start_on_meta(recipe.model)
         moe = dataclasses.asdict(recipe.stage3.moe)
         stage = "dense" if recipe.stage3.dense else "stage3"
         processes = recipe.sharding.fsdp_size if recipe.sharding else 1
         final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, **moe))
         layers = final.config.moe_layer_indices if is_sparse(final) else sparse_config(start.config, **moe).moe_layer_indices
-        stages = {stage: training_bytes(final, stage, layers)}
+        stages = {stage: training_bytes(final, stage, layers, adapters.get(stage))}
     else:
         start = final = _checkpoint_on_meta(target, vision_towers)
         stages = {"stage3": training_bytes(final, "stage3", final.config.moe_layer_indices)} if is_sparse(final) else {}
     if not is_sparse(start):
-        stages = {stage: training_bytes(start, stage, []) for stage in ("stage1", "stage2")} | stages
+        stages = {stage: training_bytes(start, stage, [], adapters.get(stage)) for stage in ("stage1", "stage2")} | stages
     return count(final), {stage: size // processes for stage, size in stages.items()}
 
 
@@ -136,13 +140,17 @@ def active_parameters(model: LlavaForConditionalGeneration) -> int:
     return sum(count(model).active.values())
 
 
-def training_bytes(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int]) -> int:
+def training_bytes(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int], adapter: Adapter | None = None) -> int:
     """Memory of weights, gradients and AdamW's two moments in float32, of the whole model, sharded or not. Activations come on top.
 
-    Args: as `choose_parameters`.
+    Args: as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less.
     """
-    counts = choose_parameters(model, stage, moe_layers)
-    return 4 * counts.total + 12 * sum(counts.learning.values())
+    if adapter is None:
+        counts, saved = choose_parameters(model, stage, moe_layers), 0
+    else:
+        saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
+        counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
+    return 4 * counts.total + 12 * sum(counts.learning.values()) - saved
 
 
 def _part(model: LlavaForConditionalGeneration, name: str) -> str:

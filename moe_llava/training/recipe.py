@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from transformers.integrations import get_available_reporting_integrations
 
 from moe_llava.data.templates import TEMPLATES
-
-
-class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, a line each."""
+from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
 
 @dataclass
@@ -62,6 +54,25 @@ class Moe:
     use_residual: bool = False
 
 
+ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
+QUANTISATIONS = ("nf4", "int8")
+
+
+@dataclass
+class Adapter:
+    """LoRA on parts of the language model (ADAPTER_TARGETS; routers learn in full), all else of which is frozen. `quantisation`, one of
+    QUANTISATIONS, is of its frozen linear layers. `continue_from`: an adapter folder to go on from; the stage then starts from that
+    adapter's base, and not from the stage before."""
+
+    targets: list[str]
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    use_dora: bool = False
+    quantisation: str | None = None
+    continue_from: str | None = None
+
+
 @dataclass
 class Parts:
     """What a dense LLaVA is joined from, each a folder or hub id. `template`: the conversation form of its chat template, a key of
@@ -76,13 +87,15 @@ class Parts:
 class Stage:
     """`data`: one file, or several. `template`: a conversation form, a key of TEMPLATES in data/templates.py; None is the tokenizer's
     own. `max_length`: tokens, those of images included, after which a record is cut. `image_aspect_ratio`: "pad" pads images to a square
-    with the tower's mean colour, "square" resizes and crops them as the tower's preprocessing does; None leaves the processor as it is."""
+    with the tower's mean colour, "square" resizes and crops them as the tower's preprocessing does; None leaves the processor as it is.
+    `adapter`: what learns instead of the stage's own parameters; None trains these in full."""
 
     data: Data | list[Data]
     optimisation: Optimisation
     template: str | None = None
     max_length: int | None = None
     image_aspect_ratio: Literal["pad", "square"] | None = None
+    adapter: Adapter | None = None
 
     @property
     def sources(self) -> list[Data]:
@@ -142,11 +155,11 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     fit together.
     """
     file = Path(file)
-    raw = _read(file)
+    raw = read(file)
     problems: list[str] = []
     for override in overrides or []:
-        _override(raw, override, problems)
-    recipe = _build(Recipe, raw, "", problems)
+        apply_override(raw, override, problems)
+    recipe = build(Recipe, raw, "", problems)
     if not problems:
         problems += _rules(recipe)
     if problems:
@@ -154,159 +167,70 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings in a file, over those of the file that it names as `base`, relative to its own place. `above`: what names it so."""
-    if not file.is_file():
-        raise RecipeError(f"recipe {file} does not exist")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
-    if "base" not in raw:
-        return raw
-    base = file.parent / str(raw.pop("base"))
-    if not base.is_file():
-        raise RecipeError(f"{file} has base {base}, which does not exist")
-    if base.resolve() in (chain := (*above, file.resolve())):
-        raise RecipeError(f"{file} has base {base}, which is based on it in turn")
-    return _over(_read(base, chain), raw)
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, mapping by mapping; where both have a value, that of `above`."""
-    nested = {key: _over(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
-    return below | above | nested
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def _override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
-    path, equals, value = override.partition("=")
-    if not equals:
-        problems.append(f"--set {override}: expected a.b=value")
-        return
-    *parents, key = path.split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            problems.append(f"--set {override}: {parent} holds a value, not settings")
-            return
-    try:
-        raw[key] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        problems.append(f"--set {override}: {value!r} is not YAML")
-
-
-def _build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where or 'recipe'} must be a mapping of settings, but is {raw!r}")
-        return None
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in raw.keys() - fields.keys():
-        guess = difflib.get_close_matches(str(key), fields, n=1)
-        problems.append(f"unknown key {where}{key}" + (f"; did you mean {where}{guess[0]}?" if guess else f"; known: {', '.join(fields)}"))
-    values = {}
-    for name, f in fields.items():
-        if name in raw:
-            values[name] = _convert(hints[name], raw[name], where + name, problems)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            problems.append(f"{where}{name} is missing")
-    return None if problems else kind(**values)
-
-
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
-    if isinstance(value, str) and str in typing.get_args(hint):
-        return value
-    if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
-        return [_build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]
-    if kinds and value is not None:
-        return _build(kinds[0], value, where + ".", problems)
-    if not _fits(hint, value):
-        expected = hint.__name__ if isinstance(hint, type) else str(hint)
-        choices = [
-            choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
-        ]
-        if choices:
-            expected = f"one of {', '.join(choices)}"
-        problems.append(f"{where} is {value!r}, but must be {expected}")
-    return float(value) if hint is float and isinstance(value, int) else value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(argument, value) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
 def _rules(recipe: Recipe) -> list[str]:
     """What a type cannot say."""
     problems = []
     if isinstance(recipe.model, Parts) and recipe.model.template not in (None, *TEMPLATES):
-        problems.append(
-            f"model.template is {recipe.model.template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own"
-        )
-    for name in ("stage1", "stage2", "stage3"):
-        if getattr(recipe, name) is None:
-            continue
-        settings = getattr(recipe, name).optimisation
-        template = getattr(recipe, name).template
-        if template is not None and template not in TEMPLATES:
-            problems.append(f"{name}.template is {template!r}, but must be one of {', '.join(TEMPLATES)}, or null for the tokenizer's own")
-        max_length = getattr(recipe, name).max_length
-        if max_length is not None and max_length < 1:
-            problems.append(f"{name}.max_length is {max_length}, but must be at least 1, or null to cut nothing")
-        if not getattr(recipe, name).sources:
-            problems.append(f"{name}.data is an empty list, but must name at least one file")
-        for source in getattr(recipe, name).sources:
-            if source.weight <= 0:
-                problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
-        for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
-            if getattr(settings, key) <= 0:
-                problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
-        if settings.max_steps == 0 or settings.max_steps < -1:
-            problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
-        if not 0 <= settings.warmup_ratio < 1:
-            problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
-        if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:
-            problems.append(
-                f"{name}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of "
-                f"per_device_batch_size={settings.per_device_batch_size}"
-            )
+        template = recipe.model.template
+        problems.append(f"model.template is {template!r}, but must be one of {_names(TEMPLATES)}, or null for the tokenizer's own")
+    for number in stages_of(recipe):
+        problems += _stage_rules(f"stage{number}", stage_settings(recipe, number))
     for name in recipe.report_to:
         if name not in get_available_reporting_integrations():
             problems.append(f"report_to names {name!r}, which transformers does not know or which is not installed")
     for key in ("logging_steps", "save_steps", "save_total_limit"):
         if getattr(recipe, key) < 1:
             problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
-    moe = recipe.stage3.moe
-    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
-        problems.append(f"stage3.moe.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
-    if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
-        problems.append(f"stage3.moe.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
-    return problems + _sharding_rules(recipe.sharding, moe.num_experts)
+    if recipe.sharding is not None:
+        problems += _sharding_rules(recipe, recipe.sharding)
+    return problems
 
 
-def _sharding_rules(sharding: Sharding | None, num_experts: int) -> list[str]:
-    if sharding is None:
-        return []
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _stage_rules(name: str, stage: Stage) -> list[str]:
+    problems, settings = [], stage.optimisation
+    if stage.template not in (None, *TEMPLATES):
+        problems.append(f"{name}.template is {stage.template!r}, but must be one of {_names(TEMPLATES)}, or null for the tokenizer's own")
+    if stage.max_length is not None and stage.max_length < 1:
+        problems.append(f"{name}.max_length is {stage.max_length}, but must be at least 1, or null to cut nothing")
+    if not stage.sources:
+        problems.append(f"{name}.data is an empty list, but must name at least one file")
+    for source in stage.sources:
+        if source.weight <= 0:
+            problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
+    for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
+        if getattr(settings, key) <= 0:
+            problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
+    if settings.max_steps == 0 or settings.max_steps < -1:
+        problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
+    if not 0 <= settings.warmup_ratio < 1:
+        problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
+    if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:
+        problems.append(
+            f"{name}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of "
+            f"per_device_batch_size={settings.per_device_batch_size}"
+        )
+    if isinstance(stage, SparseStage):
+        problems += _moe_rules(f"{name}.moe", stage.moe)
+    return problems + ([] if stage.adapter is None else _adapter_rules(name, stage, stage.adapter))
+
+
+def _moe_rules(where: str, moe: Moe) -> list[str]:
     problems = []
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        problems.append(f"{where}.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
+    if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
+        problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
+    return problems
+
+
+def _sharding_rules(recipe: Recipe, sharding: Sharding) -> list[str]:
+    problems, num_experts = [], recipe.stage3.moe.num_experts
+    if any(stage_settings(recipe, number).adapter for number in stages_of(recipe)):
+        problems.append("sharding is set, but so is an adapter, whose frozen base every process keeps as a whole: leave one of them out")
     if sharding.fsdp_size < 2:
         problems.append(f"sharding.fsdp_size is {sharding.fsdp_size}, but must be at least 2; leave sharding out for one process")
     if sharding.ep_size < 1 or sharding.fsdp_size % sharding.ep_size:
@@ -314,3 +238,52 @@ def _sharding_rules(sharding: Sharding | None, num_experts: int) -> list[str]:
     elif num_experts % sharding.ep_size:
         problems.append(f"sharding.ep_size is {sharding.ep_size}, but must divide stage3.moe.num_experts={num_experts}")
     return problems
+
+
+def _adapter_rules(name: str, stage: Stage, adapter: Adapter) -> list[str]:
+    where = f"{name}.adapter"
+    if name == "stage1":
+        return [f"{where} is set, but stage I trains only the projector, and in full: leave it out"]
+    problems = []
+    if isinstance(stage, SparseStage) and stage.dense:
+        problems.append(f"{where} is set, but stage3.dense is true, and the dense control trains its FFNs in full")
+    allowed = ADAPTER_TARGETS if isinstance(stage, SparseStage) else ("attention", "FFN")
+    wrong = [target for target in adapter.targets if target not in allowed]
+    if wrong:
+        only = "" if isinstance(stage, SparseStage) else "; only stage III has experts and routers"
+        problems.append(f"{where}.targets names {', '.join(wrong)}, but must name some of {', '.join(allowed)}{only}")
+    elif not set(adapter.targets) - {"routers"}:
+        problems.append(f"{where}.targets is {adapter.targets}, but must name attention, FFN or experts: LoRA needs a matrix to adapt")
+    if "experts" in adapter.targets and adapter.dropout:
+        problems.append(
+            f"{where}.dropout is {adapter.dropout}, but must be 0 with experts among the targets: "
+            "LoRA is added to the stacked weights before they meet an input that could be dropped"
+        )
+    if "experts" in adapter.targets and adapter.use_dora:
+        problems.append(f"{where}.use_dora is true, but must be false with experts among the targets: PEFT has no DoRA for stacked weights")
+    for key in ("rank", "alpha"):
+        if getattr(adapter, key) < 1:
+            problems.append(f"{where}.{key} is {getattr(adapter, key)}, but must be at least 1")
+    if not 0 <= adapter.dropout < 1:
+        problems.append(f"{where}.dropout is {adapter.dropout}, but must lie in 0..1")
+    if adapter.quantisation not in (None, *QUANTISATIONS):
+        problems.append(
+            f"{where}.quantisation is {adapter.quantisation!r}, but must be one of {', '.join(QUANTISATIONS)}, or null for none"
+        )
+    return problems
+
+
+def stage_settings(recipe: Recipe, number: int) -> Stage:
+    stage = (recipe.stage1, recipe.stage2, recipe.stage3)[number - 1]
+    if stage is None:
+        raise RecipeError(f"the recipe has no stage{number}")
+    return stage
+
+
+def stage_name(recipe: Recipe, number: int) -> str:
+    return "dense" if number == 3 and recipe.stage3.dense else f"stage{number}"
+
+
+def stages_of(recipe: Recipe) -> list[int]:
+    """The numbers of the stages that a recipe has."""
+    return [number for number, stage in ((1, recipe.stage1), (2, recipe.stage2), (3, recipe.stage3)) if stage is not None]

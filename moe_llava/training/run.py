@@ -19,19 +19,28 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
-from moe_llava.checkpoints.join import join, joined_processor
-from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_processor
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
-from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.budget import active_parameters, on_meta, start_on_meta
-from moe_llava.training.recipe import Parts, Recipe, RecipeError, Stage
-from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder, write_whole
-from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, load_sharded, sharding_of, shared_folder, whole_model
+from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
+from moe_llava.training.budget import active_parameters
+from moe_llava.training.recipe import Recipe, RecipeError, Stage, stage_name, stage_settings
+from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder
+from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
+from moe_llava.training.start import (
+    base_of_stage,
+    check_start,
+    moe_layers_of,
+    origin,
+    set_aspect_ratio,
+    start,
+    start_processor,
+    structure,
+    use_bf16,
+    write_recipe,
+)
 from moe_llava.training.trainer import StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
@@ -73,31 +82,6 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
     return [output / name for name in names]
 
 
-def stage_name(recipe: Recipe, number: int) -> str:
-    return "dense" if number == 3 and recipe.stage3.dense else f"stage{number}"
-
-
-def stage_settings(recipe: Recipe, number: int) -> Stage:
-    stage = (recipe.stage1, recipe.stage2, recipe.stage3)[number - 1]
-    if stage is None:
-        raise RecipeError(f"the recipe has no stage{number}")
-    return stage
-
-
-def stages_of(recipe: Recipe) -> list[int]:
-    """The numbers of the stages that a recipe has."""
-    return [number for number, stage in ((1, recipe.stage1), (2, recipe.stage2), (3, recipe.stage3)) if stage is not None]
-
-
-def origin(recipe: Recipe, number: int) -> str | Parts:
-    """The checkpoint that a stage starts from: the one before it, or the recipe's model, which stage I may start from in parts. A model
-    that is sparse already is where stage III goes on."""
-    before, model = Path(recipe.output) / f"stage{number - 1}", recipe.model
-    if number == 1 or (number == 3 and not before.is_dir() and isinstance(model, str) and isinstance(load_config(model), MoeLlavaConfig)):
-        return model
-    return str(before)
-
-
 def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
     """Raises RecipeError if the stage's folder is in the way, or was made with other settings."""
     for folder in (final, work_folder(final)):
@@ -112,7 +96,8 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
         if folder != final:
             now |= sharding_of(recipe)  # what was saved in parts is not read as a whole, nor the other way round
         before = _flatten(before)
-        changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+        names = [*now, *(name for name in before if name.startswith(f"{final.name}.adapter.") and name not in now)]  # taken out since
+        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
@@ -121,10 +106,13 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
     """Raises what `train` promises for all stages to come; returns the records of each."""
     for number in todo:
         settings = stage_settings(recipe, number)
-        if number - 1 not in todo:
-            start = origin(recipe, number)
-            check_start(recipe, number, start)
-            processor = start_processor(start)
+        adapter = settings.adapter
+        if number - 1 not in todo or (adapter and adapter.continue_from):
+            path = origin(recipe, number)
+            check_start(recipe, number, path)
+            processor = start_processor(path)
+        if adapter:
+            check_adapter(adapter, todo[number], structure(recipe, number, path))
         set_aspect_ratio(processor, settings)
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
         check_zero(training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number])))
@@ -141,30 +129,6 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
     return data
 
 
-# Of what a sparse model is, these are in its weights; the rest may change from run to run.
-STRUCTURE = ("num_experts", "moe_layers", "use_residual")
-
-
-def check_start(recipe: Recipe, number: int, path: str | Parts) -> None:
-    """Raises CheckpointError, RecipeError or ValueError now if a stage cannot start from `path`, or stage III could not make it sparse."""
-    if isinstance(path, str) and path != recipe.model and not Path(path).is_dir():
-        raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
-    model = start_on_meta(path)
-    if not isinstance(model, MoeLlavaForConditionalGeneration):
-        on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
-        return
-    if number != 3:
-        raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")
-    if recipe.stage3.dense:
-        raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense control, which starts from a dense LLaVA")
-    wanted = MoeLlavaConfig(**model.config.to_dict() | dataclasses.asdict(recipe.stage3.moe))
-    for name in STRUCTURE:
-        attribute = "moe_layer_indices" if name == "moe_layers" else name
-        has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
-        if has != asked:
-            raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
-
-
 def run_stage(recipe: Recipe, number: int, name: str, records: Records, console: Console) -> None:
     """Trains one stage and leaves `<output>/<name>`: model, processor, log.jsonl, recipe.yaml."""
     final = Path(recipe.output) / name
@@ -172,15 +136,18 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     set_seed(recipe.seed)
     settings = stage_settings(recipe, number)
     arguments = training_arguments(recipe, settings, work)
-    model, processor = (start_sharded if recipe.sharding else start_model)(recipe, number, name)
-    set_aspect_ratio(processor, settings)
-    moe_layers = _moe_layers(recipe, model)
+    model, processor = start(recipe, number, name)
+    moe_layers = moe_layers_of(recipe, model)
     if name == "stage3" and arguments.bf16:
         # The grouped backend is not autocast: with float32 weights it would compute in float32.
         model.set_experts_implementation("eager")
     if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    counts = choose_parameters(model, name, moe_layers)
+    if settings.adapter:
+        console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
+        model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, work))
+    else:
+        counts = choose_parameters(model, name, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
     image = EmptyImage.of(processor)
@@ -200,8 +167,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             skip_bad_records=recipe.on_bad_record == "skip",
         )
         if trainer.is_world_process_zero():
-            work.mkdir(parents=True, exist_ok=True)
-            write_whole(work / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+            write_recipe(recipe, work)
         try:
             trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
         finally:
@@ -210,8 +176,11 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
         raise Stopped(f"{name} stopped as asked after step {trainer.state.global_step} of {trainer.state.max_steps}: go on with --resume")
     model = whole_model(model)
     if trainer.is_world_process_zero():
+        if settings.adapter:
+            with saving(work, "the adapter"):
+                model = write_adapter(model, work / "adapter", *(base_of_stage(recipe, number, name, folder) for folder in (work, final)))
         finish(work, final, model, processor)
-    console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
+        console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
 
 
 def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments: TrainingArguments) -> GroupedSampler | None:
@@ -234,52 +203,6 @@ def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, proces
     for save in saves(work):
         shutil.rmtree(save)
     work.rename(final)
-
-
-def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
-    """(model, processor) as the stage starts with them: in float32, sparse in stage III."""
-    path = origin(recipe, number)
-    if isinstance(path, Parts):
-        return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
-    model, processor = load_checkpoint(path, **_load_settings(recipe, path))
-    if name == "stage3" and not isinstance(model, MoeLlavaForConditionalGeneration):
-        return upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
-    return model, processor
-
-
-def start_sharded(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditionalGeneration, Any]:
-    """As `start_model`, but of the model only this process's part. Parts are loaded from a folder, so a model that is made first, joined or
-    sparse, is written to one."""
-    path = origin(recipe, number)
-    if isinstance(path, str) and (name != "stage3" or isinstance(load_config(path), MoeLlavaConfig)):
-        return load_sharded(recipe, path, **_load_settings(recipe, path))
-    with shared_folder(Path(recipe.output) / f".{name}-start", lambda: start_model(recipe, number, name)) as folder:
-        return load_sharded(recipe, folder, **_load_settings(recipe, folder))
-
-
-def _load_settings(recipe: Recipe, path: str) -> dict[str, Any]:
-    """How a checkpoint is loaded for training; a sparse one with the recipe's settings, but for those that are in its weights."""
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": recipe.attention}
-    if isinstance(load_config(path), MoeLlavaConfig):
-        settings |= {name: value for name, value in dataclasses.asdict(recipe.stage3.moe).items() if name not in STRUCTURE}
-    return settings
-
-
-def start_processor(path: str | Parts) -> Any:
-    """The processor of what a stage starts from. Raises CheckpointError if there is none."""
-    return joined_processor(**dataclasses.asdict(path)) if isinstance(path, Parts) else load_processor(path)
-
-
-def set_aspect_ratio(processor: Any, settings: Stage) -> None:
-    """Makes the processor pad images to a square, or not, if the stage says so. Raises RecipeError if it cannot pad."""
-    if settings.image_aspect_ratio is None:
-        return
-    images = processor.image_processor
-    if not hasattr(images, "pad_to_square"):
-        raise RecipeError(
-            f"image_aspect_ratio is {settings.image_aspect_ratio}, but the model's {type(images).__name__} cannot pad to a square"
-        )
-    images.do_pad = settings.image_aspect_ratio == "pad"
 
 
 def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:
@@ -319,22 +242,6 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         )
     arguments.gradient_accumulation_steps = settings.batch_size // at_once
     return arguments
-
-
-def use_bf16(precision: str) -> bool:
-    """ "auto": on a GPU that has bfloat16, and on a CPU with instructions for it; elsewhere bfloat16 is slower than float32."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cpu._is_avx512_bf16_supported()
-    return precision == "bf16"
-
-
-def _moe_layers(recipe: Recipe, model: LlavaForConditionalGeneration) -> list[int]:
-    """The layers that are, or would be, sparse."""
-    if isinstance(model, MoeLlavaForConditionalGeneration):
-        return model.config.moe_layer_indices
-    return sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
 
 
 def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:

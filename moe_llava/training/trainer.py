@@ -17,6 +17,7 @@ from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.routing.load import expert_counts, expert_shares
+from moe_llava.training.adapters import without_adapter
 from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
@@ -110,7 +111,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        sparse = isinstance(self.accelerator.unwrap_model(model), MoeLlavaForConditionalGeneration)
+        sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
         if sparse:
             inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -130,7 +131,10 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Trainer reads the file's keys as they stand, but LLaVA saves under older names, which only `from_pretrained` translates; Trainer
-        would warn and go on with the weights of the first step."""
+        would warn and go on with the weights of the first step. Of an adapter it reads them well."""
+        if without_adapter(self.model) is not self.model:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 

@@ -27,6 +27,7 @@ SMALLER = {
     "chat": ["--max-new-tokens", "4"],
     "check": [],
     "convert": [],
+    "merge": [],
     "params": [],
     "tower": ["--steps", "2"],
     "language-model": ["--steps", "2"],

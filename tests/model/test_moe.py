@@ -120,8 +120,7 @@ class TestCapacity:
         """Tokens whose first choice is `first` and whose second is the next expert of 4."""
         x_TD = F.one_hot(torch.tensor(first), 4) * 2.0 + F.one_hot((torch.tensor(first) + 1) % 4, 4)
         built = router(torch.eye(4), capacity_factor=factor, **settings)
-        built.token_mask = mask
-        return built(x_TD)
+        return built(x_TD, mask)
 
     def test_tokens_beyond_the_capacity_are_dropped_in_order(self):
         # 8 tokens, k = 1, E = 4, factor 1: two places each. Five tokens want expert 0.

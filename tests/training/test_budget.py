@@ -7,7 +7,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, PhiConfig
 
 from moe_llava import upcycle
 from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.adapters import attach
 from moe_llava.training.budget import active_parameters, count, on_meta, survey, training_bytes
+from moe_llava.training.recipe import Adapter
 from tests.checkpoints import tiny_published
 from tests.conftest import run_command, tiny_dense
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
@@ -104,6 +106,21 @@ def test_training_memory():
     parts = count(sparse).total
     expected = 4 * sum(parts.values()) + 12 * (parts["experts"] + parts["router"])
     assert training_bytes(sparse, "stage3", sparse.config.moe_layer_indices) == expected
+
+
+@pytest.mark.parametrize(("kind", "linear_bytes"), [(None, 4), ("int8", 1), ("nf4", 0.5)])
+def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
+    """Gradients and moments of what it adds and of the projector, no others; and what is quantised is smaller, but for its scales."""
+    dense = tiny_dense("llama")
+    parts = count(dense).total
+    linear = parts["attention"] + parts["FFN"]
+    model, counts = attach(tiny_dense("llama"), Adapter(["attention"], rank=2), "stage2", "")
+    added = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
+    assert counts.learning == {"projector": parts["projector"], "attention adapter": added}
+    got = training_bytes(dense, "stage2", [], Adapter(["attention"], rank=2, quantisation=kind))
+    expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
+    scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
+    assert expected <= got <= expected + 1.05 * scales
 
 
 def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F811

@@ -29,8 +29,8 @@ from moe_llava.data.encode import encode_record
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import on_meta, start_on_meta, survey
-from moe_llava.training.recipe import RecipeError, load_recipe
-from moe_llava.training.run import stage_settings, train, training_arguments
+from moe_llava.training.recipe import RecipeError, load_recipe, stage_settings
+from moe_llava.training.run import train, training_arguments
 from moe_llava.training.stages import choose_parameters
 from tests.checkpoints import tiny_published as tiny
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken

@@ -16,8 +16,8 @@ from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcyc
 from moe_llava.checkpoints.load import CheckpointError, load_config
 from moe_llava.data.records import DataError
 from moe_llava.training import run
-from moe_llava.training.recipe import RecipeError, load_recipe
-from moe_llava.training.run import stages_of, train
+from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
+from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
 
 QUIET = Console(quiet=True)

@@ -1,0 +1,255 @@
+"""Adapters: LoRA, as PEFT does it, on parts of a frozen language model, which may be quantised by bitsandbytes.
+
+An adapter is a small folder in PEFT's own form: adapter_config.json, which names its base (a complete checkpoint), and
+adapter_model.safetensors, which holds what was learnt.
+
+Unusual here:
+- Every name that PEFT is given is that of a layer of the language model: a bare `q_proj` would also hit the vision tower.
+- The matrices of stacked experts go by `target_parameters`. PEFT adds the product of both factors to the weights before they are used; so
+  there is neither a dropout nor DoRA for them, which the rules of a recipe say.
+- Routers, and the projector in stage II, are small: they learn in full, as copies that the adapter holds (`modules_to_save`).
+- What is merged is the base as it is stored. That is not quantised, even if the base that the adapter learnt on was.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+from moe_llava.checkpoints.errors import CheckpointError, first_line
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.checkpoints.weights import read_json
+from moe_llava.model import Experts, Router
+from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
+from moe_llava.training.stages import STAGES, ParameterCount
+
+CONFIG = "adapter_config.json"
+LAYERS = "model.language_model.layers"
+UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # stacked experts are no linear layers
+
+
+def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGeneration) -> None:
+    """Raises RecipeError if `adapter` cannot be put on `model`, which `stage` starts from and which may be on the meta device, if the
+    adapter to go on from has other settings, or if a package is missing."""
+    if stage == "dense":
+        raise RecipeError("stage3.adapter is set, but the dense control trains its FFNs in full: leave the adapter out")
+    if adapter.quantisation:
+        require("bitsandbytes", f"{stage}.adapter.quantisation")
+    wanted = lora_config(model, adapter, stage)
+    if adapter.continue_from:
+        before = read_config(adapter.continue_from)
+        names = ("r", "lora_alpha", "lora_dropout", "use_dora", "target_modules", "target_parameters", "modules_to_save")
+        changed = [
+            f"{name} {before.get(name)}, but the recipe makes it {getattr(wanted, name)}"
+            for name in names
+            if _plain(before.get(name)) != _plain(getattr(wanted, name))
+        ]
+        if changed:
+            raise RecipeError(f"{stage}.adapter.continue_from is {adapter.continue_from}, which has {'; '.join(changed)}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it compares: PEFT keeps names as sets or lists, and none as nothing or an empty list."""
+    return sorted(value) if isinstance(value, (list, set, tuple)) and value else value or None
+
+
+def require(package: str, what: str) -> None:
+    """Raises RecipeError if `package` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise RecipeError(f"{what} needs {package}, which is not installed: pip install 'moe-llava[adapters]'")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The settings of an adapter folder. Raises CheckpointError if it is none."""
+    if not (Path(folder) / CONFIG).is_file():
+        raise CheckpointError(f"adapter {folder} is not a folder with {CONFIG}")
+    return read_json(Path(folder) / CONFIG)
+
+
+def base_of(folder: str | Path) -> str:
+    """The checkpoint that an adapter belongs to. Raises CheckpointError if the folder is no adapter, or does not say."""
+    base = read_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"the {CONFIG} of {folder} has no base_model_name_or_path: name the checkpoint it belongs to (--base)")
+    return str(base)
+
+
+def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str) -> Any:
+    """PEFT's LoraConfig for `adapter` on `model`.
+
+    Raises RecipeError if the model has nothing of a target, if its experts are quantised, or if PEFT is not installed.
+    """
+    require("peft", f"{stage}.adapter")
+    from peft import LoraConfig
+
+    found = _find_targets(model)
+    for target in adapter.targets:
+        if not found[target]:
+            raise RecipeError(f"{stage}.adapter.targets names {target}, but the language model of this stage has none")
+    chosen = {target: sorted(found[target]) if target in adapter.targets else [] for target in ADAPTER_TARGETS}
+    linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"]]
+    whole = ["model.multi_modal_projector"] if "projector" in STAGES[stage] else []
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.use_dora,
+        target_modules=rf"{re.escape(LAYERS)}\.\d+\.({'|'.join(linear)})" if linear else [],
+        target_parameters=chosen["experts"] or None,
+        modules_to_save=whole + chosen["routers"] or None,
+    )
+
+
+def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
+    """Target -> what there is of it: linear layers by their names within a decoder layer, experts' matrices and routers by full names."""
+    found: dict[str, set[str]] = {target: set() for target in ADAPTER_TARGETS}
+    layers: Any = model.model.language_model.layers
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, Experts):
+                _check_not_quantised(module, f"{LAYERS}.{index}.{name}")
+                matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
+                found["experts"] |= {f"{LAYERS}.{index}.{name}.{key}" for key in matrices}
+            elif isinstance(module, Router) or name == "mlp.coefficient":
+                found["routers"].add(f"{LAYERS}.{index}.{name}")
+            elif isinstance(module, nn.Linear) and name.startswith("self_attn."):
+                found["attention"].add(name)
+            elif isinstance(module, nn.Linear) and name.startswith("mlp."):
+                found["FFN"].add(name)
+    return found
+
+
+def _check_not_quantised(experts: Experts, name: str) -> None:
+    if is_parametrized(experts) or not all(parameter.is_floating_point() for parameter in experts.parameters()):
+        raise RecipeError(f"{name} is quantised: LoRA over them would leave matrices without a gradient")
+
+
+def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[LlavaForConditionalGeneration, Any]:
+    """(model, processor) of `base` in float32, the linear layers of its language model quantised if `adapter` says so; those of 4 bits
+    compute in `dtype`.
+
+    Raises CheckpointError as `load_checkpoint` does.
+    """
+    settings: dict[str, Any] = {}
+    if adapter.quantisation == "nf4":
+        four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        settings["quantization_config"] = BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=UNQUANTISED)
+    elif adapter.quantisation == "int8":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
+    return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
+
+
+def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
+    """Bytes that quantising the linear layers of `model`, which holds them in float32, saves. One scale of 4 bytes is kept for 64 weights
+    ("nf4") or for a row ("int8")."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(LAYERS)}
+    weights = [module.weight for name, module in linear.items() if not name.endswith(".mlp.coefficient")]
+    if kind == "nf4":
+        return sum(4 * weight.numel() - weight.numel() // 2 - 4 * math.ceil(weight.numel() / 64) for weight in weights)
+    return sum(3 * weight.numel() - 4 * weight.shape[0] for weight in weights)
+
+
+def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str:
+    """In a line, what of the frozen model is quantised, and what is not."""
+    if adapter.quantisation is None:
+        return "adapter on a base that is not quantised"
+    modules = list(model.model.language_model.modules())
+    number = sum(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in modules)
+    rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in modules) else "embeddings"
+    return f"adapter on a base with {number} linear layers of the language model in {adapter.quantisation}; {rest} and the rest are not"
+
+
+def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
+    """(PeftModel around `model`, what of it learns, by part). All of `model` itself is frozen; it was loaded from `base`.
+
+    Raises RecipeError as `lora_config` does.
+    """
+    from peft import PeftModel, get_peft_model
+
+    config = lora_config(model, adapter, stage)
+    total = model.num_parameters()
+    if adapter.continue_from:
+        adapted = PeftModel.from_pretrained(model, adapter.continue_from, is_trainable=True)
+        check_loaded(adapted, adapter.continue_from)
+    else:
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    learning = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    counts: dict[str, int] = {}
+    for name, number in learning.items():
+        counts[_part(name)] = counts.get(_part(name), 0) + number
+    return adapted, ParameterCount(counts, total + sum(number for name, number in learning.items() if ".modules_to_save." not in name))
+
+
+def _part(name: str) -> str:
+    if ".multi_modal_projector." in name:
+        return "projector"
+    if ".self_attn." in name:
+        return "attention adapter"
+    if ".mlp.experts." in name:
+        return "experts adapter"
+    return "routers" if ".modules_to_save." in name else "FFN adapter"
+
+
+def without_adapter(model: Any) -> Any:
+    """The model that an adapter is around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_loaded(adapted: Any, folder: str | Path) -> None:
+    """Raises CheckpointError unless the tensors of an adapter folder are just those that `adapted` has: PEFT would pass over the others."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    has, saved = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys(), load_peft_weights(str(folder), device="cpu").keys()
+    alone = has ^ saved
+    if alone:
+        raise CheckpointError(f"adapter {folder} does not fit its base: {len(alone)} tensors, {min(alone)} among them, are in only one")
+
+
+def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
+    """Writes the adapter of a PeftModel into `folder`, and returns the model that it makes of `base`, in float32. `later` is where `base`
+    will be when the stage is finished."""
+    adapted.save_pretrained(folder)
+    config = read_config(folder) | {"base_model_name_or_path": later}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return merge(folder, base, torch.float32)[0]
+
+
+def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """(model, processor): the base with an adapter added into its weights, a model like any other.
+
+    Args:
+        folder: of the adapter.
+        base: its base, where that is no longer what the adapter says.
+        dtype: "auto" keeps that of the base.
+
+    Raises RecipeError if PEFT is not installed; CheckpointError if there is no adapter or no base, or if they do not fit.
+    """
+    require("peft", f"adapter {folder}")
+    from peft import PeftModel
+
+    path = base or base_of(folder)
+    read_config(folder)
+    model, processor = load_checkpoint(path, dtype=dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors: the next line makes it an error
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        check_loaded(adapted, folder)
+        return adapted.merge_and_unload(safe_merge=True), processor
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"adapter {folder} does not fit {path}: {first_line(error)}") from error

@@ -1,0 +1,118 @@
+"""From YAML to dataclasses. All that is wrong with a file is told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, a line each."""
+
+
+def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, over those of the file that it names as `base`, relative to its own place. `above`: what names it so."""
+    if not file.is_file():
+        raise RecipeError(f"recipe {file} does not exist")
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
+    if "base" not in raw:
+        return raw
+    base = file.parent / str(raw.pop("base"))
+    if not base.is_file():
+        raise RecipeError(f"{file} has base {base}, which does not exist")
+    if base.resolve() in (chain := (*above, file.resolve())):
+        raise RecipeError(f"{file} has base {base}, which is based on it in turn")
+    return _over(read(base, chain), raw)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, mapping by mapping; where both have a value, that of `above`."""
+    nested = {key: _over(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return below | above | nested
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        problems.append(f"--set {override}: expected a.b=value")
+        return
+    *parents, key = path.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            problems.append(f"--set {override}: {parent} holds a value, not settings")
+            return
+    try:
+        raw[key] = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        problems.append(f"--set {override}: {value!r} is not YAML")
+
+
+def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
+    if not isinstance(raw, dict):
+        problems.append(f"{where or 'recipe'} must be a mapping of settings, but is {raw!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw.keys() - fields.keys():
+        guess = difflib.get_close_matches(str(key), fields, n=1)
+        problems.append(f"unknown key {where}{key}" + (f"; did you mean {where}{guess[0]}?" if guess else f"; known: {', '.join(fields)}"))
+    values = {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], where + name, problems)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}{name} is missing")
+    return None if problems else kind(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
+    if isinstance(value, str) and str in typing.get_args(hint):
+        return value
+    if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
+        return [build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]
+    if kinds and value is not None:
+        return build(kinds[0], value, where + ".", problems)
+    if not _fits(hint, value):
+        expected = hint.__name__ if isinstance(hint, type) else str(hint)
+        choices = [
+            choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
+        ]
+        if choices:
+            expected = f"one of {', '.join(choices)}"
+        problems.append(f"{where} is {value!r}, but must be {expected}")
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(argument, value) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

@@ -1,0 +1,367 @@
+"""Adapters: what learns, what a stage leaves, merging, going on, quantised bases, and what is refused and why."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from moe_llava import upcycle
+from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.experiments.demo import demo_recipe
+from moe_llava.training import adapters, run
+from moe_llava.training.recipe import Adapter, RecipeError, load_recipe
+from moe_llava.training.run import train
+from tests.conftest import tiny_dense, tiny_inputs
+from tests.training.test_run import QUIET, log, parameters
+
+ALL = ["attention", "FFN", "experts", "routers"]
+
+
+def adapted(model, *targets, stage="stage3", **settings):
+    model, counts = adapters.attach(model, Adapter(list(targets), rank=2, alpha=4, **settings), stage, "base")
+    return model.train(), counts
+
+
+def step(model, inputs):
+    """Two steps along the gradient: the first factor of LoRA learns nothing while the second is zero, as it is at the start."""
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.5 * parameter.grad)
+
+
+def learning(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize(
+    ("target", "places"),
+    [
+        (["attention"], [".self_attn."]),
+        (["FFN"], [".layers.1.mlp.", ".layers.3.mlp."]),
+        (["experts"], [".mlp.experts."]),
+        (["experts", "routers"], [".mlp.experts.", ".mlp.router."]),
+        (ALL, [".self_attn.", ".layers.1.mlp.", ".layers.3.mlp.", ".mlp.experts.", ".mlp.router."]),
+    ],
+    ids=lambda value: "+".join(value) if value[0] in ALL else "",
+)
+def test_a_target_learns_and_nothing_else_does(family, target, places):
+    sparse = upcycle(tiny_dense(family))
+    total = sparse.num_parameters()
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    model, counts = adapted(sparse, *target)
+    step(model, tiny_inputs())
+    chosen = learning(model)
+    assert all(".language_model.layers." in name and any(place in name for place in places) for name in chosen)
+    assert all(any(place in name for name in chosen) for place in places)
+    assert {name for name, value in chosen.items() if value.grad is None or not value.grad.any()} == set()
+    assert sum(counts.learning.values()) == sum(value.numel() for value in chosen.values())
+    assert {part.split()[0] for part in counts.learning} == set(target)
+    assert counts.total == total + sum(value.numel() for name, value in chosen.items() if ".lora_" in name)
+    base = model.unload().state_dict()
+    assert {name for name in before if not torch.equal(before[name], base[name])} <= {name for name in before if ".router." in name}
+
+
+def test_what_learns_in_stage_two():
+    model, counts = adapted(tiny_dense("llama"), "attention", "FFN", stage="stage2")
+    step(model, tiny_inputs())
+    chosen = learning(model)
+    assert all(".language_model.layers." in name or ".multi_modal_projector." in name for name in chosen)
+    assert all(value.grad.any() for value in chosen.values())
+    assert counts.learning.keys() == {"projector", "attention adapter", "FFN adapter"}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_residual_ffn_and_its_coefficients(family):
+    model, _ = adapted(upcycle(tiny_dense(family), use_residual=True, moe_layers="all"), "FFN", "experts", "routers")
+    step(model, tiny_inputs())
+    chosen = learning(model)
+    assert any(".residual_mlp." in name for name in chosen)
+    assert any(".coefficient." in name and ".lora_" not in name for name in chosen)
+    assert all(value.grad.any() for value in chosen.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"use_residual": True}], ids=str)
+def test_merged_computes_what_the_adapter_computes(family, settings, tmp_path, monkeypatch):
+    """And so does the base with the adapter as PEFT loads it; with a capacity, padding takes no expert's place there either."""
+    upcycle(tiny_dense(family), **settings).save_pretrained(tmp_path / "base")
+    model, _ = adapted(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), *ALL)
+    inputs = tiny_inputs()
+    inputs["attention_mask"][0, -4:] = 0
+    before = model.eval()(**inputs).logits
+    step(model.train(), inputs)
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(**inputs).logits
+    assert (expected - before).abs().max() > 1e-2
+
+    loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+    monkeypatch.setattr(adapters, "load_checkpoint", lambda path, dtype: (AutoModelForImageTextToText.from_pretrained(path), None))
+    merged, _ = adapters.merge(tmp_path / "adapter", tmp_path / "base")
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert type(again).__name__ == "MoeLlavaForConditionalGeneration"
+    torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_dora_and_dropout_where_there_are_linear_layers(tmp_path):
+    model, _ = adapted(tiny_dense("llama"), "attention", "FFN", stage="stage2", dropout=0.1, use_dora=True)
+    step(model, tiny_inputs())
+    model.eval()
+    expected = model(**tiny_inputs()).logits
+    merged = model.merge_and_unload().eval()
+    torch.testing.assert_close(merged(**tiny_inputs()).logits, expected, atol=1e-5, rtol=0)
+
+
+# Stages
+
+
+def with_adapter(write_recipe, stage=3, targets=ALL, more=(), **settings):
+    file = write_recipe(**{f"stage{stage}__adapter": {"targets": list(targets), "rank": 2, "alpha": 4, **settings}})
+    return load_recipe(file, list(more))
+
+
+def changed(before, after):
+    return {name for name in after if name in before and not torch.equal(before[name], after[name])}
+
+
+def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
+    recipe = with_adapter(write_recipe)
+    recipe.stage2.adapter = Adapter(["attention"])
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=300)
+    one, two, three = train(recipe, [1, 2, 3], resume=False, console=console)
+    before, after = parameters(one), parameters(two)
+    assert changed(before, after) == {
+        name for name in after if "multi_modal_projector" in name or ("language_model" in name and "self_attn" in name and "proj" in name)
+    }
+    for folder, base in ((two, one), (three, three / "base")):
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+        assert not list(folder.glob("checkpoint-*"))
+        small = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert not any("vision_tower" in name or "embed_tokens" in name for name in small)
+    start = upcycle(AutoModelForImageTextToText.from_pretrained(two), seed=recipe.seed).state_dict()
+    assert changed(start, parameters(three / "base")) == set()
+    learnt = changed(start, parameters(three))
+    assert all("language_model.layers." in name for name in learnt)
+    assert {name.split(".")[-2] for name in learnt} >= {"experts", "router", "q_proj", "down_proj"}
+
+    lines = [line for line in log(three) if "loss" in line]
+    assert all(line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4) for line in lines)
+    assert all(sum(layer) == pytest.approx(1, abs=1e-3) for line in lines for layer in line["expert_shares"])
+    text = console.export_text()
+    assert "learns projector" in text
+    assert "experts adapter" in text
+    assert "adapter on a base that is not quantised" in text
+
+
+@pytest.mark.parametrize(("number", "settings"), [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {})], ids=["nf4", "experts"])
+def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number, settings):
+    targets = ALL if number == 3 else ["attention", "FFN"]
+    recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], **settings)
+    train(recipe, list(range(1, number)), resume=False, console=QUIET)
+    (whole,) = train(recipe, [number], resume=False, console=QUIET)
+    kept = whole.rename(tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
+        with pytest.raises(Stopped):
+            train(recipe, [number], resume=False, console=QUIET)
+    assert not whole.exists()
+    train(recipe, [number], resume=True, console=QUIET)
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        expected, got = load_file(kept / name), load_file(whole / name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_going_on_from_an_adapter(write_recipe, tmp_path):
+    recipe = with_adapter(write_recipe)
+    *_, first = train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    adapter = str(first / "adapter")
+    recipe = with_adapter(write_recipe, continue_from=adapter)
+    recipe.output = str(tmp_path / "more")
+    (second,) = train(recipe, [3], resume=False, console=QUIET)
+    config = json.loads((second / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first / "base")
+    assert not (second / "base").exists()
+    before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert changed(before, after)
+    assert max((before[name] - after[name]).abs().max() for name in before) < 0.1  # it went on, and did not begin anew
+
+    recipe.output, recipe.stage3.adapter.rank = str(tmp_path / "other"), 3
+    with pytest.raises(RecipeError, match="which has r 2, but the recipe makes it 3"):
+        train(recipe, [3], resume=False, console=QUIET)
+    recipe.stage3.adapter.rank, recipe.stage3.adapter.targets = 2, ["attention"]
+    with pytest.raises(RecipeError, match=r"target_parameters .* but the recipe makes it None"):
+        train(recipe, [3], resume=False, console=QUIET)
+    recipe.stage3.adapter.continue_from = str(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"none is not a folder with adapter_config.json"):
+        train(recipe, [3], resume=False, console=QUIET)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("kind", "linear"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_quantised_base(write_recipe, monkeypatch, kind, linear, precision):
+    """Just the linear layers of the language model are quantised; all targets learn; what is left is not quantised."""
+    seen = []
+    attach = adapters.attach
+
+    def spy(model, *arguments):
+        seen.append(model)
+        return attach(model, *arguments)
+
+    recipe = with_adapter(write_recipe, quantisation=kind)
+    recipe.stage2.adapter = Adapter(["attention"], quantisation=kind)
+    recipe.stage3.optimisation.gradient_checkpointing = True
+    recipe.precision = precision
+    monkeypatch.setattr(run, "attach", spy)
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=300)
+    *_, two, three = train(recipe, [1, 2, 3], resume=False, console=console)
+    for model in seen:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "lora_" not in name:
+                quantised = ".language_model.layers." in name
+                assert isinstance(module, linear) == quantised, name
+    text = console.export_text()
+    assert f"adapter on a base with 28 linear layers of the language model in {kind}; embeddings and the rest are not" in text
+    assert f"adapter on a base with 22 linear layers of the language model in {kind}; experts, routers, embeddings and the rest" in text
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for folder in (two, three) for line in log(folder) if "loss" in line)
+    small = load_file(three / "adapter" / "adapter_model.safetensors")
+    assert all(value.any() for name, value in small.items() if "lora_B" in name)
+    assert any(".experts." in name for name in small)
+    start, end = load_file(three / "base" / "model.safetensors"), load_file(three / "model.safetensors")
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    assert start.keys() == end.keys()
+    assert changed(start, end)
+
+
+def test_merge_on_the_command_line(write_recipe, tmp_path):
+    from typer.testing import CliRunner
+
+    from moe_llava.cli import app
+
+    *_, three = train(with_adapter(write_recipe), [1, 2, 3], resume=False, console=QUIET)
+    call = CliRunner().invoke
+
+    done = call(app, ["merge", str(three / "adapter"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    expected, got = load_file(three / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+
+    shutil.move(three / "base", tmp_path / "moved")
+    adapter = str(three / "adapter")
+    for arguments, message in (
+        ([adapter, str(tmp_path / "merged")], "merged exists already"),
+        ([adapter, str(tmp_path / "a")], "base is not a folder"),
+        ([str(three), str(tmp_path / "a")], "is not a folder with adapter_config.json"),
+        ([adapter, str(tmp_path / "a"), "--base", str(tmp_path / "run" / "stage2")], "does not fit"),
+    ):
+        done = call(app, ["merge", *arguments])
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert not (tmp_path / "a").exists()
+    assert call(app, ["merge", adapter, str(tmp_path / "a"), "--base", str(tmp_path / "moved")]).exit_code == 0
+
+
+def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatch):
+    model, _ = adapted(upcycle(tiny_dense("llama", layers=4)), *ALL)
+    model.save_pretrained(tmp_path / "adapter")
+    shallow = upcycle(tiny_dense("llama", layers=3))
+    monkeypatch.setattr(adapters, "load_checkpoint", lambda path, dtype: (shallow, None))
+    with pytest.raises(CheckpointError, match="does not fit its base"):
+        adapters.merge(tmp_path / "adapter", "shallow")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        (1, {}, "stage1.adapter is set, but stage I trains only the projector"),
+        (2, {"targets": ["experts"]}, "stage2.adapter.targets names experts, but must name some of attention, FFN; only stage III has"),
+        (3, {"targets": ["expert"]}, "stage3.adapter.targets names expert, but must name some of attention, FFN, experts, routers"),
+        (3, {"targets": []}, r"targets is \[\], but must name attention, FFN or experts"),
+        (3, {"targets": ["routers"]}, r"targets is \['routers'\], but must name attention, FFN or experts"),
+        (3, {"dropout": 0.1}, "dropout is 0.1, but must be 0 with experts among the targets: LoRA is added to the stacked weights"),
+        (3, {"use_dora": True}, "use_dora is true, but must be false with experts among the targets: PEFT has no DoRA"),
+        (3, {"rank": 0}, "rank is 0, but must be at least 1"),
+        (3, {"alpha": 0}, "alpha is 0, but must be at least 1"),
+        (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must lie in 0\.\.1"),
+        (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be one of nf4, int8, or null"),
+    ],
+)
+def test_settings_that_cannot_work(write_recipe, stage, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        with_adapter(write_recipe, stage, **{"targets": ["attention", "experts"], **settings})
+
+
+def test_the_demo_takes_none(write_recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"stage3.adapter is set, but the demo compares experts with FFNs that are trained in full"):
+        demo_recipe(tmp_path, write_recipe(stage3__adapter={"targets": ["experts"]}), [])
+
+
+def test_they_are_reported_at_once(write_recipe):
+    with pytest.raises(RecipeError) as error:
+        with_adapter(write_recipe, 3, ["experts"], ["stage3.dense=true"], dropout=0.1, use_dora=True)
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_what_only_the_model_tells(write_recipe, tmp_path, monkeypatch):
+    recipe = with_adapter(write_recipe, 3, ["FFN"], ["stage3.moe.moe_layers=all"])
+    with pytest.raises(RecipeError, match=r"stage3.adapter.targets names FFN, but the language model of this stage has none"):
+        train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    recipe = with_adapter(write_recipe)
+    recipe.stage3.dense = True
+    with pytest.raises(RecipeError, match="the dense control trains its FFNs in full"):
+        train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    recipe = with_adapter(write_recipe, quantisation="nf4")
+    find = adapters.importlib.util.find_spec
+    for package in ("peft", "bitsandbytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(adapters.importlib.util, "find_spec", lambda name, gone=package: None if name == gone else find(name))
+            with pytest.raises(RecipeError, match=rf"needs {package}, which is not installed: pip install 'moe-llava\[adapters\]'"):
+                train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_taken_out_of_the_recipe_is_noticed(write_recipe):
+    train(load_recipe(write_recipe()), [1], resume=False, console=QUIET)
+    train(with_adapter(write_recipe, 2, ["attention"]), [2], resume=False, console=QUIET)
+    with pytest.raises(RecipeError, match=r"stage2 was made with .*stage2.adapter.rank 2, now None"):
+        train(load_recipe(write_recipe()), [2], resume=True, console=QUIET)
+
+
+def test_quantised_experts_are_refused():
+    sparse = upcycle(tiny_dense("llama"))
+    replace_parameter_4bit(sparse.model.language_model.layers[0].mlp.experts, "down_proj", quant_type="nf4")
+    with pytest.raises(RecipeError, match=r"layers.0.mlp.experts is quantised: LoRA over them would leave matrices without a gradient"):
+        adapted(sparse, "experts")
