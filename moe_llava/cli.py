@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from moe_llava.data.check import Report
     from moe_llava.serving.chat import Conversation
-    from moe_llava.training.budget import Budget
+    from moe_llava.training.budget import Budget, StageCost
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -252,12 +252,16 @@ def params(
 
         budget, training = survey(target, vision_towers)
         if as_json:
-            print(json.dumps(budget.as_dict() | {"training_bytes": training}))
+            costs = {
+                "training_bytes": {stage: cost.memory for stage, cost in training.items()},
+                "training_flops": {stage: cost.flops for stage, cost in training.items()},
+            }
+            print(json.dumps(budget.as_dict() | costs))
         else:
             _print_budget(budget, training)
 
 
-def _print_budget(budget: Budget, training: dict[str, int]) -> None:
+def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -283,8 +287,9 @@ def _print_budget(budget: Budget, training: dict[str, int]) -> None:
         f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
         f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
         *(
-            f"training, {stage}: {_megabytes(size)} on each device for weights, gradients and AdamW, without activations"
-            for stage, size in training.items()
+            f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, without activations; "
+            f"{cost.flops / 1e9:,.3f} GFLOPs per token"
+            for stage, cost in training.items()
         ),
     ]
     for line in lines:

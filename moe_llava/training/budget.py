@@ -23,7 +23,7 @@ from moe_llava.checkpoints.published import look_at
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.recipe import Adapter, Parts, load_recipe
+from moe_llava.training.recipe import Adapter, Parts, Recipe, load_recipe, stage_name, stage_settings, stages_of
 from moe_llava.training.stages import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
@@ -60,6 +60,15 @@ class Budget:
         return dataclasses.asdict(self) | derived
 
 
+@dataclass(frozen=True)
+class StageCost:
+    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: of the
+    language model, forward and backward, for one token at CONTEXT."""
+
+    memory: int
+    flops: int
+
+
 def count(model: LlavaForConditionalGeneration) -> Budget:
     """The budget of `model`, which may be on the meta device."""
     total = dict.fromkeys(PARTS, 0)
@@ -70,46 +79,59 @@ def count(model: LlavaForConditionalGeneration) -> Budget:
     if experts is not None:
         active["experts"] = total["experts"] * experts[1] // experts[0]
     text: Any = model.config.text_config
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
     head = model.lm_head.weight.numel()
     multiplied = active["attention"] + active["FFN"] + active["experts"] + active["router"] + head
-    scores = 2 * text.num_hidden_layers * text.num_attention_heads * head_width * CONTEXT
     return Budget(
         layers=text.num_hidden_layers,
         moe_layers=model.config.moe_layer_indices if is_sparse(model) else [],
         experts=experts,
         total=total,
         active=active,
-        flops=2 * (multiplied + scores),
-        cache_bytes=2 * text.num_hidden_layers * (text.num_key_value_heads or text.num_attention_heads) * head_width * 2,
+        flops=2 * multiplied + _score_flops(model),
+        cache_bytes=2 * text.num_hidden_layers * (text.num_key_value_heads or text.num_attention_heads) * _head_width(text) * 2,
     )
 
 
-def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, int]]:
-    """(budget, bytes of training by stage on each device) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it
-    ends with, in the parts that its sharding makes.
+def _head_width(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _score_flops(model: LlavaForConditionalGeneration) -> int:
+    """Of a token's forward pass, what multiplies activations with each other: queries with keys, weights with values."""
+    text: Any = model.config.text_config
+    return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * CONTEXT
+
+
+def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
+    """(budget, cost of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with, in the
+    parts that its sharding makes.
 
     Raises RecipeError or CheckpointError as loading them does.
     """
-    processes = 1
-    adapters: dict[str, Adapter | None] = {}
     if Path(target).suffix in (".yaml", ".yml"):
-        recipe = load_recipe(Path(target))
-        adapters = {"stage2": recipe.stage2.adapter if recipe.stage2 else None, "stage3": recipe.stage3.adapter}
-        start = start_on_meta(recipe.model)
-        moe = dataclasses.asdict(recipe.stage3.moe)
-        stage = "dense" if recipe.stage3.dense else "stage3"
-        processes = recipe.sharding.fsdp_size if recipe.sharding else 1
-        final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, **moe))
-        layers = final.config.moe_layer_indices if is_sparse(final) else sparse_config(start.config, **moe).moe_layer_indices
-        stages = {stage: training_bytes(final, stage, layers, adapters.get(stage))}
-    else:
-        start = final = _checkpoint_on_meta(target, vision_towers)
-        stages = {"stage3": training_bytes(final, "stage3", final.config.moe_layer_indices)} if is_sparse(final) else {}
-    if not is_sparse(start):
-        stages = {stage: training_bytes(start, stage, [], adapters.get(stage)) for stage in ("stage1", "stage2")} | stages
-    return count(final), {stage: size // processes for stage, size in stages.items()}
+        return _survey_recipe(load_recipe(Path(target)))
+    model = _checkpoint_on_meta(target, vision_towers)
+    if is_sparse(model):
+        return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}
+    return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
+
+
+def _survey_recipe(recipe: Recipe) -> tuple[Budget, dict[str, StageCost]]:
+    start = start_on_meta(recipe.model)
+    sparse = sparse_config(start.config, **dataclasses.asdict(recipe.stage3.moe)) if not is_sparse(start) else start.config
+    final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
+    processes = recipe.sharding.fsdp_size if recipe.sharding else 1
+    costs = {}
+    for number in stages_of(recipe):
+        settings, name = stage_settings(recipe, number), stage_name(recipe, number)
+        if number < 3 and is_sparse(start):
+            continue
+        cost = stage_cost(
+            final if number == 3 else start, name, sparse.moe_layer_indices, settings.adapter, settings.optimisation.gradient_checkpointing
+        )
+        costs[name] = dataclasses.replace(cost, memory=cost.memory // processes)
+    return count(final), costs
 
 
 def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
@@ -140,17 +162,35 @@ def active_parameters(model: LlavaForConditionalGeneration) -> int:
     return sum(count(model).active.values())
 
 
-def training_bytes(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int], adapter: Adapter | None = None) -> int:
-    """Memory of weights, gradients and AdamW's two moments in float32, of the whole model, sharded or not. Activations come on top.
+def stage_cost(
+    model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int], adapter: Adapter | None = None, checkpointing: bool = False
+) -> StageCost:
+    """Of the whole model, sharded or not.
 
-    Args: as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less.
+    Args: `stage` and `moe_layers` as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less;
+    `checkpointing` does the forward pass twice.
     """
     if adapter is None:
         counts, saved = choose_parameters(model, stage, moe_layers), 0
     else:
         saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
         counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
-    return 4 * counts.total + 12 * sum(counts.learning.values()) - saved
+    memory = 4 * counts.total + 12 * sum(counts.learning.values()) - saved
+    forward, scores = count(model).flops, _score_flops(model)
+    # Backward, gradients of the activations cost what the forward pass does, those of the scores twice as much; then those of the weights.
+    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.learning.items())
+    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
+
+
+def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) -> float:
+    """Of the `number` parameters of a part that learns, those that a token of text is multiplied with."""
+    if part == "projector":
+        return 0
+    if part == "language model":
+        return (count(model).flops - _score_flops(model)) / 2
+    if part in ("experts", "experts adapter"):
+        return number * model.config.num_experts_per_tok / model.config.num_experts
+    return number
 
 
 def _part(model: LlavaForConditionalGeneration, name: str) -> str:

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, PhiConfig
 from moe_llava import upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach
-from moe_llava.training.budget import active_parameters, count, on_meta, survey, training_bytes
+from moe_llava.training.budget import active_parameters, count, on_meta, stage_cost, survey
 from moe_llava.training.recipe import Adapter
 from tests.checkpoints import tiny_published
 from tests.conftest import run_command, tiny_dense
@@ -101,11 +101,26 @@ def test_training_memory():
     dense = tiny_dense("llama")
     total = sum(parameter.numel() for parameter in dense.parameters())
     projector = sum(parameter.numel() for parameter in dense.model.multi_modal_projector.parameters())
-    assert training_bytes(dense, "stage1", []) == 4 * total + 12 * projector
+    assert stage_cost(dense, "stage1", []).memory == 4 * total + 12 * projector
     sparse = upcycle(dense)
     parts = count(sparse).total
     expected = 4 * sum(parts.values()) + 12 * (parts["experts"] + parts["router"])
-    assert training_bytes(sparse, "stage3", sparse.config.moe_layer_indices) == expected
+    assert stage_cost(sparse, "stage3", sparse.config.moe_layer_indices).memory == expected
+
+
+def test_training_arithmetic_by_hand():
+    """A product of weights costs as much backward for its input as forward, and as much again if the weights learn."""
+    dense = tiny_dense("llama")
+    layer, head, scores = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48, 32 * 99, 2 * 2 * 32 * 2048
+    products = 2 * (4 * layer + head)
+    assert stage_cost(dense, "stage1", []).flops == 2 * products + 4 * 3 * scores
+    assert stage_cost(dense, "stage2", []).flops == 3 * products + 4 * 3 * scores
+    assert stage_cost(dense, "stage2", [], checkpointing=True).flops == 4 * products + 4 * 4 * scores
+    assert stage_cost(dense, "dense", [0, 2]).flops == 2 * products + 4 * 3 * scores + 2 * 2 * 3 * 32 * 48
+    sparse = upcycle(dense)
+    more = 2 * 2 * (3 * 32 * 48 + 4 * 32)  # in two layers a second expert for each token, and a router
+    learning = 2 * 2 * (2 * 3 * 32 * 48 + 4 * 32)
+    assert stage_cost(sparse, "stage3", [0, 2]).flops == 2 * (products + more) + 4 * 3 * scores + learning
 
 
 @pytest.mark.parametrize(("kind", "linear_bytes"), [(None, 4), ("int8", 1), ("nf4", 0.5)])
@@ -117,7 +132,7 @@ def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
     model, counts = attach(tiny_dense("llama"), Adapter(["attention"], rank=2), "stage2", "")
     added = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
     assert counts.learning == {"projector": parts["projector"], "attention adapter": added}
-    got = training_bytes(dense, "stage2", [], Adapter(["attention"], rank=2, quantisation=kind))
+    got = stage_cost(dense, "stage2", [], Adapter(["attention"], rank=2, quantisation=kind)).memory
     expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
     scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
     assert expected <= got <= expected + 1.05 * scales
@@ -129,7 +144,7 @@ def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F8
     assert budget.experts == (4, 2)
     assert list(stages) == ["stage1", "stage2", "stage3"]
     sharded = write_recipe(sharding={"fsdp_size": 4, "ep_size": 2})
-    assert survey(sharded)[1] == {stage: size // 4 for stage, size in stages.items()}
+    assert {stage: cost.memory for stage, cost in survey(sharded)[1].items()} == {stage: cost.memory // 4 for stage, cost in stages.items()}
     assert list(survey(write_recipe(stage3__dense=True))[1]) == ["stage1", "stage2", "dense"]
     dense, stages = survey(tiny_base / "base")
     assert dense.experts is None
@@ -149,7 +164,7 @@ def test_the_command(tiny_base, tmp_path):  # noqa: F811
     assert "training, stage2: " in table
     found = json.loads(run_command("params", tiny_base / "base", "--json").stdout)
     assert found["language_model"]["total"] == sum(found["total"].values()) - found["total"]["tower"] - found["total"]["projector"]
-    assert found["training_bytes"].keys() == {"stage1", "stage2"}
+    assert found["training_bytes"].keys() == found["training_flops"].keys() == {"stage1", "stage2"}
     refused = run_command("params", tmp_path)
     assert refused.returncode == 2
     assert "has no config.json" in refused.stderr
