@@ -24,6 +24,9 @@ STAGES = ("stage1", "stage2", "stage3")
 STEPS = {"stage1": 120, "stage2": 60, "stage3": 60}
 
 
+NOTHING = "before the first step"
+
+
 def start(out: Path, output: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
     settings = {"model": out / "base", "output": output, "save_steps": 10, "logging_steps": 1}
     for stage in STAGES:
@@ -42,10 +45,11 @@ def where(output: Path) -> str:
     for stage in reversed(STAGES):
         for folder in (output / stage, output / f".{stage}"):
             if folder.is_dir():
-                log = folder / "log.jsonl"
-                saving = ", while saving" if (folder / ".saving").exists() else ""
-                return f"{folder.name}, {len(log.read_text().splitlines()) if log.exists() else 0} steps logged{saving}"
-    return "before the first stage"
+                steps = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").exists() else 0
+                if stage == "stage1" and not steps:
+                    return NOTHING
+                return f"{folder.name}, {steps} steps logged{', while saving' if (folder / '.saving').exists() else ''}"
+    return NOTHING
 
 
 def main() -> None:
@@ -54,19 +58,25 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=16, help="seconds until a kill, at most; at least 1")
     arguments = parser.parse_args()
     out, moments = arguments.out, random.Random(arguments.seed)
     subprocess.run([BIN / "moe-llava", "digits", out, "--train-images", "200", "--test-images", "4"], check=True)
     began = time.monotonic()
-    if start(out, out / "whole", arguments.processes).wait():
+    run = start(out, out / "whole", arguments.processes)
+    while where(out / "whole") == NOTHING:
+        time.sleep(0.1)
+    first = time.monotonic() - began
+    if run.wait():
         sys.exit("the run that was left alone failed")
-    print(f"left alone: {time.monotonic() - began:.0f} s", flush=True)
+    whole = time.monotonic() - began
+    print(f"left alone: {whole:.0f} s, of which {first:.0f} s until its first step", flush=True)
+    # So that the kills fall on all of the run, on average, its starts included.
+    longest = first + 3 * (whole - first) / arguments.kills
     for number in range(1, arguments.kills + 1):
         run = start(out, out / "killed", arguments.processes, "--resume")
-        time.sleep(moments.uniform(1, arguments.longest))
+        time.sleep(moments.uniform(first / 2, longest))
         if run.poll() is not None:
-            sys.exit(f"the run ended by itself, with status {run.returncode}, before kill {number}: give it less time (--longest)")
+            sys.exit(f"the run ended by itself, with status {run.returncode}, before kill {number}: try another seed")
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         print(f"kill {number}: {where(out / 'killed')}", flush=True)

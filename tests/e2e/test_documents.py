@@ -13,7 +13,7 @@ from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
-DOCUMENTS = ["README.md", "docs/training.md", "docs/data.md", "docs/adapters.md", "docs/digits.md", "docs/checkpoints.md", "docs/customising.md"]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "customising"))]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
