@@ -71,7 +71,7 @@ def main() -> None:
     whole = time.monotonic() - began
     print(f"left alone: {whole:.0f} s, of which {first:.0f} s until its first step", flush=True)
     # So that the kills fall on all of the run, on average, its starts included.
-    longest = first + 3 * (whole - first) / arguments.kills
+    longest = first + 2 * (whole - first) / arguments.kills
     for number in range(1, arguments.kills + 1):
         run = start(out, out / "killed", arguments.processes, "--resume")
         time.sleep(moments.uniform(first / 2, longest))
