@@ -109,9 +109,11 @@ def train(
         from rich.console import Console
 
         from moe_llava.training.recipe import load_recipe, stages_of
-        from moe_llava.training.run import train as run
 
         loaded = load_recipe(recipe, settings)
+
+        from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
+
         run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
 
 

@@ -57,7 +57,7 @@ def make_recipe(write_recipe, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow, id=""), pytest.param(True, id="checkpointing")])
 def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path, checkpointing):
     """Also where a process has images and its neighbour has none."""
     one = run_command("train", make_recipe("one", 4, checkpointing))

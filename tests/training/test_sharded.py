@@ -64,6 +64,7 @@ def with_sharding(file, **changes):
     return sharded
 
 
+@pytest.mark.slow
 def test_three_stages_in_parts(make_recipe, tmp_path):  # noqa: F811
     """FSDP2 in stages I and II, expert parallelism in III, two batches a step; also where a process has images and its neighbour none."""
     one = run_command("train", make_recipe("one", 4, checkpointing=True))
@@ -89,6 +90,7 @@ def test_three_stages_in_parts(make_recipe, tmp_path):  # noqa: F811
     assert not list((tmp_path / "two").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_base, tmp_path):
     """From a sparse model, and back to whole ones."""
     sparse = tmp_path / "sparse"
