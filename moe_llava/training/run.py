@@ -224,6 +224,7 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         use_cpu=not torch.accelerator.is_available(),
         bf16=use_bf16(recipe.precision),
         logging_steps=recipe.logging_steps,
+        logging_first_step=True,
         save_steps=recipe.save_steps,
         torch_compile=recipe.torch_compile,
         seed=recipe.seed,

@@ -56,6 +56,12 @@ def test_packed_samples_have_no_padding_and_the_same_losses(write_recipe, tmp_pa
         assert packed["padding"] == 0 < plain["padding"]
 
 
+def test_a_run_shorter_than_a_logging_step(write_recipe):
+    (folder,) = train(load_recipe(write_recipe(logging_steps=100)), [1], resume=False, console=QUIET)
+    assert [line["step"] for line in logged(folder)] == [1]
+    assert (folder / "run.png").is_file()
+
+
 def test_grouping_leaves_less_padding(write_recipe, tiny_base, tmp_path):
     records = json.loads((tiny_base / "data" / "train.json").read_text())
     for number, record in enumerate(records):
@@ -67,7 +73,7 @@ def test_grouping_leaves_less_padding(write_recipe, tiny_base, tmp_path):
         changes = {"stage1__data": data, "stage1__template": None, "stage1__optimisation__max_steps": 12, "logging_steps": 12}
         file = write_recipe(output=str(tmp_path / str(grouped)), **changes, stage1__optimisation__group_by_length=grouped)
         (folder,) = train(load_recipe(file), [1], resume=False, console=QUIET)
-        padding[grouped] = logged(folder)[0]["padding"]
+        padding[grouped] = logged(folder)[-1]["padding"]
     assert padding[True] < padding[False] / 2
 
 
