@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -300,6 +300,56 @@ def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+@app.command()
+def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Lists the benchmarks, and the files that each needs."""
+    with user_errors():
+        from moe_llava.evaluation.benchmark import NAMES, find_benchmark
+
+        found = [find_benchmark(name) for name in NAMES]
+    if as_json:
+        print(json.dumps({benchmark.name: {"folder": benchmark.folder, "files": benchmark.files} for benchmark in found}))
+        return
+    for benchmark in found:
+        print(f"{benchmark.name}: {benchmark.title}, in a folder {benchmark.folder}")
+        for name, purpose in benchmark.files.items():
+            print(f"  {name}: {purpose}")
+
+
+@app.command()
+def score(
+    name: Annotated[str, typer.Argument(help="a benchmark; `moe-llava benchmarks` lists them")],
+    data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
+    answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Scores answers to a benchmark as its published script does, with 95% intervals."""
+    with user_errors():
+        from moe_llava.evaluation.score import score_answers
+
+        found = score_answers(name, data, answers)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_scores(found)
+
+
+def _print_scores(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("score", "value", "95% interval", title=found["benchmark"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, value in found["scores"].items():
+        low, high = found["intervals"][name]
+        table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
+    Console().print(table)
+    for key, words in (("missing", "questions without an answer, counted as wrong"), ("unknown", "answers to no question")):
+        if found[key]:
+            print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
 
 
 @app.command()

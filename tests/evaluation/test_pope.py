@@ -1,0 +1,63 @@
+"""POPE's scores are those of the published script, item by item; what it dies of is scored."""
+
+import json
+
+import pytest
+
+from moe_llava.evaluation.benchmark import find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.benchmarks.pope import says_yes, says_yes_leniently
+
+POPE = find_benchmark("pope")
+NAMES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score", "yes": "Yes ratio"}
+
+
+@pytest.fixture
+def folder(golden):
+    return find_folder(POPE, golden / "eval")
+
+
+def scores(folder, answers):
+    questions = POPE.questions(folder)
+    given, unknown = pair(questions, answers, folder / "answers")
+    assert not unknown
+    return result(POPE, POPE.score(folder, questions, given), questions, given)
+
+
+def test_reading(folder):
+    for case in json.loads((folder / "expected_parsing.json").read_text()):
+        assert says_yes(case["text"]) == (case["parsed"] == "yes"), case
+
+
+@pytest.mark.parametrize("case", ["fixture-model", "case_reordered"])
+def test_scores_are_the_published_ones(folder, case):
+    """In whatever order the answers come: those of the model are what they are."""
+    found = scores(folder, read_json_lines(folder / "answers" / f"{case}.jsonl"))
+    expected = json.loads((folder / "expected_fixture-model.json").read_text())["metrics"]
+    for category, metrics in expected.items():
+        assert {name: found["scores"][f"{category}/{name}"] for name in NAMES} == {name: metrics[old] for name, old in NAMES.items()}
+    assert found["missing"] == []
+    low, high = found["intervals"]["random/f1"]
+    assert low < found["scores"]["random/f1"] < high
+
+
+def test_only_no_does_not_crash(folder):
+    found = scores(folder, read_json_lines(folder / "answers" / "case_all_no.jsonl"))["scores"]
+    assert found["adversarial/f1"] == found["adversarial/precision"] == 0
+    assert found["adversarial/accuracy"] == 8 / 20
+
+
+def test_a_missing_answer_is_named_and_wrong(folder):
+    answers = read_json_lines(folder / "answers" / "fixture-model.jsonl")
+    whole, found = scores(folder, answers), scores(folder, answers[1:])
+    assert found["missing"] == [str(answers[0]["question_id"])]
+    assert found["scores"]["adversarial/accuracy"] in (
+        whole["scores"]["adversarial/accuracy"],
+        whole["scores"]["adversarial/accuracy"] - 1 / 20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("NO", False), ("none", False), ("There isn't a dog.", False), ("Yes, but not red", True), ("", None)]
+)
+def test_lenient_reading(text, says):
+    assert says_yes_leniently(text) is says
