@@ -154,17 +154,27 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises RecipeError, with every problem found: file missing, unknown or missing keys, values of the wrong type, settings that do not
     fit together.
     """
-    file = Path(file)
-    raw = read(file)
+    recipe = read_recipe(file, overrides)
+    problems = _rules(recipe)
+    if problems:
+        raise _problems(file, problems)
+    return recipe
+
+
+def read_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The same, but whether the settings go together is not asked: of a recipe that has been run already."""
+    raw = read(Path(file))
     problems: list[str] = []
     for override in overrides or []:
         apply_override(raw, override, problems)
     recipe = build(Recipe, raw, "", problems)
-    if not problems:
-        problems += _rules(recipe)
     if problems:
-        raise RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise _problems(file, problems)
     return recipe
+
+
+def _problems(file: str | Path, problems: list[str]) -> RecipeError:
+    return RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _rules(recipe: Recipe) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
@@ -25,7 +24,7 @@ from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
 from moe_llava.training.budget import active_parameters
-from moe_llava.training.recipe import Recipe, RecipeError, Stage, stage_name, stage_settings
+from moe_llava.training.recipe import Recipe, RecipeError, Stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
@@ -91,13 +90,10 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
         if not (folder / "recipe.yaml").is_file():
             continue  # it was stopped before it had begun
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        now = _what_counts(recipe, final.name)
-        if folder != final:
-            now |= sharding_of(recipe)  # what was saved in parts is not read as a whole, nor the other way round
-        before = _flatten(before)
-        names = [*now, *(name for name in before if name.startswith(f"{final.name}.adapter.") and name not in now)]  # taken out since
-        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+        before, now = (_what_counts(made, final.name) for made in (read_recipe(folder / "recipe.yaml"), recipe))
+        if folder != final:  # what was saved in parts is not read as a whole, nor the other way round
+            before, now = before | sharding_of(read_recipe(folder / "recipe.yaml")), now | sharding_of(recipe)
+        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now if before.get(name) != now.get(name)]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 

@@ -275,3 +275,15 @@ def test_a_stage_on_several_files_in_another_form(write_recipe, tmp_path):
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     train(load_recipe(file), [1], resume=False, console=console)
     assert f"{number + round(number / 2)} records" in console.export_text()
+
+
+def test_a_stage_of_before_a_setting_was_known(write_recipe, tmp_path):
+    """What a recipe does not say is its default, in the folder of a finished stage too."""
+    file = write_recipe()
+    (stage1,) = train(load_recipe(file), [1], resume=False, console=QUIET)
+    made = yaml.safe_load((stage1 / "recipe.yaml").read_text())
+    del made["stage1"]["optimisation"]["packing"], made["torch_compile"]
+    (stage1 / "recipe.yaml").write_text(yaml.safe_dump(made))
+    assert train(load_recipe(file), [1], resume=True, console=QUIET) == [stage1]
+    with pytest.raises(RecipeError, match=r"stage1 was made with stage1.optimisation.packing False, now True"):
+        train(load_recipe(file, ["stage1.optimisation.packing=true"]), [1], resume=True, console=QUIET)
