@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +189,9 @@ def _rules(recipe: Recipe) -> list[str]:
     for name in recipe.report_to:
         if name not in get_available_reporting_integrations():
             problems.append(f"report_to names {name!r}, which transformers does not know or which is not installed")
+    for key in ("seed", "dataloader_workers"):
+        if not 0 <= getattr(recipe, key) < 2**32:
+            problems.append(f"{key} is {getattr(recipe, key)}, but must lie in 0..2^32 - 1")
     for key in ("logging_steps", "save_steps", "save_total_limit"):
         if getattr(recipe, key) < 1:
             problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
@@ -209,13 +213,15 @@ def _stage_rules(name: str, stage: Stage) -> list[str]:
     if not stage.sources:
         problems.append(f"{name}.data is an empty list, but must name at least one file")
     for source in stage.sources:
-        if source.weight <= 0:
+        if not 0 < source.weight < math.inf:
             problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
     for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
-        if getattr(settings, key) <= 0:
+        if not 0 < getattr(settings, key) < math.inf:
             problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
     if settings.max_steps == 0 or settings.max_steps < -1:
         problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
+    if not 0 <= settings.weight_decay < math.inf:
+        problems.append(f"{name}.optimisation.weight_decay is {settings.weight_decay}, but must be 0 or above")
     if not 0 <= settings.warmup_ratio < 1:
         problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
     if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:
