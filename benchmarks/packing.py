@@ -60,7 +60,7 @@ def main() -> None:
         lengths = np.array([len(dataset[index]["input_ids"]) for index in range(len(records))])
         has_image = np.array([bool(record.images) for record in records])
         shuffled = random.permutation(len(records)).tolist()
-        grouped = list(GroupedSampler(lengths, has_image, arguments.batch, 1, seed=0))
+        grouped = list(GroupedSampler(lengths, has_image, arguments.batch, arguments.batch, 1, seed=0))
         padded, packed = Collator(0, image), Collator(0, image, packed=True)
         ways = {"random": (shuffled, padded), "grouped": (grouped, padded), "packed": (shuffled, packed)}
         streams = {name: batches(order, arguments.batch, dataset, collate) for name, (order, collate) in ways.items()}

@@ -119,7 +119,7 @@ def train(
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="a data file: a JSON list, or JSON lines")],
+    data: Annotated[Path, typer.Argument(help="a JSON list, JSON lines, or a folder of `datasets`")],
     images: Annotated[Path, typer.Option(help="folder that its image names are relative to")] = Path("."),
     model: Annotated[str | None, typer.Option(help="a checkpoint, to count tokens with its tokenizer: a folder, or a hub id")] = None,
     template: Annotated[str | None, typer.Option(help="a conversation form, such as phi or plain; default: the tokenizer's own")] = None,

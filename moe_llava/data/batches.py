@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, cut, encode_record, render
+from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within, render
 from moe_llava.data.records import DataError, Record, open_image
 
 
@@ -55,8 +55,7 @@ class ConversationDataset(Dataset):
             images = [open_image(path, record.source) for path in record.images]
             item["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
             tokens_per_image = image_tokens(self.processor, item["pixel_values"])
-        encoded = encode_record(record, self.processor.tokenizer, self.template, tokens_per_image)
-        encoded = cut(encoded, self.max_length, record.source)
+        encoded, _ = encode_within(record, self.processor.tokenizer, self.template, tokens_per_image, self.max_length)
         ids, labels = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["labels"])
         item["input_ids"] = ids.masked_fill(ids == IMAGE_INDEX, self.processor.image_token_id)
         item["labels"] = labels.masked_fill(labels == IMAGE_INDEX, IGNORE_INDEX)

@@ -13,14 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from moe_llava.data.encode import cut, encode_record
+from moe_llava.data.encode import encode_within
 from moe_llava.data.files import read_items
 from moe_llava.data.records import DataError, Record, open_image, parse_record
 
 
 @dataclass
 class Report:
-    """`problems`: (where, what). `lengths`: of each sound record, in tokens, with its images. `cut`: how many records the limit cuts.
+    """`problems`: (where, what). `lengths`: of each sound record, in tokens, with its images. `cut`: how many of them the limit cuts.
     Lengths and cuts need a tokenizer."""
 
     records: int = 0
@@ -80,8 +80,7 @@ def check_data(
 
 
 def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
-    encoded = encode_record(record, tokenizer, template, image_tokens)
-    report.cut += max_length is not None and len(encoded["labels"]) > max_length
-    kept = cut(encoded, max_length, record.source)
+    kept, was_cut = encode_within(record, tokenizer, template, image_tokens, max_length)
+    report.cut += was_cut
     report.lengths.append(len(kept["labels"]))
     report.learnt += sum(label >= 0 for label in kept["labels"])

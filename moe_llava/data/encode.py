@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, role_and_text
+from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, role_and_text, split_system
 from moe_llava.data.templates import TEMPLATES, chat_template
 
 IMAGE_INDEX = -200
@@ -49,13 +49,39 @@ def encode_record(
     """
     try:
         messages, has_images = _messages(record)
-        if template == "plain":
-            _check_caption(messages)
-            has_images = True
-        text, answers = render(messages, tokenizer, template)
+        has_images = has_images or template == "plain"
+        whole = _encode_messages(messages, has_images, tokenizer, template, image_tokens)
     except DataError as error:
         raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
     limit = None if has_images else tokenizer.model_max_length
+    return {name: values[:limit] for name, values in whole.items()}
+
+
+def encode_within(
+    record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None
+) -> tuple[dict[str, list[int]], bool]:
+    """(ids and labels of a record as training takes them, whether something was cut off): after `max_length` tokens, or, of text alone,
+    where the tokenizer's model ends, if that is less.
+
+    Raises DataError as `encode_record` does, and as `cut` does.
+    """
+    ends = tokenizer.model_max_length if not record.images and template != "plain" else None
+    limit = min((length for length in (max_length, ends) if length is not None), default=None)
+    try:
+        messages, has_images = _messages(record)
+        whole = _encode_messages(messages, has_images or template == "plain", tokenizer, template, image_tokens)
+    except DataError as error:
+        raise DataError(f"{record.source}: {error}") from error
+    kept = cut(whole, limit, record.source)
+    return kept, kept is not whole
+
+
+def _encode_messages(
+    messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, image_tokens: int
+) -> dict[str, list[int]]:
+    if template == "plain":
+        _check_caption(messages)
+    text, answers = render(messages, tokenizer, template)
     ids, labels, start = [], [], 0
     # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
     begin = int(_with_true_offsets(tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id])
@@ -67,7 +93,7 @@ def encode_record(
         ids += piece_ids[begin if number else 0 :]
         labels += piece_labels[begin if number else 0 :]
         start += len(piece) + len(IMAGE_TOKEN)
-    return {"input_ids": ids[:limit], "labels": labels[:limit]}
+    return {"input_ids": ids, "labels": labels}
 
 
 def cut(encoded: dict[str, list[int]], limit: int | None, source: str) -> dict[str, list[int]]:
@@ -153,9 +179,9 @@ def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
     """(messages as chat templates take them, whether `<image>` means an image)"""
     if isinstance(record, Record):
         turns = [turn for question, answer in record.turns for turn in (("user", question), ("assistant", answer))]
-        has_images = bool(record.images)
+        system, has_images = record.system, bool(record.images)
     else:
-        turns, has_images = _raw_turns(record)
+        system, turns, has_images = _raw_turns(record)
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     for number, (role, _) in enumerate(turns):
@@ -163,22 +189,24 @@ def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
             raise DataError(f"turn {number} is by the {role}, but user and assistant must take turns, user first")
     if not turns:
         raise DataError("the conversation has no question")
-    return [{"role": role, "content": text} for role, text in turns], has_images
+    first = [("system", system)] if system else []
+    return [{"role": role, "content": text} for role, text in first + turns], has_images
 
 
-def _raw_turns(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], bool]:
-    """((role, text) of each turn, whether there are images) of a record as it stands in a file."""
+def _raw_turns(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], bool]:
+    """(system prompt, (role, text) of each turn, whether there are images) of a record as it stands in a file."""
     for key, (role_key, text_key), roles in FORMS:
         if key not in record:
             continue
         names = dict(zip(roles, ("user", "assistant"), strict=True))
         turns = []
-        for number, turn in enumerate(record[key]):
+        system, others = split_system(record, record[key], role_key, text_key)
+        for number, turn in enumerate(others):
             role, text = role_and_text(turn, role_key, text_key)
             if role not in names or text is None:
                 raise DataError(f"turn {number} must be a text from one of {', '.join(roles)}, but is {str(turn)[:60]}")
             turns.append((names[role], _cut_run(text)))
-        return turns, "image" in record or bool(record.get("images"))
+        return system, turns, "image" in record or bool(record.get("images"))
     raise DataError(f"the record has neither {' nor '.join(repr(key) for key, *_ in FORMS)}")
 
 

@@ -20,24 +20,27 @@ CHUNK = 1 << 20  # characters
 
 
 def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, the record as it stands there) of a `datasets` folder, a JSON list, or JSON lines, which a file is that does not
-    begin with `[`. Images in a folder's rows become StoredImages.
+    """(where it stands, the record as it stands there) of a `datasets` folder or Parquet file, a JSON list, or JSON lines, which a file is
+    that does not begin with `[`. Images in rows become StoredImages.
 
     Raises DataError if there is nothing, or something else.
     """
     file = Path(file)
-    if file.is_dir():
+    if file.is_dir() or file.suffix == ".parquet":
         yield from _read_folder(file)
         return
     if not file.is_file():
         raise DataError(f"data file {file} does not exist")
     found = 0
-    with file.open(encoding="utf-8") as opened:
-        start = opened.read(1).strip()
-        opened.seek(0)
-        items = _numbered(file, _JsonList(file, opened)) if start == "[" else _read_lines(file, opened)
-        for found, item in enumerate(items, start=1):  # noqa: B007
-            yield item
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            start = opened.read(CHUNK).lstrip()[:1]
+            opened.seek(0)
+            items = _numbered(file, _JsonList(file, opened)) if start == "[" else _read_lines(file, opened)
+            for found, item in enumerate(items, start=1):  # noqa: B007
+                yield item
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
     if not found:
         raise DataError(f"{file} must hold at least one record, but {'its list' if start else 'it'} is empty")
 
@@ -67,6 +70,7 @@ class _JsonList:
         decoder = json.JSONDecoder()
         self._expect("[")
         if self._next() == "]":
+            self._finish()
             return
         while True:
             self._next()
@@ -80,8 +84,14 @@ class _JsonList:
             self.at = end
             yield item
             if self._next() == "]":
+                self._finish()
                 return
             self._expect(",")
+
+    def _finish(self) -> None:
+        self._expect("]")
+        if self._next():
+            raise self._error("something comes after the end of the list", self.passed + self.at)
 
     def _next(self) -> str:
         """The character that comes after white space; "" at the end of the file."""
@@ -140,9 +150,16 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
+def _load_parquet(path: Path) -> datasets.Dataset:
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=str(path.absolute()), split="train")
+    return datasets.load_dataset(str(path.absolute()), split="train")  # a relative name may be that of one of its modules
+
+
 @lru_cache(maxsize=8)
 def open_folder(folder: Path) -> datasets.Dataset:
-    """The table of a folder that `save_to_disk` wrote, or the split "train" of one with Parquet or Arrow files; images undecoded.
+    """The table of a folder that `save_to_disk` wrote, or the split "train" of one with Parquet or Arrow files, or a Parquet file; images
+    undecoded.
 
     Raises DataError if it is neither.
     """
@@ -151,7 +168,7 @@ def open_folder(folder: Path) -> datasets.Dataset:
         raise DataError(f"{folder} holds several tables: name one of {', '.join(str(folder / split) for split in splits)}")
     saved = (folder / "state.json").is_file()
     try:
-        table = datasets.load_from_disk(folder) if saved else datasets.load_dataset(str(folder), split="train")
+        table = datasets.load_from_disk(folder) if saved else _load_parquet(folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{folder} is no folder of `datasets`: {error}") from error
     for key in IMAGE_KEYS:

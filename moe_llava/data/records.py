@@ -48,16 +48,20 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `source` says where it stands, for messages; `extra` holds the keys that are not LLaVA's own."""
+    """One conversation. `source` says where it stands, for messages; `extra` holds the keys that are not LLaVA's own; `system` is the
+    system prompt, empty for that of the conversation form."""
 
     source: str
     turns: tuple[tuple[str, str], ...]  # (human, answer)
     images: tuple[Path | StoredImage, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation in the form that transformers' chat templates take."""
         messages: list[dict[str, Any]] = []
+        if self.system:
+            messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for question, answer in self.turns:
             messages.append({"role": "user", "content": content_parts(question)})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -95,7 +99,9 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
 
     Raises DataError, naming `source` and the rule, for the first thing wrong with a record.
     """
-    values = _turns(source, item)
+    system, values = _turns(source, item)
+    if not "".join([system, *values]).isascii():
+        _check_characters(source, [system, *values])
     names: Any = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, (str, StoredImage)) for name in names):
@@ -105,16 +111,26 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
         raise DataError(f"found {found} image tokens in {source} but {len(names)} images")
     places = tuple(images / name if isinstance(name, str) else name for name in names)
     turns = tuple(zip(values[::2], values[1::2], strict=True))
-    known = {key for key, *_ in FORMS} | {*IMAGE_KEYS}
-    return Record(source, turns, places, {key: value for key, value in item.items() if key not in known})
+    known = {key for key, *_ in FORMS} | {*IMAGE_KEYS, "system"}
+    return Record(source, turns, places, {key: value for key, value in item.items() if key not in known}, system)
 
 
-def _turns(source: str, item: Any) -> list[str]:
-    """The texts of a record, questions and answers in turn."""
+def _check_characters(source: str, texts: list[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{source} holds half of a character, {text[error.start : error.end]!a}, which is no text") from error
+
+
+def _turns(source: str, item: Any) -> tuple[str, list[str]]:
+    """(system prompt, texts of a record, questions and answers in turn)."""
     for key, (role_key, text_key), roles in FORMS:
         if not isinstance(item, dict) or key not in item:
             continue
-        turns = item[key]
+        system, turns = split_system(item, item[key], role_key, text_key)
+        if not isinstance(system, str) or IMAGE_TOKEN in system:
+            raise DataError(f"{source} must have a text without {IMAGE_TOKEN} as its system prompt, but has {str(system)[:60]}")
         if not isinstance(turns, list) or not turns or len(turns) % 2:
             raise DataError(f"{source} must have {key!r}, a list of {roles[0]} and {roles[1]} turns in pairs, but has {str(turns)[:60]}")
         values = []
@@ -127,8 +143,18 @@ def _turns(source: str, item: Any) -> list[str]:
             if number % 2 and IMAGE_TOKEN in text:
                 raise DataError(f"turn {number} of {source} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
             values.append(text)
-        return values
+        return system, values
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
+
+
+def split_system(item: Any, turns: Any, role_key: str, text_key: str) -> tuple[Any, Any]:
+    """(system prompt, the other turns): the first turn may be one, or the record have it as `system`."""
+    system = item.get("system") or ""
+    if isinstance(turns, list) and turns:
+        role, text = role_and_text(turns[0], role_key, text_key)
+        if role == "system":
+            return text, turns[1:]
+    return system, turns
 
 
 def role_and_text(turn: Any, role_key: str, text_key: str) -> tuple[Any, str | None]:

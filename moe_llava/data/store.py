@@ -6,6 +6,7 @@ The table is kept where Hugging Face `datasets` keeps its own (HF_DATASETS_CACHE
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -24,10 +25,11 @@ from moe_llava.data.files import read_items
 from moe_llava.data.records import DataError, Record, StoredImage, missing_image, parse_record
 
 MOST_SHOWN = 20
-FORMAT = 1  # of the table; raise it when a change to reading makes tables of before wrong
+FORMAT = 2  # of the table; raise it when a change to reading makes tables of before wrong
 _COLUMNS = datasets.Features(
     {
         "source": datasets.Value("string"),
+        "system": datasets.Value("string"),  # empty if there is none
         "turns": datasets.List(datasets.Value("string")),  # questions and answers in turn
         "images": datasets.List(datasets.Value("string")),  # names as in the file; empty for an image that stands in the row itself
         "extra": datasets.Value("string"),  # JSON
@@ -62,6 +64,14 @@ class Records(Sequence[Record]):
         characters = self._column(lambda table: np.asarray(table.data.column("characters")))
         return characters // 4 + image_tokens * self.image_counts()
 
+    def digest(self) -> str:
+        """Of all that the records say, in their order: other records have another one. Images in rows, and image files, are not in it."""
+        found = hashlib.blake2b(self.places.tobytes(), digest_size=16)
+        for table, *_ in self.tables:
+            for batch in table.data.select(["turns", "images", "system"]).to_batches():
+                found.update(batch.serialize())
+        return found.hexdigest()
+
     def image_counts(self) -> np.ndarray:
         """[N] images of each."""
         return self._column(lambda table: np.asarray(pc.list_value_length(table.data.column("images"))))
@@ -75,7 +85,7 @@ class Records(Sequence[Record]):
 def _record(row: dict[str, Any], number: int, file: Path, images: Path) -> Record:
     turns = tuple(zip(row["turns"][::2], row["turns"][1::2], strict=True))
     places = tuple(images / name if name else StoredImage(file, number, index) for index, name in enumerate(row["images"]))
-    return Record(row["source"], turns, places, json.loads(row["extra"]))
+    return Record(row["source"], turns, places, json.loads(row["extra"]), row["system"])
 
 
 def load_records(file: str | Path, images: str | Path) -> Records:
@@ -93,7 +103,7 @@ def load_records(file: str | Path, images: str | Path) -> Records:
     try:
         table = datasets.Dataset.from_generator(_rows, features=_COLUMNS, gen_kwargs=key)
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, (DataError, OSError)):
             raise error.__cause__ from None
         raise
     records = Records([(table, file, Path(images))], np.stack([np.zeros(len(table), np.int64), np.arange(len(table))], axis=1))
@@ -114,10 +124,11 @@ def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str
         values = [text for turn in record.turns for text in turn]
         yield {
             "source": source,
+            "system": record.system,
             "turns": values,
             "images": [str(image) if isinstance(image, Path) else "" for image in record.images],
             "extra": json.dumps(record.extra, default=str),
-            "characters": sum(map(len, values)),
+            "characters": len(record.system) + sum(map(len, values)),
         }
     _raise_all(Path(file), problems)
 
@@ -125,7 +136,7 @@ def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str
 def _raise_all(file: Path, problems: list[str]) -> None:
     if problems:
         more = len(problems) - MOST_SHOWN
-        rest = [f"and {more} more: `moe-llava check {file}` shows all"] if more > 0 else []
+        rest = [f"and {more} more: `moe-llava check {file} --images DIR` shows all"] if more > 0 else []
         raise DataError("\n  ".join(problems[:MOST_SHOWN] + rest))
 
 

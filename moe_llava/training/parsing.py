@@ -23,8 +23,8 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe {file} does not exist")
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not YAML in UTF-8: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
     if "base" not in raw:
@@ -70,7 +70,7 @@ def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> N
 def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
     if not isinstance(raw, dict):
-        problems.append(f"{where or 'recipe'} must be a mapping of settings, but is {raw!r}")
+        problems.append(f"{where.rstrip('.') or 'recipe'} must be a mapping of settings, but is {raw!r}")
         return None
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -88,7 +88,7 @@ def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
-    if isinstance(value, str) and str in typing.get_args(hint):
+    if isinstance(value, str) and _fits(hint, value):
         return value
     if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
         return [build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,17 +155,27 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises RecipeError, with every problem found: file missing, unknown or missing keys, values of the wrong type, settings that do not
     fit together.
     """
-    file = Path(file)
-    raw = read(file)
+    recipe = read_recipe(file, overrides)
+    problems = _rules(recipe)
+    if problems:
+        raise _problems(file, problems)
+    return recipe
+
+
+def read_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The same, but whether the settings go together is not asked: of a recipe that has been run already."""
+    raw = read(Path(file))
     problems: list[str] = []
     for override in overrides or []:
         apply_override(raw, override, problems)
     recipe = build(Recipe, raw, "", problems)
-    if not problems:
-        problems += _rules(recipe)
     if problems:
-        raise RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise _problems(file, problems)
     return recipe
+
+
+def _problems(file: str | Path, problems: list[str]) -> RecipeError:
+    return RecipeError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _rules(recipe: Recipe) -> list[str]:
@@ -178,6 +189,9 @@ def _rules(recipe: Recipe) -> list[str]:
     for name in recipe.report_to:
         if name not in get_available_reporting_integrations():
             problems.append(f"report_to names {name!r}, which transformers does not know or which is not installed")
+    for key in ("seed", "dataloader_workers"):
+        if not 0 <= getattr(recipe, key) < 2**32:
+            problems.append(f"{key} is {getattr(recipe, key)}, but must lie in 0..2^32 - 1")
     for key in ("logging_steps", "save_steps", "save_total_limit"):
         if getattr(recipe, key) < 1:
             problems.append(f"{key} is {getattr(recipe, key)}, but must be at least 1")
@@ -199,13 +213,15 @@ def _stage_rules(name: str, stage: Stage) -> list[str]:
     if not stage.sources:
         problems.append(f"{name}.data is an empty list, but must name at least one file")
     for source in stage.sources:
-        if source.weight <= 0:
+        if not 0 < source.weight < math.inf:
             problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
     for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
-        if getattr(settings, key) <= 0:
+        if not 0 < getattr(settings, key) < math.inf:
             problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
     if settings.max_steps == 0 or settings.max_steps < -1:
         problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
+    if not 0 <= settings.weight_decay < math.inf:
+        problems.append(f"{name}.optimisation.weight_decay is {settings.weight_decay}, but must be 0 or above")
     if not 0 <= settings.warmup_ratio < 1:
         problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
     if settings.per_device_batch_size > 0 and settings.batch_size % settings.per_device_batch_size:

@@ -7,14 +7,13 @@ dot before its name and holds what is needed to resume; it is renamed when it is
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
@@ -25,8 +24,8 @@ from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
 from moe_llava.training.budget import active_parameters
-from moe_llava.training.recipe import Recipe, RecipeError, Stage, stage_name, stage_settings
-from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, saves, saving, work_folder
+from moe_llava.training.recipe import Recipe, RecipeError, Stage, read_recipe, stage_name, stage_settings
+from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, remove_saves, saves, saving, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.start import (
@@ -44,6 +43,7 @@ from moe_llava.training.start import (
 from moe_llava.training.trainer import StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
+RECORDS = "records.json"  # of a stage's folder: which records it is trained on
 TITLES = {
     "stage1": "stage I, the projector",
     "stage2": "stage II, projector and language model",
@@ -72,6 +72,8 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
     for name in names:
         check_folder(recipe, output / name, resume)
         if (output / name).is_dir():
+            if state.is_main_process:
+                remove_saves(output / name)  # if the run was killed before it could
             console.print(f"{output / name}: finished, kept", highlight=False, soft_wrap=True)
     if todo:
         data = check_everything(recipe, dict(todo))
@@ -87,17 +89,16 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
     for folder in (final, work_folder(final)):
         if not folder.exists():
             continue
+        if not folder.is_dir() or (folder == final and not (final / "config.json").is_file()):
+            raise RecipeError(f"{folder} is in the way: it is no stage that was finished or begun")
         if not resume:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
         if not (folder / "recipe.yaml").is_file():
             continue  # it was stopped before it had begun
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        now = _what_counts(recipe, final.name)
-        if folder != final:
-            now |= sharding_of(recipe)  # what was saved in parts is not read as a whole, nor the other way round
-        before = _flatten(before)
-        names = [*now, *(name for name in before if name.startswith(f"{final.name}.adapter.") and name not in now)]  # taken out since
-        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+        before, now = (_what_counts(made, final.name) for made in (read_recipe(folder / "recipe.yaml"), recipe))
+        if folder != final:  # what was saved in parts is not read as a whole, nor the other way round
+            before, now = before | sharding_of(read_recipe(folder / "recipe.yaml")), now | sharding_of(recipe)
+        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now if before.get(name) != now.get(name)]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
@@ -114,19 +115,38 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
         if adapter:
             check_adapter(adapter, todo[number], structure(recipe, number, path))
         set_aspect_ratio(processor, settings)
+        image_tokens = EmptyImage.of(processor).tokens
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
         check_zero(training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number])))
-    data = {}
-    for number, name in todo.items():
-        data[name] = joined(
-            weighted(load_records(source.file, source.images), source.weight, recipe.seed)
-            for source in stage_settings(recipe, number).sources
-        )
-        without = np.flatnonzero(data[name].image_counts() == 0)
-        if name == "stage1" and len(without):
-            source = data[name][without[0]].source
-            raise DataError(f"{source} has no image, but stage I teaches the projector, which sees nothing else")
+    problems: list[str] = []
+    data = {name: load_data(recipe, number, image_tokens, problems) for number, name in todo.items()}
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
     return data
+
+
+def load_data(recipe: Recipe, number: int, image_tokens: int, problems: list[str]) -> Records:
+    """The records of a stage; what is wrong with them goes into `problems`."""
+    parts, settings, before = [], stage_settings(recipe, number), len(problems)
+    for source in settings.sources:
+        try:
+            parts.append(weighted(load_records(source.file, source.images), source.weight, recipe.seed))
+            if not len(parts[-1]):
+                problems.append(f"stage{number}.data has weight {source.weight} for {source.file}, which leaves no record of it")
+        except DataError as error:
+            problems.append(str(error))
+    if len(problems) > before:
+        return Records([], np.zeros((0, 2), np.int64))
+    records = joined(parts)
+    images = records.image_counts()
+    without, too_long = images == 0, images * image_tokens >= (settings.max_length or np.iinfo(np.int64).max)
+    if number == 1 and without.any():
+        problems.append(f"{records[without.argmax()].source} has no image, but stage I teaches the projector, which sees nothing else")
+    if too_long.any():
+        first = int(too_long.argmax())
+        size = images[first] * image_tokens
+        problems.append(f"{records[first].source} has images of {size} tokens, but stage{number}.max_length is {settings.max_length}")
+    return records
 
 
 def run_stage(recipe: Recipe, number: int, name: str, records: Records, console: Console) -> None:
@@ -166,8 +186,10 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             sampler=make_sampler(settings, records, image.tokens, arguments),
             skip_bad_records=recipe.on_bad_record == "skip",
         )
+        check_records(work, records)
         if trainer.is_world_process_zero():
             write_recipe(recipe, work)
+            write_whole(work / RECORDS, json.dumps({"records": len(records), "digest": records.digest()}))
         try:
             trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
         finally:
@@ -183,26 +205,38 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
         console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
 
 
+def check_records(work: Path, records: Records) -> None:
+    """Raises DataError if a stage was begun on other records: going on, it would see some twice and others never."""
+    if not saves(work) or not (work / RECORDS).is_file():
+        return
+    before = json.loads((work / RECORDS).read_text(encoding="utf-8"))
+    if before["digest"] != records.digest():
+        raise DataError(
+            f"{work} was begun on {before['records']:,} records, and its data files now hold others ({len(records):,}): "
+            "put them back, or remove the folder and begin again"
+        )
+
+
 def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments: TrainingArguments) -> GroupedSampler | None:
     """None is Trainer's own random order."""
     if not settings.optimisation.group_by_length:
         return None
     lengths = np.minimum(records.lengths(image_tokens), settings.max_length or np.iinfo(np.int64).max)
     has_image = records.image_counts() > 0
-    return GroupedSampler(lengths, has_image, arguments.train_batch_size, arguments.world_size, arguments.seed)
+    at_once = (settings.optimisation.batch_size, settings.optimisation.per_device_batch_size, arguments.world_size)
+    return GroupedSampler(lengths, has_image, *at_once, arguments.seed)
 
 
 def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:
-    """Writes what a finished stage is, and gives its folder its name. The saves go last: until then, a run can go on from them."""
+    """Writes what a finished stage is, and gives its folder its name. The saves go last: a run can go on from them until then."""
     with saving(work, "the finished stage"):
         model.save_pretrained(work)
         processor.save_pretrained(work)
         plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
         plot.savefig(work / "run.png", dpi=110)
         plt.close(plot)
-    for save in saves(work):
-        shutil.rmtree(save)
     work.rename(final)
+    remove_saves(final)
 
 
 def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArguments:
@@ -235,6 +269,8 @@ def training_arguments(recipe: Recipe, stage: Stage, work: Path) -> TrainingArgu
         disable_tqdm=True,
         report_to=recipe.report_to or "none",
     )
+    if arguments.n_gpu > 1:
+        raise RecipeError(f"one process sees {arguments.n_gpu} devices: start one for each with torchrun, or hide all but one from it")
     at_once = arguments.train_batch_size * arguments.world_size
     if settings.batch_size % at_once:
         raise RecipeError(

@@ -61,6 +61,11 @@ def keep(folder: Path, work: Path, limit: int) -> None:
         shutil.rmtree(old)
 
 
+def remove_saves(folder: Path) -> None:
+    for save in saves(folder):
+        shutil.rmtree(save)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Writes beside `file` and renames: it never holds half of the text."""
     partial = file.with_name(f".{file.name}")
@@ -83,7 +88,8 @@ def rewind(file: Path, step: int) -> None:
 
 
 class StopWhenAsked(TrainerCallback):
-    """On SIGTERM or Ctrl-C: the step is finished and saved, in all processes, then training ends. A second signal acts at once."""
+    """On SIGTERM or Ctrl-C: the step is finished and saved, in all processes, then training ends. A second Ctrl-C acts at once; SIGTERM may
+    well come twice, from a scheduler and from torchrun."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -99,10 +105,11 @@ class StopWhenAsked(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        for signal_number, handler in self.before.items():
-            signal.signal(signal_number, handler)
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is: the picture ends where the run does
         asked = self.asked
         if args.world_size > 1:
             anybody = torch.tensor(int(asked), device=args.device)

@@ -21,7 +21,7 @@ from moe_llava.training.adapters import without_adapter
 from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
-MOST_SKIPPED = 0.01  # of all records
+MOST_SKIPPED = 0.01  # of the records that a run sees
 
 
 class StageTrainer(Trainer):
@@ -33,7 +33,7 @@ class StageTrainer(Trainer):
     capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as single numbers.
 
     A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
-    are more than MOST_SKIPPED of all.
+    are more than MOST_SKIPPED of all that the run sees.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StageTrainer(Trainer):
             for name in ("log.jsonl", "skipped.jsonl"):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
-        self._skipped = sum(line["process"] == self.args.process_index for line in read_lines(self.work / "skipped.jsonl"))
+        self._skipped = len(read_lines(self.work / "skipped.jsonl"))
         self._last_step = step
         self._began = time.monotonic()
         self._forget()
@@ -81,7 +81,9 @@ class StageTrainer(Trainer):
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         batches, labels = super().get_batch_samples(*arguments)
         problems = [problem for batch in batches for problem in batch.pop("problems", [])]
-        if problems:
+        if problems and not self.skip_bad_records:
+            raise DataError(problems[0])
+        if self.skip_bad_records:
             self._skip(problems)
         for batch in batches:
             mask = batch.get("attention_mask")
@@ -91,17 +93,17 @@ class StageTrainer(Trainer):
         return batches, labels if labels is None else torch.as_tensor(labels).clamp(min=1)
 
     def _skip(self, problems: list[str]) -> None:
-        if not self.skip_bad_records:
-            raise DataError(problems[0])
-        with (self.work / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            for problem in problems:
-                step, process = self.state.global_step + 1, self.args.process_index
-                file.write(json.dumps({"step": step, "process": process, "problem": problem}) + "\n")
-        self._skipped += len(problems)
-        if self._skipped * self.args.world_size > MOST_SKIPPED * len(self.train_dataset):
+        """Counts the records of a step that were left out, in all processes, and writes down this one's."""
+        lines = [json.dumps({"step": self.state.global_step + 1, "problem": problem}) + "\n" for problem in problems]
+        if lines:
+            with (self.work / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        self._skipped += int(self.accelerator.reduce(torch.tensor(len(problems), device=self.args.device), "sum"))
+        seen = self.state.max_steps * self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        if self._skipped > MOST_SKIPPED * seen:
             raise DataError(
-                f"{self._skipped * self.args.world_size} of {len(self.train_dataset)} records could not be read, more than "
-                f"{MOST_SKIPPED:.0%}, the last because {problems[-1]} (all: {self.work / 'skipped.jsonl'})"
+                f"{self._skipped} of the {seen:,} records that the run sees could not be read, more than {MOST_SKIPPED:.0%}: "
+                f"{self.work / 'skipped.jsonl'} names them"
             )
 
     def compute_loss(
@@ -180,7 +182,7 @@ class StageTrainer(Trainer):
         if "dropped" in sums:
             numbers["dropped_share"] = round((sums["dropped"] / sums["counts_LE"].sum()).item(), 4)
         if self.skip_bad_records:
-            numbers["skipped"] = int(self.accelerator.reduce(torch.tensor(self._skipped, device=self.args.device), "sum"))
+            numbers["skipped"] = self._skipped
         self._forget()
         return numbers
 

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,7 +48,7 @@ class ProgressDisplay(TrainerCallback):
         numbers = summarise(entry)
         self.progress.update(self.task, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(f"{self.name} {entry['step']}/{steps} {numbers}", highlight=False)
+            self.console.print(f"{self.name} {entry['step']}/{steps} {numbers}", highlight=False, soft_wrap=True)
 
 
 def summarise(entry: dict[str, Any]) -> str:
@@ -99,4 +100,5 @@ def _line(axis: Axes, title: str, steps: list[int], values: list[float], colour:
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("step", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(labelsize=8)

@@ -161,3 +161,22 @@ def test_an_empty_image_beside_packed_samples(processor, records):
     plain = Collator(processor.tokenizer.pad_token_id)(items)
     batch = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor), packed=True)(items)
     torch.testing.assert_close(model(**batch).loss, model(**plain).loss)
+
+
+def test_text_alone_is_cut_where_the_model_ends(processor, records):
+    from copy import deepcopy
+
+    short = deepcopy(processor)
+    short.tokenizer.model_max_length = 6
+    problem = ConversationDataset([records[1]], short)[0]["problem"]
+    assert "nothing to learn from is left of it at the limit of 6" in problem
+    assert "problem" not in ConversationDataset([records[0]], short)[0]
+
+
+def test_a_system_prompt_takes_the_place_of_the_forms_own(processor, records):
+    spoken = Record("s", records[1].turns, system="there is a red 7 .")
+    dataset = ConversationDataset([records[1], spoken], processor, "v1")
+    plain, other = (processor.tokenizer.decode(dataset[index]["input_ids"]) for index in (0, 1))
+    assert "there is a red 7 ." in other
+    assert "there is a red 7 ." not in plain
+    assert torch.equal(dataset[0]["labels"][dataset[0]["labels"] >= 0], dataset[1]["labels"][dataset[1]["labels"] >= 0])

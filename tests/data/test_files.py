@@ -38,6 +38,8 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, chunk, indent):
         ('[{"a": 1},', "is not JSON"),
         ('[{"a": "1', "is not JSON: Unterminated string"),
         ('[{"a": 1}', r"expected ',', but found 'the end of the file'"),
+        ('[{"a": 1}] [{"b": 2}]', r"something comes after the end of the list \(character 11\)"),
+        ("[] garbage", r"something comes after the end of the list \(character 3\)"),
     ],
 )
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
@@ -162,3 +164,49 @@ def test_files_joined(tmp_path):
     texts = ["".join(text for turn in record.turns for text in turn) for record in both]
     expected = [len(text) // 4 + 10 * len(record.images) for text, record in zip(texts, both, strict=True)]
     assert np.array_equal(both.lengths(10), expected)
+
+
+@pytest.mark.parametrize("before", ["\n", " ", "\ufeff"])
+def test_a_list_may_begin_late(tmp_path, before):
+    (tmp_path / "list.json").write_text(before + json.dumps(ITEMS), encoding="utf-8")
+    assert len(load_records(tmp_path / "list.json", tmp_path)) == len(ITEMS)
+
+
+@pytest.mark.parametrize("look", [load_records, check_data])
+def test_what_is_no_text(tmp_path, look):
+    (tmp_path / "latin.json").write_bytes('[{"conversations": "Größe"}]'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.json is no text in UTF-8"):
+        look(tmp_path / "latin.json", tmp_path)
+
+
+def test_half_a_character(tmp_path):
+    item = {"conversations": [{"from": "human", "value": "half: \ud800"}, {"from": "gpt", "value": "y"}]}
+    (tmp_path / "half.json").write_text(json.dumps([item]))
+    with pytest.raises(DataError, match=r"record 0 of .*half.json holds half of a character, '\\ud800', which is no text"):
+        load_records(tmp_path / "half.json", tmp_path)
+    assert len(check_data(tmp_path / "half.json", tmp_path).problems) == 1
+
+
+def test_a_parquet_file(tmp_path):
+    save_table(tmp_path / "table", "parquet")
+    records = load_records(tmp_path / "table" / "data" / "train-00000-of-00001.parquet", tmp_path)
+    assert open_image(records[2].images[1], "x").getpixel((0, 0)) == (0, 0, 255)
+    (tmp_path / "broken.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match=r"broken.parquet is no folder of `datasets`"):
+        load_records(tmp_path / "broken.parquet", tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_module(tmp_path, monkeypatch):
+    save_table(tmp_path / "parquet", "parquet")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_records("parquet", tmp_path)) == 3
+
+
+def test_records_know_each_other_by_what_they_say(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(ITEMS))
+    first = load_records(tmp_path / "list.json", tmp_path)
+    (tmp_path / "again.json").write_text(json.dumps(ITEMS, indent=2))
+    assert load_records(tmp_path / "again.json", tmp_path).digest() == first.digest()
+    assert weighted(first, 2, 0).digest() != first.digest()
+    (tmp_path / "again.json").write_text(json.dumps(ITEMS[::-1]))
+    assert load_records(tmp_path / "again.json", tmp_path).digest() != first.digest()

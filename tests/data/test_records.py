@@ -113,7 +113,7 @@ def test_all_problems_are_told_at_once(write):
         "found 1 image tokens in record 1",
         "found 1 image tokens in record 3",
     ]
-    with pytest.raises(DataError, match=r"and 5 more: `moe-llava check .*data.json` shows all"):
+    with pytest.raises(DataError, match=r"and 5 more: `moe-llava check .*data.json --images DIR` shows all"):
         load_records(*write(*[bad] * 25))
 
 
@@ -155,3 +155,21 @@ def test_an_image_too_large_to_decode(write, tmp_path, monkeypatch):
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(DataError, match=r"the conversation names the image .*gone.png, which does not exist"):
         open_image(tmp_path / "gone.png", "the conversation")
+
+
+def test_system_prompts(write):
+    """As a first turn, or as a key."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    first, key, none = load_records(
+        *write(
+            {"messages": [{"role": "system", "content": "Be brief."}, *turns]},
+            conversation("x", "y", system="Be brief."),
+            {"messages": turns},
+        )
+    )
+    assert (first.system, key.system, none.system) == ("Be brief.", "Be brief.", "")
+    assert first.turns == key.turns == none.turns
+    assert first.messages()[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert "system" not in key.extra
+    with pytest.raises(DataError, match=r"record 0 of .* must have a text without <image> as its system prompt, but has 5"):
+        load_records(*write(conversation("x", "y", system=5)))

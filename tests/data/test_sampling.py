@@ -19,7 +19,7 @@ def batches(sampler, size):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_batch_has_one_modality_and_about_one_length(monkeypatch, processes):
     monkeypatch.setattr(sampling, "POOL", 16)
-    sampler = GroupedSampler(LENGTHS, HAS_IMAGE, batch_size=4, processes=processes, seed=3)
+    sampler = GroupedSampler(LENGTHS, HAS_IMAGE, 4 * processes, 4, processes, seed=3)
     assert sorted(sampler) == list(range(1000))
     at_once = 4 * processes
     found = batches(sampler, at_once)
@@ -35,7 +35,7 @@ def test_a_batch_has_one_modality_and_about_one_length(monkeypatch, processes):
 
 
 def test_processes_share_a_batch_evenly():
-    sampler = GroupedSampler(np.arange(64), np.ones(64, bool), batch_size=4, processes=2, seed=0)
+    sampler = GroupedSampler(np.arange(64), np.ones(64, bool), 8, 4, 2, seed=0)
     for first, second in zip(*[iter(batches(sampler, 4))] * 2, strict=True):
         assert abs(sum(first) - sum(second)) == 4
         assert max(first + second) - min(first + second) == 7
@@ -43,18 +43,19 @@ def test_processes_share_a_batch_evenly():
 
 def test_the_order_follows_from_seed_and_epoch():
     def order(seed, epoch):
-        sampler = GroupedSampler(LENGTHS, HAS_IMAGE, batch_size=4, processes=1, seed=seed)
+        sampler = GroupedSampler(LENGTHS, HAS_IMAGE, 4, 4, 1, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
     assert order(0, 1) == order(0, 1)
     assert order(0, 0) != order(0, 1) != order(1, 1)
-    one = GroupedSampler(LENGTHS, HAS_IMAGE, batch_size=8, processes=1, seed=0)
-    two = GroupedSampler(LENGTHS, HAS_IMAGE, batch_size=4, processes=2, seed=0)
-    assert [set(batch) for batch in batches(one, 8)] == [set(batch) for batch in batches(two, 8)]
+    # What a step sees does not depend on how it is shared out.
+    one = GroupedSampler(LENGTHS, HAS_IMAGE, 16, 16, 1, seed=0)
+    two = GroupedSampler(LENGTHS, HAS_IMAGE, 16, 4, 2, seed=0)
+    assert [set(batch) for batch in batches(one, 16)] == [set(batch) for batch in batches(two, 16)]
     assert len(one) == 1000
 
 
 def test_fewer_records_than_a_batch():
-    sampler = GroupedSampler(np.array([3, 1, 2]), np.array([True, False, True]), batch_size=4, processes=2, seed=0)
+    sampler = GroupedSampler(np.array([3, 1, 2]), np.array([True, False, True]), 8, 4, 2, seed=0)
     assert sorted(sampler) == [0, 1, 2]

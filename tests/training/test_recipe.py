@@ -57,7 +57,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("stage3.moe.capacity_factor=-1.0", "capacity_factor is -1.0, but must be above 0"),
         ("stage3.moe.moe_layers=[0", "'[0' is not YAML"),
         ("model.x=1", "--set model.x=1: model holds a value"),
-        ("stage1=3", "stage1. must be a mapping of settings, but is 3"),
+        ("stage1=3", "stage1 must be a mapping of settings, but is 3"),
     ],
 )
 def test_settings_that_break_a_rule(setting, message):
@@ -110,3 +110,21 @@ def test_several_files_and_a_template(write_recipe):
         load_recipe(file)
     for problem in ("stage2.data has weight 0.0", "stage2.template is 'fi'", "stage3.data is an empty list"):
         assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_to": "tensorboard"}, r"report_to is 'tensorboard', but must be list\[str\]"),
+        ({"model": 5}, "model must be a mapping of settings, but is 5"),
+        ({"stage1__data": "foo.json"}, "stage1.data must be a mapping of settings, but is 'foo.json'"),
+        ({"seed": -1}, "seed is -1, but must lie in 0"),
+        ({"dataloader_workers": -2}, "dataloader_workers is -2, but must lie in 0"),
+        ({"stage1__optimisation__learning_rate": float("nan")}, "stage1.optimisation.learning_rate is nan, but must be above 0"),
+        ({"stage1__optimisation__weight_decay": -3.0}, "stage1.optimisation.weight_decay is -3.0, but must be 0 or above"),
+        ({"stage1__data__weight": float("inf")}, "stage1.data has weight inf for"),
+    ],
+)
+def test_values_that_make_no_sense(write_recipe, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write_recipe(**settings))

@@ -275,3 +275,25 @@ def test_a_stage_on_several_files_in_another_form(write_recipe, tmp_path):
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     train(load_recipe(file), [1], resume=False, console=console)
     assert f"{number + round(number / 2)} records" in console.export_text()
+
+
+def test_a_stage_of_before_a_setting_was_known(write_recipe, tmp_path):
+    """What a recipe does not say is its default, in the folder of a finished stage too."""
+    file = write_recipe()
+    (stage1,) = train(load_recipe(file), [1], resume=False, console=QUIET)
+    made = yaml.safe_load((stage1 / "recipe.yaml").read_text())
+    del made["stage1"]["optimisation"]["packing"], made["torch_compile"]
+    (stage1 / "recipe.yaml").write_text(yaml.safe_dump(made))
+    assert train(load_recipe(file), [1], resume=True, console=QUIET) == [stage1]
+    with pytest.raises(RecipeError, match=r"stage1 was made with stage1.optimisation.packing False, now True"):
+        train(load_recipe(file, ["stage1.optimisation.packing=true"]), [1], resume=True, console=QUIET)
+
+
+def test_all_that_is_wrong_with_the_data_of_all_stages_is_told_at_once(write_recipe, tmp_path):
+    changes = {"stage1__max_length": 36, "stage2__data__file": "none.json", "stage3__data__weight": 0.0001}
+    with pytest.raises(DataError) as caught:
+        train(load_recipe(write_recipe(**changes)), [1, 2, 3], resume=False, console=QUIET)
+    told = str(caught.value)
+    assert "has images of 36 tokens, but stage1.max_length is 36" in told
+    assert "data file none.json does not exist" in told
+    assert "stage3.data has weight 0.0001 for" in told

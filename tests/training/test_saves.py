@@ -82,6 +82,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so(write_recipe, tmp_path, p
     run = command(processes, "train", file, "--stage", "1")
     wait_for(3, work, run)
     run.send_signal(number)
+    if number == signal.SIGTERM:
+        run.send_signal(number)  # as a scheduler and torchrun do; once is enough
     _, errors = run.communicate(timeout=120)
     (save,) = saves(work)
     step = int(save.name.removeprefix("checkpoint-"))
@@ -182,7 +184,9 @@ def test_bad_records_are_skipped_and_counted_if_they_are_few(write_recipe, tiny_
 
     data = data_with_bad_records(tiny_base, tmp_path, 4, 300)
     file = write_recipe(stage1__data=data, on_bad_record="skip", output=str(tmp_path / "more"), **steps)
-    with pytest.raises(ValueError, match=r"4 of 300 records could not be read, more than 1%, the last because line .*skipped.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"4 of the 300 records that the run sees could not be read, more than 1%: .*skipped.jsonl names them"
+    ):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
 
@@ -191,3 +195,46 @@ def test_a_recipe_that_is_written_is_one_that_is_read(write_recipe, tmp_path):
     (stage,) = train(recipe, [1], resume=False, console=QUIET)
     assert load_recipe(stage / "recipe.yaml") == recipe
     assert yaml.safe_load((stage / "recipe.yaml").read_text())["save_total_limit"] == 3
+
+
+def test_a_run_that_was_killed_while_it_was_tidying_up(write_recipe, tmp_path):
+    """The finished stage has its name before its saves go."""
+    file = write_recipe()
+    (stage,) = train(load_recipe(file), [1], resume=False, console=QUIET)
+    left = stage / "checkpoint-2"
+    left.mkdir()
+    (left / "optimizer.pt").write_bytes(b"half of it")
+    assert train(load_recipe(file), [1], resume=True, console=QUIET) == [stage]
+    assert not left.exists()
+
+
+def test_a_run_does_not_go_on_with_other_records(write_recipe, tiny_base, tmp_path, monkeypatch):
+    data = data_with_bad_records(tiny_base, tmp_path, 0, 40)
+    file = write_recipe(stage1__data=data, stage1__optimisation__max_steps=4)
+
+    class Ended(Exception):
+        pass
+
+    def end(*arguments):
+        raise Ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_llava.training.run.finish", end)
+        with pytest.raises(Ended):
+            train(load_recipe(file), [1], resume=False, console=QUIET)
+    lines = Path(data["file"]).read_text().splitlines()
+    Path(data["file"]).write_text("\n".join(lines[::-1]))
+    with pytest.raises(ValueError, match=r"\.stage1 was begun on 40 records, and its data files now hold others \(40\): put them back"):
+        train(load_recipe(file), [1], resume=True, console=QUIET)
+    Path(data["file"]).write_text("\n".join(lines))
+    os.utime(data["file"], ns=(1, 1))
+    train(load_recipe(file), [1], resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize("kind", ["a file", "an empty folder"])
+def test_something_else_in_the_way(write_recipe, tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run" / "stage1"
+    place.mkdir() if kind == "an empty folder" else place.write_text("x")
+    with pytest.raises(ValueError, match=r"stage1 is in the way: it is no stage that was finished or begun"):
+        train(load_recipe(write_recipe()), [1], resume=True, console=QUIET)
