@@ -125,7 +125,7 @@ def find_folder(benchmark: Benchmark, data: Path) -> Path:
         if not missing[folder]:
             return folder
     folder = min(missing, key=lambda place: len(missing[place]))
-    lines = [f"{name}: {benchmark.files[name]}" for name in missing[folder]]
+    lines = [f"{name.replace(' | ', ' or ')}: {benchmark.files[name]}" for name in missing[folder]]
     raise BenchmarkError(f"{benchmark.title} needs in {folder}, or in a folder {benchmark.folder} there:\n  " + "\n  ".join(lines))
 
 
@@ -170,10 +170,20 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def take(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """Raises BenchmarkError if a record lacks a key."""
+    """Raises BenchmarkError if a record lacks a key, or is no record."""
+    if not isinstance(record, Mapping):
+        raise BenchmarkError(f"{where} must be an object, but is {str(record)[:60]}")
     if key not in record:
         raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record))}")
     return record[key]
+
+
+def take_list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """Raises BenchmarkError if a record has no list there."""
+    value = take(record, key, where)
+    if not isinstance(value, list):
+        raise BenchmarkError(f"{where} must have a list of {key!r}, but has {str(value)[:60]}")
+    return value
 
 
 def llava_questions(file: Path, images: Path) -> list[Question]:

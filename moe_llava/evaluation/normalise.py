@@ -9,11 +9,12 @@ is for each benchmark to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.benchmark import total
+from moe_llava.evaluation.benchmark import BenchmarkError, take, take_list, total
 
 NUMBERS = {
     "none": "0",
@@ -30,7 +31,7 @@ NUMBERS = {
     "ten": "10",
 }
 ARTICLES = ("a", "an", "the")
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 # Each is what is written for itself with any one of its apostrophes missing: hadn't've for hadnt've and hadn'tve.
 # The published table also has I'm, I've and I'd've, which never match, as words are lower-case by then.
@@ -41,10 +42,9 @@ CONTRACTIONS = """
     something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
     we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
-SPELLED = {
-    word[: place.start()] + word[place.end() :]: word for word in CONTRACTIONS for place in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # the wrong way round, as published
+"""
+SPELLED = {word[: place.start()] + word[place.end() :]: word for word in CONTRACTIONS.split() for place in re.finditer("'", word)}
+SPELLED["somebody'd"] = "somebodyd"  # the wrong way round, as published
 
 # `re.UNICODE` stands where the published code has to say how many full stops to strip at most, and it is 32.
 MOST_STOPS = int(re.UNICODE)
@@ -87,6 +87,16 @@ def leave_one_out(given: str, truths: Sequence[str]) -> float:
     same = [truth == given for truth in truths]
     matches = sum(same)
     return total(np.array([min(1.0, (matches - left_out) / 3) for left_out in same])) / len(same)
+
+
+def annotators(record: Mapping[str, Any], where: str) -> list[str]:
+    """The `answers` of a record: texts, or records with an `answer` each. Raises BenchmarkError if there are none."""
+    answers = [
+        str(take(answer, "answer", where) if isinstance(answer, Mapping) else answer) for answer in take_list(record, "answers", where)
+    ]
+    if not answers:
+        raise BenchmarkError(f"{where} has an empty list of answers, but must have those of its annotators")
+    return answers
 
 
 def _one_line(text: str) -> str:
