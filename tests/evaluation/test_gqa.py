@@ -81,6 +81,14 @@ def test_scores_worked_by_hand(folder):
     assert GQA.questions(folder)[0].images == (folder / "data" / "images" / "n1.jpg",)
 
 
+def test_without_programs_there_are_no_steps(folder):
+    file = next(folder.rglob("testdev_balanced_questions.json"))
+    file.write_text(json.dumps({key: {name: x for name, x in value.items() if name != "semantic"} for key, value in TRUTH.items()}))
+    _, found = scores(folder, {"201": "yes"})
+    assert found["scores"]["accuracy"] == 25.0
+    assert not any(name.startswith("steps/") for name in found["scores"])
+
+
 def test_a_missing_answer_is_named_and_wrong(folder):
     right, found = scores(folder, {"201": "yes", "203": "", "204": "red\n"})
     assert right == [True, False, False, False]

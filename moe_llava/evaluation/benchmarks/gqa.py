@@ -52,8 +52,10 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
         record = truth[question.id]
         if take(record, "isBalanced", where):
             items.append({"id": question.id} | _item(record, text, where))
-            units.append(str(take(record, "imageId", where)))
-    return mean_by(items, ("answers", "structural", "semantic", "words", "steps"), units)
+            units.append(str(question.images[0]) if question.images else question.id)
+    # Only files with the questions' programs tell how many steps they take.
+    steps = ("steps",) if all(item["steps"] is not None for item in items) else ()
+    return mean_by(items, ("answers", "structural", "semantic", "words", *steps), units)
 
 
 def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any
         "structural": structural,
         "semantic": take(types, "semantic", where),
         "words": len(take(record, "question", where).split()),
-        "steps": _steps(take_list(record, "semantic", where), where),
+        "steps": _steps(take_list(record, "semantic", where), where) if "semantic" in record else None,
     }
 
 
