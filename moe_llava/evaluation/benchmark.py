@@ -89,7 +89,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`folder`: its name in LLaVA's evaluation folder. `files`: what is needed there, path -> what for. `questions`: from the folder.
+    """`folder`: its name in LLaVA's evaluation folder. `files`: what is needed there, path -> what for; of "a | b" one is enough.
+    `questions`: from the folder.
     `score`: from folder, questions, and what was given to each, None where nothing was; None if only a server or a judge can.
     `upload`: writes what the benchmark's server takes, from the same and a folder to write into, and returns the files."""
 
@@ -120,12 +121,24 @@ def find_folder(benchmark: Benchmark, data: Path) -> Path:
     """
     missing = {}
     for folder in (data, data / benchmark.folder):
-        missing[folder] = [name for name in benchmark.files if not (folder / name).exists()]
+        missing[folder] = [name for name in benchmark.files if not any(path.exists() for path in _choices(folder, name))]
         if not missing[folder]:
             return folder
     folder = min(missing, key=lambda place: len(missing[place]))
-    lines = [f"{name}: {benchmark.files[name]}" for name in missing[folder]]
+    lines = [f"{name.replace(' | ', ' or ')}: {benchmark.files[name]}" for name in missing[folder]]
     raise BenchmarkError(f"{benchmark.title} needs in {folder}, or in a folder {benchmark.folder} there:\n  " + "\n  ".join(lines))
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The first of "a | b" that is there. Raises BenchmarkError if none is."""
+    found = next((path for path in _choices(folder, name) if path.exists()), None)
+    if found is None:
+        raise BenchmarkError(f"{folder} has no {name.replace(' | ', ' and no ')}")
+    return found
+
+
+def _choices(folder: Path, name: str) -> list[Path]:
+    return [folder / choice for choice in name.split(" | ")]
 
 
 def read_json(file: Path) -> Any:
@@ -157,10 +170,20 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def take(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """Raises BenchmarkError if a record lacks a key."""
+    """Raises BenchmarkError if a record lacks a key, or is no record."""
+    if not isinstance(record, Mapping):
+        raise BenchmarkError(f"{where} must be an object, but is {str(record)[:60]}")
     if key not in record:
         raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record))}")
     return record[key]
+
+
+def take_list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """Raises BenchmarkError if a record has no list there."""
+    value = take(record, key, where)
+    if not isinstance(value, list):
+        raise BenchmarkError(f"{where} must have a list of {key!r}, but has {str(value)[:60]}")
+    return value
 
 
 def llava_questions(file: Path, images: Path) -> list[Question]:

@@ -1,0 +1,132 @@
+"""VizWiz-VQA (Gurari et al., arXiv 1802.08218): questions that blind people asked about photos of theirs; many cannot be answered.
+
+The test set's answers are a server's secret. The validation set is scored here: VQA accuracy in percent, as the published script, which
+takes the annotators' answers as they are. How well a model knows what cannot be answered: precision, recall and F1, in percent, of the
+answer "unanswerable" for the questions that are marked so. (The challenge asks for a confidence instead of an answer, and adds the average
+precision.)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_llava.evaluation.benchmark import (
+    SINGLE_WORD,
+    Benchmark,
+    BenchmarkError,
+    Columns,
+    Question,
+    Scored,
+    find_file,
+    llava_questions,
+    ratio,
+    read_json,
+    take,
+)
+from moe_llava.evaluation.means import mean_by
+from moe_llava.evaluation.normalise import annotators, evalai, leave_one_out, vqa
+
+TEST = "llava_test.jsonl"
+VALIDATION = "val.json"
+QUESTIONS = f"{TEST} | {VALIDATION}"
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def questions(folder: Path) -> list[Question]:
+    """Those of LLaVA's question file, if it is there, or else the validation set's. In this order, because val.json comes with the test
+    set."""
+    file = find_file(folder, QUESTIONS)
+    if file.name == TEST:
+        return llava_questions(file, folder / "test")
+    return [
+        Question(image, take(record, "question", f"{image} of {file}") + UNANSWERABLE + SINGLE_WORD, (folder / "val" / image,))
+        for image, record in _records(file).items()
+    ]
+
+
+def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+    if not (folder / VALIDATION).exists():
+        raise BenchmarkError(
+            f"VizWiz's test set is scored by a server, which takes an upload; "
+            f"for the validation set to be scored here, {folder} lacks {VALIDATION}"
+        )
+    records = _records(folder / VALIDATION)
+    items = []
+    for question, text in zip(asked, given, strict=True):
+        image = _image(question)
+        if image not in records:
+            raise BenchmarkError(
+                f"{image} of {folder / TEST} is not in {VALIDATION}: a server scores the test set; "
+                f"to be asked the validation set's questions, have {VALIDATION} in a folder without {TEST}"
+            )
+        items.append({"id": question.id} | _item(records[image], text, f"{image} of {folder / VALIDATION}"))
+    scored = mean_by(items, ("answer_type",), [item["id"] for item in items])
+    marks = {name: np.array([item[name] for item in items], dtype=bool) for name in ("unanswerable", "refused")}
+
+    def measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
+        return scored.measure(columns, weights) | _refusals(columns, weights)
+
+    return replace(scored, columns={**scored.columns, **marks}, measure=measure)
+
+
+def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any]:
+    truths = annotators(record, where)
+    read = None if text is None else vqa(text)
+    unanswerable = not take(record, "answerable", where)
+    return {
+        "given": text,
+        "read": read,
+        "expected": truths,
+        "right": 0.0 if read is None else leave_one_out(read, truths),
+        "answer_type": str(take(record, "answer_type", where)),
+        "unanswerable": unanswerable,
+        # A missing answer counts as the wrong one.
+        "refused": not unanswerable if read is None else read == "unanswerable",
+    }
+
+
+def _refusals(columns: Columns, weights: np.ndarray) -> dict[str, float]:
+    refused, unanswerable = columns["refused"], columns["unanswerable"]
+    hits = float(weights[refused & unanswerable].sum())
+    precision, recall = ratio(hits, float(weights[refused].sum())), ratio(hits, float(weights[unanswerable].sum()))
+    f1 = ratio(2 * precision * recall, precision + recall)
+    return {"unanswerable/precision": 100 * precision, "unanswerable/recall": 100 * recall, "unanswerable/f1": 100 * f1}
+
+
+def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
+    """`vizwiz.json`: the answers by EvalAI's normalisation, as LLaVA sends them; "" for a question without one."""
+    file = out / "vizwiz.json"
+    out.mkdir(parents=True, exist_ok=True)
+    answers = zip(asked, given, strict=True)
+    file.write_text(json.dumps([{"image": _image(question), "answer": evalai(text or "")} for question, text in answers]))
+    return [file]
+
+
+def _records(file: Path) -> dict[str, dict[str, Any]]:
+    """Image name -> its record: there is one question about each."""
+    records = read_json(file)
+    if not isinstance(records, list):
+        raise BenchmarkError(f"{file} must be a list of records, but is {str(records)[:60]}")
+    return {str(take(record, "image", f"record {number} of {file}")): record for number, record in enumerate(records, start=1)}
+
+
+def _image(question: Question) -> str:
+    if not question.images:
+        raise BenchmarkError(f"question {question.id} of VizWiz has no image, by which its answers are known")
+    return Path(str(question.images[0])).name
+
+
+BENCHMARK = Benchmark(
+    name="vizwiz",
+    title="VizWiz",
+    folder="vizwiz",
+    files={QUESTIONS: "the questions, of the test set or of the validation set"},
+    questions=questions,
+    score=score,
+    upload=upload,
+)
