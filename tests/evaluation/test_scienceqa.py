@@ -96,10 +96,24 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
     assert found["scores"]["accuracy"] == 7 / 40 * 100
 
 
-def test_the_questions_must_be_the_test_split(folder, answers, tmp_path):
-    for name in ("llava_test_CQM-A.json", "problems.json", "pid_splits.json"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    splits = json.loads((tmp_path / "pid_splits.json").read_text())
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": [*splits["test"], "77"]}))
-    with pytest.raises(BenchmarkError, match="1 are in one only, such as 77"):
-        scored(tmp_path, answers)
+def change(folder, to, name, old, new):
+    for file in ("llava_test_CQM-A.json", "problems.json", "pid_splits.json"):
+        text = (folder / file).read_text()
+        assert file != name or old in text
+        (to / file).write_text(text.replace(old, new, 1) if file == name else text)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("pid_splits.json", '"test": [', '"test": ["77", ', "1 are in one only, such as 77"),
+        ("problems.json", '"1000"', '"77"', r"problems.json has no problem 1000, which llava_test_CQM-A.json asks about"),
+        ("problems.json", '"answer": 0', '"answer": 2', r"question 1000 of .*problems.json has the answer 2, but the options A, B"),
+        ("problems.json", '"grade2"', '"grade13"', r"problem 1000 of .*problems.json has the grade 'grade13', but must have grade1 to"),
+        ("llava_test_CQM-A.json", '"conversations"', '"turns"', r"record 1 of .*llava_test_CQM-A.json has no 'conversations'"),
+    ],
+)
+def test_damaged_files(folder, answers, tmp_path, name, old, new, message):
+    with pytest.raises(BenchmarkError, match=message):
+        scored(change(folder, tmp_path, name, old, new), answers)

@@ -44,8 +44,9 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
     _check_split(folder, asked)
     items, groups = [], []
     for question, text in zip(asked, given, strict=True):
-        problem = take(problems, question.id, str(file))
-        where = f"problem {question.id} of {file}"
+        if question.id not in problems:
+            raise BenchmarkError(f"{file} has no problem {question.id}, which {QUESTIONS} asks about")
+        problem, where = problems[question.id], f"problem {question.id} of {file}"
         options = lettered(take(problem, "choices", where))
         answer = take(problem, "answer", where)
         expected = dict(enumerate(options)).get(answer, answer)
@@ -67,7 +68,7 @@ def _check_split(folder: Path, asked: list[Question]) -> None:
 
 def _parts(problem: dict[str, Any], where: str) -> list[str]:
     hint, image, grade = (take(problem, key, where) for key in ("hint", "image", "grade"))
-    year = re.fullmatch(r"grade(\d+)", grade)
+    year = re.fullmatch(r"grade(\d+)", str(grade))
     if year is None or not 1 <= int(year[1]) <= 12:
         raise BenchmarkError(f"{where} has the grade {grade!r}, but must have grade1 to grade12")
     contexts = ["context/text"] * bool(hint) + ["context/image"] * bool(image)
