@@ -1,0 +1,169 @@
+"""MMBench (Liu et al., arXiv 2307.06281), and in mmbench_cn.py the same in Chinese: a table of questions with up to four options, each
+asked again with the options rotated. A question is right if all of its rotations are.
+
+Published reading, as in VLMEvalKit before it asks a language model: exactly one option's letter among the words, punctuation apart; if no
+single letter is there, exactly one option's text within the answer, in lower case. What neither reads counts as wrong.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_llava.evaluation.benchmark import LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
+from moe_llava.evaluation.choices import judged, scored
+
+# A rotation's index is that of its question plus a multiple of this.
+ROTATION = 1_000_000
+CATEGORIES = ("category", "l2-category")
+PUNCTUATION = str.maketrans(".()[],:;!*#{}", " " * 13)
+NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+def read_questions(file: Path, suffix: str) -> list[Question]:
+    """Raises BenchmarkError, naming the row, if one is not as the header says or its index or image is damaged."""
+    questions = []
+    for number, row in enumerate(_rows(file), start=1):
+        where = f"row {number} of {file}"
+        index, text = take(row, "index", where), take(row, "question", where)
+        if not index.isdecimal():
+            raise BenchmarkError(f"{where} has the index {index!r}, but must have a number")
+        # All is text here, so an option may be "None" or "NA"; an empty cell is no option, and no hint.
+        options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
+        lines = [row["hint"]] * bool(row.get("hint")) + [text] + [f"{letter}. {option}" for letter, option in options.items()]
+        image = InlineImage(f"{index}.jpg", _decoded(take(row, "image", where), where))
+        extra = {"row": {key: value for key, value in row.items() if key != "image"}, "options": options}
+        questions.append(Question(index, "\n".join(lines) + suffix, (image,), extra))
+    return questions
+
+
+def _rows(file: Path) -> Iterable[dict[str, str]]:
+    csv.field_size_limit(sys.maxsize)  # an image is longer than the usual limit
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        try:
+            header, *rows = [row for row in csv.reader(stream, delimiter="\t", strict=True) if row]
+        except (ValueError, csv.Error) as error:
+            raise BenchmarkError(f"{file} is no table of tab-separated values in UTF-8: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise BenchmarkError(f"row {number} of {file} has {len(row)} cells, but must have {len(header)}: {', '.join(header)}")
+        yield dict(zip(header, row, strict=True))
+
+
+def _decoded(image: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BenchmarkError(f"{where} has an image that is not base64: {error}") from error
+
+
+def read(text: str, options: Mapping[str, str]) -> str | None:
+    """As published."""
+    words = text.translate(PUNCTUATION).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1:
+        return letters[0]
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def scorer(name: str) -> Callable[[Path, list[Question], list[str | None]], Scored]:
+    """Of the table of this name."""
+
+    def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+        return score_rotations(folder / name, asked, given)
+
+    return score
+
+
+def score_rotations(file: Path, asked: list[Question], given: list[str | None]) -> Scored:
+    """Items are rows; the first of each question counts, for all of its rotations. Raises BenchmarkError if the table has no answers."""
+    if asked and "answer" not in asked[0].extra["row"]:
+        raise BenchmarkError(f"{file} has no column 'answer': only its server can score answers to it")
+    items: list[dict[str, Any]] = []
+    groups: list[list[str]] = []
+    wrong: dict[str, set[str]] = {"": set(), LENIENT: set()}
+    seen: set[str] = set()
+    for question, text in zip(asked, given, strict=True):
+        row, options = question.extra["row"], question.extra["options"]
+        item = judged(question, text, None if text is None else read(text, options), options, row["answer"], file)
+        unit = _unit(question)
+        for suffix in wrong:
+            if not item[f"right{suffix}"]:
+                wrong[suffix].add(unit)
+        items.append(item)
+        groups.append([] if unit in seen else ["accuracy", *(f"{key}/{row[key]}" for key in CATEGORIES if row.get(key))])
+        seen.add(unit)
+    units = [_unit(question) for question in asked]
+    found = scored(items, groups, units)
+    circular = {suffix: np.array([unit not in wrong[suffix] for unit in units], dtype=float) for suffix in wrong}
+    return replace(found, columns={**found.columns, **circular})
+
+
+def _unit(question: Question) -> str:
+    """The index without its rotation."""
+    return str(int(question.id) % ROTATION)
+
+
+def uploader(name: str) -> Callable[[Path, list[Question], list[str | None], Path], list[Path]]:
+    """To a file of this name."""
+
+    def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
+        file = out / f"{name}.xlsx"
+        write_excel(file, asked, given)
+        return [file]
+
+    return upload
+
+
+def write_excel(file: Path, asked: list[Question], given: list[str | None]) -> None:
+    """The table that the server takes, as LLaVA's script writes it: index, question, options, prediction, and what else there is. Where
+    there is no answer, the prediction is empty. Raises BenchmarkError if openpyxl is not installed."""
+    try:
+        openpyxl = importlib.import_module("openpyxl")
+    except ImportError as error:
+        raise BenchmarkError("the upload is an Excel file, and writing one needs openpyxl: pip install openpyxl") from error
+    illegal = importlib.import_module("openpyxl.cell.cell").ILLEGAL_CHARACTERS_RE
+    book = openpyxl.Workbook()
+    for line, cells in enumerate(upload_rows(asked, given), start=1):
+        for column, value in enumerate(cells, start=1):
+            cell = book.active.cell(line, column, illegal.sub("", value) if isinstance(value, str) else value)
+            if isinstance(value, str):
+                cell.data_type = "s"  # an answer such as "=1" is no formula
+    book.save(file)
+
+
+def upload_rows(asked: list[Question], given: list[str | None]) -> list[list[Any]]:
+    """The header, then a row for each question."""
+    columns = [key for key in asked[0].extra["row"] if key not in NOT_UPLOADED] if asked else []
+    place = columns.index("D") + 1 if "D" in columns else len(columns)
+    rows: list[list[Any]] = [columns[:place] + ["prediction"] + columns[place:]]
+    for question, text in zip(asked, given, strict=True):
+        cells: list[Any] = [int(value) if key == "index" else value for key, value in question.extra["row"].items() if key in columns]
+        rows.append(cells[:place] + [text or ""] + cells[place:])
+    return rows
+
+
+def mmbench(name: str, title: str, folder: str, table: str, suffix: str) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        folder=folder,
+        files={table: "questions, images and answers"},
+        questions=lambda place: read_questions(place / table, suffix),
+        score=scorer(table),
+        upload=uploader(folder),
+        max_new_tokens=1024,
+    )
+
+
+BENCHMARK = mmbench("mmbench", "MMBench", "mmbench", "mmbench_dev_20230712.tsv", LETTER)
