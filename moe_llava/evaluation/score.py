@@ -10,7 +10,8 @@ from moe_llava.evaluation.judge import Judge
 
 
 def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
-    """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `unknown` (ids of answers to no question).
+    """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `unknown` (ids of answers to no question), and
+    `model` if the answers name one (`model_id`).
 
     Raises BenchmarkError if files are missing or damaged, or if only a server or a judge can score the benchmark.
     """
@@ -21,8 +22,8 @@ def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
     folder = find_folder(benchmark, data)
     if benchmark.score is None:
         raise BenchmarkError(f"{benchmark.title} cannot be scored here: its truth is not public")
-    questions, given, unknown = _paired(benchmark, folder, answers)
-    return result(benchmark, benchmark.score(folder, questions, given), questions, given) | {"unknown": unknown}
+    questions, given, rest = _paired(benchmark, folder, answers)
+    return result(benchmark, benchmark.score(folder, questions, given), questions, given) | rest
 
 
 def judge_answers(
@@ -37,16 +38,19 @@ def judge_answers(
     if benchmark.judge is None:
         raise BenchmarkError(f"{benchmark.title} needs no judge: moe-llava score {name} --data {data} --answers {answers}")
     folder = find_folder(benchmark, data)
-    questions, given, unknown = _paired(benchmark, folder, answers)
+    questions, given, rest = _paired(benchmark, folder, answers)
     judge = Judge(endpoint, model, answers.with_name(f"{answers.stem}.judged.jsonl"))
     scored = benchmark.judge(folder, questions, given, judge)
     return result(benchmark, scored, questions, given) | {
-        "unknown": unknown,
+        **rest,
         "judge": judge.summary(prices),
         "unreadable": [item["id"] for item in scored.items if item["given"] is not None and item["read"] is None],
     }
 
 
-def _paired(benchmark: Benchmark, folder: Path, answers: Path) -> tuple[list[Question], list[str | None], list[str]]:
-    questions = benchmark.questions(folder)
-    return questions, *pair(questions, read_json_lines(answers), answers)
+def _paired(benchmark: Benchmark, folder: Path, file: Path) -> tuple[list[Question], list[str | None], dict[str, Any]]:
+    """Questions, what was given to each, and what the answers tell besides."""
+    questions, answers = benchmark.questions(folder), read_json_lines(file)
+    given, unknown = pair(questions, answers, file)
+    models = {str(answer["model_id"]) for answer in answers if answer.get("model_id")}
+    return questions, given, {"unknown": unknown} | ({"model": models.pop()} if len(models) == 1 else {})
