@@ -29,20 +29,25 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """In the benchmark's own unit; `low` to `high` is the 95% interval."""
+    """A measured score in the benchmark's own unit, with its 95% interval, or a published one as it was printed."""
 
-    value: float
+    value: float | str
     low: float | None = None
     high: float | None = None
     questions: int | None = None
     missing: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}"
+        return self.value if isinstance(self.value, str) else _rounded(self.value)
 
     @property
     def interval(self) -> str:
-        return "" if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"
+        return "" if self.low is None or self.high is None else f"{_rounded(self.low)} to {_rounded(self.high)}"
+
+
+def _rounded(value: float) -> str:
+    """To four digits, noughts at the end among them."""
+    return f"{value:#.4g}".rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def _place(column: Column) -> tuple[Any, ...]:
 def _published() -> Block:
     columns = [Column(name, heading) for name, heading in published.COLUMNS.items()]
     rows = {
-        model: {column: Cell(value) for column, value in zip(columns, values, strict=True) if value is not None}
+        model: {column: Cell(value) for column, value in zip(columns, values.split(), strict=True) if value != "-"}
         for model, values in published.ROWS.items()
     }
     return Block("published", f"Published, not measured here: {published.SOURCE}", [published.NOTE], columns, rows)

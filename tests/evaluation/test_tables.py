@@ -49,8 +49,8 @@ def test_markdown(runs):
         "",
         head,
         "| --- | ---: | ---: | ---: | ---: |",
-        "| a\\|&lt;b> | 0.8567 [0.8467 to 0.8667] | 75 [74.99 to 75.01] | 30.13 [30.12 to 30.14] |  |",
-        "| plain | 0.9 [0.89 to 0.91] |  |  | 31 [30.99 to 31.01] |",
+        "| a\\|&lt;b> | 0.8567 [0.8467 to 0.8667] | 75.00 [74.99 to 75.01] | 30.13 [30.12 to 30.14] |  |",
+        "| plain | 0.9000 [0.8900 to 0.9100] |  |  | 31.00 [30.99 to 31.01] |",
         "",
         "- In brackets: 95% bootstrap intervals.",
         "- a\\|&lt;b>, MM-Vet: 2 of 1,000 questions whose judgement could not be read.",
@@ -63,13 +63,13 @@ def test_published_scores_stand_apart(runs):
     measured, apart = write_table(runs, "markdown", True).split("\n## Published")
     assert measured == write_table(runs, "markdown", False)
     assert apart.startswith(", not measured here: Lin et al., MoE-LLaVA, arXiv 2401.15947v5")
-    assert "| LLaVA-1.5-7B (dense) | 78.5 | 62 | 50 | 66.8 | 58.2 | 85.9 | 1511 | 64.3 |  | 30.5 |" in apart
+    assert "| LLaVA-1.5-7B (dense) | 78.5 | 62.0 | 50.0 | 66.8 | 58.2 | 85.9 | 1511 | 64.3 |  | 30.5 |" in apart
     assert "plain" not in apart
 
 
 def test_published_scores_belong_to_benchmarks():
     assert set(published.COLUMNS) <= set(NAMES)
-    assert {len(values) for values in published.ROWS.values()} == {len(published.COLUMNS)}
+    assert {len(values.split()) for values in published.ROWS.values()} == {len(published.COLUMNS)}
 
 
 def test_csv(runs):
@@ -131,7 +131,7 @@ def test_html(runs):
         "MM-Vettotaljudge judge-1",
         "MM-Vettotaljudge judge-2",
     ]
-    assert measured[1] == ["a|<b>", "0.8567[0.8467 to 0.8667]", "75[74.99 to 75.01]", "30.13[30.12 to 30.14]", ""]
+    assert measured[1] == ["a|<b>", "0.8567[0.8467 to 0.8667]", "75.00[74.99 to 75.01]", "30.13[30.12 to 30.14]", ""]
     assert [row[0] for row in apart] == ["model", *published.ROWS]
     assert not re.search(r"(src|href|url\()", page)
 
