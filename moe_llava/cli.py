@@ -357,7 +357,7 @@ def judge(
         print(json.dumps(found))
         return
     _print_scores(found)
-    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in ({"judge": judge_model} | found["judge"]).items() if value != []))
+    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["judge"].items()))
 
 
 @app.command()

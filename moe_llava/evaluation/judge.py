@@ -101,7 +101,7 @@ class Judge:
         keys = [self._key(messages) for messages in conversations]
         self._used.update(keys)
         waiting = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in self._replies}
-        progress = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
+        progress = Progress(console=Console(stderr=True), disable=not (waiting and sys.stderr.isatty()))
         with progress, ThreadPoolExecutor(AT_ONCE) as pool:
             bar = progress.add_task(f"asking {self.model}", total=len(waiting))
             asked = [pool.submit(self._ask_and_keep, key, messages) for key, messages in waiting.items()]

@@ -8,6 +8,7 @@ import pytest
 from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark
 from moe_llava.evaluation.benchmarks.mm_vet import read_share
 from moe_llava.evaluation.score import judge_answers
+from moe_llava.evaluation.tables import write_table
 from tests.conftest import run_command
 from tests.evaluation.judging_server import Told, serving
 
@@ -29,7 +30,9 @@ def data(tmp_path, monkeypatch):
 
 
 def answer(data, *texts):
-    (data / "answers.jsonl").write_text("\n".join(json.dumps({"question_id": n, "text": text}) for n, text in enumerate(texts)))
+    (data / "answers.jsonl").write_text(
+        "\n".join(json.dumps({"question_id": n, "text": text, "model_id": "mine"}) for n, text in enumerate(texts))
+    )
 
 
 def share(prompt, before):
@@ -59,7 +62,10 @@ def test_scores_by_the_command(data):
     assert 10 <= low < 47.5 < high <= 100
     assert found["judge"]["cost"] == (400 * 10 + 40 * 100) / 1e6
     assert "47.5" in shown.stdout
-    assert "judge m" in shown.stdout.replace("model m, ", "")
+    assert "model m, served ['served-name'], replies 4, asked 0, prompt tokens 400, completion tokens 40" in shown.stdout
+    (data / "result.json").write_text(done.stdout)
+    table = write_table([data / "result.json"], "csv", False).splitlines()[1]
+    assert table == f"measured,mine,mm-vet,total,47.5,{low},{high},4,0,m"
     assert (data / "answers.judged.jsonl").exists()
 
 
