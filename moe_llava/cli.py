@@ -336,6 +336,43 @@ def score(
         _print_scores(found)
 
 
+@app.command()
+def judge(
+    name: Annotated[str, typer.Argument(help="llava-bench or mm-vet")],
+    data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
+    answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text; the judge's replies are kept beside it")],
+    endpoint: Annotated[str, typer.Option(help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")],
+    judge_model: Annotated[str, typer.Option(help="the model that judges, by the name that the server has for it")],
+    prices: Annotated[
+        tuple[float, float] | None, typer.Option(min=0, help="of a million tokens of prompts, and of replies, to tell the cost")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Scores answers by the opinion of a language model. Its API key is read from MOE_LLAVA_JUDGE_KEY; nothing is asked twice."""
+    with user_errors():
+        from moe_llava.evaluation.score import judge_answers
+
+        found = judge_answers(name, data, answers, endpoint, judge_model, prices)
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print_scores(found)
+    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["judge"].items()))
+
+
+@app.command()
+def table(
+    results: Annotated[list[Path], typer.Argument(help="result.json files, or folders with BENCHMARK/result.json")],
+    form: Annotated[str, typer.Option("--format", help="markdown, csv or html")] = "markdown",
+    reference: Annotated[bool, typer.Option("--reference", help="add the paper's published scores, apart")] = False,
+) -> None:
+    """Puts the main scores of models side by side, with 95% intervals."""
+    with user_errors():
+        from moe_llava.evaluation.tables import write_table
+
+        print(write_table(results, form, reference), end="")
+
+
 def _print_scores(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -347,8 +384,13 @@ def _print_scores(found: dict[str, Any]) -> None:
         low, high = found["intervals"][name]
         table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
     Console().print(table)
-    for key, words in (("missing", "questions without an answer, counted as wrong"), ("unknown", "answers to no question")):
-        if found[key]:
+    told = {
+        "missing": "questions without an answer, counted as wrong",
+        "unknown": "answers to no question",
+        "unreadable": "questions whose judgement could not be read, counted as wrong",
+    }
+    for key, words in told.items():
+        if found.get(key):
             print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
 
 

@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from moe_llava.evaluation.statistics import bootstrap
+
+if TYPE_CHECKING:
+    from moe_llava.evaluation.judge import Judge
 
 # Name -> its module in benchmarks/.
 NAMES = {
@@ -92,7 +95,8 @@ class Benchmark:
     """`folder`: its name in LLaVA's evaluation folder. `files`: what is needed there, path -> what for; of "a | b" one is enough.
     `questions`: from the folder.
     `score`: from folder, questions, and what was given to each, None where nothing was; None if only a server or a judge can.
-    `upload`: writes what the benchmark's server takes, from the same and a folder to write into, and returns the files."""
+    `upload`: writes what the benchmark's server takes, from the same and a folder to write into, and returns the files. `judge`: scores by
+    the opinion of a language model; items have "read", None where it could not be read. `headline`: the scores to show in a table."""
 
     name: str
     title: str
@@ -102,6 +106,8 @@ class Benchmark:
     score: Callable[[Path, list[Question], list[str | None]], Scored] | None = None
     upload: Callable[[Path, list[Question], list[str | None], Path], list[Path]] | None = None
     max_new_tokens: int = 128
+    judge: Callable[[Path, list[Question], list[str | None], Judge], Scored] | None = None
+    headline: tuple[str, ...] = ()
 
 
 def find_benchmark(name: str) -> Benchmark:

@@ -116,4 +116,5 @@ BENCHMARK = Benchmark(
     },
     questions=questions,
     score=score,
+    headline=("f1",),
 )
