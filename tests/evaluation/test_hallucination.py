@@ -2,14 +2,16 @@
 
 import json
 import random
+import re
 
 import pytest
 
-from moe_llava.digits.scenes import sample_scene
+from moe_llava.digits.dataset import write_dataset
+from moe_llava.digits.scenes import COLOURS
 from moe_llava.evaluation.benchmark import BenchmarkError, read_json_lines
 from moe_llava.evaluation.hallucination import read_annotations, write_pope_questions
 from moe_llava.evaluation.score import score_answers
-from tests.conftest import run_command
+from tests.conftest import REPOSITORY, run_command
 
 # Pictures that show it: cup 4, fork 4, table 4, dog 3, ball 3, lamp 2, apple 1.
 SHOWN = {
@@ -132,13 +134,19 @@ def test_articles(tmp_path):
     assert {"Is there an apple in the image?", "Is there a red 7 in the image?", "Is there an umbrella in the image?"} <= texts
 
 
-def test_the_digits_world(tmp_path):
-    """Its scenes are pictures that show digits."""
-    rng = random.Random(0)
-    scenes = [sample_scene(rng) for _ in range(40)]
-    shown = {f"{number:06d}.png": [item.name for item in scene.items] for number, scene in enumerate(scenes)}
-    counts = write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
-    assert counts["images"] == sum(len(scene.items) >= 3 for scene in scenes) > 0
+def test_the_digits_world(tmp_path, monkeypatch):
+    """Its pictures, annotated as the document says."""
+    (tmp_path / "runs" / "digits" / "data").mkdir(parents=True)
+    write_dataset(tmp_path / "runs" / "digits" / "data", train_images=1, test_images=30)
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "robustness.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(script, {})
+    shown = read_annotations(tmp_path / "runs" / "digits" / "objects.jsonl")
+    assert len(shown) == 30
+    colours = "|".join(COLOURS)
+    assert all(re.fullmatch(rf"({colours}) \d", item) for items in shown.values() for item in items)
+    counts = write_pope_questions(tmp_path / "runs" / "digits" / "objects.jsonl", tmp_path / "out")
+    assert counts["images"] == sum(len(items) >= 3 for items in shown.values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from moe_llava.evaluation.benchmark import LETTER, SINGLE_WORD, BenchmarkError, Question
 from moe_llava.evaluation.perturb import ADVERSARIAL, KINDS, STRENGTHS, TEXTUAL, VALUES, VISUAL, parse_perturbations, perturb
+from tests.conftest import REPOSITORY
 
 ASKED = "What colour has the small boat in front of the old harbour, and how many people sit in it?"
 OPTIONS = "\nA. red, three of them\nB. dark blue\nC. white"
@@ -188,6 +189,13 @@ def test_parse():
 def test_parse_errors(text, message):
     with pytest.raises(BenchmarkError, match=message):
         parse_perturbations(text)
+
+
+def test_the_document_has_the_values():
+    text = (REPOSITORY / "docs" / "robustness.md").read_text(encoding="utf-8")
+    for name, values in VALUES.items():
+        (row,) = re.findall(rf"^\| `{name}`: .*?((?: \| [\d.]+){{5}}) \|$", text, re.MULTILINE)
+        assert [float(value) for value in row.split("|")[1:]] == list(STRENGTHS if name == "paraphrase" else values)
 
 
 def test_attacks_are_not_of_a_question_alone():
