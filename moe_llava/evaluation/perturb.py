@@ -73,7 +73,7 @@ DISTRACTIONS = (
 
 # From here on a prompt says how to answer, or lists what to choose from.
 KEPT = re.compile(
-    r"^[ \t]*(?:\(?A[ \t]*[.):][ \t]|Options:|Choices:|Reference OCR token|Answer (?:the question using|with|using|in)\b"
+    r"^[ \t]*(?:\(?A[ \t]*[.):](?=\s|$)|Options:|Choices:|Reference OCR token|Answer (?:the question using|with|using|in)\b"
     r"|When the provided information|请直接回答)|Please answer yes or no",
     re.MULTILINE,
 )

@@ -161,7 +161,10 @@ def test_rewordings(asked, words):
     assert asked in reworded("paraphrase", 2, "<image>\n" + asked)
 
 
-@pytest.mark.parametrize("prompt", ["", "<image>", " \n", "<image>\nA. a\nB. b" + LETTER, SINGLE_WORD, "7 ?"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "<image>", " \n", "<image>\nA. a\nB. b" + LETTER, "A.\nB. word" + LETTER, "(A) word\n(B) word" + LETTER, SINGLE_WORD, "7 ?"],
+)
 @pytest.mark.parametrize("name", ["typos", "case", "order"])
 def test_nothing_to_change(name, prompt):
     assert reworded(name, 5, prompt) == prompt
