@@ -395,6 +395,24 @@ def _print_scores(found: dict[str, Any]) -> None:
 
 
 @app.command()
+def pope_questions(
+    annotations: Annotated[Path, typer.Argument(help="COCO's instances as JSON, or JSON lines of image and objects")],
+    out: Annotated[Path, typer.Argument(help="folder for questions and labels; must not exist")],
+    images_per_set: Annotated[int | None, typer.Option(min=1, help="pictures to draw; default: all that can be asked about")] = None,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+) -> None:
+    """Writes questions as in POPE, of pictures of your own: is there such an object?"""
+    with user_errors():
+        from moe_llava.evaluation.hallucination import IMAGES, write_pope_questions
+
+        written = write_pope_questions(annotations, out, images_per_set, seed)
+    print(f"{out}: {written['questions']:,} questions of each kind, about {written['images']:,} pictures; put these into {out / IMAGES}")
+    for reason, number in written["left_out"].items():
+        if number:
+            print(f"{number:,} pictures left out: {reason}")
+
+
+@app.command()
 def chat(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Argument(help="a question; without one, a conversation")] = None,

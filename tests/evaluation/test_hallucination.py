@@ -1,0 +1,180 @@
+"""Questions made as POPE makes them: how many, of what, the same for the same seed; `score pope` takes them."""
+
+import json
+import random
+import re
+
+import pytest
+
+from moe_llava.digits.dataset import write_dataset
+from moe_llava.digits.scenes import COLOURS
+from moe_llava.evaluation.benchmark import BenchmarkError, read_json_lines
+from moe_llava.evaluation.hallucination import read_annotations, write_pope_questions
+from moe_llava.evaluation.score import score_answers
+from tests.conftest import REPOSITORY, run_command
+
+# Pictures that show it: cup 4, fork 4, table 4, dog 3, ball 3, lamp 2, apple 1.
+SHOWN = {
+    "1.jpg": ["cup", "fork", "table"],
+    "2.jpg": ["cup", "fork", "dog", "table"],
+    "3.jpg": ["dog", "ball", "apple"],
+    "4.jpg": ["dog", "ball"],  # shows too little
+    "5.jpg": ["cup", "fork", "table", "lamp", "table"],
+    "6.jpg": ["cup", "fork", "table", "lamp", "ball"],  # of seven objects only two are absent
+    "7.jpg": [],
+}
+
+
+def write_lines(file, shown):
+    file.write_text("".join(json.dumps({"image": image, "objects": items}) + "\n" for image, items in shown.items()))
+    return file
+
+
+def write_coco(file, shown):
+    names = sorted({item for items in shown.values() for item in items})
+    content = {
+        "images": [{"id": number, "file_name": image} for number, image in enumerate(shown)],
+        "categories": [{"id": 10 + number, "name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"id": 0, "image_id": number, "category_id": 10 + names.index(item)}
+            for number, items in enumerate(shown.values())
+            for item in items
+        ],
+    }
+    file.write_text(json.dumps(content))
+    return file
+
+
+def labels(folder, category, image):
+    """(asked for and there, asked for and not there) of a picture."""
+    records = [record for record in read_json_lines(folder / "coco" / f"coco_pope_{category}.json") if record["image"] == image]
+    assert [record["label"] for record in records] == ["yes", "no"] * 3
+    objects = [record["text"].removesuffix(" in the image?").split(maxsplit=3)[3] for record in records]
+    return objects[::2], objects[1::2]
+
+
+@pytest.mark.parametrize("write", [write_lines, write_coco])
+def test_what_is_asked(tmp_path, write):
+    counts = write_pope_questions(write(tmp_path / "annotations", SHOWN), tmp_path / "out")
+    assert counts["images"] == 4
+    assert counts["questions"] == 24
+    assert counts["left_out"] == {"fewer than 3 objects": 2, "fewer than 3 absent objects": 1, "not drawn": 0}
+    for image in ("1.jpg", "2.jpg", "3.jpg", "5.jpg"):
+        there = labels(tmp_path / "out", "random", image)[0]
+        for category in ("random", "popular", "adversarial"):
+            positive, negative = labels(tmp_path / "out", category, image)
+            assert positive == there
+            assert set(positive) <= set(SHOWN[image])
+            assert len(set(negative)) == 3
+            assert not set(negative) & set(SHOWN[image])
+    assert labels(tmp_path / "out", "popular", "1.jpg")[1] == ["ball", "dog", "lamp"]  # 3, 3 and 2; equals by name
+    assert labels(tmp_path / "out", "popular", "3.jpg")[1] == ["cup", "fork", "table"]
+
+
+def test_adversarial_follows_each_object(tmp_path):
+    shown = {
+        "asked.jpg": ["bed", "car", "desk"],
+        "a.jpg": ["bed", "pillow"],
+        "b.jpg": ["bed", "pillow"],
+        "c.jpg": ["bed", "road"],
+        "d.jpg": ["car", "road"],
+        "e.jpg": ["desk", "lamp"],
+        **{f"{number}.jpg": ["sky"] for number in range(5)},
+    }
+    write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
+    there, negative = labels(tmp_path / "out", "adversarial", "asked.jpg")
+    assert dict(zip(there, negative, strict=True)) == {"bed": "pillow", "car": "road", "desk": "lamp"}
+    assert labels(tmp_path / "out", "popular", "asked.jpg")[1] == ["sky", "pillow", "road"]
+
+
+def test_adversarial_goes_on_where_nothing_ever_came_with_it(tmp_path):
+    shown = {
+        "asked.jpg": ["cat", "dog", "fish"],
+        "a.jpg": ["cat", "dog", "fish", "bowl"],
+        "b.jpg": ["sky"],
+        "c.jpg": ["sky"],
+        "d.jpg": ["sun"],
+    }
+    write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
+    assert labels(tmp_path / "out", "adversarial", "asked.jpg")[1] == ["bowl", "sky", "sun"]
+
+
+def test_the_same_for_the_same_seed(tmp_path):
+    shown = {f"{number}.jpg": random.Random(number).sample("abcdefghijkl", 5) for number in range(30)}
+    file = write_lines(tmp_path / "annotations", shown)
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        counts = write_pope_questions(file, tmp_path / name, images=10, seed=seed)
+        assert (counts["images"], counts["left_out"]["not drawn"]) == (10, 20)
+        texts.append((tmp_path / name / "llava_pope_test.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pope_scores_them(tmp_path):
+    """By the command, and with pictures in folders."""
+    file = write_coco(tmp_path / "annotations", {f"test/{image}": items for image, items in SHOWN.items()})
+    done = run_command("pope-questions", file, tmp_path / "pope")
+    assert done.returncode == 0, done.stderr
+    assert "24 questions of each kind, about 4 pictures" in done.stdout
+    assert "2 pictures left out: fewer than 3 objects\n1 pictures left out: fewer than 3 absent objects\n" in done.stdout
+    questions = read_json_lines(tmp_path / "pope" / "llava_pope_test.jsonl")
+    assert [question["question_id"] for question in questions] == list(range(1, 73))
+    assert questions[0]["text"].endswith(" in the image?\nAnswer the question using a single word or phrase.")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"question_id": question["question_id"], "text": "Yes"}) + "\n" for question in questions))
+    scores = score_answers("pope", tmp_path, answers)["scores"]
+    assert scores["random/accuracy"] == scores["adversarial/precision"] == 0.5
+    assert scores["popular/recall"] == 1
+
+
+def test_articles(tmp_path):
+    shown = {"1.jpg": ["apple", "orange", "red 7"], "2.jpg": ["umbrella", "8", "cat"]}
+    write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
+    texts = {record["text"] for record in read_json_lines(tmp_path / "out" / "coco" / "coco_pope_random.json")}
+    assert {"Is there an apple in the image?", "Is there a red 7 in the image?", "Is there an umbrella in the image?"} <= texts
+
+
+def test_the_digits_world(tmp_path, monkeypatch):
+    """Its pictures, annotated as the document says."""
+    (tmp_path / "runs" / "digits" / "data").mkdir(parents=True)
+    write_dataset(tmp_path / "runs" / "digits" / "data", train_images=1, test_images=30)
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "robustness.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(script, {})
+    shown = read_annotations(tmp_path / "runs" / "digits" / "objects.jsonl")
+    assert len(shown) == 30
+    colours = "|".join(COLOURS)
+    assert all(re.fullmatch(rf"({colours}) \d", item) for items in shown.values() for item in items)
+    counts = write_pope_questions(tmp_path / "runs" / "digits" / "objects.jsonl", tmp_path / "out")
+    assert counts["images"] == sum(len(items) >= 3 for items in shown.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "names no pictures"),
+        ('{"image": "1.jpg"}', "record 1 of .* has no 'objects'"),
+        ('{"image": "1.jpg", "objects": ["a"]}\n{"image": "1.jpg", "objects": []}', "record 2 .* once more"),
+        ('{"image": "1.jpg", "objects": ["a", null]}', "the object None"),
+        ('{"image": "1.jpg", "objects": "cat"}', "a list as objects"),
+        ('{"image": "a/1.jpg", "objects": []}\n{"image": "b/1.jpg", "objects": []}', "a/1.jpg and b/1.jpg"),
+        ('{"annotations": [], "images": null, "categories": []}', "a list of objects as 'images'"),
+        (
+            '{"annotations": [{"image_id": 1, "category_id": 2}], "images": [{"id": 1, "file_name": "a"}], "categories": []}',
+            "category_id 2",
+        ),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "categories": []}', "a twice"),
+    ],
+)
+def test_bad_annotations(tmp_path, content, message):
+    file = tmp_path / "annotations"
+    file.write_text(content)
+    with pytest.raises(BenchmarkError, match=message):
+        read_annotations(file)
+
+
+def test_too_few_pictures(tmp_path):
+    file = write_lines(tmp_path / "annotations", SHOWN)
+    with pytest.raises(BenchmarkError, match="has 4 pictures to ask about, but 5 are asked for; 2 show fewer than 3 objects, 1 show"):
+        write_pope_questions(file, tmp_path / "out", images=5)
+    assert not (tmp_path / "out").exists()
