@@ -97,5 +97,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", TRUTH: "their answers and types"},
     questions=questions,
     score=score,
+    headline=("accuracy",),
     upload=upload,
 )

@@ -161,6 +161,7 @@ def mmbench(name: str, title: str, folder: str, table: str, suffix: str) -> Benc
         files={table: "questions, images and answers"},
         questions=lambda place: read_questions(place / table, suffix),
         score=scorer(table),
+        headline=("accuracy",),
         upload=uploader(folder),
         max_new_tokens=1024,
     )

@@ -135,4 +135,5 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", **{f"{RELEASE}/{task}": f"answers and images of {task}" for task in ALL_TASKS}},
     questions=questions,
     score=score,
+    headline=("perception", "cognition"),
 )

@@ -86,5 +86,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", PROBLEMS: "options, answers and what they are about", SPLITS: "which of them are for testing"},
     questions=questions,
     score=score,
+    headline=("IMG-accuracy",),
     max_new_tokens=1024,
 )

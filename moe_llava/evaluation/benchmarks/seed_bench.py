@@ -56,5 +56,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "questions and answers"},
     questions=questions,
     score=score,
+    headline=("total",),
     upload=upload,
 )

@@ -61,4 +61,5 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", ANNOTATIONS: "the annotators' answers"},
     questions=questions,
     score=score,
+    headline=("accuracy",),
 )

@@ -128,5 +128,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions, of the test set or of the validation set"},
     questions=questions,
     score=score,
+    headline=("accuracy",),
     upload=upload,
 )

@@ -103,5 +103,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions, of the validation set or of test-dev"},
     questions=questions,
     score=score,
+    headline=("accuracy",),
     upload=upload,
 )
