@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from openpyxl import Workbook
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from moe_llava.evaluation.benchmark import LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
 from moe_llava.evaluation.choices import judged, scored
@@ -127,16 +128,11 @@ def uploader(name: str) -> Callable[[Path, list[Question], list[str | None], Pat
 
 def write_excel(file: Path, asked: list[Question], given: list[str | None]) -> None:
     """The table that the server takes, as LLaVA's script writes it: index, question, options, prediction, and what else there is. Where
-    there is no answer, the prediction is empty. Raises BenchmarkError if openpyxl is not installed."""
-    try:
-        openpyxl = importlib.import_module("openpyxl")
-    except ImportError as error:
-        raise BenchmarkError("the upload is an Excel file, and writing one needs openpyxl: pip install openpyxl") from error
-    illegal = importlib.import_module("openpyxl.cell.cell").ILLEGAL_CHARACTERS_RE
-    book = openpyxl.Workbook()
+    there is no answer, the prediction is empty."""
+    book = Workbook()
     for line, cells in enumerate(upload_rows(asked, given), start=1):
         for column, value in enumerate(cells, start=1):
-            cell = book.active.cell(line, column, illegal.sub("", value) if isinstance(value, str) else value)
+            cell = book.active.cell(line, column, ILLEGAL_CHARACTERS_RE.sub("", value) if isinstance(value, str) else value)
             if isinstance(value, str):
                 cell.data_type = "s"  # an answer such as "=1" is no formula
     book.save(file)
