@@ -336,6 +336,31 @@ def score(
         _print_scores(found)
 
 
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    benchmark: Annotated[str, typer.Option(help="one of those that `moe-llava benchmarks` lists, or several with commas between")],
+    data: Annotated[Path, typer.Option(help="the folder with the benchmark's files, or the one of LLaVA's evaluation that holds it")],
+    out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; answers that are there are not asked for again")],
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at once, in each process")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each benchmark, the first ones")] = None,
+) -> None:
+    """Asks a checkpoint the questions of benchmarks and scores its answers. Run again, it goes on where it was stopped."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.evaluation.benchmark import find_benchmark
+
+        names = [name.strip() for name in benchmark.split(",")]
+        for name in names:
+            find_benchmark(name)
+
+        from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
+
+        for found in run(checkpoint, names, data, out, batch_size, limit, Console()):
+            _print_scores(found)
+
+
 def _print_scores(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -348,7 +373,7 @@ def _print_scores(found: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
     Console().print(table)
     for key, words in (("missing", "questions without an answer, counted as wrong"), ("unknown", "answers to no question")):
-        if found[key]:
+        if found.get(key):
             print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
 
 

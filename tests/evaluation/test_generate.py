@@ -1,37 +1,93 @@
 """Answers do not depend on the company a question keeps in its batch."""
 
+import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import Record
-from moe_llava.data.store import load_records
-from moe_llava.evaluation.generate import answer_records, prompt_inputs
+from moe_llava.data.records import DataError
+from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
+from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
+from moe_llava.model.upcycling import upcycle
+from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
-def test_a_batch_answers_as_one_by_one(tiny_base):  # noqa: F811
+@pytest.fixture(scope="module")
+def asked(tiny_base):  # noqa: F811
+    """(model, processor, questions about an image, about none and about two)"""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    records = load_records(tiny_base / "data" / "test.json", tiny_base / "data" / "images")[:9]
-    lengths = {len(record.turns[0][0].split()) for record in records}
-    assert len(lengths) > 1
-    together = answer_records(model, processor, records, batch_size=4)
-    assert together == [answer_records(model, processor, [record], batch_size=1)[0] for record in records]
+    questions = digits_world.questions(tiny_base / "data")[:14]
+    images = questions[0].images * 2
+    text = Question("text", "which digit is leftmost ?")
+    return model, processor, [*questions, text, Question("two", "<image> is this <image> a red 7 ?", images)]
 
 
-def test_only_the_first_question_and_its_images(tiny_base):  # noqa: F811
-    model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    image = tiny_base / "data" / "images" / "test" / "000000.png"
-    text = Record("text", (("is there a red 7 ?", "yes"), ("<image> and here ?", "no")), (image,))
-    assert "pixel_values" not in prompt_inputs(processor, [text])
-    both = Record("both", (("<image> where ?", "left"), ("<image> and here ?", "no")), (image, image))
-    assert len(prompt_inputs(processor, [text, both])["pixel_values"]) == 1
-    assert len(answer_records(model, processor, [text, both], batch_size=2)) == 2
+def answers(model, processor, questions, batch_size, max_new_tokens=12):
+    given = dict(pair for batch in answer(model, processor, questions, batch_size, max_new_tokens) for pair in batch)
+    return [given[index] for index in range(len(questions))]
 
 
-def test_prompts_are_padded_on_the_left(tiny_base):  # noqa: F811
-    _, processor = load_checkpoint(tiny_base / "base")
-    records = load_records(tiny_base / "data" / "test.json", tiny_base / "data" / "images")[:9]
-    inputs = prompt_inputs(processor, records)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_answers_as_one_by_one(asked, family, sparse):
+    _, processor, questions = asked
+    config = tiny_config(family)
+    config.image_token_id = processor.tokenizer.image_token_id
+    config.vision_config.image_size = 48
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    model = upcycle(model, num_experts=3).eval() if sparse else model
+    together = answers(model, processor, questions, batch_size=16)
+    assert together == answers(model, processor, questions, batch_size=1)
+    assert len(set(together)) > 1
+
+
+def test_nothing_after_the_end(asked):
+    """Neither the end token, nor the padding behind it, whatever token that is."""
+    model, processor, questions = asked
+    word = processor.tokenizer.convert_tokens_to_ids("red")
+    before = answers(model, processor, questions, batch_size=16)
+    ends = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    # Every word that begins an answer ends it, but for one answer, which goes on.
+    first = {processor.tokenizer.convert_tokens_to_ids(text.split()[0]) for text in before if text}
+    try:
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = sorted(first), word
+        assert set(answers(model, processor, questions, batch_size=16)) == {""}
+    finally:
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends
+
+
+def test_images_come_first_or_where_the_prompt_says(asked):
+    _, processor, _ = asked
+    picture = InlineImage("a.png", b"")
+    assert prompt_text(processor, Question("1", "where ?", (picture,) * 2)).count("<image> <image> where ?") == 1
+    assert "is this<image> a 7 ?" in prompt_text(processor, Question("1", "is this <image> a 7 ?", (picture,)))
+    for images in ((), (picture,) * 2):
+        with pytest.raises(BenchmarkError, match=f"question 1 has 1 <image> in its prompt and {len(images)} images"):
+            prompt_text(processor, Question("1", "is this <image> a 7 ?", images))
+
+
+def test_prompts_are_padded_on_the_left(asked):
+    _, processor, questions = asked
+    inputs = prompt_inputs(processor, questions)
     assert inputs["attention_mask"][:, -1].all()
     assert not inputs["attention_mask"][:, 0].all()
     assert (inputs["input_ids"][:, -1] == processor.tokenizer.convert_tokens_to_ids("assistant:")).all()
+    assert "pixel_values" not in prompt_inputs(processor, [question for question in questions if not question.images])
+
+
+def test_an_image_in_the_question_file_and_one_that_is_broken(asked):
+    model, processor, questions = asked
+    inline = Question("1", questions[0].prompt, (InlineImage("a.png", questions[0].images[0].read_bytes()),))
+    assert answers(model, processor, [inline], 1) == answers(model, processor, questions[:1], 1)
+    broken = Question("7", "where ?", (InlineImage("b.png", b"no image"),))
+    with pytest.raises(DataError, match=r"question 7 names the image b.png, which cannot be decoded"):
+        answers(model, processor, [broken], 1)
+
+
+def test_in_background_keeps_order_and_tells_of_errors():
+    assert list(in_background(lambda number: number * 2, range(20))) == list(range(0, 40, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(in_background(lambda number: 1 // number, [1, 0]))
