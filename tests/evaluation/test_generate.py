@@ -29,6 +29,14 @@ def answers(model, processor, questions, batch_size, max_new_tokens=12):
     return [given[index] for index in range(len(questions))]
 
 
+def plainly(model, processor, question, max_new_tokens=12):
+    """As anybody would ask with transformers, without anything shared."""
+    inputs = prompt_inputs(processor, [question])
+    suppressed = [model.config.image_token_id]
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=suppressed)
+    return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_answers_as_one_by_one(asked, family, sparse):
@@ -41,6 +49,7 @@ def test_a_batch_answers_as_one_by_one(asked, family, sparse):
     model = upcycle(model, num_experts=3).eval() if sparse else model
     together = answers(model, processor, questions, batch_size=16)
     assert together == answers(model, processor, questions, batch_size=1)
+    assert together == [plainly(model, processor, question) for question in questions]
     assert len(set(together)) > 1
 
 
