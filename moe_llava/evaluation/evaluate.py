@@ -63,14 +63,12 @@ def evaluate(
                 begin(task.out, task.settings)
                 merge(task.out, task.questions)
         _wait(processes)
-        shares = [_left(task)[process::processes] for task in tasks]
+        shares = [_share(_left(task), process, processes) for task in tasks]
         if any(shares):
             model, processor = load_checkpoint(checkpoint)
             model.to(best_device())
-            if getattr(model.config, "capacity_factor", None) is not None and batch_size > 1:
-                console.print(
-                    "this model's experts have a capacity, which a batch shares: answers can differ from those with --batch-size 1"
-                )
+            if getattr(model.config, "capacity_factor", None) is not None:
+                console.print("this model's experts have a capacity, which questions asked together share: answers depend on their company")
         for task, share in zip(tasks, shares, strict=True):
             if share:
                 _ask(task, share, model, processor, batch_size, process, console)
@@ -164,6 +162,14 @@ def _left(task: Task) -> list[Question]:
     texts = given(task.out, task.asked)
     left = {(question.id, question.prompt): question for question, text in zip(task.asked, texts, strict=True) if text is None}
     return list(left.values())
+
+
+def _share(left: list[Question], process: int, processes: int) -> list[Question]:
+    """What one of several processes asks. Images are dealt out in turn, each with all of its questions, as these are cheaper together;
+    questions without one are dealt out singly."""
+    numbers: dict[Any, int] = {}
+    dealt = [numbers.setdefault(question.images or (question.id, question.prompt), len(numbers)) for question in left]
+    return [question for question, number in zip(left, dealt, strict=True) if number % processes == process]
 
 
 def _ask(task: Task, share: list[Question], model: Any, processor: Any, batch_size: int, process: int, console: Console) -> None:

@@ -147,6 +147,19 @@ def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa
         run(tiny_base, tmp_path / "whose")
 
 
+def test_questions_are_dealt_out_by_image():
+    left = [Question(str(number), "what is this?", (Path(f"{number // 3}.png"),)) for number in range(12)]
+    left += [Question(str(number), "why?") for number in range(12, 15)]
+    shares = [evaluate._share(left, process, 3) for process in range(3)]
+    assert sorted(question.id for share in shares for question in share) == sorted(question.id for question in left)
+    assert [[question.id for question in share] for share in shares] == [
+        ["0", "1", "2", "9", "10", "11", "14"],
+        ["3", "4", "5", "12"],
+        ["6", "7", "8", "13"],
+    ]
+    assert [len(evaluate._share(left[:3], process, 2)) for process in range(2)] == [3, 0]
+
+
 def test_questions_that_cannot_be_asked(tmp_path):
     image = InlineImage("a.png", b"")
     questions = [

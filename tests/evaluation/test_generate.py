@@ -6,6 +6,7 @@ from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.records import DataError
+from moe_llava.evaluation import generate
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
@@ -56,16 +57,30 @@ def test_a_batch_answers_as_one_by_one(asked, family, sparse):
 def test_nothing_after_the_end(asked):
     """Neither the end token, nor the padding behind it, whatever token that is."""
     model, processor, questions = asked
-    word = processor.tokenizer.convert_tokens_to_ids("red")
-    before = answers(model, processor, questions, batch_size=16)
+    before = [text.split() for text in answers(model, processor, questions, batch_size=16)]
+    # A word in the middle of the longest answer ends it, and pads what is shorter.
+    longest = max(before, key=len)
+    middle = longest[len(longest) // 2]
     ends = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    # Every word that begins an answer ends it, but for one answer, which goes on.
-    first = {processor.tokenizer.convert_tokens_to_ids(text.split()[0]) for text in before if text}
+    token = processor.tokenizer.convert_tokens_to_ids(middle)
     try:
-        model.generation_config.eos_token_id, model.generation_config.pad_token_id = sorted(first), word
-        assert set(answers(model, processor, questions, batch_size=16)) == {""}
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = [ends[0], token], 7
+        found = [text.split() for text in answers(model, processor, questions, batch_size=16)]
     finally:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends
+    assert found == [words[: words.index(middle)] if middle in words else words for words in before]
+    assert found != before
+    assert len({len(words) for words in found}) > 1
+
+
+def test_what_prompts_share_is_read_once(asked, monkeypatch):
+    model, processor, questions = asked
+    read, real = [], generate._read_heads
+    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    answers(model, processor, questions, batch_size=4, max_new_tokens=2)
+    pictures = {question.images for question in questions if len(question.images) == 1}
+    assert read == [1, len(pictures)]  # two images in a prompt of its own; then all the others
+    assert len(pictures) < len(questions) - 2
 
 
 def test_images_come_first_or_where_the_prompt_says(asked):
