@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from PIL import Image
 
@@ -79,7 +79,13 @@ def content_parts(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def open_image(image: Path | StoredImage, source: str) -> Image.Image:
+class ImageSource(Protocol):
+    """An image that is no file of its own; its name is what `str` gives."""
+
+    def open(self) -> BinaryIO: ...
+
+
+def open_image(image: Path | ImageSource, source: str) -> Image.Image:
     """Decodes an image to RGB. Raises DataError, naming `source`, if that cannot be done."""
     try:
         with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file) as opened:
@@ -90,7 +96,7 @@ def open_image(image: Path | StoredImage, source: str) -> Image.Image:
         raise DataError(f"{source} names the image {image}, which cannot be decoded: {error}") from error
 
 
-def missing_image(source: str, image: Path | StoredImage) -> DataError:
+def missing_image(source: str, image: Path | ImageSource) -> DataError:
     return DataError(f"{source} names the image {image}, which does not exist")
 
 

@@ -4,7 +4,7 @@ Everything it makes stands in one folder, and what is there already is not made 
 
     data/ base/                    the data set, and the dense model that training starts from
     stage1/ stage2/ stage3/ dense/ a checkpoint after each stage, and of the dense control
-    answers/*.jsonl                every test question with the answer of each checkpoint
+    answers/*/digits/              every test question with the answer of each checkpoint, and its scores
     routing.json                   which experts took the image and the text tokens of the test questions
     results.json report.html       the numbers, and a page to look at
 """
@@ -15,7 +15,6 @@ import copy
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
-from moe_llava.data.records import DataError, Record
-from moe_llava.data.store import load_records
+from moe_llava.data.records import DataError
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
-from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
-from moe_llava.evaluation.generate import answer_records, prompt_inputs
+from moe_llava.evaluation.answers import given
+from moe_llava.evaluation.benchmark import Question
+from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.evaluate import evaluate
+from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, write_whole
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.budget import active_parameters
@@ -52,14 +53,13 @@ def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_ima
     control.stage3.dense = True
     train(control, [3], resume=True, console=console)
 
-    records = load_records(out / "data" / "test.json", out / "data" / "images")
-    answered = {name: ask_checkpoint(out, name, records, console) for name in CHECKPOINTS}
-    routing = read_routing(out, records, console)
+    answered = {name: ask_checkpoint(out, name, console) for name in CHECKPOINTS}
+    routing = read_routing(out, digits_world.questions(out / "data"), console)
     results = collect_results(out, answered)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report = write_report(out, results, answered, routing, chat_command(out, answered["sparse"][0].image))
+    report = write_report(out, results, answered, routing, chat_command(out, answered["sparse"][0]["image"]))
     print_summary(results, console)
-    print(f"\nreport: {report}\nchat:   {chat_command(out, answered['sparse'][0].image)}")
+    print(f"\nreport: {report}\nchat:   {chat_command(out, answered['sparse'][0]['image'])}")
 
 
 def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
@@ -115,29 +115,15 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
     partial.rename(path)
 
 
-def ask_checkpoint(out: Path, name: str, records: Sequence[Record], console: Console) -> list[Answered]:
-    """Puts every test question to one checkpoint, or reads the answers of an earlier run."""
-    file = out / "answers" / f"{name}.jsonl"
-    if not file.exists():
-        model, processor = load_checkpoint(out / CHECKPOINTS[name], dtype=torch.float32)
-        model.to(best_device())
-        # Long answers last, so that a batch does not wait for one caption.
-        order = sorted(range(len(records)), key=lambda index: len(records[index].turns[0][1].split()))
-        given: dict[int, str] = {}
-        start = time.monotonic()
-        for first in track(range(0, len(order), BATCH), description=f"asking {name}", console=console, disable=not console.is_terminal):
-            batch = order[first : first + BATCH]
-            given |= zip(batch, answer_records(model, processor, [records[index] for index in batch], BATCH), strict=True)
-        console.print(f"{name}: {len(records):,} questions in {time.monotonic() - start:.0f} s", highlight=False)
-        file.parent.mkdir(exist_ok=True)
-        lines = [json.dumps({"id": record.extra["id"], "answer": given[index]}) for index, record in enumerate(records)]
-        write_whole(file, "\n".join(lines) + "\n")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    texts = {row["id"]: row["answer"] for row in rows}
-    return [Answered(record, texts[record.extra["id"]]) for record in records]
+def ask_checkpoint(out: Path, name: str, console: Console) -> list[dict[str, Any]]:
+    """Puts every test question that has no answer yet to one checkpoint; returns the benchmark's items."""
+    folder, data = out / "answers" / name, out / "data"
+    evaluate(str(out / CHECKPOINTS[name]), ["digits"], data, folder, BATCH, None, console)
+    questions = digits_world.questions(data)
+    return digits_world.score(data, questions, given(folder / "digits", questions)).items
 
 
-def read_routing(out: Path, records: Sequence[Record], console: Console) -> dict[str, Any]:
+def read_routing(out: Path, questions: Sequence[Question], console: Console) -> dict[str, Any]:
     """`{"layers": [...], "top_k": k, "image": [layers x experts], "text": ...}`: counts over the test questions."""
     file = out / "routing.json"
     if not file.exists():
@@ -145,8 +131,8 @@ def read_routing(out: Path, records: Sequence[Record], console: Console) -> dict
         model.to(best_device())
         top_k = model.config.num_experts_per_tok
         counts: dict[str, Any] = {"image": 0, "text": 0}
-        for first in track(range(0, len(records), BATCH), description="reading routes", console=console, disable=not console.is_terminal):
-            inputs = prompt_inputs(processor, records[first : first + BATCH]).to(model.device)
+        for first in track(range(0, len(questions), BATCH), description="reading routes", console=console, disable=not console.is_terminal):
+            inputs = prompt_inputs(processor, questions[first : first + BATCH]).to(model.device)
             with torch.inference_mode():
                 logits = model(**inputs, output_router_logits=True, logits_to_keep=1).router_logits
             real_T = inputs["attention_mask"].reshape(-1).bool()
@@ -158,21 +144,21 @@ def read_routing(out: Path, records: Sequence[Record], console: Console) -> dict
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def collect_results(out: Path, answered: dict[str, list[Answered]]) -> dict[str, Any]:
+def collect_results(out: Path, answered: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What results.json holds."""
     sparse, _ = load_checkpoint(out / "stage3")
     dense, _ = load_checkpoint(out / "dense")
     return {
-        "accuracy": {name: accuracy(items) for name, items in answered.items()},
-        "sparse_minus_dense": compare(answered["sparse"], answered["dense"]),
-        "existence": {name: existence(items) for name, items in answered.items()},
+        "accuracy": {name: digits_world.accuracy(items) for name, items in answered.items()},
+        "sparse_minus_dense": digits_world.compare(answered["sparse"], answered["dense"]),
+        "existence": {name: digits_world.existence(items) for name, items in answered.items()},
         "seconds": {name: training_seconds(out / folder) for name, folder in CHECKPOINTS.items()},
         "parameters": {
             "total": sparse.num_parameters(),
             "active": active_parameters(sparse),
             "dense": dense.num_parameters(),
         },
-        "test_images": len({item.image for item in answered["sparse"]}),
+        "test_images": len({item["image"] for item in answered["sparse"]}),
         "threads": torch.get_num_threads(),
     }
 

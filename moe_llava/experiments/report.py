@@ -15,7 +15,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from moe_llava.evaluation.digits import Answered
 from moe_llava.routing.plots import plot_expert_load
 
 mpl.use("Agg")
@@ -33,7 +32,7 @@ SHEET_PICTURES = 12
 
 
 def write_report(
-    out: Path, results: dict[str, Any], answered: dict[str, list[Answered]], routing: dict[str, Any], chat_command: str
+    out: Path, results: dict[str, Any], answered: dict[str, list[dict[str, Any]]], routing: dict[str, Any], chat_command: str
 ) -> Path:
     """Writes `out`/report.html."""
     logs = {name: read_log(out / folder) for name, folder in CHECKPOINTS.items()}
@@ -113,11 +112,11 @@ def plot_losses(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def sheet(answered: list[Answered]) -> list[tuple[str, list[Answered]]]:
+def sheet(answered: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The first test pictures, as data, with all their questions."""
-    by_image: dict[str, list[Answered]] = {}
+    by_image: dict[str, list[dict[str, Any]]] = {}
     for item in answered:
-        by_image.setdefault(item.image, []).append(item)
+        by_image.setdefault(item["image"], []).append(item)
     return [(data_url(Path(image).read_bytes(), "png"), items) for image, items in list(by_image.items())[:SHEET_PICTURES]]
 
 

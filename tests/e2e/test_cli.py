@@ -127,11 +127,11 @@ def test_demo_in_small(tmp_path):
     assert f"chat {out / 'stage3'}" in first.stdout
     assert "stage1 2/2 loss" in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    answers = (out / "answers" / "sparse.jsonl").read_text()
+    answers = (out / "answers" / "sparse" / "digits" / "answers.jsonl").read_text()
     second = run_command(*command)
     assert second.returncode == 0, second.stderr
     assert "stage1 2/2 loss" not in second.stdout
     assert "holds 20 and 4 pictures, not 30 and 4" in refused("demo", "--out", out, "--train-images", "30", *SMALL)
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert answers == (out / "answers" / "sparse.jsonl").read_text()
+    assert answers == (out / "answers" / "sparse" / "digits" / "answers.jsonl").read_text()
     shutil.rmtree(out)

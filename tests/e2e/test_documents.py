@@ -13,7 +13,10 @@ from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "customising"))]
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "customising")),
+]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
@@ -27,6 +30,7 @@ SMALLER = {
     "chat": ["--max-new-tokens", "4"],
     "check": [],
     "convert": [],
+    "evaluate": ["--limit", "5"],
     "merge": [],
     "params": [],
     "tower": ["--steps", "2"],
@@ -56,6 +60,7 @@ def runnable(words: list[str]) -> list[str] | None:
     program, *arguments = words
     folder = Path(sys.executable).parent
     verb = arguments[2] if program == "python" else program if program == "torchrun" else arguments[0]
+    verb = "evaluate" if "evaluate" in arguments else verb
     arguments = [str(folder / word) if word == "moe-llava" else word for word in arguments]
     return [str(folder / Path(program).name), *arguments, *SMALLER[verb]]
 

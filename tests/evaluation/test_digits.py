@@ -1,17 +1,19 @@
 """Scores worked by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from moe_llava.data.records import Record
-from moe_llava.evaluation.digits import Answered, accuracy, compare, existence
+from moe_llava.evaluation.benchmark import BenchmarkError, Question, find_benchmark, result
+from moe_llava.evaluation.benchmarks.digits_world import accuracy, compare, existence, judge
 from moe_llava.evaluation.statistics import bootstrap_mean
+from tests.training.conftest import tiny_base  # noqa: F401
 
 
 def answered(family, expected, given, kind="", image="a.png"):
-    record = Record("test", ((f"<image>\n{family} ?", expected),), (Path(image),), {"family": family, "kind": kind, "id": "1"})
-    return Answered(record, given)
+    question = Question("1", f"<image>\n{family} ?", (Path(image),), {"family": family, "kind": kind, "answer": expected})
+    return judge(question, given)
 
 
 def test_accuracy_per_family():
@@ -20,7 +22,7 @@ def test_accuracy_per_family():
     assert scores["all"]["mean"] == pytest.approx(2 / 3)
     assert scores["sum"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 2}  # one picture: nothing to resample
     assert scores["colour"]["n"] == 1
-    assert items[0].question == "sum ?"
+    assert items[0]["question"] == "sum ?"
 
 
 def test_existence_pairs_each_kind_with_positives_of_the_same_pictures():
@@ -66,3 +68,42 @@ def test_bootstrap_draws_whole_groups():
     assert 0.57 < alone.high < 0.62
     paired = bootstrap_mean([0.0] * 50 + [1.0] * 50, [str(number // 10) for number in range(100)])
     assert paired.low < alone.low
+
+
+def test_the_benchmark_says_what_the_report_says(tiny_base):  # noqa: F811
+    folder = tiny_base / "data"
+    benchmark = find_benchmark("digits")
+    questions = benchmark.questions(folder)
+    truth = [question.extra["answer"] for question in questions]
+    given = [None if index % 5 == 0 else text if index % 3 else "yes" for index, text in enumerate(truth)]
+    scored = benchmark.score(folder, questions, given)
+    found = result(benchmark, scored, questions, given)
+    assert found["missing"] == [question.id for question in questions[::5]]
+    by_family = accuracy(scored.items)
+    assert found["scores"]["accuracy"] == pytest.approx(by_family.pop("all")["mean"])
+    for family, score in by_family.items():
+        assert found["scores"][f"{family}/accuracy"] == pytest.approx(score["mean"])
+    for kind, score in existence(scored.items).items():
+        for name in ("accuracy", "precision", "recall", "f1", "yes_share"):
+            assert found["scores"][f"existence/{kind}/{name}"] == score[name]
+    everything = result(benchmark, benchmark.score(folder, questions, truth), questions, truth)["scores"]
+    assert {value for name, value in everything.items() if not name.endswith("yes_share")} == {1.0}
+
+
+def test_a_missing_answer_is_wrong_either_way():
+    items = [answered("existence", "yes", None, "positive"), answered("existence", "no", None, "random")]
+    assert existence(items)["random"]["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": None}, "record 1 of .*test.json has no 'family'"),
+        ({"image": None}, "found 1 image tokens in record 1 of .*test.json but 0 images"),
+    ],
+)
+def test_damaged_questions_are_named(tiny_base, tmp_path, change, message):  # noqa: F811
+    record = json.loads((tiny_base / "data" / "test.json").read_text())[0] | change
+    (tmp_path / "test.json").write_text(json.dumps([{key: value for key, value in record.items() if value is not None}]))
+    with pytest.raises(BenchmarkError, match=message):
+        find_benchmark("digits").questions(tmp_path)

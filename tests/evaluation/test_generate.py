@@ -1,37 +1,117 @@
 """Answers do not depend on the company a question keeps in its batch."""
 
+import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import Record
-from moe_llava.data.store import load_records
-from moe_llava.evaluation.generate import answer_records, prompt_inputs
+from moe_llava.data.records import DataError
+from moe_llava.evaluation import generate
+from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
+from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
+from moe_llava.model.upcycling import upcycle
+from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
-def test_a_batch_answers_as_one_by_one(tiny_base):  # noqa: F811
+@pytest.fixture(scope="module")
+def asked(tiny_base):  # noqa: F811
+    """(model, processor, questions about an image, about none and about two)"""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    records = load_records(tiny_base / "data" / "test.json", tiny_base / "data" / "images")[:9]
-    lengths = {len(record.turns[0][0].split()) for record in records}
-    assert len(lengths) > 1
-    together = answer_records(model, processor, records, batch_size=4)
-    assert together == [answer_records(model, processor, [record], batch_size=1)[0] for record in records]
+    questions = digits_world.questions(tiny_base / "data")[:14]
+    images = questions[0].images * 2
+    text = Question("text", "which digit is leftmost ?")
+    return model, processor, [*questions, text, Question("two", "<image> is this <image> a red 7 ?", images)]
 
 
-def test_only_the_first_question_and_its_images(tiny_base):  # noqa: F811
-    model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    image = tiny_base / "data" / "images" / "test" / "000000.png"
-    text = Record("text", (("is there a red 7 ?", "yes"), ("<image> and here ?", "no")), (image,))
-    assert "pixel_values" not in prompt_inputs(processor, [text])
-    both = Record("both", (("<image> where ?", "left"), ("<image> and here ?", "no")), (image, image))
-    assert len(prompt_inputs(processor, [text, both])["pixel_values"]) == 1
-    assert len(answer_records(model, processor, [text, both], batch_size=2)) == 2
+def answers(model, processor, questions, batch_size, max_new_tokens=12):
+    given = dict(pair for batch in answer(model, processor, questions, batch_size, max_new_tokens) for pair in batch)
+    return [given[index] for index in range(len(questions))]
 
 
-def test_prompts_are_padded_on_the_left(tiny_base):  # noqa: F811
-    _, processor = load_checkpoint(tiny_base / "base")
-    records = load_records(tiny_base / "data" / "test.json", tiny_base / "data" / "images")[:9]
-    inputs = prompt_inputs(processor, records)
+def plainly(model, processor, question, max_new_tokens=12):
+    """As anybody would ask with transformers, without anything shared."""
+    inputs = prompt_inputs(processor, [question])
+    suppressed = [model.config.image_token_id]
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=suppressed)
+    return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_answers_as_one_by_one(asked, family, sparse):
+    _, processor, questions = asked
+    config = tiny_config(family)
+    config.image_token_id = processor.tokenizer.image_token_id
+    config.vision_config.image_size = 48
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    model = upcycle(model, num_experts=3).eval() if sparse else model
+    together = answers(model, processor, questions, batch_size=16)
+    assert together == answers(model, processor, questions, batch_size=1)
+    assert together == [plainly(model, processor, question) for question in questions]
+    assert len(set(together)) > 1
+
+
+def test_nothing_after_the_end(asked):
+    """Neither the end token, nor the padding behind it, whatever token that is."""
+    model, processor, questions = asked
+    before = [text.split() for text in answers(model, processor, questions, batch_size=16)]
+    # A word in the middle of the longest answer ends it, and pads what is shorter.
+    longest = max(before, key=len)
+    middle = longest[len(longest) // 2]
+    ends = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    token = processor.tokenizer.convert_tokens_to_ids(middle)
+    try:
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = [ends[0], token], 7
+        found = [text.split() for text in answers(model, processor, questions, batch_size=16)]
+    finally:
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends
+    assert found == [words[: words.index(middle)] if middle in words else words for words in before]
+    assert found != before
+    assert len({len(words) for words in found}) > 1
+
+
+def test_what_prompts_share_is_read_once(asked, monkeypatch):
+    model, processor, questions = asked
+    read, real = [], generate._read_heads
+    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    answers(model, processor, questions, batch_size=4, max_new_tokens=2)
+    pictures = {question.images for question in questions if len(question.images) == 1}
+    assert read == [1, len(pictures)]  # two images in a prompt of its own; then all the others
+    assert len(pictures) < len(questions) - 2
+
+
+def test_images_come_first_or_where_the_prompt_says(asked):
+    _, processor, _ = asked
+    picture = InlineImage("a.png", b"")
+    assert prompt_text(processor, Question("1", "where ?", (picture,) * 2)).count("<image> <image> where ?") == 1
+    assert "is this<image> a 7 ?" in prompt_text(processor, Question("1", "is this <image> a 7 ?", (picture,)))
+    for images in ((), (picture,) * 2):
+        with pytest.raises(BenchmarkError, match=f"question 1 has 1 <image> in its prompt and {len(images)} images"):
+            prompt_text(processor, Question("1", "is this <image> a 7 ?", images))
+
+
+def test_prompts_are_padded_on_the_left(asked):
+    _, processor, questions = asked
+    inputs = prompt_inputs(processor, questions)
     assert inputs["attention_mask"][:, -1].all()
     assert not inputs["attention_mask"][:, 0].all()
     assert (inputs["input_ids"][:, -1] == processor.tokenizer.convert_tokens_to_ids("assistant:")).all()
+    assert "pixel_values" not in prompt_inputs(processor, [question for question in questions if not question.images])
+
+
+def test_an_image_in_the_question_file_and_one_that_is_broken(asked):
+    model, processor, questions = asked
+    inline = Question("1", questions[0].prompt, (InlineImage("a.png", questions[0].images[0].read_bytes()),))
+    assert answers(model, processor, [inline], 1) == answers(model, processor, questions[:1], 1)
+    broken = Question("7", "where ?", (InlineImage("b.png", b"no image"),))
+    with pytest.raises(DataError, match=r"question 7 names the image b.png, which cannot be decoded"):
+        answers(model, processor, [broken], 1)
+
+
+def test_in_background_keeps_order_and_tells_of_errors():
+    assert list(in_background(lambda number: number * 2, range(20))) == list(range(0, 40, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(in_background(lambda number: 1 // number, [1, 0]))

@@ -5,7 +5,7 @@ import torch
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.records import DataError
-from moe_llava.data.store import load_records
+from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.serving.chat import Conversation
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -18,12 +18,12 @@ def parts(tiny_base):  # noqa: F811
 
 def test_pieces_are_the_answer(tiny_base, parts):  # noqa: F811
     model, processor = parts
-    record = load_records(tiny_base / "data" / "test.json", tiny_base / "data" / "images")[0]
-    expected = model.generate(**prompt_inputs(processor, [record]), max_new_tokens=6, do_sample=False)
+    question = digits_world.questions(tiny_base / "data")[0]
+    expected = model.generate(**prompt_inputs(processor, [question]), max_new_tokens=6, do_sample=False)
     conversation = Conversation(model, processor, max_new_tokens=6)
-    conversation.add_image(record.images[0])
-    answer = "".join(conversation.ask(record.turns[0][0].removeprefix("<image>")))
-    length = prompt_inputs(processor, [record])["input_ids"].shape[1]
+    conversation.add_image(question.images[0])
+    answer = "".join(conversation.ask(question.prompt.removeprefix("<image>")))
+    length = prompt_inputs(processor, [question])["input_ids"].shape[1]
     assert answer.strip() == processor.decode(expected[0, length:], skip_special_tokens=True).strip()
 
 

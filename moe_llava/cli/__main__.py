@@ -1,0 +1,3 @@
+from moe_llava.cli import main
+
+main()

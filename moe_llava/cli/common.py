@@ -1,0 +1,52 @@
+"""What the verbs share: the application, and how errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from logging import ERROR, getLogger
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Dense vision-language models made sparse: trained, asked, looked into.",
+)
+
+Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns the errors that name what is wrong with the input into one line and exit status 2."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Where bitsandbytes is installed, every import of transformers' Trainer would warn of a kernel that it could have on some CPUs.
+    getLogger("bitsandbytes").setLevel(ERROR)
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def stops() -> Iterator[None]:
+    """A run that was asked to stop says so, with the exit status of a process that SIGTERM ended."""
+    from moe_llava.training.saves import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGTERM) from stopped

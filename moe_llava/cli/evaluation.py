@@ -1,0 +1,146 @@
+"""Verbs of evaluation: benchmarks, evaluate, score, judge, table, pope-questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_llava.cli.common import Checkpoint, app, user_errors
+
+
+@app.command()
+def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Lists the benchmarks, and the files that each needs."""
+    with user_errors():
+        from moe_llava.evaluation.benchmark import NAMES, find_benchmark
+
+        found = [find_benchmark(name) for name in NAMES]
+    if as_json:
+        print(json.dumps({benchmark.name: {"folder": benchmark.folder, "files": benchmark.files} for benchmark in found}))
+        return
+    for benchmark in found:
+        print(f"{benchmark.name}: {benchmark.title}, in a folder {benchmark.folder}")
+        for name, purpose in benchmark.files.items():
+            print(f"  {name}: {purpose}")
+
+
+@app.command()
+def score(
+    name: Annotated[str, typer.Argument(help="a benchmark; `moe-llava benchmarks` lists them")],
+    data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
+    answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Scores answers to a benchmark as its published script does, with 95% intervals."""
+    with user_errors():
+        from moe_llava.evaluation.score import score_answers
+
+        found = score_answers(name, data, answers)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_scores(found)
+
+
+@app.command()
+def judge(
+    name: Annotated[str, typer.Argument(help="llava-bench or mm-vet")],
+    data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
+    answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text; the judge's replies are kept beside it")],
+    endpoint: Annotated[str, typer.Option(help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")],
+    judge_model: Annotated[str, typer.Option(help="the model that judges, by the name that the server has for it")],
+    prices: Annotated[
+        tuple[float, float] | None, typer.Option(min=0, help="of a million tokens of prompts, and of replies, to tell the cost")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Scores answers by the opinion of a language model. Its API key is read from MOE_LLAVA_JUDGE_KEY; nothing is asked twice."""
+    with user_errors():
+        from moe_llava.evaluation.score import judge_answers
+
+        found = judge_answers(name, data, answers, endpoint, judge_model, prices)
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print_scores(found)
+    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["judge"].items()))
+
+
+@app.command()
+def table(
+    results: Annotated[list[Path], typer.Argument(help="result.json files, or folders with BENCHMARK/result.json")],
+    form: Annotated[str, typer.Option("--format", help="markdown, csv or html")] = "markdown",
+    reference: Annotated[bool, typer.Option("--reference", help="add the paper's published scores, apart")] = False,
+) -> None:
+    """Puts the main scores of models side by side, with 95% intervals."""
+    with user_errors():
+        from moe_llava.evaluation.tables import write_table
+
+        print(write_table(results, form, reference), end="")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    benchmark: Annotated[str, typer.Option(help="one of those that `moe-llava benchmarks` lists, or several with commas between")],
+    data: Annotated[Path, typer.Option(help="the folder with the benchmark's files, or the one of LLaVA's evaluation that holds it")],
+    out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; answers that are there are not asked for again")],
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at once, in each process")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each benchmark, the first ones")] = None,
+) -> None:
+    """Asks a checkpoint the questions of benchmarks and scores its answers. Run again, it goes on where it was stopped."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.evaluation.benchmark import find_benchmark
+
+        names = [name.strip() for name in benchmark.split(",")]
+        for name in names:
+            find_benchmark(name)
+
+        from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
+
+        for found in run(checkpoint, names, data, out, batch_size, limit, Console()):
+            _print_scores(found)
+
+
+def _print_scores(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("score", "value", "95% interval", title=found["benchmark"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, value in found["scores"].items():
+        low, high = found["intervals"][name]
+        table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
+    Console().print(table)
+    told = {
+        "missing": "questions without an answer, counted as wrong",
+        "unknown": "answers to no question",
+        "unreadable": "questions whose judgement could not be read, counted as wrong",
+    }
+    for key, words in told.items():
+        if found.get(key):
+            print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
+
+
+@app.command()
+def pope_questions(
+    annotations: Annotated[Path, typer.Argument(help="COCO's instances as JSON, or JSON lines of image and objects")],
+    out: Annotated[Path, typer.Argument(help="folder for questions and labels; must not exist")],
+    images_per_set: Annotated[int | None, typer.Option(min=1, help="pictures to draw; default: all that can be asked about")] = None,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+) -> None:
+    """Writes questions as in POPE, of pictures of your own: is there such an object?"""
+    with user_errors():
+        from moe_llava.evaluation.hallucination import IMAGES, write_pope_questions
+
+        written = write_pope_questions(annotations, out, images_per_set, seed)
+    print(f"{out}: {written['questions']:,} questions of each kind, about {written['images']:,} pictures; put these into {out / IMAGES}")
+    for reason, number in written["left_out"].items():
+        if number:
+            print(f"{number:,} pictures left out: {reason}")

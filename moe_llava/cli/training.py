@@ -1,0 +1,125 @@
+"""Verbs of training: demo, digits, train, params."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_llava.cli.common import app, stops, user_errors
+
+if TYPE_CHECKING:
+    from moe_llava.training.budget import Budget, StageCost
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
+    recipe: Annotated[Path | None, typer.Option(help="a recipe instead of the shipped recipes/digits.yaml")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+) -> None:
+    """Trains the three stages on scenes of real handwritten digits, tests them, and writes a report with pictures."""
+    with user_errors(), stops():
+        from moe_llava.experiments.demo import run_demo
+
+        run_demo(out, recipe, settings or [], train_images, test_images)
+
+
+@app.command()
+def digits(
+    out: Annotated[Path, typer.Argument(help="folder to write `data` and `base` into")] = Path("runs/digits"),
+    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+) -> None:
+    """Writes the digits data set (LLaVA files) and the dense model that training on it starts from."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.experiments.demo import prepare
+
+        prepare(out, train_images, test_images, Console())
+        print(f"{out / 'data'}: pictures and questions; {out / 'base'}: the dense model to start from")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
+    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="run this stage only; may be given several times")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, go on with an unfinished one")] = False,
+) -> None:
+    """Runs MoE-Tuning: the projector, then the language model, then the experts."""
+    with user_errors(), stops():
+        from rich.console import Console
+
+        from moe_llava.training.recipe import load_recipe, stages_of
+
+        loaded = load_recipe(recipe, settings)
+
+        from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
+
+        run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
+
+
+@app.command()
+def params(
+    target: Annotated[str, typer.Argument(help="a recipe (.yaml), or a checkpoint, ours or a published one: a folder or a hub id")],
+    vision_towers: Annotated[Path | None, typer.Option(help="for a published checkpoint: folder with the vision towers")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Counts a model's parameters, arithmetic and memory from its configuration, without its weights."""
+    with user_errors():
+        from moe_llava.training.budget import survey
+
+        budget, training = survey(target, vision_towers)
+        if as_json:
+            costs = {
+                "training_bytes": {stage: cost.memory for stage, cost in training.items()},
+                "training_flops": {stage: cost.flops for stage, cost in training.items()},
+            }
+            print(json.dumps(budget.as_dict() | costs))
+        else:
+            _print_budget(budget, training)
+
+
+def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_llava.training.budget import CONTEXT
+
+    table = Table("part", "total", "active per token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, total in budget.total.items():
+        table.add_row(part, f"{total:,}", f"{budget.active[part]:,}")
+    table.add_section()
+    table.add_row("language model", *(f"{number:,}" for number in budget.language_model))
+    table.add_row("all", f"{sum(budget.total.values()):,}", f"{sum(budget.active.values()):,}")
+    console = Console()
+    console.print(table)
+    sparse = ""
+    if budget.experts:
+        layers = ", ".join(map(str, budget.moe_layers))
+        sparse = f", {len(budget.moe_layers)} of them sparse ({layers}): {budget.experts[0]} experts, a token uses {budget.experts[1]}"
+    lines = [
+        f"layers: {budget.layers}{sparse}",
+        f"forward pass of the language model: {budget.flops / 1e9:,.3f} GFLOPs per token, at {CONTEXT:,} tokens of context",
+        f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
+        f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
+        *(
+            f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, without activations; "
+            f"{cost.flops / 1e9:,.3f} GFLOPs per token"
+            for stage, cost in training.items()
+        ),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,91 @@
+"""The folder of a benchmark's answers:
+
+answers.jsonl     in LLaVA's form: question_id, prompt, text, answer_id, model_id, metadata
+answers.N.jsonl   while several processes ask, those of process N > 0
+settings.json     what they were made with
+result.json       their scores
+
+Lines are only ever appended, so whatever ends a run leaves whole answers, and at most half of a last line.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_llava.evaluation.benchmark import BenchmarkError, Question, read_json, read_json_lines, take
+from moe_llava.training.saves import write_whole
+
+SETTINGS = "settings.json"
+
+Key = tuple[str, str]  # id and prompt of a question
+
+
+def answer_file(folder: Path, process: int = 0) -> Path:
+    return folder / (f"answers.{process}.jsonl" if process else "answers.jsonl")
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises BenchmarkError if the answers in a folder were made with other settings."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        if answer_file(folder).exists():
+            raise BenchmarkError(f"{folder} has answers, but no {SETTINGS} that says whose: choose another --out")
+        return
+    before = read_json(file)
+    changed = [f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise BenchmarkError(f"the answers in {folder} were made with {'; '.join(changed)}: choose another --out, or remove it")
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def line(question: Question, text: str, model_id: str) -> str:
+    """The same for the same answer: a run that was killed ends with the file of one that was not."""
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([model_id, question.id, question.prompt, text]))
+    answer = {"question_id": question.id, "prompt": question.prompt, "text": text}
+    return json.dumps(answer | {"answer_id": identity.hex, "model_id": model_id, "metadata": {}}) + "\n"
+
+
+def merge(folder: Path, questions: Sequence[Question]) -> None:
+    """Makes one file, in the order of the questions, of what all processes left. Nobody may be writing."""
+    files = [file for file in (answer_file(folder), *sorted(folder.glob("answers.*.jsonl"))) if file.exists()]
+    for file in files:
+        drop_torn_line(file)
+    found = {key: record for file in files for key, record in _by_key(file).items()}
+    keys = dict.fromkeys((question.id, question.prompt) for question in questions)
+    write_whole(answer_file(folder), "".join(json.dumps(found[key]) + "\n" for key in keys if key in found))
+    for file in files:
+        if file != answer_file(folder):
+            file.unlink()
+
+
+def drop_torn_line(file: Path) -> None:
+    """Cuts off what was written of a line that never ended."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with file.open("r+b") as opened:
+            opened.truncate(whole)
+
+
+def given(folder: Path, questions: Sequence[Question]) -> list[str | None]:
+    """The text that answers each question, None where there is none yet."""
+    found = _by_key(answer_file(folder))
+    texts = (found.get((question.id, question.prompt)) for question in questions)
+    return [None if record is None else str(record["text"]) for record in texts]
+
+
+def _by_key(file: Path) -> dict[Key, dict[str, Any]]:
+    records = {}
+    for number, record in enumerate(read_json_lines(file), start=1):
+        where = f"line {number} of {file}"
+        take(record, "text", where)
+        records[str(take(record, "question_id", where)), str(take(record, "prompt", where))] = record
+    return records

@@ -1,0 +1,223 @@
+"""From a checkpoint to answers and scores, through kills, in one process or two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_llava.digits.dataset import write_dataset
+from moe_llava.evaluation import evaluate
+from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge
+from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
+from moe_llava.evaluation.benchmarks import digits_world
+from tests.conftest import REPOSITORY, run_command
+from tests.training.conftest import tiny_base  # noqa: F401
+
+BIN = Path(sys.executable).parent
+
+
+def arguments(tiny_base, out, *more, data=None):  # noqa: F811
+    data = data or tiny_base / "data"
+    return ["evaluate", tiny_base / "base", "--benchmark", "digits", "--data", data, "--out", out, *more]
+
+
+def run(tiny_base, out, names=("digits",), limit=None, batch_size=8):  # noqa: F811
+    console = Console(record=True, width=160)
+    found = evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console)
+    return found, console.export_text()
+
+
+def refused(*command):
+    done = run_command(*command)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_base, tmp_path_factory):  # noqa: F811
+    """The folder of a run that was left alone."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run_command(*arguments(tiny_base, out))
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    return out / "digits"
+
+
+def test_answers_and_result(tiny_base, whole):  # noqa: F811
+    questions = digits_world.questions(tiny_base / "data")
+    answers = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
+    assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [(question.id, question.prompt) for question in questions]
+    assert set(answers[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    assert len({answer["answer_id"] for answer in answers}) == len(answers)
+    result = json.loads((whole / "result.json").read_text())
+    assert result["questions"] == len(questions)
+    assert result["missing"] == []
+    assert result["model"] == str(tiny_base / "base")
+    assert result["generation"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 40, "dtype": "torch.float32", "batch_size": 16}
+    assert set(result["versions"]) == {"moe_llava", "torch", "transformers"}
+    assert sorted(path.name for path in whole.iterdir()) == ["answers.jsonl", "result.json", "settings.json"]
+
+
+def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
+    assert run(tiny_base, tmp_path, limit=20)[0][0]["questions"] == 20
+    file = tmp_path / "digits" / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 20
+    file.write_text("".join(lines[:9]) + lines[9][:30])
+    (tmp_path / "digits" / "answers.1.jsonl").write_text("".join(lines[15:]) + lines[10][:-1])
+    asked = []
+    real = evaluate.answer
+
+    def answer(model, processor, questions, *rest):
+        asked.extend(questions)
+        return real(model, processor, questions, *rest)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    run(tiny_base, tmp_path)
+    questions = digits_world.questions(tiny_base / "data")
+    assert [question.id for question in asked] == [question.id for question in questions[9:15] + questions[20:]]
+    assert file.read_text() == (whole / "answers.jsonl").read_text()
+    assert not (tmp_path / "digits" / "answers.1.jsonl").exists()
+    asked.clear()
+    monkeypatch.setattr(evaluate, "load_checkpoint", None)  # nothing to ask: no model is needed
+    assert run(tiny_base, tmp_path, limit=5)[0][0]["questions"] == 5
+    assert not asked
+    assert file.read_text() == (whole / "answers.jsonl").read_text()
+
+
+def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
+    write_dataset(tmp_path / "data", train_images=1, test_images=40)
+    command = [BIN / "moe-llava", *arguments(tiny_base, tmp_path / "out", "--batch-size", "4", data=tmp_path / "data")]
+    file = tmp_path / "out" / "digits" / "answers.jsonl"
+    number = len(digits_world.questions(tmp_path / "data"))
+    process = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    while not file.exists() or file.read_text().count("\n") < 20:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    assert 20 <= len(before) < number
+    done = run_command(*command[1:])
+    assert done.returncode == 0, done.stderr
+    assert f"asking digits: {number - len(before)} in" in done.stdout
+    after = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(after) == number
+    assert {answer["answer_id"] for answer in before} <= {answer["answer_id"] for answer in after}
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", "1"]], ids=["all", "fewer questions than processes"])
+def test_two_processes(tiny_base, whole, tmp_path, limit):  # noqa: F811
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", BIN / "moe-llava"]
+    command += arguments(tiny_base, tmp_path, *limit)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("asking digits") == 1
+    lines = (whole / "answers.jsonl").read_text().splitlines()
+    assert (tmp_path / "digits" / "answers.jsonl").read_text().splitlines() == (lines[:1] if limit else lines)
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["answers.jsonl", "result.json", "settings.json"]
+
+
+def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa: F811
+    base, data = tiny_base / "base", tiny_base / "data"
+    rest = ["--data", data, "--out", tmp_path / "out"]
+    assert "no benchmark is called 'digitz'; did you mean digits?" in refused("evaluate", base, "--benchmark", "digitz", *rest)
+    missing = refused("evaluate", base, "--benchmark", "digits,pope", "--data", tmp_path, "--out", tmp_path / "out")
+    for name in ("test.json: the questions", "images/test: the pictures", "coco/coco_pope_random.json"):
+        assert name in missing
+    assert "is not a folder" in refused("evaluate", tmp_path / "gone", "--benchmark", "digits", *rest)
+    assert not (tmp_path / "out").exists()
+    settings = json.loads((whole / "settings.json").read_text())
+    (tmp_path / "other" / "digits").mkdir(parents=True)
+    (tmp_path / "other" / "digits" / "settings.json").write_text(json.dumps(settings | {"checkpoint": "elsewhere", "max_new_tokens": 7}))
+    message = refused(*arguments(tiny_base, tmp_path / "other"))
+    assert f"were made with checkpoint elsewhere, now {base}; max_new_tokens 7, now 40: choose another --out" in message
+    (tmp_path / "whose" / "digits").mkdir(parents=True)
+    (tmp_path / "whose" / "digits" / "answers.jsonl").write_text("{}\n")
+    with pytest.raises(BenchmarkError, match=r"has answers, but no settings.json"):
+        run(tiny_base, tmp_path / "whose")
+
+
+def test_questions_are_dealt_out_by_image():
+    left = [Question(str(number), "what is this?", (Path(f"{number // 3}.png"),)) for number in range(12)]
+    left += [Question(str(number), "why?") for number in range(12, 15)]
+    shares = [evaluate._share(left, process, 3) for process in range(3)]
+    assert sorted(question.id for share in shares for question in share) == sorted(question.id for question in left)
+    assert [[question.id for question in share] for share in shares] == [
+        ["0", "1", "2", "9", "10", "11", "14"],
+        ["3", "4", "5", "12"],
+        ["6", "7", "8", "13"],
+    ]
+    assert [len(evaluate._share(left[:3], process, 2)) for process in range(2)] == [3, 0]
+
+
+def test_questions_that_cannot_be_asked(tmp_path):
+    image = InlineImage("a.png", b"")
+    questions = [
+        Question("1", "<image> what is <image>?", (image,)),
+        Question("2", "what is <image>?"),
+        Question("3", "what is this?", (image,)),
+    ]
+    questions += [Question(f"{number}", "what is this?", (tmp_path / f"{number}.png",)) for number in range(4, 30)]
+    with pytest.raises(BenchmarkError) as caught:
+        evaluate.check_questions(digits_world.BENCHMARK, questions)
+    lines = str(caught.value).splitlines()
+    assert "question 1 of The digits world has 2 <image> and 1 images" in lines[0]
+    assert "question 2 of The digits world has 1 <image> and 0 images" in lines[1]
+    assert "4.png, which does not exist" in lines[2]
+    assert lines[-1].strip() == "and 8 more"
+    with pytest.raises(BenchmarkError, match="has no questions"):
+        evaluate.check_questions(digits_world.BENCHMARK, [])
+
+
+def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypatch):  # noqa: F811
+    def upload(folder, asked, given, out):
+        (out / "upload.json").write_text(json.dumps(dict(zip([question.id for question in asked], given, strict=True))))
+        return [out / "upload.json"]
+
+    def broken(folder, asked, given):
+        raise BenchmarkError("no truth here")
+
+    real = digits_world.BENCHMARK
+    variants = {
+        "server": replace(real, name="server", title="Server", score=None, upload=upload, max_new_tokens=2),
+        "judge": replace(real, name="judge", title="Judge", score=None, max_new_tokens=2),
+        "broken": replace(real, name="broken", title="Broken", score=broken, max_new_tokens=2),
+    }
+    monkeypatch.setattr(evaluate, "find_benchmark", lambda name: variants[name])
+    found, printed = run(tiny_base, tmp_path, ("server", "judge"), limit=3)
+    assert found == []
+    assert "Server: no upload of answers to 3 questions only" in printed
+    _, printed = run(tiny_base, tmp_path, ("server", "judge"))
+    plain = printed.replace("\n", "")
+    assert f"Server: {tmp_path / 'server' / 'upload.json'} is what its server takes" in plain
+    assert f"a judge has to score the answers in {tmp_path / 'judge' / 'answers.jsonl'}" in plain
+    assert None not in json.loads((tmp_path / "server" / "upload.json").read_text()).values()
+    with pytest.raises(BenchmarkError, match="no truth here"):
+        run(tiny_base, tmp_path, ("broken", "judge"))
+    assert len((tmp_path / "broken" / "answers.jsonl").read_text().splitlines()) > 3
+
+
+def test_merging(tmp_path):
+    questions = [Question("1", "a"), Question("1", "b"), Question("2", "a")]
+    answer_file(tmp_path).write_text('{"question_id": 1, "prompt": "a"}\n')
+    with pytest.raises(BenchmarkError, match=r"line 1 of .*answers.jsonl has no 'text'"):
+        merge(tmp_path, questions)
+    lines = [json.dumps({"question_id": id, "prompt": prompt, "text": "x\té\n"}) + "\n" for id, prompt in (("2", "a"), ("1", "b"))]
+    answer_file(tmp_path).write_bytes(lines[0].encode() + lines[1].encode()[:-9])
+    answer_file(tmp_path, 1).write_text(lines[1])
+    merge(tmp_path, questions)
+    assert answer_file(tmp_path).read_text() == lines[1] + lines[0]
+    assert not answer_file(tmp_path, 1).exists()
+    answer_file(tmp_path).write_bytes("é".encode()[:1])
+    drop_torn_line(answer_file(tmp_path))
+    assert answer_file(tmp_path).read_bytes() == b""
