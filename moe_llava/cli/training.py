@@ -60,9 +60,12 @@ def train(
 
         loaded = load_recipe(recipe, settings)
 
+        from accelerate import PartialState
+
         from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
 
         run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
+        PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
 
 
 @app.command()
