@@ -47,14 +47,8 @@ def encode_record(
 
     Raises DataError, naming the rule, if the conversation has no question, roles out of order, or does not fit the form.
     """
-    try:
-        messages, has_images = _messages(record)
-        has_images = has_images or template == "plain"
-        whole = _encode_messages(messages, has_images, tokenizer, template, image_tokens)
-    except DataError as error:
-        raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
-    limit = None if has_images else tokenizer.model_max_length
-    return {name: values[:limit] for name, values in whole.items()}
+    whole, end = _encode_whole(record, tokenizer, template, image_tokens)
+    return {name: values[:end] for name, values in whole.items()}
 
 
 def encode_within(
@@ -65,15 +59,22 @@ def encode_within(
 
     Raises DataError as `encode_record` does, and as `cut` does.
     """
-    ends = tokenizer.model_max_length if not record.images and template != "plain" else None
-    limit = min((length for length in (max_length, ends) if length is not None), default=None)
+    whole, end = _encode_whole(record, tokenizer, template, image_tokens)
+    kept = cut(whole, min((length for length in (max_length, end) if length is not None), default=None), record.source)
+    return kept, kept is not whole
+
+
+def _encode_whole(
+    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, image_tokens: int
+) -> tuple[dict[str, list[int]], int | None]:
+    """(ids and labels of all of a record, where the tokenizer's model ends text alone)"""
     try:
         messages, has_images = _messages(record)
-        whole = _encode_messages(messages, has_images or template == "plain", tokenizer, template, image_tokens)
+        has_images = has_images or template == "plain"
+        whole = _encode_messages(messages, has_images, tokenizer, template, image_tokens)
     except DataError as error:
-        raise DataError(f"{record.source}: {error}") from error
-    kept = cut(whole, limit, record.source)
-    return kept, kept is not whole
+        raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
+    return whole, None if has_images else tokenizer.model_max_length
 
 
 def _encode_messages(

@@ -33,11 +33,12 @@ from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.evaluate import evaluate
 from moe_llava.evaluation.generate import prompt_inputs
-from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report, write_whole
+from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Data, Recipe, RecipeError, load_recipe, stage_settings
 from moe_llava.training.run import train
+from moe_llava.training.saves import write_whole
 
 SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
 BATCH = 128

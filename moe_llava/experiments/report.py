@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from moe_llava.routing.plots import plot_expert_load
+from moe_llava.training.saves import write_whole
 
 mpl.use("Agg")
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
@@ -134,10 +134,3 @@ def data_url(content: bytes, kind: str) -> str:
 def read_log(stage: Path) -> list[dict[str, Any]]:
     """The lines that a stage logged."""
     return [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that a file is never half written."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -95,9 +95,10 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
             raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
         if not (folder / "recipe.yaml").is_file():
             continue  # it was stopped before it had begun
-        before, now = (_what_counts(made, final.name) for made in (read_recipe(folder / "recipe.yaml"), recipe))
+        made = read_recipe(folder / "recipe.yaml")
+        before, now = _what_counts(made, final.name), _what_counts(recipe, final.name)
         if folder != final:  # what was saved in parts is not read as a whole, nor the other way round
-            before, now = before | sharding_of(read_recipe(folder / "recipe.yaml")), now | sharding_of(recipe)
+            before, now = before | sharding_of(made), now | sharding_of(recipe)
         changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now if before.get(name) != now.get(name)]
         if changed:
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
@@ -186,10 +187,11 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             sampler=make_sampler(settings, records, image.tokens, arguments),
             skip_bad_records=recipe.on_bad_record == "skip",
         )
-        check_records(work, records)
+        described = {"records": len(records), "digest": records.digest()}
+        check_records(work, described)
         if trainer.is_world_process_zero():
             write_recipe(recipe, work)
-            write_whole(work / RECORDS, json.dumps({"records": len(records), "digest": records.digest()}))
+            write_whole(work / RECORDS, json.dumps(described))
         try:
             trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
         finally:
@@ -205,14 +207,14 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
         console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
 
 
-def check_records(work: Path, records: Records) -> None:
+def check_records(work: Path, described: dict[str, Any]) -> None:
     """Raises DataError if a stage was begun on other records: going on, it would see some twice and others never."""
     if not saves(work) or not (work / RECORDS).is_file():
         return
     before = json.loads((work / RECORDS).read_text(encoding="utf-8"))
-    if before["digest"] != records.digest():
+    if before["digest"] != described["digest"]:
         raise DataError(
-            f"{work} was begun on {before['records']:,} records, and its data files now hold others ({len(records):,}): "
+            f"{work} was begun on {before['records']:,} records, and its data files now hold others ({described['records']:,}): "
             "put them back, or remove the folder and begin again"
         )
 
