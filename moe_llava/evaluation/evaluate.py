@@ -84,8 +84,7 @@ def evaluate(
         if any(shares):
             model, processor = load_checkpoint(checkpoint)
             model.to(best_device())
-            if getattr(model.config, "capacity_factor", None) is not None:
-                console.print("this model's experts have a capacity, which questions asked together share: answers depend on their company")
+            tell_of_capacity(model, console)
         for task, share in zip(tasks, shares, strict=True):
             if share:
                 _ask(task, share, model, processor, batch_size, process, console)
@@ -117,7 +116,7 @@ def _plan(
                 raise BenchmarkError(f"{benchmark.title} is not scored here, so there is nothing to compare under --perturb")
             folder = find_folder(benchmark, data)
             questions = benchmark.questions(folder)
-            check_questions(benchmark, questions)
+            check_questions(benchmark.title, questions)
             settings = {**made_with, "benchmark": name, "questions": _digest(questions), **GREEDY}
             settings["max_new_tokens"] = benchmark.max_new_tokens
             tasks.append(Task(benchmark, folder, out / name, questions, questions[:limit], settings, None))
@@ -137,18 +136,24 @@ def _plan(
     return tasks
 
 
-def check_questions(benchmark: Benchmark, questions: Sequence[Question]) -> None:
+def check_questions(title: str, questions: Sequence[Question]) -> None:
     """Raises BenchmarkError if there are none, a prompt has other images than its question, or an image file is missing."""
-    problems = [] if questions else [f"{benchmark.title} has no questions"]
+    problems = [] if questions else [f"{title} has no questions"]
     for question in questions:
         found = question.prompt.count(IMAGE_TOKEN)
         if found and found != len(question.images):
-            problems.append(f"question {question.id} of {benchmark.title} has {found} {IMAGE_TOKEN} and {len(question.images)} images")
+            problems.append(f"question {question.id} of {title} has {found} {IMAGE_TOKEN} and {len(question.images)} images")
     images = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
-    problems += [f"{benchmark.title} asks about the image {image}, which does not exist" for image in images if not image.is_file()]
+    problems += [f"{title} asks about the image {image}, which does not exist" for image in images if not image.is_file()]
     if problems:
         more = len(problems) - MOST_SHOWN
         raise BenchmarkError("\n  ".join(problems[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
+
+
+def tell_of_capacity(model: Any, console: Console) -> None:
+    """Says so if answers are not those to one question at a time."""
+    if getattr(model.config, "capacity_factor", None) is not None:
+        console.print("this model's experts have a capacity, which questions asked together share: answers depend on their company")
 
 
 def _place(checkpoint: str) -> str:

@@ -172,14 +172,14 @@ def test_questions_that_cannot_be_asked(tmp_path):
     ]
     questions += [Question(f"{number}", "what is this?", (tmp_path / f"{number}.png",)) for number in range(4, 30)]
     with pytest.raises(BenchmarkError) as caught:
-        evaluate.check_questions(digits_world.BENCHMARK, questions)
+        evaluate.check_questions("The digits world", questions)
     lines = str(caught.value).splitlines()
     assert "question 1 of The digits world has 2 <image> and 1 images" in lines[0]
     assert "question 2 of The digits world has 1 <image> and 0 images" in lines[1]
     assert "4.png, which does not exist" in lines[2]
     assert lines[-1].strip() == "and 8 more"
     with pytest.raises(BenchmarkError, match="has no questions"):
-        evaluate.check_questions(digits_world.BENCHMARK, [])
+        evaluate.check_questions("The digits world", [])
 
 
 def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypatch):  # noqa: F811
