@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_MODEL_TYPE = "moe_llava"
-_HOME = f"transformers.models.{_MODEL_TYPE}"
+MODEL_TYPE = "moe_llava"
+_HOME = f"transformers.models.{MODEL_TYPE}"
 # module -> its table, and our class in it
 _TABLES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "MoeLlavaConfig"),
@@ -32,7 +32,7 @@ def register_with_transformers() -> None:
 
 def _enter(module: ModuleType) -> None:
     table, class_name = _TABLES[module.__name__]
-    getattr(module, table)[_MODEL_TYPE] = class_name
+    getattr(module, table)[MODEL_TYPE] = class_name
 
 
 class _Finder(importlib.abc.MetaPathFinder):

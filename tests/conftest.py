@@ -18,6 +18,9 @@ import pytest
 import torch
 import transformers
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from typer.testing import CliRunner, Result
+
+from moe_llava.cli import app
 
 REPOSITORY = Path(__file__).parents[1]
 FAMILIES = {
@@ -80,6 +83,22 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden data at {folder}; set MOE_LLAVA_GOLDEN")
     return folder
+
+
+def run_here(*arguments: str | Path) -> Result:
+    """The command in this process, which has imported everything already: a start takes seconds, and one of a kind shows that it works."""
+    environment = {"COLUMNS": "160", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # it sets them: taken back
+    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: str | Path) -> str:
+    """What the command says on standard error after `error: `, where it cannot work. Progress bars may come before: they are switched off
+    when transformers is imported, and here it has been."""
+    done = run_here(*arguments)
+    assert done.exit_code == 2, done.output
+    _, told, what = done.stderr.partition("error: ")
+    assert told, done.output
+    return what
 
 
 def run_command(*arguments: str | Path, stdin: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family
-from moe_llava.checkpoints.load import read_config
+from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.processors import image_processor, make_processor, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, resolve
 from moe_llava.checkpoints.settings import build_config, describes_llava, extra_tokens, find_tower, llava_settings, text_config

@@ -6,38 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.checkpoints.families import published_family
-from moe_llava.checkpoints.weights import read_json
-from moe_llava.model import MoeLlavaConfig
-
-MODEL_TYPES = ("llava", MoeLlavaConfig.model_type)
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA."""
-    model_type = read_config(path).get("model_type")
-    if published_family(model_type):
-        raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json of a folder or hub id. Raises CheckpointError if there is none."""
-    folder = Path(path)
-    if folder.is_dir():
-        return read_json(folder / "config.json")
-    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
-        raise CheckpointError(f"checkpoint {path} is not a folder")
-    try:
-        return read_json(Path(hf_hub_download(str(path), "config.json")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: it is no folder, and the hub did not give it") from error
+from moe_llava.checkpoints.files import check_checkpoint
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:

@@ -31,6 +31,7 @@ from transformers import (
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family, published_family
+from moe_llava.checkpoints.files import read_json
 from moe_llava.checkpoints.settings import (
     build_config,
     check_language_model,
@@ -41,7 +42,7 @@ from moe_llava.checkpoints.settings import (
     text_config,
 )
 from moe_llava.checkpoints.tokenization import load_tokenizer
-from moe_llava.checkpoints.weights import PROJECTOR_FILE, WEIGHT_FILES, StoredTensor, find_weights, read_json, read_tables
+from moe_llava.checkpoints.weights import PROJECTOR_FILE, WEIGHT_FILES, StoredTensor, find_weights, read_tables
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 

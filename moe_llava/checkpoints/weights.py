@@ -13,13 +13,13 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
+from moe_llava.checkpoints.files import read_json
 
 # A folder's weights are the first of these that it has. An index names the shards.
 WEIGHT_FILES = (
@@ -122,19 +122,6 @@ def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} holds {min(twice)}, which {tables[min(twice)].file} holds too")
         tables |= table
     return tables
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError if `file` is missing or holds no JSON object."""
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(content).__name__}")
-    return content
 
 
 def _safetensors_table(file: Path) -> dict[str, StoredTensor]:

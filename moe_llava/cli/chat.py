@@ -26,11 +26,19 @@ def chat(
 ) -> None:
     """Asks a model about images: once, or as a conversation on the terminal."""
     with user_errors():
-        from moe_llava.checkpoints.load import best_device, load_checkpoint
-        from moe_llava.serving.chat import Conversation
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.data.records import open_image
 
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty: ask something")
+        check_checkpoint(checkpoint)
+        for path in image or []:
+            open_image(path, "the conversation")
+
+        # These take seconds, and a mistake is told before.
+        from moe_llava.checkpoints.load import best_device, load_checkpoint
+        from moe_llava.serving.chat import Conversation
+
         model, processor = load_checkpoint(checkpoint)
         conversation = Conversation(model.to(best_device()), processor, max_new_tokens)
         for path in image or []:

@@ -25,18 +25,22 @@ def upcycle(
 ) -> None:
     """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same."""
     with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.checkpoints.folders import new_folder
-        from moe_llava.checkpoints.load import load_checkpoint
-        from moe_llava.model import MoeLlavaProcessor
-        from moe_llava.model.upcycling import upcycle as make_sparse
 
+        layers: str | list[int] = moe_layers
+        if moe_layers[:1].isdigit():
+            if not re.fullmatch(r"\d+(,\d+)*", moe_layers):
+                raise ValueError(f"--moe-layers is {moe_layers!r}, but must be a name, or indices with commas between: 0,2,4")
+            layers = [int(index) for index in moe_layers.split(",")]
+        check_checkpoint(dense)
         with new_folder(out) as folder:
+            # These take seconds, and a mistake is told before.
+            from moe_llava.checkpoints.load import load_checkpoint
+            from moe_llava.model import MoeLlavaProcessor
+            from moe_llava.model.upcycling import upcycle as make_sparse
+
             model, processor = load_checkpoint(dense)
-            layers: str | list[int] = moe_layers
-            if moe_layers[:1].isdigit():
-                if not re.fullmatch(r"\d+(,\d+)*", moe_layers):
-                    raise ValueError(f"--moe-layers is {moe_layers!r}, but must be a name, or indices with commas between: 0,2,4")
-                layers = [int(index) for index in moe_layers.split(",")]
             sparse = make_sparse(
                 model,
                 num_experts=num_experts,
@@ -77,9 +81,10 @@ def merge(
     """Adds an adapter into the weights of its base: a checkpoint like any other."""
     with user_errors():
         from moe_llava.checkpoints.folders import new_folder
-        from moe_llava.training.adapters import merge as run
 
         with new_folder(out) as folder:
+            from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is told before
+
             model, processor = run(adapter, base)
             model.save_pretrained(folder)
             processor.save_pretrained(folder)

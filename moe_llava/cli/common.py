@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,10 +26,9 @@ Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub i
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turns the errors that name what is wrong with the input into one line and exit status 2."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # transformers and its hub read these when they are imported, which takes a second: that is left to the verbs that need them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Where bitsandbytes is installed, every import of transformers' Trainer would warn of a kernel that it could have on some CPUs.
     getLogger("bitsandbytes").setLevel(ERROR)
     try:

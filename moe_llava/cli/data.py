@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,15 +26,12 @@ def check(
 ) -> None:
     """Looks through a data file: every problem by record, lengths, padding. Exit status 1 if there is a problem."""
     with user_errors():
-        from moe_llava.checkpoints.load import load_processor
-        from moe_llava.data.batches import EmptyImage
         from moe_llava.data.check import check_data
         from moe_llava.data.templates import TEMPLATES
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
-        processor = None if model is None else load_processor(model)
-        tokenizer, image_tokens = (None, 1) if processor is None else (processor.tokenizer, EmptyImage.of(processor).tokens)
+        tokenizer, image_tokens = (None, 1) if model is None else _tokenizer_of(model)
         report = check_data(data, images, tokenizer, template, image_tokens, max_length)
     counts: dict[str, float] = {
         "records": report.records,
@@ -50,6 +47,19 @@ def check(
         _print_check(report, counts)
     if report.problems:
         raise typer.Exit(1)
+
+
+def _tokenizer_of(model: str) -> tuple[Any, int]:
+    """A checkpoint's tokenizer, and how many tokens an image takes."""
+    from moe_llava.checkpoints.files import check_checkpoint
+
+    check_checkpoint(model)
+
+    from moe_llava.checkpoints.load import load_processor  # takes seconds, and a mistake is told before
+    from moe_llava.data.batches import EmptyImage
+
+    processor = load_processor(model)
+    return processor.tokenizer, EmptyImage.of(processor).tokens
 
 
 def _print_check(report: Report, counts: dict[str, float]) -> None:

@@ -99,6 +99,7 @@ def evaluate(
     with user_errors():
         from rich.console import Console
 
+        from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.evaluation.benchmark import find_benchmark
         from moe_llava.evaluation.perturb import parse_perturbations
 
@@ -106,6 +107,7 @@ def evaluate(
         names = [name.strip() for name in benchmark.split(",")]
         for name in names:
             find_benchmark(name)
+        check_checkpoint(checkpoint)
 
         from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
 

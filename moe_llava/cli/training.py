@@ -24,9 +24,14 @@ def demo(
 ) -> None:
     """Trains the three stages on scenes of real handwritten digits, tests them, and writes a report with pictures."""
     with user_errors(), stops():
-        from moe_llava.experiments.demo import run_demo
+        from moe_llava.digits import RECIPE
+        from moe_llava.training.recipe import load_recipe
 
-        run_demo(out, recipe, settings or [], train_images, test_images)
+        loaded = load_recipe(recipe or RECIPE, settings)
+
+        from moe_llava.experiments.demo import run_demo  # takes seconds, and a mistake in the recipe is told before
+
+        run_demo(out, loaded, train_images, test_images)
 
 
 @app.command()
@@ -76,9 +81,16 @@ def params(
 ) -> None:
     """Counts a model's parameters, arithmetic and memory from its configuration, without its weights."""
     with user_errors():
-        from moe_llava.training.budget import survey
+        from moe_llava.checkpoints.files import read_config
+        from moe_llava.training.recipe import load_recipe
 
-        budget, training = survey(target, vision_towers)
+        recipe = load_recipe(target) if Path(target).suffix in (".yaml", ".yml") else None
+        if recipe is None:
+            read_config(target)  # raises if there is no checkpoint
+
+        from moe_llava.training.budget import survey  # takes seconds, and a mistake is told before
+
+        budget, training = survey(recipe or target, vision_towers)
         if as_json:
             costs = {
                 "training_bytes": {stage: cost.memory for stage, cost in training.items()},

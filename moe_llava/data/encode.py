@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, role_and_text, split_system
 from moe_llava.data.templates import TEMPLATES, chat_template
@@ -131,7 +130,7 @@ def render(messages: list[Message], tokenizer: Any, template: str | None) -> tup
     else:
         jinja, special = chat_template(template), {"bos_token": ""}  # the tokenizer adds it
     if re.search(r"\{%-?\s*generation\s*-?%\}", jinja):
-        texts, spans = render_jinja_template([messages], chat_template=jinja, return_assistant_tokens_mask=True, **special)
+        texts, spans = _rendered(messages, jinja, return_assistant_tokens_mask=True, **special)
         return texts[0], [(low, high) for low, high in spans[0]]
     return _render_by_turns(messages, jinja, special)
 
@@ -140,7 +139,7 @@ def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any
     """For a template that does not mark its answers: an answer is what a turn adds to the prompt for it."""
 
     def written(count: int, prompt: bool) -> str:
-        return render_jinja_template([messages[:count]], chat_template=jinja, add_generation_prompt=prompt, **special)[0][0]
+        return _rendered(messages[:count], jinja, add_generation_prompt=prompt, **special)[0][0]
 
     whole, answers = written(len(messages), False), []
     for index, message in enumerate(messages):
@@ -154,6 +153,13 @@ def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any
             )
         answers.append((len(prompt), len(answered)))
     return whole, answers
+
+
+def _rendered(messages: list[Message], jinja: str, **settings: Any) -> tuple[list[str], list[list[list[int]]]]:
+    """([text], [[[start, end) of each answer]]), the latter if `return_assistant_tokens_mask` asks for it."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # takes a second, and reading a file needs none of it
+
+    return render_jinja_template([messages], chat_template=jinja, **settings)
 
 
 def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -40,7 +40,7 @@ class StoredImage:
         return f"{self.number} of row {self.row} of {self.folder}"
 
     def open(self) -> BinaryIO:
-        from moe_llava.data.files import image_values  # what reads such folders takes a second to import, and few have one
+        from moe_llava.data.folders import image_values  # what reads such folders takes a second to import, and few have one
 
         value = image_values(self.folder, self.row)[self.number]
         return BytesIO(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).open("rb")

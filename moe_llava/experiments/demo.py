@@ -36,18 +36,17 @@ from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report
 from moe_llava.routing.load import expert_counts
 from moe_llava.training.budget import active_parameters
-from moe_llava.training.recipe import Data, Recipe, RecipeError, load_recipe, stage_settings
+from moe_llava.training.recipe import Data, Recipe, RecipeError, stage_settings
 from moe_llava.training.run import train
 from moe_llava.training.saves import write_whole
 
-SHIPPED_RECIPE = Path(__file__).parents[1] / "digits" / "recipe.yaml"
 BATCH = 128
 
 
-def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_images: int | None, test_images: int | None) -> None:
+def run_demo(out: Path, recipe: Recipe, train_images: int | None, test_images: int | None) -> None:
     """Raises RecipeError, DataError or CheckpointError, each naming what is wrong, before any training."""
     console = Console()
-    recipe = demo_recipe(out, recipe_file or SHIPPED_RECIPE, settings)
+    recipe = demo_recipe(out, recipe)
     prepare(out, train_images, test_images, console)
     train(recipe, [1, 2, 3], resume=True, console=console)
     control = copy.deepcopy(recipe)
@@ -63,9 +62,8 @@ def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_ima
     print(f"\nreport: {report}\nchat:   {chat_command(out, answered['sparse'][0]['image'])}")
 
 
-def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
+def demo_recipe(out: Path, recipe: Recipe) -> Recipe:
     """The recipe, moved into the folder `out`."""
-    recipe = load_recipe(file, settings)
     if recipe.stage3.adapter:
         raise RecipeError("stage3.adapter is set, but the demo compares experts with FFNs that are trained in full: leave it out")
     recipe.model, recipe.output = str(out / "base"), str(out)

@@ -28,8 +28,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
+from moe_llava.checkpoints.files import read_json
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.checkpoints.weights import read_json
 from moe_llava.model import Experts, Router
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.stages import STAGES, ParameterCount

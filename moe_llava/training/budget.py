@@ -17,13 +17,14 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.families import published_family
+from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.join import joined_config
-from moe_llava.checkpoints.load import load_on_meta, read_config
+from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import look_at
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.recipe import Adapter, Parts, Recipe, load_recipe, stage_name, stage_settings, stages_of
+from moe_llava.training.recipe import Adapter, Parts, Recipe, stage_name, stage_settings, stages_of
 from moe_llava.training.stages import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
@@ -103,14 +104,14 @@ def _score_flops(model: LlavaForConditionalGeneration) -> int:
     return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * CONTEXT
 
 
-def survey(target: str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
+def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
     """(budget, cost of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with, in the
     parts that its sharding makes.
 
-    Raises RecipeError or CheckpointError as loading them does.
+    Raises CheckpointError as loading a checkpoint does.
     """
-    if Path(target).suffix in (".yaml", ".yml"):
-        return _survey_recipe(load_recipe(Path(target)))
+    if isinstance(target, Recipe):
+        return _survey_recipe(target)
     model = _checkpoint_on_meta(target, vision_towers)
     if is_sparse(model):
         return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers.integrations import get_available_reporting_integrations
-
 from moe_llava.data.templates import TEMPLATES
 from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
@@ -186,9 +184,8 @@ def _rules(recipe: Recipe) -> list[str]:
         problems.append(f"model.template is {template!r}, but must be one of {_names(TEMPLATES)}, or null for the tokenizer's own")
     for number in stages_of(recipe):
         problems += _stage_rules(f"stage{number}", stage_settings(recipe, number))
-    for name in recipe.report_to:
-        if name not in get_available_reporting_integrations():
-            problems.append(f"report_to names {name!r}, which transformers does not know or which is not installed")
+    if recipe.report_to:
+        problems += _report_rules(recipe.report_to)
     for key in ("seed", "dataloader_workers"):
         if not 0 <= getattr(recipe, key) < 2**32:
             problems.append(f"{key} is {getattr(recipe, key)}, but must lie in 0..2^32 - 1")
@@ -198,6 +195,13 @@ def _rules(recipe: Recipe) -> list[str]:
     if recipe.sharding is not None:
         problems += _sharding_rules(recipe, recipe.sharding)
     return problems
+
+
+def _report_rules(names: list[str]) -> list[str]:
+    from transformers.integrations import get_available_reporting_integrations  # takes seconds, and few recipes name any
+
+    known = get_available_reporting_integrations()
+    return [f"report_to names {name!r}, which transformers does not know or which is not installed" for name in names if name not in known]
 
 
 def _names(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, read_recipe, stage_name, stage_settings
-from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, remove_saves, saves, saving, work_folder, write_whole
+from moe_llava.training.saves import Stopped, read_lines, remove_saves, saves, saving, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
 from moe_llava.training.start import (
@@ -40,6 +40,7 @@ from moe_llava.training.start import (
     use_bf16,
     write_recipe,
 )
+from moe_llava.training.stopping import StopWhenAsked
 from moe_llava.training.trainer import StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
 

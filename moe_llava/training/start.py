@@ -11,9 +11,10 @@ import yaml
 from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration
 
+from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.folders import new_folder
 from moe_llava.checkpoints.join import join, joined_processor
-from moe_llava.checkpoints.load import CheckpointError, load_checkpoint, load_config, load_processor
+from moe_llava.checkpoints.load import load_checkpoint, load_config, load_processor
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of, load_base

@@ -8,7 +8,7 @@ from PIL import Image
 from moe_llava.data.check import Report, check_data
 from moe_llava.data.encode import encode_record
 from moe_llava.digits.tokenizer import build_tokenizer
-from tests.conftest import run_command
+from tests.conftest import refused, run_command, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
@@ -84,9 +84,9 @@ def test_the_command(data, tiny_base):  # noqa: F811
     assert len(found["problems"]) == 5
     assert found["records"] == 7
     assert 0 <= found["padding"] < 1
-    good = run_command("check", tiny_base / "data" / "train.json", "--images", tiny_base / "data" / "images", "--model", tiny_base / "base")
-    assert good.returncode == 0, good.stdout + good.stderr
+    good = run_here("check", tiny_base / "data" / "train.json", "--images", tiny_base / "data" / "images", "--model", tiny_base / "base")
+    assert good.exit_code == 0, good.output
     assert "problems 0" in good.stdout
     assert "tokens  #" in good.stdout
-    assert run_command("check", data / "none.json").returncode == 2
-    assert "must be one of phi" in run_command("check", data / "data.json", "--template", "fi").stderr
+    assert "none.json does not exist" in refused("check", data / "none.json")
+    assert "must be one of phi" in refused("check", data / "data.json", "--template", "fi")

@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.conftest import run_command
+from tests.conftest import REPOSITORY, refused, run_command, run_here
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sklearn")
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +22,6 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "sparse layers [1, 3]" in done.stdout
     return out
-
-
-def refused(*arguments, **settings) -> str:
-    """The one line that a command that cannot work ends with."""
-    done = run_command(*arguments, **settings)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[0].startswith("error: "), done.stderr
-    return done.stderr
 
 
 def test_help_is_quick():
@@ -42,11 +37,12 @@ def test_help_is_quick():
 
 def test_chat_once(sparse, tiny_base):  # noqa: F811
     image = tiny_base / "data" / "images" / "test" / "000000.png"
-    done = run_command("chat", sparse, "--image", image, "where is the red 7 ?", "--json", "--max-new-tokens", "4")
-    assert done.returncode == 0, done.stderr
+    done = run_here("chat", sparse, "--image", image, "where is the red 7 ?", "--json", "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["question"] == "where is the red 7 ?"
     plain = run_command("chat", sparse, "--image", image, "where is the red 7 ?", "--max-new-tokens", "4")
+    assert (plain.returncode, plain.stderr) == (0, "")
     assert plain.stdout.strip() == answer["answer"]
 
 
@@ -59,18 +55,53 @@ def test_chat_as_a_piped_conversation(sparse, tiny_base):  # noqa: F811
     assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == ["where is the red 7 ?", "how many digits are there ?"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--help"], 0, "Dense vision-language models made sparse"),
+        (["benchmarks"], 0, "pope: POPE"),
+        (["train", "{folder}/none.yaml"], 2, "none.yaml does not exist"),
+        (["train", "recipes/digits.yaml", "--set", "stage1.optimisation.max_step=2"], 2, "did you mean stage1.optimisation.max_steps?"),
+        (["demo", "--set", "sed=1"], 2, "did you mean seed?"),
+        (["params", "{folder}/none.yaml"], 2, "none.yaml does not exist"),
+        (["params", "{folder}"], 2, "has no config.json"),
+        (["chat", "{folder}", "hello"], 2, "has no config.json"),
+        (["chat", "{folder}", " "], 2, "the prompt is empty"),
+        (["upcycle", "{folder}", "{folder}/out"], 2, "has no config.json"),
+        (["check", "{folder}/none.json"], 2, "none.json does not exist"),
+        (["check", "{folder}/none.json", "--model", "{folder}"], 2, "has no config.json"),
+        (["evaluate", "{folder}", "--benchmark", "popp", "--data", ".", "--out", "{folder}/out"], 2, "did you mean pope?"),
+        (["evaluate", "{folder}", "--benchmark", "pope", "--data", ".", "--out", "{folder}/out"], 2, "has no config.json"),
+        (["score", "pope", "--data", "{folder}", "--answers", "none"], 2, "POPE needs in"),
+    ],
+)
+def test_help_and_mistakes_are_told_before_anything_heavy_is_loaded(arguments, status, told, tmp_path):
+    arguments = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
+    code = (
+        f"import sys; sys.argv = ['moe-llava', *{arguments}]\n"
+        "from moe_llava.cli import main\n"
+        "try:\n    main()\n"
+        f"finally:\n    print('loaded', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == status, done.stderr
+    assert told in (done.stderr if status else done.stdout)
+    assert done.stdout.endswith("loaded []\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_bad_input_is_one_line(sparse, tiny_base, tmp_path):  # noqa: F811
     (tmp_path / "broken.png").write_text("no image")
-    assert "none.png, which does not exist" in refused("chat", sparse, "--image", tmp_path / "none.png", "hello")
     assert "broken.png, which cannot be decoded" in refused("chat", sparse, "--image", tmp_path / "broken.png", "hello")
-    assert "the prompt is empty" in refused("chat", sparse, " ")
-    assert "has no config.json" in refused("chat", tmp_path, "hello")
+    assert "none.png, which does not exist" in refused("chat", sparse, "--image", tmp_path / "none.png", "hello")
     assert "is not a folder" in refused("chat", tmp_path / "gone", "hello")
     assert "checkpoint runs/gone cannot be loaded" in refused("chat", "runs/gone", "hello")
     damaged = tmp_path / "damaged"
     shutil.copytree(sparse, damaged)
     (damaged / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes()[:1000])
-    assert "damaged cannot be loaded" in refused("chat", damaged, "hello")
+    done = run_command("chat", damaged, "hello")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: checkpoint \S+damaged cannot be loaded: .*\n", done.stderr)
     (damaged / "model.safetensors").unlink()
     assert "damaged cannot be loaded" in refused("chat", damaged, "hello")
     assert "exists already" in refused("upcycle", tiny_base / "base", sparse)
@@ -84,7 +115,6 @@ def test_bad_input_is_one_line(sparse, tiny_base, tmp_path):  # noqa: F811
 
 def test_train_and_its_errors(write_recipe, tmp_path):  # noqa: F811
     recipe = write_recipe()
-    assert "did you mean stage1.optimisation.max_steps?" in refused("train", recipe, "--set", "stage1.optimisation.max_step=2")
     assert "none.json does not exist" in refused("train", recipe, "--set", "stage1.data.file=none.json")
     done = run_command("train", recipe, "--stage", "1", "--set", "stage1.optimisation.max_steps=2")
     assert done.returncode == 0, done.stderr

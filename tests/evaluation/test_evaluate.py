@@ -19,7 +19,7 @@ from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.perturb import parse_perturbations
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, refused, run_command
 from tests.training.conftest import tiny_base  # noqa: F401
 
 BIN = Path(sys.executable).parent
@@ -35,13 +35,6 @@ def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=Non
     perturbations = parse_perturbations(perturb) if perturb else []
     found = evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console, perturbations)
     return found, console.export_text()
-
-
-def refused(*command):
-    done = run_command(*command)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: "), done.stderr
-    return done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -326,7 +326,7 @@ def test_settings_that_cannot_work(write_recipe, stage, settings, message):
 
 def test_the_demo_takes_none(write_recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"stage3.adapter is set, but the demo compares experts with FFNs that are trained in full"):
-        demo_recipe(tmp_path, write_recipe(stage3__adapter={"targets": ["experts"]}), [])
+        demo_recipe(tmp_path, load_recipe(write_recipe(stage3__adapter={"targets": ["experts"]})))
 
 
 def test_they_are_reported_at_once(write_recipe):

@@ -133,7 +133,7 @@ def test_what_learns_in_each_stage(local, name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name][4]])
 def test_the_papers_sizes(local, name):
-    budget, stages = survey(local(name))
+    budget, stages = survey(load_recipe(local(name)))
     total, active = budget.language_model
     assert (round(active / 1e9, 2), round(total / 1e9, 2)) == RECIPES[name][4]
     assert list(stages) == ["stage1", "stage2", "stage3"]

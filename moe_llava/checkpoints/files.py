@@ -1,0 +1,50 @@
+"""What a checkpoint's JSON files say. Needs neither torch nor transformers: so a command tells at once that its checkpoint is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from moe_llava._registration import MODEL_TYPE
+from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.families import published_family
+
+MODEL_TYPES = ("llava", MODEL_TYPE)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA."""
+    model_type = read_config(path).get("model_type")
+    if published_family(model_type):
+        raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or hub id. Raises CheckpointError if there is none."""
+    folder = Path(path)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
+        raise CheckpointError(f"checkpoint {path} is not a folder")
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(str(path), "config.json")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: it is no folder, and the hub did not give it") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises CheckpointError if `file` is missing or holds no JSON object."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} has no {file.name}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(content).__name__}")
+    return content

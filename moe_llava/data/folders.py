@@ -1,0 +1,72 @@
+"""Reads folders of Hugging Face `datasets`, and Parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+
+from moe_llava.data.records import IMAGE_KEYS, DataError, StoredImage
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Rows, without reading the images in them."""
+    table = open_folder(folder)
+    stored = [key for key in IMAGE_KEYS if key in table.column_names and _holds_images(table.features[key])]
+    row = 0
+    for batch in table.with_format("arrow").iter(1000):
+        rows = batch.drop_columns(stored).to_pylist()
+        for key in stored:
+            single = isinstance(table.features[key], datasets.Image)
+            numbers = pc.cast(pc.is_valid(batch[key]), "int64") if single else pc.fill_null(pc.list_value_length(batch[key]), 0)
+            for place, number in enumerate(numbers.to_pylist()):
+                rows[place][key] = [StoredImage(folder, row + place, index) for index in range(number)]
+        for item in rows:
+            yield f"row {row} of {folder}", {key: value for key, value in item.items() if value is not None}
+            row += 1
+    if not row:
+        raise DataError(f"{folder} must hold at least one record, but its table is empty")
+
+
+def image_values(folder: Path, row: int) -> list[dict[str, Any]]:
+    """`bytes`, or else `path`, of each image in a row."""
+    values = open_folder(folder)[row]
+    value = next(values[key] for key in IMAGE_KEYS if values.get(key) is not None)
+    return value if isinstance(value, list) else [value]
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
+def _load_parquet(path: Path) -> datasets.Dataset:
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=str(path.absolute()), split="train")
+    return datasets.load_dataset(str(path.absolute()), split="train")  # a relative name may be that of one of its modules
+
+
+@lru_cache(maxsize=8)
+def open_folder(folder: Path) -> datasets.Dataset:
+    """The table of a folder that `save_to_disk` wrote, or the split "train" of one with Parquet or Arrow files, or a Parquet file; images
+    undecoded.
+
+    Raises DataError if it is neither.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise DataError(f"{folder} holds several tables: name one of {', '.join(str(folder / split) for split in splits)}")
+    saved = (folder / "state.json").is_file()
+    try:
+        table = datasets.load_from_disk(folder) if saved else _load_parquet(folder)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{folder} is no folder of `datasets`: {error}") from error
+    for key in IMAGE_KEYS:
+        if key in table.column_names and _holds_images(table.features[key]):
+            raw = datasets.Image(decode=False)
+            table = table.cast_column(key, raw if isinstance(table.features[key], datasets.Image) else datasets.List(raw))
+    return table
