@@ -186,7 +186,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     real = digits_world.BENCHMARK
     variants = {
         "server": replace(real, name="server", title="Server", score=None, upload=upload, max_new_tokens=2),
-        "judge": replace(real, name="judge", title="Judge", score=None, max_new_tokens=2),
+        "judge": replace(real, name="judge", title="Judge", score=None, judge=broken, max_new_tokens=2),
         "broken": replace(real, name="broken", title="Broken", score=broken, max_new_tokens=2),
     }
     monkeypatch.setattr(evaluate, "find_benchmark", lambda name: variants[name])
@@ -196,7 +196,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     _, printed = run(tiny_base, tmp_path, ("server", "judge"))
     plain = printed.replace("\n", "")
     assert f"Server: {tmp_path / 'server' / 'upload.json'} is what its server takes" in plain
-    assert f"a judge has to score the answers in {tmp_path / 'judge' / 'answers.jsonl'}" in plain
+    assert f"moe-llava judge judge --data {tiny_base / 'data'} --answers {tmp_path / 'judge' / 'answers.jsonl'} --endpoint" in plain
     assert None not in json.loads((tmp_path / "server" / "upload.json").read_text()).values()
     with pytest.raises(BenchmarkError, match="no truth here"):
         run(tiny_base, tmp_path, ("broken", "judge"))
