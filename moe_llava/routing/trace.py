@@ -61,9 +61,11 @@ class Trace:
 
     def split(self) -> list[Trace]:
         """A trace for each row."""
-        return [self._tokens(self.rows_T == row) for row in self.rows_T.unique().tolist()]
+        return [self.row(number) for number in self.rows_T.unique().tolist()]
 
-    def _tokens(self, mask_T: Tensor) -> Trace:
+    def row(self, number: int) -> Trace:
+        """The tokens of one row."""
+        mask_T = self.rows_T == number
         chosen: dict[str, Any] = {}
         for name in _tensor_names():
             value = getattr(self, name)

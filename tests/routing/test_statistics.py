@@ -49,8 +49,8 @@ def summed(*traces, groups=None):
 
 
 def test_by_hand():
-    even, sure = [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]
-    found = summed(make_trace([[sure, sure, [0.5, 0.3, 0.2, 0.0], even]], [IMAGE, IMAGE, TEXT, TEXT]))
+    sure, doubtful, torn = [0.0, 1.0, 0.0, 0.0], [0.5, 0.3, 0.2, 0.0], [0.5, 0.25, 0.25, 0.0]
+    found = summed(make_trace([[sure, sure, doubtful, torn]], [IMAGE, IMAGE, TEXT, TEXT]))
     assert found["tokens"] == {"image": 2, "text": 2}
     assert found["image"] == [[0, 2, 0, 0]]
     assert found["text"] == [[2, 0, 0, 0]]
@@ -58,9 +58,9 @@ def test_by_hand():
     assert found["image_share"] == [[0.0, 1.0, None, None]]
     assert found["dead"] == [[0, 2], [0, 3]]
     assert found["entropy"]["image"] == [0.0]
-    halves = -(0.5 * math.log2(0.5) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2))
-    assert found["entropy"]["text"] == [pytest.approx((halves + 2) / 2)]
-    assert found["margin"] == {"image": [1.0], "text": [pytest.approx(0.1)]}
+    doubt = -(0.5 * math.log2(0.5) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2))
+    assert found["entropy"]["text"] == [pytest.approx((doubt + 1.5) / 2)]
+    assert found["margin"] == {"image": [1.0], "text": [pytest.approx(0.225)]}
     assert found["modality_information"] == [pytest.approx(1.0)]  # which expert it is tells the modality, which is one bit
     json.dumps(found)
 
@@ -130,7 +130,7 @@ def test_pathways_are_found_again_under_noise():
     logits = 1.5 * np.eye(experts)[truth[which]] + generator.normal(size=(tokens, layers, experts))
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     exact = np.unique(probs.argmax(-1), axis=0)
-    assert len(exact) > 2900
+    assert len(exact) > 2500
     found = top_pathways(probs.reshape(tokens, -1), layers, experts)
     assert [path["experts"] for path in found["paths"][:2]] == truth[:2].tolist()
     assert found["paths"][0]["share"] > 0.1
