@@ -24,7 +24,7 @@ from moe_llava.routing.trace import Trace
 # Okabe and Ito's colours, which people with colour vision deficiency can tell apart too.
 EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MODALITY_COLOURS = {"image": "#D55E00", "text": "#0072B2"}
-ACROSS = 24  # tokens in a line of an answer
+ACROSS, LINES = 24, 4  # tokens in a line of an answer, and lines
 
 
 def expert_colour(expert: int) -> str:
@@ -93,7 +93,7 @@ def plot_modality(summary: dict[str, Any]) -> Figure:
 def plot_pathways(summary: dict[str, Any]) -> Figure:
     """The ten most taken pathways of image and of text tokens: the wider and darker, the more tokens take it."""
     layers, experts = summary["layers"], summary["experts"]
-    figure = Figure(figsize=(max(9.0, 1.0 * len(layers) + 5), 0.75 * experts + 2), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 0.6 * len(layers) + 5), 0.75 * experts + 2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name in zip(axes, ("image", "text"), strict=True):
         found = summary["pathways"][name]
@@ -143,13 +143,14 @@ def plot_router(summary: dict[str, Any]) -> Figure:
     information.set_title("what the expert tells of the token,\nmutual information in bits", loc="left", fontsize=10)
     information.set_ylim(bottom=0)
     for axis in (sure, margin, information):
-        axis.set_xticks(places, map(str, layers))
         axis.set_xlabel("layer")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     picture = agreement.imshow(summary["agreement"], vmin=0, vmax=1, cmap="cividis")
-    agreement.set_xticks(places, map(str, layers))
-    agreement.set_yticks(places, map(str, layers))
+    step = math.ceil(len(layers) / 8)  # of more layers not all numbers find room
+    for axis in (sure, margin, information, agreement):
+        axis.set_xticks(places[::step], map(str, layers[::step]))
+    agreement.set_yticks(places[::step], map(str, layers[::step]))
     agreement.set_title("agreement between layers\n(1: one tells the other)", loc="left", fontsize=10)
     figure.colorbar(picture, ax=agreement, shrink=0.8)
     return figure
@@ -200,22 +201,24 @@ def _draw_patches(axis: Axes, picture: np.ndarray, chosen: np.ndarray) -> None:
 
 
 def plot_answer(trace: Trace, experts: int) -> Figure:
-    """The tokens of the answers from left to right, each layer below the other, in the colour of their first expert."""
+    """The first tokens of the answers from left to right, each layer below the other, in the colour of their first expert."""
     places = trace.answer_T.nonzero().flatten().tolist()
     pieces = trace.pieces or tuple(map(str, trace.token_ids_T.tolist()))
-    lines = [places[start : start + ACROSS] for start in range(0, len(places), ACROSS)]
-    layers = len(trace.layers)
-    across = max(8, *map(len, lines)) if lines else 8
-    figure = Figure(figsize=(0.5 * across + 1, (0.3 * layers + 0.8) * max(len(lines), 1) + 0.5), layout="constrained")
-    for axis, line in zip(figure.subplots(max(len(lines), 1), squeeze=False).flat, lines, strict=False):
-        for column, token in enumerate(line):
-            for layer in range(layers):
-                expert = int(trace.ids_LTK[layer, token, 0])
-                colour = expert_colour(expert)
-                axis.barh(layer, 0.96, left=column, height=0.92, color=colour)
-                axis.text(column + 0.48, layer, str(expert), ha="center", va="center", fontsize=8, color=ink(colour))
-        axis.set_xlim(0, across)
-        axis.set_xticks([column + 0.48 for column in range(len(line))], [_plain(pieces[token]) for token in line], rotation=35, ha="left")
+    shown = places[: ACROSS * LINES]
+    lines = [shown[start : start + ACROSS] for start in range(0, len(shown), ACROSS)] or [[]]
+    across = max(8, *map(len, lines))
+    figure = Figure(figsize=(0.5 * across + 1, (0.3 * len(trace.layers) + 0.8) * len(lines) + 0.7), layout="constrained")
+    figure.suptitle(f"{len(shown)} of {len(places)} tokens of the answer", fontsize=10, x=0.01, ha="left")
+    for axis, line in zip(figure.subplots(len(lines), squeeze=False).flat, lines, strict=True):
+        chosen = trace.ids_LTK[:, line, 0].numpy()
+        colours = np.array([[to_rgb(expert_colour(expert)) for expert in row] for row in chosen]).reshape(*chosen.shape, 3)
+        axis.imshow(colours, aspect="auto", interpolation="nearest")
+        axis.vlines(np.arange(len(line)) + 0.5, -0.5, len(chosen) - 0.5, color="white", linewidth=1.5)
+        axis.hlines(np.arange(len(chosen)) + 0.5, -0.5, len(line) - 0.5, color="white", linewidth=1.5)
+        for (layer, column), expert in np.ndenumerate(chosen):
+            axis.text(column, layer, str(expert), ha="center", va="center", fontsize=8, color=ink(expert_colour(expert)))
+        axis.set_xlim(-0.5, across - 0.5)
+        axis.set_xticks(range(len(line)), [_plain(pieces[token]) for token in line], rotation=35, ha="left")
         axis.xaxis.tick_top()
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -237,7 +240,7 @@ def _name_layers(axis: Axes, layers: Sequence[int]) -> None:
 
 def _legend(figure: Figure, experts: int) -> None:
     handles = [Patch(color=expert_colour(expert), label=f"expert {expert}") for expert in range(experts)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(experts, 8), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(experts, int(figure.get_figwidth() / 1.25)), frameon=False)
 
 
 def as_data(figure: Figure) -> str:

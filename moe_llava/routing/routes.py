@@ -11,9 +11,9 @@ Statistics are of all records and take the same memory for any number of them; w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,6 +28,8 @@ from moe_llava.routing.statistics import RoutingStatistics
 from moe_llava.routing.trace import find_routers, trace_records
 
 EXAMPLES = 12
+
+Step = TypeVar("Step")
 
 
 def write_routes(
@@ -47,8 +49,7 @@ def write_routes(
     statistics, examples = RoutingStatistics(), []
     batches = trace_records(model, processor, records, batch_size)
     starts = range(0, len(records), batch_size)
-    shown = track(starts, "tracing routes", console=console, transient=True, disable=not console.is_terminal)
-    for start, trace in zip(shown, batches, strict=True):
+    for start, trace in zip(_shown(starts, "tracing routes", console), batches, strict=True):
         members = records[start : start + batch_size]
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
@@ -66,10 +67,14 @@ def write_routes(
     }
     for figure_name, figure in figures.items():
         _write(figure, out / "figures" / figure_name)
-    for number, example in enumerate(examples):
+    for number, example in enumerate(_shown(examples, "drawing examples", console)):
         _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
     write_page(out / "index.html", name, len(records), group_by, summary, examples, figures)
     return summary
+
+
+def _shown(steps: Sequence[Step], name: str, console: Console) -> Iterable[Step]:
+    return track(steps, name, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _group(record: Record, key: str) -> str:
