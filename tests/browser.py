@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 
+MIDDLE = """element => {
+    element.scrollIntoView({block: "center"});
+    const box = element.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+}"""
+
 
 class Browser:
     """`errors`: what pages logged as an error or threw, and addresses they asked for outside of themselves."""
@@ -45,8 +51,7 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Presses the mouse in the middle of an element, as a person would: something on top of it would get the click."""
-        middle = "(e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })"
-        x, y = self.run(f"{middle}(document.querySelector({json.dumps(selector)}))")
+        x, y = self.run(f"({MIDDLE})(document.querySelector({json.dumps(selector)}))")
         for kind in ("mousePressed", "mouseReleased"):
             self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

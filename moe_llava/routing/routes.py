@@ -101,4 +101,5 @@ def _write_example(path: Path, example: Example, experts: int) -> None:
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.set_layout_engine("none")  # it is laid out now
     figure.savefig(path.with_suffix(".svg"))

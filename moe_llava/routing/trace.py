@@ -98,9 +98,7 @@ def _tensor_names() -> list[str]:
     return [field.name for field in fields(Trace) if field.name not in ("layers", "pieces")]
 
 
-def trace_routing(
-    model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: Any = None, max_new_tokens: int | None = None
-) -> Trace:
+def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: Any = None, max_new_tokens: int | None = None) -> Trace:
     """The routes of `inputs`, as a processor or tokenizer makes them: of one forward pass, or, with `max_new_tokens`, of a greedy answer,
     too, except for its last token, which the model never reads.
 
@@ -232,8 +230,8 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
     # Our own routers say what they dropped; others drop nothing.
     dropped_LTK = torch.stack([layer[3] if len(layer) > 3 else torch.zeros_like(layer[2]) for layer in layers]).bool()
     chosen_LTK = probs_LTE.gather(-1, ids_LTK).masked_fill(dropped_LTK, 0.0)
-    shares = [part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_LTK, weights_LTK)]
-    if not torch.allclose(*shares, atol=CLOSE):
+    expected_LTK, found_LTK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_LTK, weights_LTK))
+    if not torch.allclose(expected_LTK, found_LTK, atol=CLOSE):
         raise RoutingError("the routers do not weigh experts by the softmax of their logits, so their probabilities are not known")
     return {"probs_LTE": probs_LTE, "ids_LTK": ids_LTK, "weights_LTK": weights_LTK, "dropped_LTK": dropped_LTK}
 

@@ -15,8 +15,8 @@ from moe_llava.routing.plots import (
     plot_answer,
     plot_expert_load,
     plot_modality,
-    plot_pathways,
     plot_patches,
+    plot_pathways,
     plot_router,
 )
 from moe_llava.routing.tokens import IMAGE, TEXT

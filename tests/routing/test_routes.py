@@ -5,7 +5,11 @@ import re
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from moe_llava import upcycle
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.cli import app
 from moe_llava.data.store import load_records
 from moe_llava.routing.routes import EXAMPLES
 from moe_llava.routing.trace import Trace
@@ -17,8 +21,9 @@ from tests.training.conftest import tiny_base  # noqa: F401
 @pytest.fixture(scope="module")
 def sparse(tiny_base, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("routes") / "sparse"
-    done = run_command("upcycle", tiny_base / "base", out, "--moe-layers", "1,3", "--capacity-factor", "1.0")
-    assert done.returncode == 0, done.stderr
+    dense, processor = load_checkpoint(tiny_base / "base")
+    upcycle(dense, moe_layers=[1, 3], capacity_factor=1.0).save_pretrained(out)
+    processor.save_pretrained(out)
     return out
 
 
@@ -63,7 +68,7 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
         panel = browser.run("document.querySelector('#panel').innerText")
         assert panel.startswith("patch in row 2, column 2")
         assert f"Pathway: {' → '.join(map(str, trace.ids_LTK[:, token, 0].tolist()))}." in panel
-        told = [f"expert {expert} × {weight:.2f}" for expert, weight in expected(trace, token)]
+        told = [f"expert {expert} \u00d7 {weight:.2f}" for expert, weight in expected(trace, token)]
         assert all(line in panel for line in told), (told, panel)
         shown = browser.run("[...document.querySelectorAll('.grid button')].map(button => Number(button.textContent))")
         assert shown == trace.ids_LTK[1, trace.places_T3[:, 0] == 0, 0].tolist()
@@ -101,7 +106,7 @@ def test_what_is_wrong_is_named_and_nothing_is_left(sparse, tiny_base, tmp_path,
     checkpoint = tiny_base / values.pop("checkpoint") if "checkpoint" in values else sparse
     if change.get("--out"):
         values["--out"] = tiny_base / "data"
-    done = run_command("routes", checkpoint, *(part for pair in values.items() for part in pair))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(message, done.stderr), done.stderr
+    done = CliRunner().invoke(app, ["routes", *map(str, [checkpoint, *(part for pair in values.items() for part in pair)])])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert re.search(f"error: .*{message}", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
