@@ -25,11 +25,12 @@ def routes(
         from rich.console import Console
 
         from moe_llava.checkpoints.folders import new_folder
-        from moe_llava.checkpoints.load import best_device, load_checkpoint
-        from moe_llava.data.store import load_records
-        from moe_llava.routing.routes import write_routes
 
         with new_folder(out) as folder:
+            from moe_llava.checkpoints.load import best_device, load_checkpoint
+            from moe_llava.data.store import load_records
+            from moe_llava.routing.routes import write_routes
+
             records = load_records(data, images)[:limit]
             model, processor = load_checkpoint(checkpoint)
             console = Console(stderr=True)

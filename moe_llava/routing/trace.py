@@ -226,9 +226,11 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
             raise RoutingError(f"the router of layer {index} saw {parts[0].shape[1]} tokens in a row of {length}")
         layers.append([part[mask_BS].cpu() for part in parts])
     logits_LTE, weights_LTK, ids_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(3))
-    probs_LTE, weights_LTK = logits_LTE.float().softmax(dim=-1), weights_LTK.float()
     # Our own routers say what they dropped; others drop nothing.
     dropped_LTK = torch.stack([layer[3] if len(layer) > 3 else torch.zeros_like(layer[2]) for layer in layers]).bool()
+    probs_LTE, weights_LTK = logits_LTE.float().softmax(dim=-1), weights_LTK.float()
+    order_LTK = probs_LTE.gather(-1, ids_LTK).argsort(dim=-1, descending=True, stable=True)  # not every router sorts them
+    ids_LTK, weights_LTK, dropped_LTK = (part.gather(-1, order_LTK) for part in (ids_LTK, weights_LTK, dropped_LTK))
     chosen_LTK = probs_LTE.gather(-1, ids_LTK).masked_fill(dropped_LTK, 0.0)
     expected_LTK, found_LTK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_LTK, weights_LTK))
     if not torch.allclose(expected_LTK, found_LTK, atol=CLOSE):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -215,12 +217,30 @@ def test_what_cannot_be_traced_is_refused():
     model = tiny_sparse()
     router = model.model.language_model.layers[1].mlp.router
     compute = router.forward
-    router.forward = lambda *given: (lambda out: (out[0], out[1].flip(-1) * torch.tensor([1.0, 3.0]), *out[2:]))(compute(*given))
-    with pytest.raises(RoutingError, match="do not weigh experts by the softmax"):
-        trace_routing(model, tiny_inputs())
     router.forward = lambda *given: compute(*given)[::-1]
     with pytest.raises(RoutingError, match=r"layers.1.mlp.router \(Router\) returned shapes"):
         trace_routing(model, tiny_inputs())
+
+
+def test_routers_with_another_rule_than_softmax_are_refused():
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    groups = {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**TEXT_MODEL, **heads, **groups, "num_key_value_heads": 4, "head_dim": 4})).eval()
+    with pytest.raises(RoutingError, match="do not weigh experts by the softmax"):
+        trace_routing(model, {"input_ids": torch.randint(3, 97, (2, 7))})
+
+
+def test_experts_come_in_order_of_probability():
+    """Also from a router that lists them in another order."""
+    model, inputs = tiny_sparse(), tiny_inputs()
+    expected = trace_routing(model, inputs)
+    router = model.model.language_model.layers[1].mlp.router
+    compute = router.forward
+    router.forward = lambda *given: tuple(value if place == 0 else value.flip(-1) for place, value in enumerate(compute(*given)))
+    found = trace_routing(model, inputs)
+    assert torch.equal(found.ids_LTK, expected.ids_LTK)
+    assert torch.equal(found.weights_LTK[0], expected.weights_LTK[0])
 
 
 @pytest.fixture
