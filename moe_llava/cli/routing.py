@@ -37,5 +37,5 @@ def routes(
             summary = write_routes(folder, checkpoint, model.to(best_device()), processor, records, batch_size, group_by, console)
     tokens = summary["tokens"]
     print(f"{out / 'index.html'}: {len(records):,} records, {tokens['image']:,} image tokens, {tokens['text']:,} others")
-    dead = ", ".join(f"expert {expert} of layer {layer}" for layer, expert in summary["dead"])
+    dead = "; ".join(f"{', '.join(map(str, experts))} of layer {layer}" for layer, experts in summary["dead"].items())
     print(f"dead experts: {dead or 'none'}; every picture in {out / 'figures'} and {out / 'examples'}")

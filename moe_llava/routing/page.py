@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -70,7 +69,7 @@ def write_page(
         group_by=group_by,
         summary=summary,
         figures={key: as_data(figure) for key, figure in figures.items()},
-        data=Markup(text),
+        data=text,
     )
     file.write_text(page, encoding="utf-8")
 

@@ -128,6 +128,8 @@ def plot_router(summary: dict[str, Any]) -> Figure:
     sure, margin, information, agreement = figure.subplots(1, 4)
     places = range(len(layers))
     for name, colour in MODALITY_COLOURS.items():
+        if not summary["tokens"][name]:
+            continue
         marker = "o" if name == "image" else "s"
         sure.plot(places, summary["entropy"][name], color=colour, marker=marker, label=f"{name} tokens")
         margin.plot(places, summary["margin"][name], color=colour, marker=marker)

@@ -45,7 +45,7 @@ def write_routes(
     if group_by is not None:
         for record in records:
             _group(record, group_by)
-    chosen = {round(number * len(records) / EXAMPLES) for number in range(EXAMPLES)}
+    chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
     statistics, examples = RoutingStatistics(), []
     batches = trace_records(model, processor, records, batch_size)
     starts = range(0, len(records), batch_size)

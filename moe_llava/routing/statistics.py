@@ -79,9 +79,9 @@ class RoutingStatistics:
         - `image`, `text` [L, E]: assignments (each token has K); `load` [L, E]: each expert's share of all of a layer's
         - `image_share` [L, E]: the share of image tokens in what an expert took; None for a dead one
         - `dropped` [L, E]: assignments that found their expert full
-        - `dead`: [layer, expert] of each expert that took nothing
+        - `dead`: layer -> the experts that took nothing, of layers with any
         - `entropy`: of each modality, [L]: mean entropy of the router's probabilities in bits; log2(E) if it cannot decide
-        - `margin`: of each modality, [L]: mean difference between the two highest probabilities
+        - `margin`: of each modality, [L]: mean difference between the two highest probabilities; both None without tokens
         - `modality_information`, `group_information` [L]: mutual information, in bits, between the expert of an assignment and its
           modality; or, of text, the group of its row; None without groups. `groups` [L, E] of each group: assignments of text
         - `agreement` [L, L]: normalised mutual information of the first choices in two layers: 0 if they have nothing to do with each
@@ -104,9 +104,13 @@ class RoutingStatistics:
                 for lines in zip(self.counts_MLE[0].tolist(), counts_LE.tolist(), strict=True)
             ],
             "dropped": self.dropped_MLE.sum(0).tolist(),
-            "dead": [[self.layers[layer], expert] for layer, expert in (counts_LE == 0).nonzero().tolist()],
-            "entropy": self._by_modality(self.entropy_ML / self.tokens_M[:, None].clamp(min=1)),
-            "margin": self._by_modality(self.margin_ML / self.tokens_M[:, None].clamp(min=1)),
+            "dead": {
+                str(layer): (counts_E == 0).nonzero().flatten().tolist()
+                for layer, counts_E in zip(self.layers, counts_LE, strict=True)
+                if (counts_E == 0).any()
+            },
+            "entropy": self._means(self.entropy_ML),
+            "margin": self._means(self.margin_ML),
             "modality_information": [mutual_information(table_ME) for table_ME in self.counts_MLE.transpose(0, 1)],
             "group_information": None if grouped is None else [mutual_information(table_GE) for table_GE in grouped],
             "groups": {group: counts.tolist() for group, counts in self.group_counts.items()},
@@ -118,6 +122,12 @@ class RoutingStatistics:
 
     def _by_modality(self, values_M: Tensor) -> dict[str, Any]:
         return dict(zip(MODALITIES, values_M.tolist(), strict=True))
+
+    def _means(self, sums_ML: Tensor) -> dict[str, list[float] | None]:
+        numbers = self.tokens_M.tolist()
+        return {
+            name: (sums_L / number).tolist() if number else None for name, sums_L, number in zip(MODALITIES, sums_ML, numbers, strict=True)
+        }
 
     def _agreement(self) -> list[list[float]]:
         """NMI, of which the two entropies' mean is the norm; 1 on the diagonal even if there is nothing to tell."""

@@ -124,8 +124,8 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         else:
             ids_BS, new_BS = _generate(model, given, image_id, max_new_tokens)
             mask_BS, answer_BS = torch.cat([mask_BS, new_BS], dim=1), torch.cat([answer_BS, new_BS], dim=1)
-    routes = _stack(recorded, mask_BS)
     ids_BS, mask_BS, answer_BS = ids_BS.cpu(), mask_BS.cpu(), answer_BS.cpu()
+    routes = _stack(recorded, mask_BS)
     is_image_BS = (ids_BS == image_id) & mask_BS if image_id is not None else torch.zeros_like(mask_BS)
     kinds_BS = torch.full_like(ids_BS, TEXT, dtype=torch.uint8)
     kinds_BS[torch.isin(ids_BS, torch.tensor(sorted(_special_ids(model, tokenizer)), dtype=ids_BS.dtype))] = SPECIAL
@@ -224,7 +224,7 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
         parts = [torch.cat([out[part].view(rows, -1, out[part].shape[-1]) for out in outputs], dim=1) for part in range(len(outputs[0]))]
         if parts[0].shape[1] != length:
             raise RoutingError(f"the router of layer {index} saw {parts[0].shape[1]} tokens in a row of {length}")
-        layers.append([part[mask_BS].cpu() for part in parts])
+        layers.append([part.cpu()[mask_BS] for part in parts])  # layers may stand on several devices
     logits_LTE, weights_LTK, ids_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(3))
     # Our own routers say what they dropped; others drop nothing.
     dropped_LTK = torch.stack([layer[3] if len(layer) > 3 else torch.zeros_like(layer[2]) for layer in layers]).bool()

@@ -51,7 +51,7 @@ def test_numbers_and_pictures(routes, tiny_base):  # noqa: F811
     ends = (".safetensors", "-patches.png", "-patches.svg", "-answer.png", "-answer.svg")
     assert names == {f"{number:02}{end}" for number in range(EXAMPLES) for end in ends}
     last = Trace.load(routes / "examples" / f"{EXAMPLES - 1:02}.safetensors")
-    chosen = records[round((EXAMPLES - 1) * 14 / EXAMPLES)]
+    chosen = records[(EXAMPLES - 1) * 14 // EXAMPLES]
     answer = [piece for piece, answers in zip(last.pieces, last.answer_T.tolist(), strict=True) if answers]
     assert answer == [*chosen.turns[0][1].split(), "</s>"]
 

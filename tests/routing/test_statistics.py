@@ -1,5 +1,6 @@
 """Numbers worked out by hand, and in another way."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -12,6 +13,7 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 from moe_llava.routing import pathways
 from moe_llava.routing.pathways import TokenSample, top_pathways
+from moe_llava.routing.plots import plot_expert_load, plot_modality, plot_pathways, plot_router
 from moe_llava.routing.statistics import RoutingStatistics, mutual_information
 from moe_llava.routing.tokens import IMAGE, TEXT, RoutingError
 from moe_llava.routing.trace import Trace
@@ -56,7 +58,7 @@ def test_by_hand():
     assert found["text"] == [[2, 0, 0, 0]]
     assert found["load"] == [[0.5, 0.5, 0.0, 0.0]]
     assert found["image_share"] == [[0.0, 1.0, None, None]]
-    assert found["dead"] == [[0, 2], [0, 3]]
+    assert found["dead"] == {"0": [2, 3]}
     assert found["entropy"]["image"] == [0.0]
     doubt = -(0.5 * math.log2(0.5) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2))
     assert found["entropy"]["text"] == [pytest.approx((doubt + 1.5) / 2)]
@@ -91,6 +93,15 @@ def test_groups_are_told_apart_by_their_text():
     assert found["group_information"] == [pytest.approx(1.0)]
     assert summed(trace)["group_information"] is None
     assert mutual_information(torch.tensor([[5, 5], [5, 5]])) == 0.0
+
+
+def test_text_alone():
+    found = summed(make_trace([[[1.0, 0.0], [1.0, 0.0]]], [TEXT, TEXT]))
+    assert found["entropy"] == {"image": None, "text": [0.0]}
+    assert found["image_share"] == [[0.0, None]]
+    assert found["pathways"]["image"]["paths"] == []
+    for plot in (plot_expert_load, plot_modality, plot_pathways, plot_router):
+        plot(found).savefig(io.BytesIO())
 
 
 def test_parts_are_the_whole():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
     DeepseekV3Config,
@@ -129,6 +130,16 @@ def test_hooks_come_off_again(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         trace_routing(model, inputs)
     assert hooks(model) == before
+
+
+def test_an_adapter_changes_nothing_about_tracing():
+    """PEFT keeps two routers for each layer, of which one computes; before training, both are the same."""
+    model, inputs = tiny_sparse(), tiny_inputs()
+    expected = trace_routing(model, inputs)
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["router"]))
+    found = trace_routing(adapted, inputs)
+    assert found.layers == expected.layers
+    assert torch.equal(found.probs_LTE, expected.probs_LTE)
 
 
 def test_saved_and_loaded(tmp_path):
