@@ -5,7 +5,7 @@ Everything it makes stands in one folder, and what is there already is not made 
     data/ base/                    the data set, and the dense model that training starts from
     stage1/ stage2/ stage3/ dense/ a checkpoint after each stage, and of the dense control
     answers/*/digits/              every test question with the answer of each checkpoint, and its scores
-    routing.json                   which experts took the image and the text tokens of the test questions
+    routes/                        which experts took which tokens of the test questions: numbers, pictures, a page
     results.json report.html       the numbers, and a page to look at
 """
 
@@ -15,26 +15,25 @@ import copy
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 from rich.table import Table
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.data.records import DataError
+from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
 from moe_llava.evaluation.answers import given
-from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.evaluate import evaluate
-from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report
-from moe_llava.routing.load import expert_counts
+from moe_llava.routing.routes import write_routes
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Data, Recipe, RecipeError, stage_settings
 from moe_llava.training.run import train
@@ -54,7 +53,7 @@ def run_demo(out: Path, recipe: Recipe, train_images: int | None, test_images: i
     train(control, [3], resume=True, console=console)
 
     answered = {name: ask_checkpoint(out, name, console) for name in CHECKPOINTS}
-    routing = read_routing(out, digits_world.questions(out / "data"), console)
+    routing = read_routing(out, console)
     results = collect_results(out, answered)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     report = write_report(out, results, answered, routing, chat_command(out, answered["sparse"][0]["image"]))
@@ -122,25 +121,16 @@ def ask_checkpoint(out: Path, name: str, console: Console) -> list[dict[str, Any
     return digits_world.score(data, questions, given(folder / "digits", questions)).items
 
 
-def read_routing(out: Path, questions: Sequence[Question], console: Console) -> dict[str, Any]:
-    """`{"layers": [...], "top_k": k, "image": [layers x experts], "text": ...}`: counts over the test questions."""
-    file = out / "routing.json"
-    if not file.exists():
+def read_routing(out: Path, console: Console) -> dict[str, Any]:
+    """What RoutingStatistics says of the test questions, and their answers."""
+
+    def routes(folder: Path) -> None:
         model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
-        model.to(best_device())
-        top_k = model.config.num_experts_per_tok
-        counts: dict[str, Any] = {"image": 0, "text": 0}
-        for first in track(range(0, len(questions), BATCH), description="reading routes", console=console, disable=not console.is_terminal):
-            inputs = prompt_inputs(processor, questions[first : first + BATCH]).to(model.device)
-            with torch.inference_mode():
-                logits = model(**inputs, output_router_logits=True, logits_to_keep=1).router_logits
-            real_T = inputs["attention_mask"].reshape(-1).bool()
-            image_T = (inputs["input_ids"] == model.config.image_token_id).reshape(-1)
-            counts["image"] = counts["image"] + expert_counts(logits, top_k, real_T & image_T)
-            counts["text"] = counts["text"] + expert_counts(logits, top_k, real_T & ~image_T)
-        routing = {"layers": model.config.moe_layer_indices, "top_k": top_k, **{kind: count.tolist() for kind, count in counts.items()}}
-        write_whole(file, json.dumps(routing) + "\n")
-    return json.loads(file.read_text(encoding="utf-8"))
+        records = load_records(out / "data" / "test.json", out / "data" / "images")
+        write_routes(folder, str(out / "stage3"), model.to(best_device()), processor, records, BATCH, "family", console)
+
+    make_once(out / "routes", routes)
+    return json.loads((out / "routes" / "statistics.json").read_text(encoding="utf-8"))
 
 
 def collect_results(out: Path, answered: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from moe_llava.routing.plots import plot_expert_load
+from moe_llava.routing.plots import as_data, data_url, plot_expert_load
 from moe_llava.training.saves import write_whole
 
-mpl.use("Agg")
-plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
 LABELS = {
@@ -42,7 +38,7 @@ def write_report(
     page = template.render(
         results=results,
         labels=LABELS,
-        experts=len(routing["image"][0]),
+        experts=routing["experts"],
         top_k=routing["top_k"],
         plots={
             "accuracy": as_data(plot_accuracy(results)),
@@ -60,7 +56,8 @@ def write_report(
 
 def plot_accuracy(results: dict[str, Any]) -> Figure:
     families = list(results["accuracy"]["sparse"])
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
     width = 0.8 / len(LABELS)
     for number, (name, label) in enumerate(LABELS.items()):
         scores = [results["accuracy"][name][family] for family in families]
@@ -78,7 +75,8 @@ def plot_accuracy(results: dict[str, Any]) -> Figure:
 
 def plot_existence(results: dict[str, Any]) -> Figure:
     kinds = list(results["existence"]["sparse"])
-    figure, axis = plt.subplots(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axis = figure.subplots()
     width = 0.8 / len(LABELS)
     for number, (name, label) in enumerate(LABELS.items()):
         places = np.arange(len(kinds)) + (number - (len(LABELS) - 1) / 2) * width
@@ -93,7 +91,8 @@ def plot_existence(results: dict[str, Any]) -> Figure:
 
 def plot_losses(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Language loss over the steps of each stage; the balance loss of the sparse one beside it."""
-    figure, axes = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained")
+    figure = Figure(figsize=(9, 2.7), layout="constrained")
+    axes = figure.subplots(1, 4)
     for axis, names, title in zip(axes, (["stage1"], ["stage2"], ["dense", "sparse"]), ("stage I", "stage II", "stage III"), strict=False):
         for name in names:
             lines = [line for line in logs[name] if "loss" in line]
@@ -118,17 +117,6 @@ def sheet(answered: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]
     for item in answered:
         by_image.setdefault(item["image"], []).append(item)
     return [(data_url(Path(image).read_bytes(), "png"), items) for image, items in list(by_image.items())[:SHEET_PICTURES]]
-
-
-def as_data(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return data_url(buffer.getvalue(), "svg+xml")
-
-
-def data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def read_log(stage: Path) -> list[dict[str, Any]]:

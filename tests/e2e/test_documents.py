@@ -15,7 +15,7 @@ from tests.e2e.test_cli import SMALL
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "customising")),
+    *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "customising")),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
@@ -33,6 +33,7 @@ SMALLER = {
     "evaluate": ["--limit", "5"],
     "merge": [],
     "params": [],
+    "routes": ["--limit", "12"],
     "tower": ["--steps", "2"],
     "language-model": ["--steps", "2"],
 }

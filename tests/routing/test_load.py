@@ -1,7 +1,6 @@
 import torch
 
 from moe_llava.routing.load import expert_counts, expert_shares
-from moe_llava.routing.plots import plot_expert_load
 
 
 def test_counts_and_shares():
@@ -11,10 +10,3 @@ def test_counts_and_shares():
     assert counts.sum(-1).tolist() == [4, 4]
     assert expert_shares(counts)[0].tolist() == [0.25, 0.5, 0.25]
     assert expert_shares(torch.zeros(1, 3, dtype=torch.long)).tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_picture_shows_every_layer_and_expert():
-    figure = plot_expert_load({"layers": [0, 2], "image": [[1, 2, 3, 4], [4, 3, 2, 1]], "text": [[0, 0, 0, 0], [1, 1, 1, 1]]})
-    left = figure.axes[0]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["layer 0", "layer 2"]
-    assert len(left.patches) == 8

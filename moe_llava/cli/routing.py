@@ -1,0 +1,41 @@
+"""The verb routes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_llava.cli.common import Checkpoint, app, user_errors
+
+
+@app.command()
+def routes(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="conversations: a JSON list, JSON lines, or a folder of `datasets`")],
+    out: Annotated[Path, typer.Option(help="folder for statistics, pictures and page; must not exist")],
+    images: Annotated[Path, typer.Option(help="folder that the data's image names are relative to")] = Path("."),
+    group_by: Annotated[str | None, typer.Option(help="a key of the records whose value groups them, such as family")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many records, the first ones")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="records at once")] = 16,
+) -> None:
+    """Shows which experts took which tokens: numbers, pictures, and a page in which to pick an image, a layer, a token."""
+    with user_errors():
+        from rich.console import Console
+
+        from moe_llava.checkpoints.folders import new_folder
+
+        with new_folder(out) as folder:
+            from moe_llava.checkpoints.load import best_device, load_checkpoint
+            from moe_llava.data.store import load_records
+            from moe_llava.routing.routes import write_routes
+
+            records = load_records(data, images)[:limit]
+            model, processor = load_checkpoint(checkpoint)
+            console = Console(stderr=True)
+            summary = write_routes(folder, checkpoint, model.to(best_device()), processor, records, batch_size, group_by, console)
+    tokens = summary["tokens"]
+    print(f"{out / 'index.html'}: {len(records):,} records, {tokens['image']:,} image tokens, {tokens['text']:,} others")
+    dead = "; ".join(f"{', '.join(map(str, experts))} of layer {layer}" for layer, experts in summary["dead"].items())
+    print(f"dead experts: {dead or 'none'}; every picture in {out / 'figures'} and {out / 'examples'}")

@@ -1,0 +1,102 @@
+"""One HTML page, which needs no other file, to look at what the routers did, token by token.
+
+Numbers go into it as base64 of small integers, little endian, as JavaScript's typed arrays read them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from moe_llava.routing.plots import as_data, data_url, expert_colour, ink
+from moe_llava.routing.tokens import KINDS
+from moe_llava.routing.trace import Trace
+
+ONE = 65535  # a probability of 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation on the page. `pictures`: [height, width, 3] in 0..1, as the model saw them."""
+
+    source: str
+    title: str
+    group: str
+    pictures: list[np.ndarray]
+    trace: Trace
+
+
+def write_page(
+    file: Path,
+    name: str,
+    records: int,
+    group_by: str | None,
+    summary: dict[str, Any],
+    examples: Sequence[Example],
+    figures: dict[str, Figure],
+) -> None:
+    """`name`: of the checkpoint; `records`: how many `summary` is of."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
+    colours = [expert_colour(expert) for expert in range(summary["experts"])]
+    data = {
+        "experts": summary["experts"],
+        "topK": summary["top_k"],
+        "layers": summary["layers"],
+        "load": summary["load"],
+        "colours": colours,
+        "inks": [ink(colour) for colour in colours],
+        "kinds": KINDS,
+        "one": ONE,
+        "examples": [_example(example) for example in examples],
+    }
+    # A record may hold "</script>".
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = template.render(
+        name=name,
+        records=records,
+        group_by=group_by,
+        summary=summary,
+        figures={key: as_data(figure) for key, figure in figures.items()},
+        data=text,
+    )
+    file.write_text(page, encoding="utf-8")
+
+
+def _example(example: Example) -> dict[str, Any]:
+    trace = example.trace
+    return {
+        "source": example.source,
+        "title": example.title.replace("<image>", "").strip(),
+        "group": example.group,
+        "pictures": [_png(picture) for picture in example.pictures],
+        "pieces": trace.pieces,
+        "kinds": trace.kinds_T.tolist(),
+        "answer": trace.answer_T.int().tolist(),
+        "places": _packed(trace.places_T3, "<i2"),
+        "probs": _packed(trace.probs_LTE * ONE, "<u2"),
+        "ids": _packed(trace.ids_LTK, "<u2"),
+        "weights": _packed(trace.weights_LTK * ONE, "<u2"),
+        "dropped": _packed(trace.dropped_LTK, "<u2"),
+    }
+
+
+def _packed(values: Tensor, kind: str) -> str:
+    return base64.b64encode(values.float().round().numpy().astype(kind).tobytes()).decode()
+
+
+def _png(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(buffer, "png")
+    return data_url(buffer.getvalue(), "png")

@@ -1,0 +1,105 @@
+"""From a checkpoint and conversations to a folder of numbers, pictures, and a page to look at:
+
+    index.html        pick a conversation, a layer, a token; needs no other file
+    statistics.json   what RoutingStatistics.summary says
+    figures/          load, modality, pathways, router: each as PNG and SVG
+    examples/         some conversations: the whole trace as safetensors, patches and answer as PNG and SVG
+
+Statistics are of all records and take the same memory for any number of them; whole traces are kept of the examples only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from moe_llava.data.batches import ConversationDataset
+from moe_llava.data.records import DataError, Record
+from moe_llava.routing.page import Example, write_page
+from moe_llava.routing.plots import plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
+from moe_llava.routing.statistics import RoutingStatistics
+from moe_llava.routing.trace import find_routers, trace_records
+
+EXAMPLES = 12
+
+Step = TypeVar("Step")
+
+
+def write_routes(
+    out: Path, name: str, model: Any, processor: Any, records: Sequence[Record], batch_size: int, group_by: str | None, console: Console
+) -> dict[str, Any]:
+    """Traces `records` and fills the folder `out`; returns the statistics. `name`: of the checkpoint, for the page. `group_by`: the key of
+    a record whose value groups it, such as the family of its question.
+
+    Raises, before anything is traced, RoutingError if the model has no routers, and DataError if a record has no such key; DataError for a
+    record that cannot be read.
+    """
+    find_routers(model)
+    if group_by is not None:
+        for record in records:
+            _group(record, group_by)
+    chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
+    statistics, examples = RoutingStatistics(), []
+    batches = trace_records(model, processor, records, batch_size)
+    starts = range(0, len(records), batch_size)
+    for start, trace in zip(_shown(starts, "tracing routes", console), batches, strict=True):
+        members = records[start : start + batch_size]
+        statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
+        for row, record in enumerate(members):
+            if start + row in chosen:
+                pictures = _pictures(processor, records, start + row) if record.images else []
+                group = "" if group_by is None else _group(record, group_by)
+                examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
+    summary = statistics.summary()
+    (out / "statistics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    figures = {
+        "load": plot_expert_load(summary),
+        "modality": plot_modality(summary),
+        "pathways": plot_pathways(summary),
+        "router": plot_router(summary),
+    }
+    for figure_name, figure in figures.items():
+        _write(figure, out / "figures" / figure_name)
+    for number, example in enumerate(_shown(examples, "drawing examples", console)):
+        _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
+    write_page(out / "index.html", name, len(records), group_by, summary, examples, figures)
+    return summary
+
+
+def _shown(steps: Sequence[Step], name: str, console: Console) -> Iterable[Step]:
+    return track(steps, name, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _group(record: Record, key: str) -> str:
+    if key not in record.extra:
+        raise DataError(f"{record.source} has no {key!r} to group it by, only {', '.join(record.extra) or 'its conversation'}")
+    return str(record.extra[key])
+
+
+def _pictures(processor: Any, records: Sequence[Record], index: int) -> list[np.ndarray]:
+    """[height, width, 3] in 0..1 of each image, as the model sees it: padded, cut and scaled."""
+    pixels = ConversationDataset(records, processor)[index]["pixel_values"].permute(0, 2, 3, 1).numpy()
+    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
+    return list((pixels * std + mean).clip(0, 1))
+
+
+def _write_example(path: Path, example: Example, experts: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    example.trace.save(path.with_suffix(".safetensors"), source=example.source, group=example.group)
+    if example.pictures:
+        _write(plot_patches(example.trace, example.pictures, experts), path.with_name(f"{path.name}-patches"))
+    _write(plot_answer(example.trace, experts), path.with_name(f"{path.name}-answer"))
+
+
+def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.set_layout_engine("none")  # it is laid out now
+    figure.savefig(path.with_suffix(".svg"))
