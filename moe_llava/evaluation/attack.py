@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llava.evaluation.greedy import end_tokens, write_greedily
 from moe_llava.evaluation.perturb import Perturbation
+from moe_llava.model.greedy import end_tokens, write_greedily
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10

@@ -22,8 +22,8 @@ from torch import Tensor
 from moe_llava.data.records import IMAGE_TOKEN, content_parts, open_image
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
-from moe_llava.evaluation.greedy import end_tokens, write_greedily
 from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
+from moe_llava.model.greedy import end_tokens, write_greedily
 
 AHEAD = 2  # groups that wait, decoded
 
@@ -189,13 +189,6 @@ def prompt_text(processor: Any, question: Question) -> str:
     if found != len(question.images):
         raise BenchmarkError(f"question {question.id} has {found} {processor.image_token} in its prompt and {len(question.images)} images")
     return text
-
-
-def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:
-    """Model inputs, padded on the left, so that every answer begins at the same position."""
-    texts = [prompt_text(processor, question) for question in questions]
-    images = [open_image(image, f"question {question.id}") for question in questions for image in question.images] or None
-    return processor(text=texts, images=images, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 
 def in_background(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

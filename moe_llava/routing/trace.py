@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.records import DataError, Record
+from moe_llava.model.greedy import as_list, end_tokens, write_greedily
 from moe_llava.routing.tokens import IMAGE, SPECIAL, TEXT, RoutingError, image_places
 
 FORMAT = "moe-llava-trace-1"
@@ -122,7 +123,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         if max_new_tokens is None:
             model(**given, use_cache=False, logits_to_keep=1)
         else:
-            ids_BS, new_BS = _generate(model, given, image_id, max_new_tokens)
+            ids_BS, new_BS = _generate(model, given, max_new_tokens)
             mask_BS, answer_BS = torch.cat([mask_BS, new_BS], dim=1), torch.cat([answer_BS, new_BS], dim=1)
     ids_BS, mask_BS, answer_BS = ids_BS.cpu(), mask_BS.cpu(), answer_BS.cpu()
     routes = _stack(recorded, mask_BS)
@@ -238,12 +239,11 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
     return {"probs_LTE": probs_LTE, "ids_LTK": ids_LTK, "weights_LTK": weights_LTK, "dropped_LTK": dropped_LTK}
 
 
-def _generate(model: PreTrainedModel, inputs: dict[str, Any], image_id: int | None, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+def _generate(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """([B, S + N] ids of the prompts and of what the model read of its N + 1 new tokens, [B, N] bool: those up to the end of an answer)"""
-    never = None if image_id is None else [image_id]  # a placeholder in an answer would be one without an image
-    ids_BS = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, suppress_tokens=never)[:, :-1]
+    ids_BS = write_greedily(model, inputs, max_new_tokens)[:, :-1]
     new_BS = ids_BS[:, inputs["input_ids"].shape[1] :]
-    ends_BS = torch.isin(new_BS, torch.tensor(_listed(model.generation_config.eos_token_id), device=new_BS.device, dtype=new_BS.dtype))
+    ends_BS = torch.isin(new_BS, torch.tensor(end_tokens(model), device=new_BS.device, dtype=new_BS.dtype))
     # What comes after the first end pads the row.
     return ids_BS, (ends_BS.cumsum(1) - ends_BS.long()) == 0
 
@@ -252,11 +252,7 @@ def _special_ids(model: PreTrainedModel, tokenizer: Any) -> Collection[int]:
     if tokenizer is not None:
         return set(tokenizer.all_special_ids)
     config = model.config.get_text_config()
-    return {number for name in ("bos", "eos", "pad") for number in _listed(getattr(config, f"{name}_token_id"))}
-
-
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return {number for name in ("bos", "eos", "pad") for number in as_list(getattr(config, f"{name}_token_id"))}
 
 
 def _pieces(tokenizer: Any, token_ids_T: Tensor, kinds_T: Tensor) -> tuple[str, ...]:

@@ -13,11 +13,15 @@ from torch import Tensor
 def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
     """[B, S]: the inputs' ids, continued. What follows an end is padding, with a token that need not be a special one."""
     # A placeholder in an answer would be one without an image.
-    never = sorted({*(model.generation_config.suppress_tokens or []), model.config.image_token_id})
-    return model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, suppress_tokens=never)
+    never = {*(model.generation_config.suppress_tokens or []), *as_list(getattr(model.config, "image_token_id", None))}
+    return model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, suppress_tokens=sorted(never) or None)
 
 
 def end_tokens(model: Any) -> list[int]:
     """Those that end an answer; a model may have none."""
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return as_list(model.generation_config.eos_token_id)
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """Configurations have one id, several, or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
