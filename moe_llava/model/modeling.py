@@ -37,8 +37,8 @@ from .smoes import ModalityStatistics, mutual_information_loss, sum_over_process
 
 @dataclass
 class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
-    """`router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool; with SMoES also `modality_scores` [T, 2] and
-    `modality_sums`, what the statistics learn from. None unless asked for."""
+    """`router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool; with SMoES also `modality_scores`, per MoE
+    layer [T, 2], and `modality_sums`, what the statistics learn from. None unless asked for."""
 
     router_logits: tuple[Tensor, ...] | None = None
     router_drops: tuple[Tensor, ...] | None = None
@@ -157,7 +157,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MoeLlavaModelOutputWithPast:
-        """As LlavaModel.forward; `output_router_logits=True` also records the routers, and `output_modality_scores=True` what SMoES sees."""
+        """As LlavaModel.forward; `output_router_logits=True` also records the routers, `output_modality_scores=True` what SMoES sees."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         images = (mm_encoder_outputs or {}).get("image")

@@ -1,5 +1,5 @@
-"""SMoES (arXiv 2604.23996), soft modality-guided routing in its Gaussian form: how a MoE layer comes to know which modality a token is like,
-and which experts belong together.
+"""SMoES (arXiv 2604.23996), soft modality-guided routing in its Gaussian form: how a MoE layer learns which modality a token is like, and
+which experts belong together.
 
 Unusual here:
 - Routing itself stays as it is, a token's top k of all experts. What guides it is a loss: experts stand in bins, and the bin that a

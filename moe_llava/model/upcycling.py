@@ -1,5 +1,5 @@
-"""Sparse upcycling: a dense LLaVA becomes a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055); and ways to
-make its experts differ from the start.
+"""Sparse upcycling: a dense LLaVA becomes a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055); and ways
+to make its experts differ from the start.
 
 Shapes: E experts.
 """
@@ -58,8 +58,8 @@ def upcycle(
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.
-        ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this family is not known (see
-            ffn.py).
+        ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this
+            family is not known (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
         raise ValueError("this model is sparse already: upcycle its dense origin")
