@@ -65,7 +65,7 @@ class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 class SparseBackbone(PreTrainedModel):
     """Mixed into a family's backbone by `sparse_backbone_class`."""
 
-    _keep_in_fp32_modules_strict = ("statistics",)  # of SMoES, which move by hundredths
+    _keep_in_fp32_modules_strict = ("statistics",)  # of SMoES, also where they are loaded
 
     def __init__(self, config: Any, moe_config: MoeLlavaConfig):
         super().__init__(config)

@@ -110,7 +110,7 @@ def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
         mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
         mlp.coefficient.bias.zero_()
     if mlp.statistics is not None:
-        mlp.statistics.float().reset()
+        mlp.statistics.reset()
 
 
 def _add_noise(experts: Experts, generator: torch.Generator) -> None:

@@ -422,20 +422,22 @@ def test_statistics_learn_in_training_only():
         torch.testing.assert_close(statistics.var[m].double(), var_D, atol=1e-5, rtol=1e-4)
 
 
-def test_statistics_are_kept_in_float32(tmp_path):
+def test_statistics_are_in_float32_whatever_the_model_is_in(tmp_path):
     """Half precision would round steps of a hundredth away."""
     sparse = upcycle(tiny_dense("llama").to(torch.bfloat16), routing="smoes").train()
     inputs = tiny_inputs()
     sparse(**inputs, labels=labels_of(inputs))
+    expected = statistics_of(sparse)
+    assert all(buffer.bfloat16().float().ne(buffer).any() for buffer in expected.values())
     sparse.save_pretrained(tmp_path)
     loaded = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    expected = statistics_of(sparse)
-    for name, buffer in statistics_of(loaded).items():
-        assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, expected[name])
-    loaded.to(torch.bfloat16).train()
-    with pytest.raises(ValueError, match=r"statistics of SMoES are in torch\.bfloat16, but learn in float32 only"):
-        loaded(**inputs, labels=labels_of(inputs))
+    random = MoeLlavaForConditionalGeneration._from_config(sparse.config, dtype=torch.bfloat16)
+    for model in (loaded, loaded.half(), loaded.to("cpu", torch.bfloat16)):
+        for name, buffer in statistics_of(model).items():
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, expected[name]), name
+    assert {buffer.dtype for buffer in statistics_of(random).values()} == {torch.float32}
+    assert statistics_of(random.to("meta"))["model.language_model.layers.0.mlp.statistics.mean"].is_meta
 
 
 def test_routing_may_change_at_load(tmp_path):
