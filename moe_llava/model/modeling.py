@@ -34,6 +34,8 @@ from .ffn import sparse_mlp
 from .moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
 from .smoes import ModalityStatistics, mutual_information_loss, sum_over_processes
 
+RECORDED = ("output_router_logits", "output_router_drops", "output_modality_scores", "output_modality_sums")  # what the losses are made of
+
 
 @dataclass
 class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
@@ -65,8 +67,6 @@ class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 class SparseBackbone(PreTrainedModel):
     """Mixed into a family's backbone by `sparse_backbone_class`."""
 
-    _keep_in_fp32_modules_strict = ("statistics",)  # of SMoES, also where they are loaded
-
     def __init__(self, config: Any, moe_config: MoeLlavaConfig):
         super().__init__(config)
         for index in moe_config.moe_layer_indices:
@@ -95,8 +95,12 @@ def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
         "modality_scores": OutputRecorder(ModalityStatistics, index=0),
         "modality_sums": OutputRecorder(ModalityStatistics, index=1),
     }
-    # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
-    namespace = {"_can_record_outputs": recorders, "__module__": dense_class.__module__}
+    namespace = {
+        "_can_record_outputs": recorders,
+        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or ()), "statistics"},  # of SMoES, when loaded
+        # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
+        "__module__": dense_class.__module__,
+    }
     return type(f"Sparse{dense_class.__name__}", (SparseBackbone, dense_class), namespace)
 
 
@@ -275,10 +279,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            output_router_logits=record,
-            output_router_drops=record,
-            output_modality_scores=record,
-            output_modality_sums=record,
+            **dict.fromkeys(RECORDED, record),
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

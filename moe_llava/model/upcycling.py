@@ -81,6 +81,12 @@ def upcycle(
         expert_bin_size=expert_bin_size,
         router_mi_loss_coef=router_mi_loss_coef,
     )
+    return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
+
+
+def _make_sparse(
+    dense: LlavaForConditionalGeneration, config: MoeLlavaConfig, expert_start: str, generator: torch.Generator
+) -> MoeLlavaForConditionalGeneration:
     dense_layers = dense.model.language_model.layers
     for index in config.moe_layer_indices:
         find_form(dense_layers[index])
@@ -88,7 +94,6 @@ def upcycle(
     with torch.device("meta"):
         sparse = MoeLlavaForConditionalGeneration._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
-    generator = torch.Generator().manual_seed(seed)
     for index, mlp in sparse.model.sparse_mlps().items():
         _fill(mlp, dense_layers[index].mlp, generator)
     if expert_start == "noise":
