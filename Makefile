@@ -22,9 +22,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What lmms-eval imports to run a task. All that it requires is a hundred packages, and a torchvision that may be of another build than torch.
+LMMS_EVAL := evaluate loguru pytablewriter pytz sacrebleu tenacity
+
 # torch first and pinned: what pulls it in unpinned may bring another build.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(LMMS_EVAL)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
 	touch $@

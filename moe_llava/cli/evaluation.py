@@ -90,21 +90,29 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; answers that are there are not asked for again")],
     batch_size: Annotated[int, typer.Option(min=1, help="questions at once, in each process")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each benchmark, the first ones")] = None,
+    perturb: Annotated[
+        str | None,
+        typer.Option(help="ask under these, too, and tell what each costs: noise,typos:2 is noise at strengths 1 to 5, typos at 2"),
+    ] = None,
 ) -> None:
     """Asks a checkpoint the questions of benchmarks and scores its answers. Run again, it goes on where it was stopped."""
     with user_errors():
         from rich.console import Console
 
         from moe_llava.evaluation.benchmark import find_benchmark
+        from moe_llava.evaluation.perturb import parse_perturbations
 
+        perturbations = [] if perturb is None else parse_perturbations(perturb)
         names = [name.strip() for name in benchmark.split(",")]
         for name in names:
             find_benchmark(name)
 
         from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
 
-        for found in run(checkpoint, names, data, out, batch_size, limit, Console()):
+        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations):
             _print_scores(found)
+            if "robustness" in found:
+                _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")
 
 
 def _print_scores(found: dict[str, Any]) -> None:
@@ -126,6 +134,22 @@ def _print_scores(found: dict[str, Any]) -> None:
     for key, words in told.items():
         if found.get(key):
             print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
+
+
+def _print_drops(summary: dict[str, Any], picture: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    clean = summary["clean"]
+    title = f"{summary['benchmark']}: {clean['mean']:.1%} of {clean['n']:,} right without perturbation"
+    table = Table("under", "right", "drop in points", "95% interval", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for drop in summary["drops"]:
+        low, mean, high = (100 * drop[key] for key in ("low", "drop", "high"))
+        table.add_row(f"{drop['name']}:{drop['strength']}", f"{drop['right']:.1%}", f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
+    Console().print(table)
+    print(picture)
 
 
 @app.command()

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llava.evaluation.benchmark import BenchmarkError
-from moe_llava.evaluation.perturb import ADVERSARIAL, check_perturbation
+from moe_llava.evaluation.greedy import end_tokens, write_greedily
+from moe_llava.evaluation.perturb import Perturbation
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
@@ -47,7 +47,9 @@ def pixel_range(image_processor: Any) -> PixelRange:
 
 def answer_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     """[B] float32: for each row the mean cross entropy of its labels [B, S], where -100 is no label."""
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    # Padding counts in no position, wherever it stands.
+    positions_BS = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits = model(**inputs, position_ids=positions_BS, use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
@@ -109,35 +111,27 @@ def _climb(
     return attacked.detach()
 
 
-def attack_inputs(
-    model: Any, image_processor: Any, inputs: Mapping[str, Tensor], name: str, strength: int, seed: int, max_new_tokens: int
-) -> dict[str, Tensor]:
-    """The inputs of a batch of prompts, padded on the left, with pixels attacked by "fgsm" or "pgd" so that the model leaves the answer
-    that it gives without: no truth is needed, and the end of an answer counts. Inputs without images come back as they are.
+def attacked_pixels(model: Any, image_processor: Any, inputs: Mapping[str, Tensor], attack: Perturbation, max_new_tokens: int) -> Tensor:
+    """Pixel values like the inputs' of a batch of prompts, padded on the left, attacked by fgsm or pgd so that the model leaves the answer
+    that it gives without: no truth is needed, and the end of an answer counts.
 
-    Raises BenchmarkError for a name or strength that there is not, and as `fgsm` does.
+    Raises ValueError as `fgsm` does.
     """
-    check_perturbation(name, strength)
-    if name not in ADVERSARIAL:
-        raise BenchmarkError(f"{name!r} is no attack; there are {', '.join(ADVERSARIAL)}")
-    if "pixel_values" not in inputs:
-        return dict(inputs)
-    epsilon, pixels = EPSILONS[strength - 1], pixel_range(image_processor)
+    epsilon, pixels = EPSILONS[attack.strength - 1], pixel_range(image_processor)
     continued, labels = own_answers(model, inputs, max_new_tokens)
-    if name == "fgsm":
+    if attack.name == "fgsm":
         attacked = fgsm(model, continued, labels, pixels, epsilon)
     else:
-        attacked = pgd(model, continued, labels, pixels, epsilon, PGD_STEPS, STEP_SHARE * epsilon / PGD_STEPS, seed)
-    return {**inputs, "pixel_values": attacked.to(inputs["pixel_values"].dtype)}
+        attacked = pgd(model, continued, labels, pixels, epsilon, PGD_STEPS, STEP_SHARE * epsilon / PGD_STEPS, attack.seed)
+    return attacked.to(inputs["pixel_values"].dtype)
 
 
 @torch.no_grad()
 def own_answers(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
     """(inputs continued by the model's greedy answers, labels [B, S]: the answers up to their end, -100 elsewhere)."""
-    written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    written = write_greedily(model, dict(inputs), max_new_tokens)
     start = inputs["input_ids"].shape[1]
-    ends = model.generation_config.eos_token_id
-    is_end = torch.isin(written[:, start:], torch.tensor([] if ends is None else ends, device=written.device, dtype=torch.long))
+    is_end = torch.isin(written[:, start:], torch.tensor(end_tokens(model), device=written.device, dtype=torch.long))
     # The end itself is part of the answer; after it comes padding.
     said = (is_end.cumsum(dim=1) - is_end.int()) == 0
     mask = torch.cat([inputs["attention_mask"], said.to(inputs["attention_mask"])], dim=1)

@@ -4,8 +4,8 @@ What a strength means is a row of VALUES. Noise, blur, JPEG and brightness have 
 whose severities are of the same five steps; blur is in pixels of a picture with a shorter side of 224, and scaled to others. Occlusion
 covers a share of the picture, as in Cutout (DeVries and Taylor, arXiv 1708.04552).
 
-What a question gets depends on its id and the seed alone, and a strength goes on from the one below: the same noise, larger; the same
-typos, and more.
+What a picture gets depends on its pixels and the seed alone, what a question gets on its id, its words and the seed. A strength goes on
+from the one below: the same noise, larger; the same typos, and more.
 
 Of the text, only what asks is changed: not `<image>`, and nothing from the first option, answer format or OCR token on. The
 wordings are English, and typos and case change only Latin letters, so a text without any stays as it is.
@@ -19,7 +19,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -86,52 +87,67 @@ WORD = re.compile(r"[^\W_]+(?:['\u2019.,-][^\W_]+)*")
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
-def perturb(question: Question, images: Sequence[Image.Image], name: str, strength: int, seed: int) -> tuple[Question, list[Image.Image]]:
-    """The question and its decoded RGB images after one perturbation. Visual ones return the question itself, textual ones the images.
+@dataclass(frozen=True)
+class Perturbation:
+    """`seed`: of what it draws. Raises BenchmarkError for a name or a strength that there is not."""
 
-    Raises BenchmarkError for a name or a strength that there is not.
-    """
-    check_perturbation(name, strength)
-    value = VALUES[name][strength - 1] if name in VALUES else None
-    if name in VISUAL:
-        return question, [VISUAL[name](image, value, _random(seed, name, question.id, place)) for place, image in enumerate(images)]
-    if name in TEXTUAL:
-        kept = KEPT.search(question.prompt)
-        end = kept.start() if kept else len(question.prompt)
-        # Where an id has several questions, their prompts tell them apart.
-        random = _random(seed, name, question.id, question.prompt)
-        prompt = TEXTUAL[name](question.prompt[:end], value, random) + question.prompt[end:]
-        return dataclasses.replace(question, prompt=prompt), list(images)
-    raise BenchmarkError(f"the perturbation {name} is an attack on a model, not of a question alone")
+    name: str
+    strength: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in KINDS:
+            guess = difflib.get_close_matches(self.name, KINDS, n=1)
+            hint = f"; did you mean {guess[0]}?" if guess else ";"
+            raise BenchmarkError(f"no perturbation is called {self.name!r}{hint} There are {', '.join(KINDS)}")
+        if self.strength not in STRENGTHS:
+            raise BenchmarkError(f"the perturbation {self.name} has the strength {self.strength}, but it must be 1 to 5")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.strength}"
+
+    @property
+    def kind(self) -> str:
+        """visual, textual, or adversarial"""
+        return KINDS[self.name]
 
 
-def parse_perturbations(text: str) -> list[tuple[str, int]]:
-    """("noise", 3) and ("typos", 2) of `noise:3,typos:2`: each to be asked under, one at a time.
+def parse_perturbations(text: str) -> list[Perturbation]:
+    """Those of `noise:3,typos`, where typos are meant at every strength: each to be asked under, one at a time.
 
     Raises BenchmarkError, naming the piece that is wrong.
     """
-    found: list[tuple[str, int]] = []
+    found: list[Perturbation] = []
     for piece in text.split(","):
-        name, colon, strength = piece.strip().partition(":")
-        if not colon:
-            raise BenchmarkError(f"the perturbation {piece.strip()!r} in {text!r} has no strength: it must be as in noise:3")
-        if not strength.strip().isdecimal():
+        name, colon, strength = (part.strip() for part in piece.partition(":"))
+        if colon and not strength.isdecimal():
             raise BenchmarkError(f"the perturbation {piece.strip()!r} has the strength {strength!r}, but it must be 1 to 5")
-        check_perturbation(name.strip(), int(strength))
-        if (name.strip(), int(strength)) in found:
-            raise BenchmarkError(f"the perturbation {piece.strip()!r} is in {text!r} twice")
-        found.append((name.strip(), int(strength)))
+        for perturbation in [Perturbation(name, int(strength))] if colon else [Perturbation(name, each) for each in STRENGTHS]:
+            if perturbation in found:
+                raise BenchmarkError(f"the perturbation {perturbation} is in {text!r} twice")
+            found.append(perturbation)
     return found
 
 
-def check_perturbation(name: str, strength: int) -> None:
-    """Raises BenchmarkError for a name or a strength that there is not."""
-    if name not in KINDS:
-        guess = difflib.get_close_matches(name, KINDS, n=1)
-        hint = f"; did you mean {guess[0]}?" if guess else ";"
-        raise BenchmarkError(f"no perturbation is called {name!r}{hint} There are {', '.join(KINDS)}")
-    if strength not in STRENGTHS:
-        raise BenchmarkError(f"the perturbation {name} has the strength {strength}, but it must be 1 to 5")
+def perturb_image(image: Image.Image, perturbation: Perturbation) -> Image.Image:
+    """A decoded RGB image under a visual perturbation; under others it is the image itself."""
+    if perturbation.kind != "visual":
+        return image
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    random = _random(perturbation.seed, perturbation.name, pixels)
+    return VISUAL[perturbation.name](image, VALUES[perturbation.name][perturbation.strength - 1], random)
+
+
+def perturb_question(question: Question, perturbation: Perturbation) -> Question:
+    """With other words under a textual perturbation; under others it is the question itself."""
+    if perturbation.kind != "textual":
+        return question
+    kept = KEPT.search(question.prompt)
+    end = kept.start() if kept else len(question.prompt)
+    # Where an id has several questions, their prompts tell them apart.
+    random = _random(perturbation.seed, perturbation.name, question.id, question.prompt)
+    asked = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
+    return dataclasses.replace(question, prompt=asked + question.prompt[end:])
 
 
 def _random(*parts: object) -> np.random.Generator:

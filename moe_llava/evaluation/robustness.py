@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_llava.evaluation.benchmark import BenchmarkError
-from moe_llava.evaluation.perturb import KINDS, STRENGTHS, check_perturbation
+from moe_llava.evaluation.perturb import KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.statistics import bootstrap_mean
 from moe_llava.routing.plots import EXPERT_COLOURS
 
@@ -20,29 +20,26 @@ Items = Sequence[Mapping[str, Any]]  # each with an id, and right: True or False
 MARKERS = "osD^v"
 
 
-def robustness(clean: Items, perturbed: Mapping[tuple[str, int], Items], units: Sequence[str]) -> dict[str, Any]:
+def robustness(clean: Items, perturbed: Mapping[Perturbation, Items], units: Sequence[str]) -> dict[str, Any]:
     """`clean`: share that is right, with low, high (95%) and n. `drops`: for each name and strength the share that is `right` and how much
     less that is than clean, `drop`, with low and high.
 
     Args:
         clean: the items of the benchmark's Scored.
-        perturbed: (name, strength) -> items of the same questions.
+        perturbed: items of the same questions under each.
         units: of each clean item, as in Scored: what is drawn together.
 
     Raises BenchmarkError if the questions are not the same, or an item is neither right nor wrong.
     """
     right = _by_question(clean, "without perturbation")
     drops = []
-    for (name, strength), items in perturbed.items():
-        check_perturbation(name, strength)
-        then = _by_question(items, f"under {name}:{strength}")
+    for perturbation, items in perturbed.items():
+        then = _by_question(items, f"under {perturbation}")
         different = sorted(identity for identity, _ in right.keys() ^ then.keys())
         if different:
-            raise BenchmarkError(
-                f"{len(different)} questions were scored with or without {name}:{strength} only: {', '.join(different[:5])}"
-            )
+            raise BenchmarkError(f"{len(different)} questions were scored with or without {perturbation} only: {', '.join(different[:5])}")
         interval = asdict(bootstrap_mean([value - then[key] for key, value in right.items()], list(units)))
-        found = {"name": name, "strength": strength, "kind": KINDS[name], "right": float(np.mean(list(then.values())))}
+        found = asdict(perturbation) | {"kind": perturbation.kind, "right": float(np.mean(list(then.values())))}
         drops.append(found | {"drop": interval["mean"], "low": interval["low"], "high": interval["high"], "n": interval["n"]})
     return {"clean": asdict(bootstrap_mean(list(right.values()), list(units))), "drops": drops}
 

@@ -17,8 +17,7 @@ def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
     """
     benchmark = find_benchmark(name)
     if benchmark.judge is not None and benchmark.score is None:
-        command = f"moe-llava judge {name} --data {data} --answers {answers} --endpoint URL --judge-model NAME"
-        raise BenchmarkError(f"{benchmark.title} is scored by a language model as judge: {command}")
+        raise BenchmarkError(f"{benchmark.title} is scored by a language model as judge: {judge_command(benchmark, data, answers)}")
     folder = find_folder(benchmark, data)
     if benchmark.score is None:
         raise BenchmarkError(f"{benchmark.title} cannot be scored here: its truth is not public")
@@ -46,6 +45,11 @@ def judge_answers(
         "judge": judge.summary(prices),
         "unreadable": [item["id"] for item in scored.items if item["given"] is not None and item["read"] is None],
     }
+
+
+def judge_command(benchmark: Benchmark, data: Path, answers: Path) -> str:
+    """What to type to have answers judged."""
+    return f"moe-llava judge {benchmark.name} --data {data} --answers {answers} --endpoint URL --judge-model NAME"
 
 
 def _paired(benchmark: Benchmark, folder: Path, file: Path) -> tuple[list[Question], list[str | None], dict[str, Any]]:

@@ -118,6 +118,9 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     if not benchmark.headline:
         raise BenchmarkError(f"{file}: none of the scores of {benchmark.title} is for a table")
     judge = str(record.get("judge", {}).get("model", ""))
+    if "perturbation" in record:
+        perturbation = record["perturbation"]
+        model = f"{model} under {perturbation['name']}:{perturbation['strength']}"
     cells = {}
     for score in benchmark.headline:
         low, high = take(intervals, score, f"intervals of {file}")

@@ -15,7 +15,10 @@ from tests.e2e.test_cli import SMALL
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "variants", "customising")),
+    *(
+        f"docs/{name}.md"
+        for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "variants", "customising")
+    ),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
@@ -87,9 +90,7 @@ def test_documented_commands_and_python_run(tmp_path):
         assert done.returncode == 0, f"{name}:\n{script}\n{done.stderr}"
 
 
-@pytest.mark.parametrize(
-    "name", [*DOCUMENTS, *(f"docs/{name}.md" for name in ("judging", "robustness", "architecture", "log")), "CONTRIBUTING.md"]
-)
+@pytest.mark.parametrize("name", [*DOCUMENTS, *(f"docs/{name}.md" for name in ("judging", "architecture", "log")), "CONTRIBUTING.md"])
 def test_links_lead_somewhere(name):
     file = REPOSITORY / name
     for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):

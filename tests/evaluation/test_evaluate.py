@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from moe_llava.digits.dataset import write_dataset
@@ -17,6 +18,7 @@ from moe_llava.evaluation import evaluate
 from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.perturb import parse_perturbations
 from tests.conftest import REPOSITORY, run_command
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -28,9 +30,10 @@ def arguments(tiny_base, out, *more, data=None):  # noqa: F811
     return ["evaluate", tiny_base / "base", "--benchmark", "digits", "--data", data, "--out", out, *more]
 
 
-def run(tiny_base, out, names=("digits",), limit=None, batch_size=8):  # noqa: F811
+def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=None):  # noqa: F811
     console = Console(record=True, width=160)
-    found = evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console)
+    perturbations = parse_perturbations(perturb) if perturb else []
+    found = evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console, perturbations)
     return found, console.export_text()
 
 
@@ -169,14 +172,14 @@ def test_questions_that_cannot_be_asked(tmp_path):
     ]
     questions += [Question(f"{number}", "what is this?", (tmp_path / f"{number}.png",)) for number in range(4, 30)]
     with pytest.raises(BenchmarkError) as caught:
-        evaluate.check_questions(digits_world.BENCHMARK, questions)
+        evaluate.check_questions("The digits world", questions)
     lines = str(caught.value).splitlines()
     assert "question 1 of The digits world has 2 <image> and 1 images" in lines[0]
     assert "question 2 of The digits world has 1 <image> and 0 images" in lines[1]
     assert "4.png, which does not exist" in lines[2]
     assert lines[-1].strip() == "and 8 more"
     with pytest.raises(BenchmarkError, match="has no questions"):
-        evaluate.check_questions(digits_world.BENCHMARK, [])
+        evaluate.check_questions("The digits world", [])
 
 
 def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypatch):  # noqa: F811
@@ -221,3 +224,43 @@ def test_merging(tmp_path):
     answer_file(tmp_path).write_bytes("é".encode()[:1])
     drop_torn_line(answer_file(tmp_path))
     assert answer_file(tmp_path).read_bytes() == b""
+
+
+def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
+    """Asked once more under each, paired with the answers without, and drawn."""
+    out = tmp_path / "digits"
+    done = run_command(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
+    assert done.returncode == 0, done.stderr
+    assert "12 right without perturbation" in done.stdout
+    assert str(out / "robustness.png") in done.stdout
+    questions = digits_world.questions(tiny_base / "data")[:12]
+    clean = (whole / "answers.jsonl").read_text().splitlines()[:12]
+    assert (out / "answers.jsonl").read_text().splitlines() == clean
+    summary = json.loads((out / "robustness.json").read_text())
+    assert summary["clean"]["n"] == 12
+    assert [(drop["name"], drop["strength"]) for drop in summary["drops"]] == [("noise", 5), ("typos", 2), ("fgsm", 5)]
+    for drop in summary["drops"]:
+        folder = out / f"{drop['name']}-{drop['strength']}"
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [
+            (question.id, question.prompt) for question in questions
+        ]
+        assert [json.dumps(answer) for answer in answers] != clean
+        result = json.loads((folder / "result.json").read_text())
+        assert result["scores"]["accuracy"] == pytest.approx(drop["right"])
+        assert result["perturbation"] == {"name": drop["name"], "strength": drop["strength"], "seed": 0}
+    with Image.open(out / "robustness.png") as picture:
+        assert picture.width > 600
+    # What was asked is there; only what is new is asked, under it alone.
+    real, under = evaluate.answer, []
+    monkeypatch.setattr(evaluate, "answer", lambda *rest: under.append(str(rest[-1])) or real(*rest))
+    (found,), _ = run(tiny_base, tmp_path, limit=12, perturb="noise:5,blur:1")
+    assert under == ["blur:1"]
+    assert [drop["name"] for drop in found["robustness"]["drops"]] == ["noise", "blur"]
+
+
+def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path):  # noqa: F811
+    assert "did you mean noise?" in refused(*arguments(tiny_base, tmp_path / "out", "--perturb", "noisy:1"))
+    with pytest.raises(BenchmarkError, match=r"LLaVA-Bench .*is not scored here, so there is nothing to compare"):
+        run(tiny_base, tmp_path / "out", names=("digits", "llava-bench"), perturb="noise:1")
+    assert not (tmp_path / "out").exists()

@@ -1,15 +1,20 @@
 """Answers do not depend on the company a question keeps in its batch."""
 
+from dataclasses import replace
+from io import BytesIO
+
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import DataError
+from moe_llava.data.records import DataError, open_image
 from moe_llava.evaluation import generate
+from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
+from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -25,14 +30,16 @@ def asked(tiny_base):  # noqa: F811
     return model, processor, [*questions, text, Question("two", "<image> is this <image> a red 7 ?", images)]
 
 
-def answers(model, processor, questions, batch_size, max_new_tokens=12):
-    given = dict(pair for batch in answer(model, processor, questions, batch_size, max_new_tokens) for pair in batch)
+def answers(model, processor, questions, batch_size, max_new_tokens=12, perturbation=None):
+    given = dict(pair for batch in answer(model, processor, questions, batch_size, max_new_tokens, perturbation) for pair in batch)
     return [given[index] for index in range(len(questions))]
 
 
-def plainly(model, processor, question, max_new_tokens=12):
+def plainly(model, processor, question, max_new_tokens=12, attack=None):
     """As anybody would ask with transformers, without anything shared."""
     inputs = prompt_inputs(processor, [question])
+    if attack is not None and question.images:
+        inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
     suppressed = [model.config.image_token_id]
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=suppressed)
     return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -52,6 +59,38 @@ def test_a_batch_answers_as_one_by_one(asked, family, sparse):
     assert together == answers(model, processor, questions, batch_size=1)
     assert together == [plainly(model, processor, question) for question in questions]
     assert len(set(together)) > 1
+
+
+def changed(question, perturbation):
+    """The question, with pictures that were changed beforehand."""
+    images = []
+    for image in question.images:
+        file = BytesIO()
+        perturb_image(open_image(image, "here"), perturbation).save(file, "PNG")
+        images.append(InlineImage("a.png", file.getvalue()))
+    return replace(perturb_question(question, perturbation), images=tuple(images))
+
+
+@pytest.mark.parametrize("name", ["noise", "typos"])
+def test_perturbed_as_if_changed_beforehand(asked, name):
+    model, processor, questions = asked
+    perturbation = Perturbation(name, 5)
+    found = answers(model, processor, questions, 16, perturbation=perturbation)
+    assert found == [plainly(model, processor, changed(question, perturbation)) for question in questions]
+    assert found != answers(model, processor, questions, 16)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_every_question_is_attacked_for_itself(asked, name):
+    model, processor, questions = asked
+    attack = Perturbation(name, 5)
+    found = answers(model, processor, questions, 16, perturbation=attack)
+    assert found == [plainly(model, processor, question, attack=attack) for question in questions]
+    clean = answers(model, processor, questions, 16)
+    assert found != clean
+    without = [place for place, question in enumerate(questions) if not question.images]
+    assert without
+    assert [found[place] for place in without] == [clean[place] for place in without]
 
 
 def test_nothing_after_the_end(asked):

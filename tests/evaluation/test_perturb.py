@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 
 from moe_llava.evaluation.benchmark import LETTER, SINGLE_WORD, BenchmarkError, Question
-from moe_llava.evaluation.perturb import ADVERSARIAL, KINDS, STRENGTHS, TEXTUAL, VALUES, VISUAL, parse_perturbations, perturb
+from moe_llava.evaluation.perturb import (
+    ADVERSARIAL,
+    KINDS,
+    STRENGTHS,
+    TEXTUAL,
+    VALUES,
+    VISUAL,
+    Perturbation,
+    parse_perturbations,
+    perturb_image,
+    perturb_question,
+)
 from tests.conftest import REPOSITORY
 
 ASKED = "What colour has the small boat in front of the old harbour, and how many people sit in it?"
@@ -22,19 +33,20 @@ def picture(width=224, height=300):
     return Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))
 
 
-def changed(name, strength, image=None, identity="7", seed=0):
+def changed(name, strength, image=None, seed=0):
     image = image or picture()
-    question = Question(identity, "what ?")
-    same, (found,) = perturb(question, [image], name, strength, seed)
-    assert same is question
+    perturbation = Perturbation(name, strength, seed)
+    found = perturb_image(image, perturbation)
+    question = Question("7", ASKED)
+    assert perturb_question(question, perturbation) is question
     assert (found.mode, found.size) == ("RGB", image.size)
     return np.asarray(found, float)
 
 
 def reworded(name, strength, prompt=ASKED, identity="7", seed=0):
-    image = picture(8, 8)
-    question, images = perturb(Question(identity, prompt, extra={"category": 1}), [image], name, strength, seed)
-    assert images == [image]
+    image, perturbation = picture(8, 8), Perturbation(name, strength, seed)
+    question = perturb_question(Question(identity, prompt, extra={"category": 1}), perturbation)
+    assert perturb_image(image, perturbation) is image
     assert (question.id, question.extra) == (identity, {"category": 1})
     return question.prompt
 
@@ -49,17 +61,18 @@ def test_pictures_get_worse_with_strength(name):
 
 
 @pytest.mark.parametrize("name", [*VISUAL, *TEXTUAL])
-def test_the_same_for_the_same_question_and_seed(name):
+def test_the_same_for_the_same_picture_or_question_and_seed(name):
     act = changed if name in VISUAL else reworded
     assert np.array_equal(act(name, 3), act(name, 3))
     if name not in ("blur", "jpeg", "brightness", "paraphrase"):  # which draw nothing
-        assert not np.array_equal(act(name, 3), act(name, 3, identity="8"))
         assert not np.array_equal(act(name, 3), act(name, 3, seed=1))
 
 
-def test_two_pictures_of_a_question_differ():
-    _, (first, second) = perturb(Question("7", "what ?"), [picture(), picture()], "noise", 1, 0)
-    assert not np.array_equal(np.asarray(first), np.asarray(second))
+def test_two_pictures_or_questions_are_not_changed_alike():
+    darker = picture().point(lambda level: level - 1)
+    noise, more = (changed("noise", 1, image) - np.asarray(image, float) for image in (picture(), darker))
+    assert not np.array_equal(noise, more)
+    assert reworded("typos", 3) != reworded("typos", 3, identity="8")
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -171,7 +184,8 @@ def test_nothing_to_change(name, prompt):
 
 
 def test_parse():
-    assert parse_perturbations("noise:3, typos:2,pgd:1") == [("noise", 3), ("typos", 2), ("pgd", 1)]
+    assert list(map(str, parse_perturbations("noise:3, typos:2,pgd:1"))) == ["noise:3", "typos:2", "pgd:1"]
+    assert parse_perturbations("blur") == [Perturbation("blur", strength) for strength in STRENGTHS]
     assert set(KINDS) == {*VALUES, *ADVERSARIAL}
     assert all(len(values) == 5 for values in VALUES.values())
 
@@ -179,14 +193,15 @@ def test_parse():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' in '' has no strength"),
-        ("noise", "'noise' in 'noise' has no strength: it must be as in noise:3"),
-        ("noise:3,", "'' in 'noise:3,' has no strength"),
+        ("", "no perturbation is called ''"),
+        ("noise:", "'noise:' has the strength '', but"),
+        ("noise:3,", "no perturbation is called ''"),
         ("noise:6", "noise has the strength 6, but it must be 1 to 5"),
         ("noise:-1", "strength '-1'"),
         ("noise:x", "strength 'x'"),
         ("noize:3", "no perturbation is called 'noize'; did you mean noise"),
-        ("noise:3,noise:3", "twice"),
+        ("noise:3,noise:3", "noise:3 is in 'noise:3,noise:3' twice"),
+        ("noise:3,noise", "noise:3 is in 'noise:3,noise' twice"),
     ],
 )
 def test_parse_errors(text, message):
@@ -201,6 +216,9 @@ def test_the_document_has_the_values():
         assert [float(value) for value in row.split("|")[1:]] == list(STRENGTHS if name == "paraphrase" else values)
 
 
-def test_attacks_are_not_of_a_question_alone():
-    with pytest.raises(BenchmarkError, match="attack on a model"):
-        perturb(Question("7", "what ?"), [picture()], "fgsm", 1, 0)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_attacks_need_a_model(name):
+    """Without one, neither words nor pictures change."""
+    question, image = Question("7", ASKED), picture(8, 8)
+    assert perturb_question(question, Perturbation(name, 1)) is question
+    assert perturb_image(image, Perturbation(name, 1)) is image

@@ -1,0 +1,186 @@
+"""The model behind `lmms-eval --model moe_llava`: requests of its tasks become questions, which are asked as those of any benchmark.
+
+lmms-eval hands over all requests of a run at once. So all are looked at before the first is asked. Their pictures are not kept meanwhile,
+as they may not fit into memory: a task decodes a picture once to be compared with others, and again when its turn comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from rich.console import Console
+
+from moe_llava.checkpoints.load import best_device, load_checkpoint
+from moe_llava.data.records import IMAGE_TOKEN
+from moe_llava.evaluation.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.evaluate import check_questions, tell_of_capacity
+from moe_llava.evaluation.generate import answer
+from moe_llava.evaluation.progress import show_progress
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's own LLaVA has it
+# What a task may say of these; None leaves it to the model.
+OFFERED = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None), "repetition_penalty": (1, None)}
+# Without effect on greedy answers; but for the last, which is the original code's, and which here the checkpoint's processor knows.
+WITHOUT_EFFECT = ("top_p", "top_k", "seed", "image_aspect_ratio")
+# lmms-eval sets this where a task says nothing. Its own models do not stop there, as it would cut off all but an answer's first paragraph.
+UNSAID_STOP = "\n\n"
+
+
+@dataclass(frozen=True)
+class TaskImage:
+    """A picture that a task holds in memory. `digest`: of size and pixels, by which it is known again. `decode`: hands it over again."""
+
+    name: str = field(compare=False)
+    digest: str
+    decode: Callable[[], Image.Image] = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> BinaryIO:
+        file = BytesIO()
+        self.decode().convert("RGB").save(file, "PPM")  # neither lossy nor slow
+        file.seek(0)
+        return file
+
+
+class MoeLlava(lmms):
+    """A dense or sparse LLaVA. lmms-eval reads `is_simple`, and where there are several processes `device`."""
+
+    is_simple = False  # takes chat messages
+
+    def __init__(self, pretrained: str, dtype: str = "auto", device: str | None = None, batch_size: int | str = 1) -> None:
+        """The arguments are those of `--model_args`, and the options `--device` and `--batch_size`.
+
+        Raises BenchmarkError if the batch size is no number or the dtype unknown, CheckpointError as `load_checkpoint` does.
+        """
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) == 0:
+            raise BenchmarkError(f"batch_size must be a number from 1, but is {batch_size!r}")
+        if dtype not in DTYPES:
+            raise BenchmarkError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}")
+        self.batch_size = int(batch_size)
+        self.device = best_device() if device is None else torch.device(device)
+        model, self.processor = load_checkpoint(pretrained, dtype=dtype)
+        self.model = model.to(self.device)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request.
+
+        Raises BenchmarkError, before the first question is asked, if a task wants what is not offered, or has more than text and images.
+        """
+        problems = dict.fromkeys(problem for request in requests for problem in _unoffered(request))
+        if problems:
+            raise BenchmarkError("\n  ".join(problems))
+        questions = [self._question(request) for request in requests]
+        if not questions:
+            return []  # of several processes, one may have none
+        check_questions("lmms-eval", questions)
+        groups: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(_settings(request).get("max_new_tokens") or MAX_NEW_TOKENS, []).append(index)
+        console = Console(quiet=self.rank != 0)
+        tell_of_capacity(self.model, console)
+        answers: dict[int, str] = {}
+        with show_progress("asking", len(questions), console) as advance:
+            for max_new_tokens, members in groups.items():
+                asked = [questions[index] for index in members]
+                for batch in answer(self.model, self.processor, asked, self.batch_size, max_new_tokens):
+                    answers |= {members[place]: _cut(text, _stops(requests[members[place]])) for place, text in batch}
+                    advance(len(batch))
+        return [answers[index] for index in range(len(requests))]
+
+    def _question(self, request: Instance) -> Question:
+        *_, number, task, _ = request.args
+        name = f"{number} of task {task}"
+        prompt, images = self._read(request)
+        sources: list[Any] = [
+            Path(image) if isinstance(image, str) else TaskImage(str(place), _digest(image), partial(self._image, request, place))
+            for place, image in enumerate(images)
+        ]
+        return Question(name, prompt, tuple(sources))
+
+    def _read(self, request: Instance) -> tuple[str, list[Any]]:
+        _, to_messages, _, number, task, split = request.args
+        return _prompt_and_images(to_messages(self.task_dict[task][split][number]), f"question {number} of task {task}")
+
+    def _image(self, request: Instance, place: int) -> Image.Image:
+        return self._read(request)[1][place]
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        _refuse(requests, "the likelihood of given answers")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        _refuse(requests, "answers in several rounds")
+
+
+def _refuse(requests: list[Instance], wish: str) -> NoReturn:
+    tasks = ", ".join(sorted({request.task_name for request in requests}))
+    raise BenchmarkError(f"{tasks}: {wish} cannot be had of this model, which answers one question at a time")
+
+
+def _settings(request: Instance) -> dict[str, Any]:
+    return request.args[2]
+
+
+def _unoffered(request: Instance) -> Iterator[str]:
+    """What a request wants that cannot be had."""
+    for key, value in _settings(request).items():
+        where = f"task {request.task_name} wants {key}={value!r}"
+        if key == "max_new_tokens":
+            if value is not None and (not isinstance(value, int) or value < 1):
+                yield f"{where}, which must be a number from 1"
+        elif key in OFFERED:
+            if value not in OFFERED[key]:
+                yield f"{where}, but answers are greedy; `--gen_kwargs {key}={OFFERED[key][0]}` overrules the task"
+        elif key not in ("until", *WITHOUT_EFFECT):
+            yield f"{where}, which this model does not know"
+
+
+def _stops(request: Instance) -> list[str]:
+    until = _settings(request).get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != UNSAID_STOP]
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+def _prompt_and_images(messages: Any, where: str) -> tuple[str, list[Any]]:
+    """(prompt with a placeholder for each image, the images) of a chat.
+
+    Raises BenchmarkError if it is more than one message of a user, or not all of it is text and images.
+    """
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise BenchmarkError(f"{where} is a chat of {', '.join(roles)}; this model takes one message of a user")
+    content = messages[0]["content"]
+    other = sorted({part["type"] for part in content} - {"text", "image"})
+    if other:
+        raise BenchmarkError(f"{where} comes with {', '.join(other)}; this model takes text and images")
+    images = [part["url"] for part in content if part["type"] == "image"]
+    for image in images:
+        if not isinstance(image, (str, Image.Image)):
+            raise BenchmarkError(f"{where} must have pictures or files as its images, but has {str(image)[:60]}")
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    if not any(IMAGE_TOKEN in text for text in texts):  # Some tasks hand over their images first, and say in the text where these belong.
+        texts = [part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in content]
+    return "\n".join(texts), images
+
+
+def _digest(image: Image.Image) -> str:
+    pixels = image.convert("RGB")
+    return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).hexdigest()
