@@ -51,6 +51,9 @@ class Moe:
     router_z_loss_coef: float = 0.0
     capacity_factor: float | None = None
     use_residual: bool = False
+    routing: str = "agnostic"
+    expert_bin_size: int = 2
+    router_mi_loss_coef: float = 1e-4
 
 
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
@@ -103,10 +106,11 @@ class Stage:
 
 @dataclass
 class SparseStage(Stage):
-    """Stage III. With `dense`, the FFNs that would have become experts are trained as they are: the control, with the same steps and
-    data."""
+    """Stage III. `expert_start`: whether the experts begin as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the
+    FFNs that would have become experts are trained as they are: the control, with the same steps and data."""
 
     moe: Moe = field(default_factory=Moe)
+    expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
 
 
@@ -244,6 +248,13 @@ def _moe_rules(where: str, moe: Moe) -> list[str]:
         problems.append(f"{where}.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
+    if moe.router_mi_loss_coef < 0:
+        problems.append(f"{where}.router_mi_loss_coef is {moe.router_mi_loss_coef}, but the weight of a loss must not be negative")
+    if moe.routing != Moe.routing:
+        from moe_llava.model.configuration import routing_problem  # takes seconds, which most recipes need not wait
+
+        problem = routing_problem(moe.routing, moe.num_experts, moe.num_experts_per_tok, moe.expert_bin_size)
+        problems += [f"{where}.{problem}"] if problem else []
     return problems
 
 
@@ -267,6 +278,10 @@ def _adapter_rules(name: str, stage: Stage, adapter: Adapter) -> list[str]:
     problems = []
     if isinstance(stage, SparseStage) and stage.dense:
         problems.append(f"{where} is set, but stage3.dense is true, and the dense control trains its FFNs in full")
+    if isinstance(stage, SparseStage) and stage.moe.routing == "smoes":
+        problems.append(
+            f"{where} is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out"
+        )
     allowed = ADAPTER_TARGETS if isinstance(stage, SparseStage) else ("attention", "FFN")
     wrong = [target for target in adapter.targets if target not in allowed]
     if wrong:

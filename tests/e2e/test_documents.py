@@ -17,7 +17,18 @@ DOCUMENTS = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "customising")
+        for name in (
+            "training",
+            "data",
+            "adapters",
+            "digits",
+            "checkpoints",
+            "evaluation",
+            "robustness",
+            "routing",
+            "variants",
+            "customising",
+        )
     ),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
