@@ -32,13 +32,14 @@ def score(
     name: Annotated[str, typer.Argument(help="a benchmark; `moe-llava benchmarks` lists them")],
     data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
     answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text")],
+    model: Annotated[str | None, typer.Option(help="who answered; default: what the answers name as model_id")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Scores answers to a benchmark as its published script does, with 95% intervals."""
     with user_errors():
         from moe_llava.evaluation.score import score_answers
 
-        found = score_answers(name, data, answers)
+        found = score_answers(name, data, answers) | ({} if model is None else {"model": model})
     if as_json:
         print(json.dumps(found))
     else:
@@ -121,7 +122,9 @@ def _print_scores(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("score", "value", "95% interval", title=found["benchmark"])
+    asked, there = found["questions"], found.get("questions_in_all", found["questions"])
+    of = f"{asked:,} questions" if asked == there else f"the first {asked:,} of {there:,} questions"
+    table = Table("score", "value", "95% interval", title=f"{found['benchmark']}, {of}")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in found["scores"].items():

@@ -4,22 +4,28 @@ answers.jsonl     in LLaVA's form: question_id, prompt, text, answer_id, model_i
 answers.N.jsonl   while several processes ask, those of process N > 0
 settings.json     what they were made with
 result.json       their scores
+.lock             held while a run writes
 
 Lines are only ever appended, so whatever ends a run leaves whole answers, and at most half of a last line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moe_llava.evaluation.benchmark import BenchmarkError, Question, read_json, read_json_lines, take
+from moe_llava.evaluation.perturb import Perturbation, perturb_question
 from moe_llava.training.saves import write_whole
 
 SETTINGS = "settings.json"
+LOCK = ".lock"
 
 Key = tuple[str, str]  # id and prompt of a question
 
@@ -41,16 +47,29 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise BenchmarkError(f"the answers in {folder} were made with {'; '.join(changed)}: choose another --out, or remove it")
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While it lasts, no other run may write into a folder and those inside. Raises BenchmarkError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise BenchmarkError(f"another run is writing into {folder}: wait for its end, or choose another --out") from error
+
+
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def line(question: Question, text: str, model_id: str) -> str:
-    """The same for the same answer: a run that was killed ends with the file of one that was not."""
+def line(question: Question, text: str, model_id: str, perturbation: Perturbation | None = None) -> str:
+    """The same for the same answer: a run that was killed ends with the file of one that was not. The prompt is the question's own, by
+    which the two are paired; how a perturbation worded it is `asked` among the metadata."""
     identity = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([model_id, question.id, question.prompt, text]))
     answer = {"question_id": question.id, "prompt": question.prompt, "text": text}
-    return json.dumps(answer | {"answer_id": identity.hex, "model_id": model_id, "metadata": {}}) + "\n"
+    metadata = {} if perturbation is None else {"asked": perturb_question(question, perturbation).prompt}
+    return json.dumps(answer | {"answer_id": identity.hex, "model_id": model_id, "metadata": metadata}) + "\n"
 
 
 def merge(folder: Path, questions: Sequence[Question]) -> None:

@@ -23,8 +23,9 @@ from rich.console import Console
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
-from moe_llava.evaluation.evaluate import check_questions, tell_of_capacity
+from moe_llava.evaluation.evaluate import tell_of_capacity
 from moe_llava.evaluation.generate import answer
+from moe_llava.evaluation.plan import check_questions
 from moe_llava.evaluation.progress import show_progress
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -98,7 +98,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             guess = difflib.get_close_matches(self.name, KINDS, n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else ";"
+            hint = f"; did you mean {guess[0]}?" if guess else "."
             raise BenchmarkError(f"no perturbation is called {self.name!r}{hint} There are {', '.join(KINDS)}")
         if self.strength not in STRENGTHS:
             raise BenchmarkError(f"the perturbation {self.name} has the strength {self.strength}, but it must be 1 to 5")

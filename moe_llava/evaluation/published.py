@@ -1,9 +1,10 @@
-"""Scores that papers published, as they printed them: for looking at, never for mixing with measured ones."""
+"""Scores that papers published: for looking at, never for mixing with measured ones."""
 
 SOURCE = "Lin et al., MoE-LLaVA, arXiv 2401.15947v5"
 NOTE = (
-    "As printed there, single runs without intervals: percent, and points of perception for MME. ScienceQA is its questions with an image. "
-    "LLaVA-Bench and MM-Vet were judged by GPT-4, asked in other words, so they do not compare with judgements made here."
+    "Single runs without intervals: percent as printed there, and points of perception for MME, rounded to whole ones. "
+    "ScienceQA is its questions with an image. LLaVA-Bench and MM-Vet were judged by GPT-4, asked in other words, so they do not "
+    "compare with judgements made here."
 )
 
 # Benchmark here -> the paper's heading.

@@ -85,7 +85,6 @@ def plot_robustness(summary: dict[str, Any], title: str = "") -> Figure:
         axis.legend(frameon=False, fontsize=9)
     clean = summary["clean"]
     grid[0][0].set_ylabel("drop in accuracy, percentage points")
-    figure.suptitle(
-        f"{title + ': ' if title else ''}{clean['mean']:.1%} of {clean['n']:,} right without perturbation", x=0.01, ha="left", fontsize=10
-    )
+    told = f"{clean['mean']:.1%} of {clean['n']:,} right without perturbation; bars: 95% intervals"
+    figure.suptitle(f"{title + ': ' if title else ''}{told}", x=0.01, ha="left", fontsize=10)
     return figure

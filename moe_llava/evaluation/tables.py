@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,10 @@ def _measured(places: Sequence[Path]) -> Block:
     rows: dict[str, dict[Column, Cell]] = {}
     origin: dict[tuple[str, Column], Path] = {}
     notes = ["In brackets: 95% bootstrap intervals."]
-    for file in find_results(places):
-        model, cells, remarks = _read_result(file)
+    results = [(file, *_read_result(file)) for file in find_results(places)]
+    names = _short({model for _, model, *_ in results})
+    for file, path, cells, remarks in results:
+        model = names[path]
         for column in cells:
             first = origin.setdefault((model, column), file)
             if first is not file:
@@ -103,6 +106,14 @@ def _measured(places: Sequence[Path]) -> Block:
     return Block("measured", "Measured", notes, columns, rows)
 
 
+def _short(models: Iterable[str]) -> dict[str, str]:
+    """Model -> its name in the table: of a folder, what tells it from the others."""
+    folders = [model for model in models if Path(model).is_absolute()]
+    root = os.path.commonpath([Path(folder).parent for folder in folders]) if folders else ""
+    names = {model: str(Path(model).relative_to(root)) if model in folders else model for model in models}
+    return {model: name if list(names.values()).count(name) == 1 else model for model, name in names.items()}
+
+
 def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     """(model, its main scores, what to know of them)."""
     record = read_json(file)
@@ -112,6 +123,7 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     if name not in NAMES:
         raise BenchmarkError(f"{file} is of the benchmark {name!r}; there are {', '.join(NAMES)}")
     benchmark = find_benchmark(name)
+    asked_of = record.get("questions_in_all")
     model, scores, intervals, questions, missing = (
         take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions", "missing")
     )
@@ -127,7 +139,10 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
         cell = Cell(take(scores, score, f"scores of {file}"), low, high, questions, len(missing))
         cells[Column(benchmark.name, benchmark.title, score, judge)] = cell
     told = {"without an answer, counted as wrong": missing, "whose judgement could not be read": record.get("unreadable", [])}
-    remarks = [f"{benchmark.title}: {len(ids)} of {questions:,} questions {words}." for words, ids in told.items() if ids]
+    remarks = []
+    if asked_of not in (None, questions):
+        remarks.append(f"{benchmark.title}: the first {questions:,} of {asked_of:,} questions only.")
+    remarks += [f"{benchmark.title}: {len(ids)} of {questions:,} questions {words}." for words, ids in told.items() if ids]
     return str(model), cells, remarks
 
 

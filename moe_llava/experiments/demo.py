@@ -116,7 +116,7 @@ def make_once(path: Path, make: Callable[[Path], None]) -> None:
 def ask_checkpoint(out: Path, name: str, console: Console) -> list[dict[str, Any]]:
     """Puts every test question that has no answer yet to one checkpoint; returns the benchmark's items."""
     folder, data = out / "answers" / name, out / "data"
-    evaluate(str(out / CHECKPOINTS[name]), ["digits"], data, folder, BATCH, None, console)
+    list(evaluate(str(out / CHECKPOINTS[name]), ["digits"], data, folder, BATCH, None, console))
     questions = digits_world.questions(data)
     return digits_world.score(data, questions, given(folder / "digits", questions)).items
 

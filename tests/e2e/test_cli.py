@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,17 +21,6 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "sparse layers [1, 3]" in done.stdout
     return out
-
-
-def test_help_is_quick():
-    seconds = []
-    for _ in range(5):
-        start = time.monotonic()
-        done = run_command("--help")
-        seconds.append(time.monotonic() - start)
-    for verb in ("demo", "train", "upcycle", "chat"):
-        assert verb in done.stdout
-    assert min(seconds) <= 0.5  # the best of five, as other tests may run at the same time
 
 
 def test_chat_once(sparse, tiny_base):  # noqa: F811
@@ -153,7 +141,8 @@ def test_demo_in_small(tmp_path):
     assert set(results["seconds"]) == {"stage1", "stage2", "dense", "sparse"}
     page = (out / "report.html").read_text()
     assert page.count("<svg") + page.count("data:image/svg") >= 4
-    assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs nothing from elsewhere
+    assert re.findall(r"(?:src|href)=\"(?!data:)([^\"]*)", page) == ["routes/index.html"]  # it needs nothing, and leads to one page
+    assert (out / "routes" / "index.html").is_file()
     assert f"chat {out / 'stage3'}" in first.stdout
     assert "stage1 2/2 loss" in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}

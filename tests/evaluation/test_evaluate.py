@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from moe_llava.digits.dataset import write_dataset
-from moe_llava.evaluation import evaluate
-from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge
+from moe_llava.evaluation import evaluate, plan
+from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge, writing
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.perturb import parse_perturbations
@@ -33,7 +33,7 @@ def arguments(tiny_base, out, *more, data=None):  # noqa: F811
 def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=None):  # noqa: F811
     console = Console(record=True, width=160)
     perturbations = parse_perturbations(perturb) if perturb else []
-    found = evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console, perturbations)
+    found = list(evaluate.evaluate(str(tiny_base / "base"), names, tiny_base / "data", out, batch_size, limit, console, perturbations))
     return found, console.export_text()
 
 
@@ -59,7 +59,7 @@ def test_answers_and_result(tiny_base, whole):  # noqa: F811
     assert result["model"] == str(tiny_base / "base")
     assert result["generation"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 40, "dtype": "torch.float32", "batch_size": 16}
     assert set(result["versions"]) == {"moe_llava", "torch", "transformers"}
-    assert sorted(path.name for path in whole.iterdir()) == ["answers.jsonl", "result.json", "settings.json"]
+    assert sorted(path.name for path in whole.iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
 
 
 def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
@@ -120,7 +120,7 @@ def test_two_processes(tiny_base, whole, tmp_path, limit):  # noqa: F811
     assert done.stdout.count("asking digits") == 1
     lines = (whole / "answers.jsonl").read_text().splitlines()
     assert (tmp_path / "digits" / "answers.jsonl").read_text().splitlines() == (lines[:1] if limit else lines)
-    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["answers.jsonl", "result.json", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
 
 
 def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa: F811
@@ -165,14 +165,14 @@ def test_questions_that_cannot_be_asked(tmp_path):
     ]
     questions += [Question(f"{number}", "what is this?", (tmp_path / f"{number}.png",)) for number in range(4, 30)]
     with pytest.raises(BenchmarkError) as caught:
-        evaluate.check_questions("The digits world", questions)
+        plan.check_questions("The digits world", questions)
     lines = str(caught.value).splitlines()
     assert "question 1 of The digits world has 2 <image> and 1 images" in lines[0]
     assert "question 2 of The digits world has 1 <image> and 0 images" in lines[1]
     assert "4.png, which does not exist" in lines[2]
     assert lines[-1].strip() == "and 8 more"
     with pytest.raises(BenchmarkError, match="has no questions"):
-        evaluate.check_questions("The digits world", [])
+        plan.check_questions("The digits world", [])
 
 
 def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypatch):  # noqa: F811
@@ -187,9 +187,10 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     variants = {
         "server": replace(real, name="server", title="Server", score=None, upload=upload, max_new_tokens=2),
         "judge": replace(real, name="judge", title="Judge", score=None, judge=broken, max_new_tokens=2),
+        "fine": replace(real, title="Fine", max_new_tokens=2),
         "broken": replace(real, name="broken", title="Broken", score=broken, max_new_tokens=2),
     }
-    monkeypatch.setattr(evaluate, "find_benchmark", lambda name: variants[name])
+    monkeypatch.setattr(plan, "find_benchmark", lambda name: variants[name])
     found, printed = run(tiny_base, tmp_path, ("server", "judge"), limit=3)
     assert found == []
     assert "Server: no upload of answers to 3 questions only" in printed
@@ -198,9 +199,29 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     assert f"Server: {tmp_path / 'server' / 'upload.json'} is what its server takes" in plain
     assert f"moe-llava judge judge --data {tiny_base / 'data'} --answers {tmp_path / 'judge' / 'answers.jsonl'} --endpoint" in plain
     assert None not in json.loads((tmp_path / "server" / "upload.json").read_text()).values()
+    told = []
     with pytest.raises(BenchmarkError, match="no truth here"):
-        run(tiny_base, tmp_path, ("broken", "judge"))
+        told.extend(
+            evaluate.evaluate(str(tiny_base / "base"), ["broken", "fine"], tiny_base / "data", tmp_path, 8, None, Console(quiet=True))
+        )
+    assert [found["questions"] for found in told] == [len(digits_world.questions(tiny_base / "data"))]  # what can be scored is
     assert len((tmp_path / "broken" / "answers.jsonl").read_text().splitlines()) > 3
+
+
+def test_two_runs_do_not_write_into_the_same_folder(tiny_base, tmp_path):  # noqa: F811
+    """Not even under different perturbations: both would ask the questions as they are."""
+    with writing(tmp_path / "digits"):
+        told = refused(*arguments(tiny_base, tmp_path, "--limit", "2", "--perturb", "noise:1"))
+    assert f"another run is writing into {tmp_path / 'digits'}: wait for its end, or choose another --out" in told
+    assert not (tmp_path / "digits" / "answers.jsonl").exists()
+    assert run(tiny_base, tmp_path, limit=2)[0][0]["missing"] == []
+
+
+def test_answers_that_vanish_are_not_scored_as_wrong(tiny_base, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(evaluate, "answer", lambda *rest: iter([[(0, "7")]]))
+    with pytest.raises(BenchmarkError, match="2 questions of digits have been asked, but their answers are gone"):
+        run(tiny_base, tmp_path, limit=3)
+    assert not (tmp_path / "digits" / "result.json").exists()
 
 
 def test_merging(tmp_path):
@@ -232,24 +253,31 @@ def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
     summary = json.loads((out / "robustness.json").read_text())
     assert summary["clean"]["n"] == 12
     assert [(drop["name"], drop["strength"]) for drop in summary["drops"]] == [("noise", 5), ("typos", 2), ("fgsm", 5)]
+    under_typos = []
     for drop in summary["drops"]:
         folder = out / f"{drop['name']}-{drop['strength']}"
         answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [
             (question.id, question.prompt) for question in questions
         ]
-        assert [json.dumps(answer) for answer in answers] != clean
+        assert [answer["text"] for answer in answers] != [json.loads(line)["text"] for line in clean]
+        under_typos = answers if drop["name"] == "typos" else under_typos
         result = json.loads((folder / "result.json").read_text())
         assert result["scores"]["accuracy"] == pytest.approx(drop["right"])
         assert result["perturbation"] == {"name": drop["name"], "strength": drop["strength"], "seed": 0}
     with Image.open(out / "robustness.png") as picture:
         assert picture.width > 600
-    # What was asked is there; only what is new is asked, under it alone.
+    assert [answer["metadata"]["asked"] == answer["prompt"] for answer in under_typos] == [False] * 12
+    # What was asked is there, and stays in the picture; only what is new is asked, under it alone.
     real, under = evaluate.answer, []
     monkeypatch.setattr(evaluate, "answer", lambda *rest: under.append(str(rest[-1])) or real(*rest))
     (found,), _ = run(tiny_base, tmp_path, limit=12, perturb="noise:5,blur:1")
     assert under == ["blur:1"]
-    assert [drop["name"] for drop in found["robustness"]["drops"]] == ["noise", "blur"]
+    assert [drop["name"] for drop in found["robustness"]["drops"]] == ["noise", "blur", "typos", "fgsm"]
+    # With more questions, what was asked fewer is left out, and said so.
+    (found,), printed = run(tiny_base, tmp_path, limit=14, perturb="blur:1")
+    assert [drop["name"] for drop in found["robustness"]["drops"]] == ["blur"]
+    assert "digits under noise:5 was asked fewer questions than these: left out" in printed
 
 
 def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path):  # noqa: F811
