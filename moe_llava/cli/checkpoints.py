@@ -21,9 +21,13 @@ def upcycle(
     norm_topk_prob: Annotated[bool, typer.Option(help="make each token's weights sum to 1")] = True,
     capacity_factor: Annotated[float | None, typer.Option(help="let experts drop tokens beyond this multiple of an even share")] = None,
     use_residual: Annotated[bool, typer.Option(help="keep the dense FFN beside the experts")] = False,
-    seed: Annotated[int, typer.Option(help="of the routers' start")] = 0,
+    routing: Annotated[
+        str, typer.Option(help="agnostic, modality_split or smoes: what a token's modality says about its experts")
+    ] = "agnostic",
+    expert_start: Annotated[str, typer.Option(help="copy, or noise: experts that differ from the start")] = "copy",
+    seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
 ) -> None:
-    """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same."""
+    """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same (without noise)."""
     with user_errors():
         from moe_llava.checkpoints.folders import new_folder
         from moe_llava.checkpoints.load import load_checkpoint
@@ -45,6 +49,8 @@ def upcycle(
                 norm_topk_prob=norm_topk_prob,
                 capacity_factor=capacity_factor,
                 use_residual=use_residual,
+                routing=routing,
+                expert_start=expert_start,
                 seed=seed,
             )
             sparse.save_pretrained(folder)

@@ -11,7 +11,7 @@ from .configuration import MoeLlavaConfig
 from .modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
 from .moe import Experts, Router, SparseMlp, balance_loss, z_loss
 from .processing import MoeLlavaProcessor
-from .upcycling import upcycle
+from .upcycling import evolve_experts, upcycle
 
 # The names of configuration and processor may stand in the tables already: see moe_llava/_registration.py.
 AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
@@ -36,6 +36,7 @@ __all__ = [
     "Router",
     "SparseMlp",
     "balance_loss",
+    "evolve_experts",
     "upcycle",
     "z_loss",
 ]

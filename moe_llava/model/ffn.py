@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .configuration import MoeLlavaConfig
 from .moe import Experts, GatedExperts, PlainExperts, Router, SparseMlp
+from .smoes import ModalityStatistics
 
 MAX_DIFFERENCE = 0.02  # relative, of an expert from its FFN: more than the roundings of a model in half precision
 
@@ -97,6 +98,7 @@ def sparse_mlp(config: MoeLlavaConfig, layer: nn.Module) -> SparseMlp:
             Router(config, width),
             form.experts(config, width, ffn_width, getattr(ffn, form.activation)),
             ffn if config.use_residual else None,
+            ModalityStatistics(config, width) if config.routing == "smoes" else None,
         )
     return sparse.to(down.dtype)
 

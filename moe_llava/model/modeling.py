@@ -32,27 +32,36 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration import MoeLlavaConfig
 from .ffn import sparse_mlp
 from .moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
+from .smoes import ModalityStatistics, mutual_information_loss, sum_over_processes
+
+RECORDED = ("output_router_logits", "output_router_drops", "output_modality_scores", "output_modality_sums")  # what the losses are made of
 
 
 @dataclass
 class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
-    """`router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool. None unless asked for."""
+    """`router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool; with SMoES also `modality_scores`, per MoE
+    layer [T, 2], and `modality_sums`, what the statistics learn from. None unless asked for."""
 
     router_logits: tuple[Tensor, ...] | None = None
     router_drops: tuple[Tensor, ...] | None = None
+    modality_scores: tuple[Tensor, ...] | None = None
+    modality_sums: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """`language_loss`: the loss before the auxiliary ones are added; `aux_loss`: the balance loss summed over the MoE layers, `z_loss`
-    the same of the z-loss, both before their coefficients; `router_logits`: per MoE layer [T, E] float32; `router_drops`: per MoE layer
-    [T, K] bool, the assignments that found their expert full."""
+    the same of the z-loss, and `mi_loss` of the mutual information loss of SMoES, all before their coefficients; `router_logits`: per MoE
+    layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool, the assignments that found their expert full; `modality_scores`: with
+    SMoES, per MoE layer [T, 2], how much a token is like one of an image and like one of text."""
 
     language_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
+    mi_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
     router_drops: tuple[Tensor, ...] | None = None
+    modality_scores: tuple[Tensor, ...] | None = None
 
 
 class SparseBackbone(PreTrainedModel):
@@ -72,6 +81,8 @@ class SparseBackbone(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_sparse_weights(module, self.config.initializer_range)
+        if isinstance(module, ModalityStatistics):
+            module.reset()
 
 
 @cache
@@ -81,9 +92,15 @@ def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
         **(dense_class._can_record_outputs or {}),
         "router_logits": OutputRecorder(Router, index=0),
         "router_drops": OutputRecorder(Router, index=3),
+        "modality_scores": OutputRecorder(ModalityStatistics, index=0),
+        "modality_sums": OutputRecorder(ModalityStatistics, index=1),
     }
-    # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
-    namespace = {"_can_record_outputs": recorders, "__module__": dense_class.__module__}
+    namespace = {
+        "_can_record_outputs": recorders,
+        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or ()), "statistics"},  # of SMoES, when loaded
+        # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
+        "__module__": dense_class.__module__,
+    }
     return type(f"Sparse{dense_class.__name__}", (SparseBackbone, dense_class), namespace)
 
 
@@ -113,6 +130,22 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         """Layer index -> its SparseMlp."""
         return {index: self.language_model.layers[index].mlp for index in self.config.moe_layer_indices}
 
+    def expert_groups(self) -> list[Tensor] | None:
+        """Per MoE layer the experts [G, N] that share a load: halves or bins; None if all experts of a layer do."""
+        mlps = self.sparse_mlps().values()
+        if self.config.routing == "agnostic":
+            return None
+        if self.config.routing == "modality_split":
+            return [torch.arange(self.config.num_experts).view(2, -1) for _ in mlps]
+        return [mlp.statistics.bins() for mlp in mlps if mlp.statistics is not None]
+
+    def update_statistics(self, modality_sums: tuple[Tensor, ...]) -> None:
+        """Lets the statistics of SMoES learn from the batch, given the recorded sums of each MoE layer, of all processes together."""
+        sums = sum_over_processes(torch.stack([layer.to(modality_sums[0].device) for layer in modality_sums]))
+        for mlp, layer in zip(self.sparse_mlps().values(), sums, strict=True):
+            assert mlp.statistics is not None
+            mlp.statistics.update(layer.to(mlp.statistics.mean.device))
+
     @can_return_tuple
     def forward(
         self,
@@ -128,7 +161,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MoeLlavaModelOutputWithPast:
-        """As LlavaModel.forward; `output_router_logits=True` also records the routers."""
+        """As LlavaModel.forward; `output_router_logits=True` also records the routers, `output_modality_scores=True` what SMoES sees."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         images = (mm_encoder_outputs or {}).get("image")
@@ -149,8 +182,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             raise ValueError("images need input_ids, which say where the images stand; inputs_embeds do not")
 
         token_mask_T = real_tokens(attention_mask, inputs_embeds)
+        image_mask_T = self._image_tokens(input_ids)
         for mlp in self.sparse_mlps().values():
-            mlp.token_mask = token_mask_T
+            mlp.token_mask, mlp.image_mask = token_mask_T, image_mask_T
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -166,7 +200,17 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             image_hidden_states=image_features,
             router_logits=outputs.get("router_logits"),
             router_drops=outputs.get("router_drops"),
+            modality_scores=outputs.get("modality_scores") or None,
+            modality_sums=outputs.get("modality_sums") or None,
         )
+
+    def _image_tokens(self, input_ids: Tensor | None) -> Tensor | None:
+        """[T] bool, True for a token of an image, where the routers are to know; None elsewhere. A token that is generated is text."""
+        if self.config.routing == "agnostic":
+            return None
+        if input_ids is None:
+            raise ValueError(f"routing {self.config.routing} needs input_ids, which say where the images stand; inputs_embeds do not")
+        return (input_ids == self.config.image_token_id).reshape(-1)
 
     def _embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """[B, S] ids -> [B, S, D], image features in the places of the placeholders."""
@@ -223,8 +267,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are
                 weighted by this batch's share of them, so neither depends on how a step is cut into batches.
 
-        The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss. Outside training the last two are
-        part of it only with `output_router_logits`, as in transformers' MoE models.
+        The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, and with SMoES + router_mi_loss_coef *
+        mi_loss. Outside training only the first is part of it without `output_router_logits`, as in transformers' MoE models.
         """
         output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         record = output_router_logits or (self.training and labels is not None)
@@ -235,23 +279,20 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            output_router_logits=record,
-            output_router_drops=record,
+            **dict.fromkeys(RECORDED, record),
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
 
-        losses: dict[str, Tensor] = {}
-        if record:
-            token_mask_T = real_tokens(attention_mask, outputs.last_hidden_state)
-            losses["aux_loss"] = balance_loss(outputs.router_logits, token_mask_T)
-            losses["z_loss"] = z_loss(outputs.router_logits, token_mask_T)
+        losses = self._router_losses(outputs, real_tokens(attention_mask, outputs.last_hidden_state)) if record else {}
         if labels is not None:
             losses["language_loss"] = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
             )
             losses["loss"] = self._total_loss(losses, labels, num_items_in_batch)
+            if self.training and outputs.modality_sums:
+                self.model.update_statistics(outputs.modality_sums)
         return MoeLlavaCausalLMOutputWithPast(
             **losses,
             logits=logits,
@@ -261,7 +302,20 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             image_hidden_states=outputs.image_hidden_states,
             router_logits=outputs.router_logits if output_router_logits else None,
             router_drops=outputs.router_drops if output_router_logits else None,
+            modality_scores=outputs.modality_scores if output_router_logits else None,
         )
+
+    def _router_losses(self, outputs: MoeLlavaModelOutputWithPast, token_mask_T: Tensor | None) -> dict[str, Tensor]:
+        """The auxiliary losses by name, of the recorded routers."""
+        assert outputs.router_logits is not None
+        groups = self.model.expert_groups()
+        losses = {
+            "aux_loss": balance_loss(outputs.router_logits, token_mask_T, groups),
+            "z_loss": z_loss(outputs.router_logits, token_mask_T),
+        }
+        if outputs.modality_scores and groups is not None:
+            losses["mi_loss"] = mutual_information_loss(outputs.router_logits, outputs.modality_scores, groups, token_mask_T)
+        return losses
 
     def _total_loss(self, losses: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The language loss and, if there are any, the auxiliary ones, weighted by the batch's share of a step's labels."""
@@ -270,6 +324,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         # Label 0 of each row predicts nothing.
         share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
         auxiliary = self.config.router_aux_loss_coef * losses["aux_loss"] + self.config.router_z_loss_coef * losses["z_loss"]
+        if "mi_loss" in losses:
+            auxiliary = auxiliary + self.config.router_mi_loss_coef * losses["mi_loss"]
         return losses["language_loss"] + share * auxiliary
 
 

@@ -4,9 +4,11 @@ Unusual here:
 - Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" |
   "batched_mm" | "eager")` and the kernels behind it apply.
 - The router always computes in float32, autocast or not, as the published models do.
+- What a token's modality says about its experts, if anything, is the configuration's `routing`: here a mask over the logits, in smoes.py a
+  loss.
 - A dropped assignment (see `capacity_factor`) keeps its expert index and gets weight 0: shapes never depend on the data.
 
-Shapes: B batch, S sequence, T = B * S tokens, D model width, F FFN width, E experts, K experts per token.
+Shapes: B batch, S sequence, T = B * S tokens, D model width, F FFN width, E experts, K experts per token, G groups of N experts.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 if TYPE_CHECKING:
     from .configuration import MoeLlavaConfig
+    from .smoes import ModalityStatistics
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -35,13 +38,19 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.capacity_factor = config.capacity_factor
+        self.modality_split = config.routing == "modality_split"
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, token_mask_T: Tensor | None = None, image_mask_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns logits [T, E] float32, weights [T, K] float32, expert indices [T, K] in order of falling probability, and
-        dropped [T, K] bool. `token_mask_T`, bool, tells tokens from padding where a capacity is shared out; None: every token counts."""
+        dropped [T, K] bool. `token_mask_T`, bool, tells tokens from padding where a capacity is shared out; None: every token counts.
+        `image_mask_T`, bool, tells image tokens from text where the modalities have experts of their own."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
+        if self.modality_split:
+            logits_TE = self._own_half(logits_TE, image_mask_T)
         probs_TK, ids_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
         dropped_TK = self._over_capacity(ids_TK, token_mask_T)
         weights_TK = probs_TK.masked_fill(dropped_TK, 0.0)
@@ -50,6 +59,15 @@ class Router(nn.Module):
             total_T1 = weights_TK.sum(dim=-1, keepdim=True)
             weights_TK = weights_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
         return logits_TE, weights_TK, ids_TK, dropped_TK
+
+    def _own_half(self, logits_TE: Tensor, image_mask_T: Tensor | None) -> Tensor:
+        """Logits that leave image tokens the first half of the experts, and text the second: those of the others give probability 0. They
+        are not infinite, so that what is computed from recorded logits, such as entropies, stays finite."""
+        if image_mask_T is None:
+            raise RuntimeError("routing is modality_split, but the router was not told which tokens are of an image")
+        of_image_E = torch.arange(self.num_experts, device=logits_TE.device) < self.num_experts // 2
+        other_TE = image_mask_T.to(logits_TE.device)[:, None] != of_image_E
+        return logits_TE.masked_fill(other_TE, torch.finfo(logits_TE.dtype).min)
 
     def _over_capacity(self, ids_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
         """Which assignments find their expert full. First choices go before second ones, and earlier tokens before later."""
@@ -125,21 +143,29 @@ class SparseMlp(nn.Module):
 
     With `residual_mlp` (the dense FFN), a token's output is c_0 * experts(x) + c_1 * residual_mlp(x), c = softmax(coefficient(x)).
 
-    `token_mask` [T] bool, set by the model before each forward pass, goes to the router. It stands here, and not there, because an adapter
-    may wrap the router. It outlives the forward pass, because gradient checkpointing routes again during backward.
+    `token_mask` and `image_mask` [T] bool, set by the model before each forward pass, go to the router. They stand here, and not there,
+    because an adapter may wrap the router. They outlive the forward pass, because gradient checkpointing routes again during backward.
+
+    `statistics`, there with SMoES, looks on: the model records what it returns.
     """
 
-    def __init__(self, router: Router, experts: Experts, residual_mlp: nn.Module | None = None):
+    def __init__(
+        self, router: Router, experts: Experts, residual_mlp: nn.Module | None = None, statistics: ModalityStatistics | None = None
+    ):
         super().__init__()
         self.router = router
         self.experts = experts
         self.residual_mlp = residual_mlp
         self.coefficient = None if residual_mlp is None else nn.Linear(experts.hidden_dim, 2)
+        self.statistics = statistics
         self.token_mask: Tensor | None = None
+        self.image_mask: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        _, weights_TK, ids_TK, _ = self.router(x_TD, self.token_mask)
+        _, weights_TK, ids_TK, _ = self.router(x_TD, self.token_mask, self.image_mask)
+        if self.statistics is not None:
+            self.statistics(x_TD, ids_TK, self.image_mask, self.token_mask)
         y_BSD = self.experts(x_TD, ids_TK, weights_TK.to(x_TD.dtype)).view_as(x_BSD)
         if self.residual_mlp is None or self.coefficient is None:
             return y_BSD
@@ -158,31 +184,52 @@ def init_sparse_weights(module: nn.Module, std: float) -> None:
             init.normal_(parameter, mean=0.0, std=std)
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
+def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None, groups: list[Tensor] | None = None) -> Tensor:
     """Sum over the MoE layers of E * sum_i f_i * P_i (paper, equation 7).
 
     f_i is the share of tokens whose first choice is expert i, P_i the mean probability of expert i. Padding counts in neither.
 
+    With groups, of N experts each, it is the mean over a layer's groups of N * sum_i f_i * P_i over the group, whose f and P are divided
+    by their sums there: the load is to be even within groups, whatever goes to each.
+
     Args:
         router_logits: per MoE layer [T, E].
         token_mask_T: [T] bool, False for padding; None if there is none.
+        groups: per MoE layer the experts of each group, [G, N]; None: all are one group.
     """
-    losses = [_layer_balance(_drop_padding(logits, token_mask_T)) for logits in router_logits]
+    logits = [drop_padding(logits_TE, token_mask_T) for logits_TE in router_logits]
+    if groups is None:
+        losses = [_layer_balance(logits_TE) for logits_TE in logits]
+    else:
+        losses = [_balance_within(logits_TE, groups_GN) for logits_TE, groups_GN in zip(logits, groups, strict=True)]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
     """Sum over the MoE layers of the mean of logsumexp(logits)^2 over tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
-    losses = [_drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]
+    losses = [drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
 def _layer_balance(logits_TE: Tensor) -> Tensor:
+    first_choice_E, mean_E = _shares(logits_TE)
+    return logits_TE.shape[-1] * (first_choice_E * mean_E).sum()
+
+
+def _balance_within(logits_TE: Tensor, groups_GN: Tensor) -> Tensor:
+    """A group that nothing goes to adds nothing."""
+    f_GN, p_GN = (share_E[groups_GN] for share_E in _shares(logits_TE))
+    f_GN, p_GN = (share_GN / share_GN.sum(dim=-1, keepdim=True).clamp(min=1e-6) for share_GN in (f_GN, p_GN))
+    return groups_GN.shape[-1] * (f_GN * p_GN).sum(dim=-1).mean()
+
+
+def _shares(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each expert: the share of tokens whose first choice it is, and its mean probability."""
     probs_TE = logits_TE.float().softmax(dim=-1)
-    num_experts = probs_TE.shape[-1]
-    first_choice_E = F.one_hot(probs_TE.argmax(dim=-1), num_experts).float().mean(dim=0)
-    return num_experts * (first_choice_E * probs_TE.mean(dim=0)).sum()
+    first_choice_E = F.one_hot(probs_TE.argmax(dim=-1), probs_TE.shape[-1]).float().mean(dim=0)
+    return first_choice_E, probs_TE.mean(dim=0)
 
 
-def _drop_padding(logits_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
-    return logits_TE if token_mask_T is None else logits_TE[token_mask_T.to(logits_TE.device)]
+def drop_padding(rows: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """The rows of [T, ...] that are tokens."""
+    return rows if token_mask_T is None else rows[token_mask_T.to(rows.device)]

@@ -1,20 +1,28 @@
-"""Sparse upcycling: a dense LLaVA becomes a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055)."""
+"""Sparse upcycling: a dense LLaVA becomes a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055); and ways
+to make its experts differ from the start.
+
+Shapes: E experts.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .configuration import MoeLlavaConfig
 from .ffn import copy_into_experts, find_form
 from .modeling import MoeLlavaForConditionalGeneration
-from .moe import SparseMlp
+from .moe import Experts, SparseMlp
 
 ROUTER_STD = 0.02
+EXPERT_STARTS = ("copy", "noise")
+NOISE_STD = 0.1  # relative to that of the weights it is added to
+EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # between which beta_n lies, of the experts after the first
 
 
 @torch.no_grad()
@@ -29,6 +37,10 @@ def upcycle(
     router_z_loss_coef: float = 0.0,
     capacity_factor: float | None = None,
     use_residual: bool = False,
+    routing: str = "agnostic",
+    expert_bin_size: int = 2,
+    router_mi_loss_coef: float = 1e-4,
+    expert_start: str = "copy",
     seed: int = 0,
 ) -> MoeLlavaForConditionalGeneration:
     """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
@@ -39,18 +51,22 @@ def upcycle(
     Args:
         dense: any LLaVA of transformers. All its parameters but the replaced FFNs are shared with the result, not copied: training one
             changes the other. Its mode (train or eval), dtype and device are kept.
-        seed: of the routers' start.
+        expert_start: "copy", or "noise", which adds Gaussian noise of its own to every expert, with NOISE_STD of the standard deviation of
+            each parameter; then the result computes something near only. For a third way see `evolve_experts`.
+        seed: of the routers' start, and of the noise; the routers are the same with and without it.
         The others are the fields of MoeLlavaConfig.
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.
-        ValueError: `dense` is sparse already, a setting breaks a rule of MoeLlavaConfig, or the FFN of this family is not known (see
-            ffn.py).
+        ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this
+            family is not known (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
         raise ValueError("this model is sparse already: upcycle its dense origin")
     if not isinstance(dense, LlavaForConditionalGeneration):
         raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
+    if expert_start not in EXPERT_STARTS:
+        raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
     config = sparse_config(
         dense.config,
         num_experts=num_experts,
@@ -61,7 +77,16 @@ def upcycle(
         router_z_loss_coef=router_z_loss_coef,
         capacity_factor=capacity_factor,
         use_residual=use_residual,
+        routing=routing,
+        expert_bin_size=expert_bin_size,
+        router_mi_loss_coef=router_mi_loss_coef,
     )
+    return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
+
+
+def _make_sparse(
+    dense: LlavaForConditionalGeneration, config: MoeLlavaConfig, expert_start: str, generator: torch.Generator
+) -> MoeLlavaForConditionalGeneration:
     dense_layers = dense.model.language_model.layers
     for index in config.moe_layer_indices:
         find_form(dense_layers[index])
@@ -69,9 +94,11 @@ def upcycle(
     with torch.device("meta"):
         sparse = MoeLlavaForConditionalGeneration._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
-    generator = torch.Generator().manual_seed(seed)
     for index, mlp in sparse.model.sparse_mlps().items():
         _fill(mlp, dense_layers[index].mlp, generator)
+    if expert_start == "noise":
+        for mlp in sparse.model.sparse_mlps().values():
+            _add_noise(mlp.experts, generator)
     sparse.tie_weights()
     sparse.generation_config = copy.deepcopy(dense.generation_config)
     return sparse.train(dense.training)
@@ -87,6 +114,62 @@ def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
         mlp.residual_mlp = ffn
         mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
         mlp.coefficient.bias.zero_()
+    if mlp.statistics is not None:
+        mlp.statistics.reset()
+
+
+def _add_noise(experts: Experts, generator: torch.Generator) -> None:
+    for parameter in experts.parameters():
+        std = NOISE_STD * parameter[0].float().std(correction=0)
+        for expert in parameter:  # one by one: a stack of large ones takes gigabytes
+            expert.add_(torch.randn(expert.shape, generator=generator).to(expert) * std.to(expert))
+
+
+def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0) -> None:
+    """Makes the experts of a model that comes fresh from `upcycle` differ by expert evolution (EvoMoE, arXiv 2505.23830).
+
+    The first expert of each layer, theta_1, stays as it is; the n-th after it becomes beta_n theta_1 + (1 - beta_n) grad theta_1, beta_n
+    drawn evenly from the n-th range of EVOLUTION_RATES. The gradient is that of the language loss, mean over `batches`, by what all
+    experts of a layer hold in common. EvoMoE evolves at every step of a training of theta_1; this is one such step.
+
+    Args:
+        batches: inputs of the model, with labels.
+        seed: of the betas.
+
+    Raises ValueError if the experts differ already, if there are more of them than ranges, or if there is no batch.
+    """
+    mlps = sparse.model.sparse_mlps()
+    if sparse.config.num_experts > 1 + len(EVOLUTION_RATES):
+        raise ValueError(f"num_experts is {sparse.config.num_experts}, but expert evolution has rates for {1 + len(EVOLUTION_RATES)} only")
+    if not batches:
+        raise ValueError("expert evolution needs at least one batch, of whose loss it takes the gradient")
+    for index, mlp in mlps.items():
+        for name, parameter in mlp.experts.named_parameters():
+            if not all(torch.equal(expert, parameter[0]) for expert in parameter):
+                raise ValueError(f"the experts of layer {index} differ in {name} already: evolve those of a model fresh from upcycle")
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [parameter for mlp in mlps.values() for parameter in mlp.experts.parameters()]
+    gradients = _common_gradients(sparse, parameters, batches)
+    betas = [low + (high - low) * torch.rand((), generator=generator).item() for low, high in EVOLUTION_RATES]
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            for beta, expert in zip(betas, parameter[1:], strict=False):
+                expert.copy_(beta * parameter[0] + (1 - beta) * gradient)
+
+
+def _common_gradients(
+    sparse: MoeLlavaForConditionalGeneration, parameters: list[nn.Parameter], batches: Sequence[Mapping[str, Tensor]]
+) -> list[Tensor]:
+    """Of stacked parameters [E, ...] whose slices are equal, the gradient by what they have in common: the sum over the experts'."""
+    training = sparse.training
+    sparse.eval()
+    sums = [torch.zeros_like(parameter[0]) for parameter in parameters]
+    for batch in batches:
+        gradients = torch.autograd.grad(sparse(**batch).loss, parameters)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.sum(dim=0) / len(batches)
+    sparse.train(training)
+    return sums
 
 
 def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:

@@ -11,6 +11,7 @@ from typing import Literal
 from transformers.integrations import get_available_reporting_integrations
 
 from moe_llava.data.templates import TEMPLATES
+from moe_llava.model.configuration import routing_problem
 from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
 
@@ -53,6 +54,9 @@ class Moe:
     router_z_loss_coef: float = 0.0
     capacity_factor: float | None = None
     use_residual: bool = False
+    routing: str = "agnostic"
+    expert_bin_size: int = 2
+    router_mi_loss_coef: float = 1e-4
 
 
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
@@ -105,10 +109,11 @@ class Stage:
 
 @dataclass
 class SparseStage(Stage):
-    """Stage III. With `dense`, the FFNs that would have become experts are trained as they are: the control, with the same steps and
-    data."""
+    """Stage III. `expert_start`: whether the experts begin as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the
+    FFNs that would have become experts are trained as they are: the control, with the same steps and data."""
 
     moe: Moe = field(default_factory=Moe)
+    expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
 
 
@@ -240,7 +245,10 @@ def _moe_rules(where: str, moe: Moe) -> list[str]:
         problems.append(f"{where}.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
-    return problems
+    if moe.router_mi_loss_coef < 0:
+        problems.append(f"{where}.router_mi_loss_coef is {moe.router_mi_loss_coef}, but the weight of a loss must not be negative")
+    problem = routing_problem(moe.routing, moe.num_experts, moe.num_experts_per_tok, moe.expert_bin_size)
+    return problems + ([f"{where}.{problem}"] if problem else [])
 
 
 def _sharding_rules(recipe: Recipe, sharding: Sharding) -> list[str]:
@@ -263,6 +271,10 @@ def _adapter_rules(name: str, stage: Stage, adapter: Adapter) -> list[str]:
     problems = []
     if isinstance(stage, SparseStage) and stage.dense:
         problems.append(f"{where} is set, but stage3.dense is true, and the dense control trains its FFNs in full")
+    if isinstance(stage, SparseStage) and stage.moe.routing == "smoes":
+        problems.append(
+            f"{where} is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out"
+        )
     allowed = ADAPTER_TARGETS if isinstance(stage, SparseStage) else ("attention", "FFN")
     wrong = [target for target in adapter.targets if target not in allowed]
     if wrong:

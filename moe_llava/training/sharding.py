@@ -136,6 +136,8 @@ class ShardedTrainer(StageTrainer):
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
                 mine.to_local().copy_(theirs.to_local())
+            for buffer, saved_buffer in zip(self.model.buffers(), saved.buffers(), strict=True):
+                buffer.copy_(saved_buffer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

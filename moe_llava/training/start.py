@@ -51,6 +51,10 @@ def check_start(recipe: Recipe, number: int, path: str | Parts) -> None:
         raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")
     if recipe.stage3.dense:
         raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense control, which starts from a dense LLaVA")
+    if recipe.stage3.expert_start != "copy":
+        raise RecipeError(
+            f"{path} is sparse already, but stage3.expert_start is {recipe.stage3.expert_start}, which is for experts that are made here"
+        )
     wanted = MoeLlavaConfig(**model.config.to_dict() | dataclasses.asdict(recipe.stage3.moe))
     for name in STRUCTURE:
         attribute = "moe_layer_indices" if name == "moe_layers" else name
@@ -100,7 +104,8 @@ def start_model(recipe: Recipe, number: int, name: str) -> tuple[LlavaForConditi
         return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
     model, processor = load_checkpoint(path, **_load_settings(recipe, path))
     if name == "stage3" and not isinstance(model, MoeLlavaForConditionalGeneration):
-        return upcycle(model, **dataclasses.asdict(recipe.stage3.moe), seed=recipe.seed), MoeLlavaProcessor.from_llava(processor)
+        settings = {**dataclasses.asdict(recipe.stage3.moe), "expert_start": recipe.stage3.expert_start, "seed": recipe.seed}
+        return upcycle(model, **settings), MoeLlavaProcessor.from_llava(processor)
     return model, processor
 
 

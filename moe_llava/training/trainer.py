@@ -29,8 +29,9 @@ class StageTrainer(Trainer):
 
     `loss`, `grad_norm`, `learning_rate`; since the line before: `tokens_per_second` (of all processes, padding not counted), `padding` (its
     share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models also, averaged since the line before:
-    `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance), `expert_shares` (layers x experts), and with a
-    capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as single numbers.
+    `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance), `expert_shares` (layers x experts), with SMoES
+    `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as
+    single numbers.
 
     A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
     are more than MOST_SKIPPED of all that the run sees.
@@ -126,6 +127,8 @@ class StageTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         self._add("language_loss", outputs.language_loss)
         self._add("balance_loss", outputs.aux_loss)
+        if outputs.mi_loss is not None:
+            self._add("mi_loss", outputs.mi_loss)
         self._add("batches", torch.ones_like(outputs.aux_loss))
         self._add("counts_LE", expert_counts(outputs.router_logits, config.num_experts_per_tok, token_mask_T))
         if config.capacity_factor is not None:
@@ -177,7 +180,7 @@ class StageTrainer(Trainer):
         if "counts_LE" in sums:
             # Each batch's language loss is its share of the step's: their sum counts steps, not batches.
             numbers["language_loss"] = sums["language_loss"].item() / max(self.state.global_step - self._last_step, 1)
-            numbers["balance_loss"] = (sums["balance_loss"] / sums["batches"]).item()
+            numbers |= {name: (sums[name] / sums["batches"]).item() for name in ("balance_loss", "mi_loss") if name in sums}
             numbers["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(sums["counts_LE"]).tolist()]
         if "dropped" in sums:
             numbers["dropped_share"] = round((sums["dropped"] / sums["counts_LE"].sum()).item(), 4)

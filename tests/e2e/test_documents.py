@@ -15,7 +15,10 @@ from tests.e2e.test_cli import SMALL
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "customising")),
+    *(
+        f"docs/{name}.md"
+        for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "variants", "customising")
+    ),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {

@@ -4,7 +4,9 @@ from torch import nn
 from transformers import AutoConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from moe_llava import MoeLlavaConfig, upcycle
-from tests.conftest import tiny_config, tiny_dense
+from moe_llava.model.upcycling import NOISE_STD, evolve_experts
+from tests.conftest import tiny_config, tiny_dense, tiny_inputs
+from tests.model.test_equivalences import labels_of
 
 
 def test_frozen_weights_are_shared_not_copied():
@@ -136,3 +138,62 @@ def test_random_start_without_a_checkpoint():
     assert 0.15 < experts.up_proj.std() < 0.25  # initializer_range of the tiny configuration
     assert experts.up_proj_bias.abs().sum() == 0
     assert not torch.equal(experts.up_proj[0], experts.up_proj[1])
+
+
+def test_noise_makes_experts_differ_and_is_seeded():
+    dense = tiny_dense("phi")
+    copies, noisy, same, other = (
+        upcycle(dense, expert_start=start, seed=seed).model.sparse_mlps()
+        for start, seed in (("copy", 3), ("noise", 3), ("noise", 3), ("noise", 4))
+    )
+    for layer in (0, 2):
+        assert torch.equal(noisy[layer].router.weight, copies[layer].router.weight)
+        for name, parameter in noisy[layer].experts.named_parameters():
+            copied = copies[layer].experts.get_parameter(name)
+            difference = parameter - copied
+            assert torch.equal(parameter, same[layer].experts.get_parameter(name))
+            if copied.std() == 0:  # biases of a random model
+                assert torch.equal(parameter, copied)
+                continue
+            assert not torch.equal(parameter, other[layer].experts.get_parameter(name))
+            assert not torch.equal(difference[0], difference[1])
+            assert (difference.std() / copied.std()).item() == pytest.approx(NOISE_STD, rel=0.05)
+    with pytest.raises(ValueError, match="expert_start is 'copies', but must be one of copy, noise"):
+        upcycle(dense, expert_start="copies")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_evolved_experts_are_those_of_the_formula(family):
+    """theta_n = beta_n theta_1 + (1 - beta_n) grad theta_1, with the gradient of the dense model."""
+    dense = tiny_dense(family)
+    batches = [{**inputs, "labels": labels_of(inputs)} for inputs in (tiny_inputs(seed=1), tiny_inputs(seed=2))]
+    down = dense.model.language_model.layers[2].mlp
+    weight = (down.fc2 if family == "phi" else down.down_proj).weight
+    gradient = sum(torch.autograd.grad(dense(**batch).loss, weight)[0] for batch in batches) / 2
+    found = []
+    for seed in (0, 0, 1):
+        sparse = upcycle(dense).train()
+        evolve_experts(sparse, batches, seed=seed)
+        assert sparse.training
+        assert all(parameter.grad is None for parameter in sparse.parameters())
+        found.append(sparse.model.sparse_mlps()[2].experts.down_proj.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(found[0][0], weight)
+    for expert, (low, high) in zip(found[0][1:], ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79)), strict=True):
+        # The beta that fits best, and how well it fits.
+        towards = weight - gradient
+        beta = (((expert - gradient) * towards).sum() / towards.square().sum()).item()
+        assert low <= beta <= high
+        torch.testing.assert_close(expert, beta * weight + (1 - beta) * gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_evolve():
+    inputs = tiny_inputs()
+    batches = [{**inputs, "labels": labels_of(inputs)}]
+    with pytest.raises(ValueError, match="num_experts is 5, but expert evolution has rates for 4 only"):
+        evolve_experts(upcycle(tiny_dense("llama"), num_experts=5), batches)
+    with pytest.raises(ValueError, match="at least one batch"):
+        evolve_experts(upcycle(tiny_dense("llama")), [])
+    with pytest.raises(ValueError, match="experts of layer 0 differ in gate_up_proj already"):
+        evolve_experts(upcycle(tiny_dense("llama"), expert_start="noise"), batches)

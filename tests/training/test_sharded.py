@@ -92,11 +92,12 @@ def test_three_stages_in_parts(make_recipe, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_base, tmp_path):
-    """From a sparse model, and back to whole ones."""
+    """From a sparse model, and back to whole ones. With SMoES, whose statistics every process has as a whole."""
     sparse = tmp_path / "sparse"
-    upcycle(AutoModelForImageTextToText.from_pretrained(tiny_base / "base")).save_pretrained(sparse)
+    upcycle(AutoModelForImageTextToText.from_pretrained(tiny_base / "base"), routing="smoes").save_pretrained(sparse)
     MoeLlavaProcessor.from_llava(AutoProcessor.from_pretrained(tiny_base / "base")).save_pretrained(sparse)
-    file = write_recipe(model=str(sparse), stage3__optimisation__max_steps=5, stage3__optimisation__per_device_batch_size=2)
+    changes = {"stage3__optimisation__max_steps": 5, "stage3__optimisation__per_device_batch_size": 2}
+    file = write_recipe(model=str(sparse), stage3__moe={"routing": "smoes"}, **changes)
     whole = with_sharding(file, output=str(tmp_path / "whole"))
     torchrun("train", whole, "--stage", "3")
     dies = with_sharding(file, output=str(tmp_path / "dies"))
