@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-from moe_llava.cli import chat, checkpoints, data, evaluation, training
+from moe_llava.cli import chat, checkpoints, data, evaluation, experiments, training
 from moe_llava.cli.common import app
 
-__all__ = ["app", "chat", "checkpoints", "data", "evaluation", "main", "training"]  # importing a file adds its verbs
+__all__ = ["app", "chat", "checkpoints", "data", "evaluation", "experiments", "main", "training"]  # importing a file adds its verbs
 
 
 def main() -> None:

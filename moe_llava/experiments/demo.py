@@ -64,10 +64,15 @@ def run_demo(out: Path, recipe_file: Path | None, settings: list[str], train_ima
 
 
 def demo_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
-    """The recipe, moved into the folder `out`."""
-    recipe = load_recipe(file, settings)
+    recipe = digits_recipe(out, file, settings)
     if recipe.stage3.adapter:
         raise RecipeError("stage3.adapter is set, but the demo compares experts with FFNs that are trained in full: leave it out")
+    return recipe
+
+
+def digits_recipe(out: Path, file: Path, settings: list[str]) -> Recipe:
+    """The recipe, moved into the folder `out`, on the data and the model that `prepare` writes there."""
+    recipe = load_recipe(file, settings)
     recipe.model, recipe.output = str(out / "base"), str(out)
     for stage, name in zip((stage_settings(recipe, number) for number in (1, 2, 3)), ("captions", "train", "train"), strict=True):
         stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))

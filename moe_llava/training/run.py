@@ -24,6 +24,7 @@ from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
 from moe_llava.training.budget import active_parameters
+from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.saves import Stopped, StopWhenAsked, read_lines, remove_saves, saves, saving, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
@@ -287,12 +288,4 @@ def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:
     """The settings that decide what a stage's folder holds."""
     whole = dataclasses.asdict(recipe)
     stage = "stage3" if name == "dense" else name
-    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})
