@@ -14,7 +14,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="change the ba
 Benchmark = Annotated[str, typer.Option(help="what to ask; `moe-llava benchmarks` lists them")]
 BenchmarkData = Annotated[
     Path | None,
-    typer.Option(help="the benchmark's files; without it, data and model of the digits world are written, and the recipe uses them"),
+    typer.Option(help="the benchmark's files; without it, the digits world is written, and the recipe is moved to it"),
 ]
 TrainImages = Annotated[int | None, typer.Option(help="pictures of the digits world to train on")]
 TestImages = Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")]
@@ -48,9 +48,7 @@ def ablate(
 
 @app.command()
 def trial(
-    margin: Annotated[
-        float, typer.Option(help="by how much sparse may be worse: a share of the questions, such as 0.02; kept from the start")
-    ],
+    margin: Annotated[float, typer.Option(help="by how much sparse may be worse, as a share of the questions, such as 0.02")],
     out: Annotated[Path, typer.Option(help="folder; what it holds is reused")] = Path("runs/trial"),
     seeds: Annotated[int, typer.Option(min=5, help="runs of each cell, with the seeds 0, 1, ...")] = 5,
     recipe: RecipeFile = None,

@@ -94,9 +94,8 @@ def run_cell(plan: Plan, name: str, seed: int, budget: CellBudget, batch_size: i
     """What cell.json holds."""
     folder = plan.folder(name, seed)
     folders = train_cell(plan, name, seed, console)
-    found = evaluate(str(folders[-1]), [plan.benchmark.name], plan.data, folder / "answers", batch_size, None, console, plan.perturbations)[
-        0
-    ]
+    names, answers = [plan.benchmark.name], folder / "answers"
+    found = evaluate(str(folders[-1]), names, plan.data, answers, batch_size, None, console, plan.perturbations)[0]
     lines = [read_lines(made / "log.jsonl") for made in folders]
     tokens = [max(line.get("tokens", 0) for line in log) for log in lines]
     result = {

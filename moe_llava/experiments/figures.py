@@ -39,7 +39,7 @@ def plot_comparison(rows: Sequence[Row], score: str, experiment: Experiment, mar
         right.axvline(-margin, color="black", linewidth=1, linestyle="--")
         right.annotate(f"margin {margin:g}", (-margin, 1.0), xycoords=("data", "axes fraction"), fontsize=8.5, ha="center", va="bottom")
     left.set_yticks(range(len(rows)), [row.cell for row in rows])
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel(f"{score}: seeds, mean and 95% interval", fontsize=9.5)
     right.set_xlabel(f"difference from {experiment.baseline}, 95% interval", fontsize=9.5)
     for axis in (left, right):
@@ -99,8 +99,8 @@ def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
         means = [next(row.mean for row in found if row.cell == cell) for found in rows.values()]
         x = np.arange(len(rows)) + (place - (len(cells) - 1) / 2) * 0.8 / len(cells)
         middle, low, high = (np.array([getattr(mean, key) for mean in means]) for key in ("mean", "low", "high"))
-        style = {"color": EXPERT_COLOURS[place % len(EXPERT_COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
-        axis.errorbar(x, middle, [middle - low, high - middle], label=cell, markersize=6, elinewidth=1.5, **style)
+        colour, marker = EXPERT_COLOURS[place % len(EXPERT_COLOURS)], MARKERS[place % len(MARKERS)]
+        axis.errorbar(x, middle, [middle - low, high - middle], label=cell, color=colour, fmt=marker, markersize=6, elinewidth=1.5)
     axis.set_xticks(range(len(rows)), list(rows))
     for border in np.arange(len(rows) - 1) + 0.5:
         axis.axvline(border, color="black", alpha=0.15, linewidth=0.8)

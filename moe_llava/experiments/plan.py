@@ -42,12 +42,12 @@ class Cell:
     `set`: settings of the recipe, "a.b=value". `strategy`: which trainings follow each other.
 
     - three_stages: those of the recipe.
-    - merged: stage II is not run by itself; stage III starts from stage I, on the data of both and for as many steps, with the optimisation of
-      stage II.
+    - merged: stage II is not run by itself; stage III starts from stage I, on the data of both and for as many steps, with the
+      optimisation of stage II.
     - sparse_twice: stage II, too, trains the sparse model, with its own data and optimisation.
 
     `layers`: only so many of the language model's layers, the first ones. `evolve`: experts begin by expert evolution (`evolve_experts`),
-    with the gradient of the first batch of stage III's data. `against`: the cell to compare with, where it is not the experiment's baseline.
+    with the gradient of the first batch of stage III's data. `against`: the cell to compare with, if not the experiment's baseline.
     """
 
     set: list[str] = field(default_factory=list)
@@ -76,8 +76,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is said when an experiment is started. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, written into
-    `out`, with so many `images` to train and to test on, and the recipe is moved to it."""
+    """What is said when an experiment is started. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, written
+    into `out`, with so many `images` to train and to test on, and the recipe is moved to it."""
 
     out: Path
     recipe: Path
@@ -91,8 +91,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what comes out. `recipes`: of each cell, with the first seed. `data`: the benchmark's files. `margin`: of the trial, a share of
-    all questions; None for an ablation, which has no verdict."""
+    """All that decides what comes out. `recipes`: of each cell, with the first seed. `data`: the benchmark's files. `margin`: of the trial,
+    a share of all questions; None for an ablation, which has no verdict."""
 
     out: Path
     experiment: Experiment
@@ -142,9 +142,7 @@ def load_experiment(file: Path) -> Experiment:
             if cell.layers is not None and cell.layers < 1:
                 problems.append(f"cells.{name}.layers is {cell.layers}, but must be at least 1")
             if cell.evolve and cell.strategy == "sparse_twice":
-                problems.append(
-                    f"cells.{name}.evolve is true, but its strategy is sparse_twice, whose experts differ before the last stage"
-                )
+                problems.append(f"cells.{name}.evolve is true, but with sparse_twice experts differ before the last stage")
     if problems:
         raise ExperimentError(f"{file}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return experiment
@@ -229,12 +227,12 @@ def _merged(first: Stage, second: SparseStage) -> SparseStage:
             raise RecipeError(f"the strategy merged needs stages II and III with one {name}")
     if one.max_steps > 0:
         sources = [*first.sources, *(source for source in second.sources if source not in first.sources)]
-        length = {"max_steps": one.max_steps + two.max_steps}
+        optimisation = dataclasses.replace(one, max_steps=one.max_steps + two.max_steps)
     else:
         sources = [
             dataclasses.replace(source, weight=source.weight * stage.optimisation.epochs)
             for stage in (first, second)
             for source in stage.sources
         ]
-        length = {"epochs": 1.0}
-    return dataclasses.replace(second, data=sources, optimisation=dataclasses.replace(one, **length))
+        optimisation = dataclasses.replace(one, epochs=1.0)
+    return dataclasses.replace(second, data=sources, optimisation=optimisation)

@@ -23,6 +23,7 @@ import moe_llava
 from moe_llava.evaluation.answers import given
 from moe_llava.evaluation.statistics import Interval, crossed_interval, t_interval
 from moe_llava.experiments.ablate import conditions, conduct, save
+from moe_llava.experiments.demo import SHIPPED_RECIPE
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
 from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table
@@ -146,15 +147,12 @@ def perturbed_part(plan: Plan, results: Sequence[dict[str, Any]], rows: Sequence
     lines = [["cell", *under]]
     for place, row in enumerate(rows):
         cells = [found[place] for found in under.values()]
-        differences = [
-            "" if each.difference is None else f" ({each.difference.mean:+.3f} ± {_half(each.difference):.3f})" for each in cells
-        ]
-        lines.append([row.cell, *(f"{each.mean.mean:.3f}{text}" for each, text in zip(cells, differences, strict=True))])
+        lines.append([row.cell, *(f"{each.mean.mean:.3f}{_in_brackets(each.difference)}" for each in cells)])
     return markdown(lines)
 
 
-def _half(interval: Interval) -> float:
-    return (interval.high - interval.low) / 2
+def _in_brackets(difference: Interval | None) -> str:
+    return "" if difference is None else f" ({difference.mean:+.3f} ± {(difference.high - difference.low) / 2:.3f})"
 
 
 def draw_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> None:
@@ -171,18 +169,8 @@ def draw_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> None:
 
 def command(setup: Setup, margin: float) -> str:
     """What to type to do it again."""
-    words = [
-        "moe-llava",
-        "trial",
-        "--margin",
-        f"{margin:g}",
-        "--seeds",
-        str(setup.seeds),
-        "--recipe",
-        str(setup.recipe),
-        "--out",
-        str(setup.out),
-    ]
+    words = ["moe-llava", "trial", "--margin", f"{margin:g}", "--seeds", str(setup.seeds), "--out", str(setup.out)]
+    words += [] if setup.recipe == SHIPPED_RECIPE else ["--recipe", str(setup.recipe)]
     words += [word for setting in setup.settings for word in ("--set", setting)]
     if setup.data is not None:
         words += ["--benchmark", setup.benchmark, "--data", str(setup.data)]

@@ -27,11 +27,11 @@ MOST_SKIPPED = 0.01  # of the records that a run sees
 class StageTrainer(Trainer):
     """Writes every logged step to `log.jsonl` in the folder `work` as a JSON line.
 
-    `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, of all processes, padding not counted; since the line before: `tokens_per_second`, `padding` (its
-    share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models also, averaged since the line before:
-    `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance), `expert_shares` (layers x experts), with SMoES
-    `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as
-    single numbers.
+    `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, of all processes, padding not counted; since the line before:
+    `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
+    also, averaged since the line before: `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance),
+    `expert_shares` (layers x experts), with SMoES `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments.
+    `report_to` of the arguments gets all of it as single numbers.
 
     A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
     are more than MOST_SKIPPED of all that the run sees.
@@ -66,7 +66,7 @@ class StageTrainer(Trainer):
         self._skipped = len(read_lines(self.work / "skipped.jsonl"))
         self._last_step = step
         self._began = time.monotonic()
-        self._uncounted = 0
+        self._uncounted: Tensor | int = 0
         self._forget()
 
     def _forget(self) -> None:
