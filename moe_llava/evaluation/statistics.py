@@ -59,7 +59,8 @@ def t_interval(values: Sequence[float]) -> Interval:
     """Mean of independent runs, at least two, with Student's 95% interval, n - 1 degrees of freedom. Of paired differences this is the
     interval of the paired t-test."""
     n = len(values)
-    return _student(float(np.mean(values)), float(np.var(values, ddof=1)) / n, n - 1, n)
+    half = _half_width(float(np.var(values, ddof=1)) / n, n - 1)
+    return Interval(float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half, n)
 
 
 def paired_p(differences: Sequence[float]) -> float:
@@ -87,7 +88,8 @@ def crossed_interval(values_SN: np.ndarray, units: Sequence[str]) -> Interval:
 
     Its variance is the sum of two: that of the mean over runs, as in `t_interval`, and that of the mean over questions, of which those of
     one unit count together. What varies by run and question is in both, so the interval is rather too wide than too narrow. Student's t,
-    with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2, 1946).
+    with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2, 1946), which are more than those of the runs alone; but never
+    narrower than the interval over runs.
     """
     runs, questions = values_SN.mean(axis=1), values_SN.mean(axis=0)
     sums, counts = _by_group(questions.tolist(), list(units))
@@ -98,9 +100,11 @@ def crossed_interval(values_SN: np.ndarray, units: Sequence[str]) -> Interval:
     ]
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / number for part, number in parts) if variance else 1.0
-    return _student(float(questions.mean()), variance, freedom, len(questions))
+    half = max(_half_width(variance, freedom), _half_width(*parts[0]))
+    mean = float(questions.mean())
+    return Interval(mean, mean - half, mean + half, len(questions))
 
 
-def _student(mean: float, variance: float, freedom: float, n: int) -> Interval:
-    half = float(stats.t.ppf(0.975, freedom)) * variance**0.5
-    return Interval(mean, mean - half, mean + half, n)
+def _half_width(variance: float, freedom: float) -> float:
+    """Of a 95% interval of a mean with this variance."""
+    return float(stats.t.ppf(0.975, freedom)) * variance**0.5

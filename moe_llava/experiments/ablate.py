@@ -64,6 +64,6 @@ def conditions(plan: Plan) -> str:
     return (
         f"{plan.benchmark.title}, {len(plan.benchmark.questions(plan.data)):,} questions; {len(plan.seeds)} seeds. The seed decides the "
         "order of the records in every stage, and what routers and noise begin with; cells of one seed share it, and the stages before "
-        "the last where their settings agree. Intervals and p are Student's over the seeds, of differences those of pairs with the same seed; they do "
-        "not say what other questions would give."
+        "the last where their settings agree. Intervals and p are Student's over the seeds, of differences "
+        "those of pairs with the same seed; they do not say what other questions would give."
     )

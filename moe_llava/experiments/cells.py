@@ -45,8 +45,8 @@ CELL = "cell.json"
 
 @dataclasses.dataclass(frozen=True)
 class CellBudget:
-    """`steps`: of its trainings, one after the other. `flops`: of each, for a token, forward and backward, language model only and without
-    attention's scores, which depend on length. `active`: parameters that a token uses, of `total`."""
+    """`steps`: of its trainings, one after the other, -1 where epochs decide. `flops`: of each, for a token, forward and backward, language
+    model only and without attention's scores, which depend on length. `active`: parameters that a token uses, of `total`."""
 
     steps: list[int]
     flops: list[int]

@@ -83,18 +83,19 @@ def score_table(title: str, rows: Sequence[Row], plan: Plan) -> str:
 
 
 def planned_table(plan: Plan, budgets: Mapping[str, CellBudget]) -> list[list[str]]:
-    """What is known of the budgets before the first run."""
-    lines = [["cell", "steps", "active parameters", "of", "MFLOPs per token", f"as {plan.experiment.baseline}"]]
+    """What is known of the budgets before the first run. Of FLOPs, as if all steps had as many tokens."""
+    lines = [["cell", "steps", "active parameters", "of", "MFLOPs per token", "equal"]]
     for name, budget in budgets.items():
-        other = budgets[plan.experiment.against(name)]
-        differs = [
-            what
-            for what, mine, theirs in (("steps", budget.steps, other.steps), ("FLOPs", budget.flops, other.flops))
-            if mine != theirs and (len(mine) != len(theirs) or not all(map(_close, mine, theirs)))
-        ]
+        pair = (budget, budgets[plan.experiment.against(name)])
+        if any(steps < 0 for each in pair for steps in each.steps):
+            equal = "told after the runs"
+        else:
+            steps = [sum(each.steps) for each in pair]
+            flops = [sum(number * flops for number, flops in zip(each.steps, each.flops, strict=True)) for each in pair]
+            equal = _equal(name, plan, [what for what, (mine, other) in (("steps", steps), ("FLOPs", flops)) if not _close(mine, other)])
         length = " + ".join("epochs" if steps < 0 else str(steps) for steps in budget.steps)
-        flops = " + ".join(f"{flops / 1e6:.2f}" for flops in budget.flops)
-        lines.append([name, length, f"{budget.active:,}", f"{budget.total:,}", flops, _equal(name, plan, differs)])
+        each_flops = " + ".join(f"{flops / 1e6:.2f}" for flops in budget.flops)
+        lines.append([name, length, f"{budget.active:,}", f"{budget.total:,}", each_flops, equal])
     return lines
 
 

@@ -109,9 +109,9 @@ class Stage:
 
 @dataclass
 class SparseStage(Stage):
-    """Stage III. `tuned`: whether experts and routers learn, or all that does in stage II, too. `expert_start`: whether the experts begin as
-    copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the FFNs that would have become experts are trained as they are:
-    the control, with the same steps and data."""
+    """Stage III. `tuned`: whether experts and routers learn, or all that does in stage II, too. `expert_start`: whether the experts begin
+    as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the FFNs that would have become experts are trained as they
+    are: the control, with the same steps and data."""
 
     moe: Moe = field(default_factory=Moe)
     tuned: Literal["experts", "all"] = "experts"
