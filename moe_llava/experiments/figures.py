@@ -18,15 +18,18 @@ from moe_llava.routing.plots import EXPERT_COLOURS
 
 mpl.use("Agg")
 
+COLOURS = tuple(colour for colour in EXPERT_COLOURS if colour != "#F0E442")  # yellow lines are hard to see on white
 GREY = "#777777"
 MARKERS = "osD^v<>P"
 
 
-def plot_comparison(rows: Sequence[Row], score: str, experiment: Experiment, margin: float | None = None) -> Figure:
-    """Left every seed and the mean of each cell, right the differences, both with 95% intervals."""
+def plot_comparison(
+    rows: Sequence[Row], score: str, experiment: Experiment, margin: float | None = None, interval: str = "95% interval over seeds"
+) -> Figure:
+    """Left every seed and the mean of each cell, right the differences, with 95% intervals. `interval`: what those on the right are."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 1.6 + 0.5 * len(rows)), sharey=True, layout="constrained")
     for place, row in enumerate(rows):
-        colour = EXPERT_COLOURS[place % len(EXPERT_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         left.scatter(row.values, np.full(len(row.values), place + 0.18), s=14, color=colour, alpha=0.6, linewidths=0)
         _interval(left, row.mean, place - 0.08, colour)
         if row.difference is not None:
@@ -40,8 +43,8 @@ def plot_comparison(rows: Sequence[Row], score: str, experiment: Experiment, mar
         right.annotate(f"margin {margin:g}", (-margin, 1.0), xycoords=("data", "axes fraction"), fontsize=8.5, ha="center", va="bottom")
     left.set_yticks(range(len(rows)), [row.cell for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
-    left.set_xlabel(f"{score}: seeds, mean and 95% interval", fontsize=9.5)
-    right.set_xlabel(f"difference from {experiment.baseline}, 95% interval", fontsize=9.5)
+    left.set_xlabel(f"{score}: seeds, mean, 95% interval over seeds", fontsize=9.5)
+    right.set_xlabel(f"difference from {experiment.baseline}, {interval}", fontsize=9.5)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25)
@@ -57,7 +60,7 @@ def plot_differences(differences: Mapping[str, Interval], title: str) -> Figure:
     """One cell against another, score by score."""
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.32 * len(differences)), layout="constrained")
     for place, interval in enumerate(differences.values()):
-        _interval(axis, interval, place, EXPERT_COLOURS[0])
+        _interval(axis, interval, place, COLOURS[0])
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(differences)), list(differences))
     axis.invert_yaxis()
@@ -81,7 +84,7 @@ def plot_calibration(results: Sequence[dict[str, Any]], cells: Sequence[str]) ->
         x, y = (np.bincount(index, numbers * values)[kept] / totals for values in (p, affirmed))
         errors = [result["calibration"]["error"] for result in results if result["cell"] == cell]
         label = f"{cell}: calibration error {np.mean(errors):.3f}"
-        axis.plot(x, y, marker=MARKERS[place], color=EXPERT_COLOURS[place], label=label, linewidth=1.5, markersize=6)
+        axis.plot(x, y, marker=MARKERS[place], color=COLOURS[place], label=label, linewidth=1.5, markersize=6)
     axis.set_xlabel("probability of yes")
     axis.set_ylabel("share of the questions where yes is right")
     axis.set_xlim(-0.02, 1.02)
@@ -99,7 +102,7 @@ def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
         means = [next(row.mean for row in found if row.cell == cell) for found in rows.values()]
         x = np.arange(len(rows)) + (place - (len(cells) - 1) / 2) * 0.8 / len(cells)
         middle, low, high = (np.array([getattr(mean, key) for mean in means]) for key in ("mean", "low", "high"))
-        colour, marker = EXPERT_COLOURS[place % len(EXPERT_COLOURS)], MARKERS[place % len(MARKERS)]
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, middle, [middle - low, high - middle], label=cell, color=colour, fmt=marker, markersize=6, elinewidth=1.5)
     axis.set_xticks(range(len(rows)), list(rows))
     for border in np.arange(len(rows) - 1) + 0.5:

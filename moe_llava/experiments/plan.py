@@ -76,8 +76,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is said when an experiment is started. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, written
-    into `out` with so many `images`, to train and to test on, and the recipe is moved to it."""
+    """What is said when an experiment is started. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, which
+    is written into `out` with so many `images`, to train and to test on, and the recipe is moved to it."""
 
     out: Path
     recipe: Path

@@ -77,7 +77,7 @@ def score_table(title: str, rows: Sequence[Row], plan: Plan) -> str:
             line += ["", "", "", "", ""]
         else:
             against = plan.experiment.against(row.cell)
-            line += [f"{row.difference.mean:+.3g}", _range(row.difference), against, f"{row.p:.2g}", f"{row.p_holm:.2g}"]
+            line += [signed(row.difference.mean), _range(row.difference), against, f"{row.p:.2g}", f"{row.p_holm:.2g}"]
         lines.append(line)
     return markdown(lines)
 
@@ -136,6 +136,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def signed(value: float) -> str:
+    """Of a difference. What rounding left of 0 is 0."""
+    return f"{round(value, 6) + 0.0:+.3g}"
+
+
 def _close(a: float, b: float) -> bool:
     return abs(a - b) <= CLOSE * max(abs(a), abs(b))
 
@@ -151,4 +156,4 @@ def _number(value: float) -> str:
 
 
 def _range(interval: Interval) -> str:
-    return f"{interval.low:.3g} to {interval.high:.3g}"
+    return f"{round(interval.low, 6) + 0.0:.3g} to {round(interval.high, 6) + 0.0:.3g}"

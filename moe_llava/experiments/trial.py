@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,20 @@ from moe_llava.experiments.ablate import conditions, conduct, save
 from moe_llava.experiments.demo import SHIPPED_RECIPE
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
-from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table
+from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
 from moe_llava.training.saves import write_whole
 
 # [S, N] whether each seed's answer to each question is right, 0 to 1; and of each question what it counts together with.
 Answers = tuple[np.ndarray, list[str]]
 
 MEANING = {
-    "superior": "better: the whole interval lies above 0",
-    "non-inferior": "not worse by as much as the margin: the whole interval lies above it",
-    "inferior": "worse by more than the margin: the whole interval lies below it",
-    "undecided": "the margin lies within the interval: too few seeds or questions to tell",
+    "superior": "better; the whole interval lies above 0",
+    "non-inferior": "not worse by as much as the margin; the whole interval lies above minus the margin",
+    "inferior": "worse by more than the margin; the whole interval lies below minus the margin",
+    "undecided": "minus the margin lies within the interval: too few seeds or questions to tell",
 }
+INTERVAL = "95% interval for other seeds and questions"
+PARTS_OF_F1 = ("/precision", "/recall", "/yes_share")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
     answers = {cell: right_answers(plan, cell) for cell in plan.recipes}
     judged = judge(plan, answers)
     rows = compare(plan, {cell: right_SN.mean(axis=1).tolist() for cell, (right_SN, _) in answers.items()})
-    save(plot_comparison(rows, "share that is right", plan.experiment, margin), plan.out / "verdict.png")
+    differences = {each.cell: each.difference for each in judged}
+    drawn = [replace(row, difference=differences.get(row.cell)) for row in rows]
+    save(plot_comparison(drawn, "share that is right", plan.experiment, margin, INTERVAL), plan.out / "verdict.png")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "trial.md.jinja").read_text(encoding="utf-8"))
     report = template.render(
@@ -81,6 +85,7 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         scores=all_scores(plan, results),
         calibration=calibration_part(plan, results),
         perturbed=perturbed_part(plan, results, rows),
+        signed=signed,
         command=command(setup, margin),
         versions={module.__name__: module.__version__ for module in (moe_llava, torch, transformers)},
     )
@@ -120,8 +125,8 @@ def verdict_table(judged: Sequence[Judged], rows: Sequence[Row]) -> str:
     for each in judged:
         seeds = over_seeds[each.cell]
         assert seeds is not None
-        both = f"{each.difference.low:+.4f} to {each.difference.high:+.4f}"
-        lines.append([each.cell, f"{each.difference.mean:+.4f}", both, f"{seeds.low:+.4f} to {seeds.high:+.4f}", each.verdict])
+        both, alone = (f"{signed(interval.low)} to {signed(interval.high)}" for interval in (each.difference, seeds))
+        lines.append([each.cell, signed(each.difference.mean), both, alone, each.verdict])
     return markdown(lines)
 
 
@@ -156,10 +161,10 @@ def _in_brackets(difference: Interval | None) -> str:
 
 
 def draw_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> None:
-    """The claim against the baseline, score by score."""
+    """The claim against the baseline, score by score; of precision and recall only their F1."""
     assert plan.experiment.claim is not None
     differences = {}
-    for score in results[0]["scores"]:
+    for score in (name for name in results[0]["scores"] if not name.endswith(PARTS_OF_F1)):
         values = by_cell(plan, results, "scores", score)
         pairs = zip(values[plan.experiment.claim], values[plan.experiment.baseline], strict=True)
         differences[score] = t_interval([mine - other for mine, other in pairs])
