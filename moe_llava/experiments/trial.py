@@ -21,7 +21,7 @@ from rich.console import Console
 
 import moe_llava
 from moe_llava.evaluation.answers import given
-from moe_llava.evaluation.statistics import Interval, crossed_interval, t_interval
+from moe_llava.evaluation.statistics import Interval, crossed_interval
 from moe_llava.experiments.ablate import conditions, conduct, save
 from moe_llava.experiments.demo import SHIPPED_RECIPE
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
@@ -82,6 +82,7 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         verdicts=verdict_table(judged, rows),
         shares=score_table("share right", rows, plan),
         budgets=budget_table(plan, results),
+        by_score=claim_part(plan, results),
         scores=all_scores(plan, results),
         calibration=calibration_part(plan, results),
         perturbed=perturbed_part(plan, results, rows),
@@ -89,7 +90,6 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         command=command(setup, margin),
         versions={module.__name__: module.__version__ for module in (moe_llava, torch, transformers)},
     )
-    draw_scores(plan, results)
     write_whole(plan.out / "report.md", report.strip() + "\n")
     return plan.out / "report.md"
 
@@ -160,16 +160,20 @@ def _in_brackets(difference: Interval | None) -> str:
     return "" if difference is None else f" ({difference.mean:+.3f} ± {(difference.high - difference.low) / 2:.3f})"
 
 
-def draw_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> None:
-    """The claim against the baseline, score by score; of precision and recall only their F1."""
-    assert plan.experiment.claim is not None
-    differences = {}
+def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
+    """The claim against the baseline, score by score, of precision and recall only their F1: the table, and its picture."""
+    baseline, claim = plan.experiment.baseline, plan.experiment.claim
+    assert claim is not None
+    lines, differences = [["score", baseline, claim, "difference", "95% interval over seeds"]], {}
     for score in (name for name in results[0]["scores"] if not name.endswith(PARTS_OF_F1)):
-        values = by_cell(plan, results, "scores", score)
-        pairs = zip(values[plan.experiment.claim], values[plan.experiment.baseline], strict=True)
-        differences[score] = t_interval([mine - other for mine, other in pairs])
-    title = f"{plan.experiment.claim} less {plan.experiment.baseline}"
-    save(plot_differences(differences, title), plan.out / "scores.png")
+        rows = {row.cell: row for row in compare(plan, by_cell(plan, results, "scores", score))}
+        found = rows[claim].difference
+        assert found is not None
+        means = (f"{rows[name].mean.mean:.4g}" for name in (baseline, claim))
+        lines.append([score, *means, signed(found.mean), f"{signed(found.low)} to {signed(found.high)}"])
+        differences[score] = found
+    save(plot_differences(differences, f"{claim} less {baseline}"), plan.out / "scores.png")
+    return markdown(lines)
 
 
 def command(setup: Setup, margin: float) -> str:

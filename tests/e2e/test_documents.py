@@ -17,12 +17,24 @@ DOCUMENTS = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "variants", "customising")
+        for name in (
+            "training",
+            "data",
+            "adapters",
+            "digits",
+            "checkpoints",
+            "evaluation",
+            "robustness",
+            "variants",
+            "experiments",
+            "customising",
+        )
     ),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
+    "ablate": ["--train-images", "20", "--test-images", "4", *SMALL],
     "digits": ["--train-images", "20", "--test-images", "4"],
     "train": SMALL,
     "torchrun": [

@@ -31,7 +31,7 @@ def test_verdicts(low, high, expected):
     assert verdict(Interval((low + high) / 2, low, high, 100), margin=0.02) == expected
 
 
-@pytest.mark.parametrize(("shift", "expected"), [(0.3, "superior"), (0.0, "non-inferior"), (-0.1, "undecided"), (-0.4, "inferior")])
+@pytest.mark.parametrize(("shift", "expected"), [(0.3, "superior"), (0.0, "non-inferior"), (-0.2, "undecided"), (-0.4, "inferior")])
 def test_judging_answers(setup, write_experiment, shift, expected):
     """Of 300 pictures with a question each, in five seeds, sparse changes a known share of the answers."""
 
@@ -40,8 +40,6 @@ def test_judging_answers(setup, write_experiment, shift, expected):
     dense_SN = (random.random((5, 300)) < 0.5).astype(float)
     changed_SN = random.random((5, 300)) < abs(shift)
     sparse_SN = np.where(changed_SN, float(shift > 0), dense_SN)
-    if shift == -0.1:
-        sparse_SN[:, ::5] = 0
     units = [str(number) for number in range(300)]
     (judged,) = judge(plan, {"dense": (dense_SN, units), "sparse": (sparse_SN, units)})
     assert (judged.cell, judged.verdict) == ("sparse", expected)
@@ -92,10 +90,10 @@ def test_calibration_needs_questions_of_yes_and_no(setup, write_experiment, tiny
 def test_the_command_refuses_before_it_begins(tmp_path):
     for arguments, message in (
         (["trial", "--out", tmp_path / "a"], "Missing option '--margin'"),
-        (["trial", "--margin", "0.02", "--seeds", "4", "--out", tmp_path / "a"], "4 is not in the range x>=5"),
+        (["trial", "--margin", "0.02", "--seeds", "4", "--out", tmp_path / "a"], "Invalid value for '--seeds'"),
         (["ablate", "capacitty", "--out", tmp_path / "a"], "did you mean capacity? There are"),
     ):
         done = run_command(*arguments)
         assert done.returncode == 2
-        assert message in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+        assert message in done.stderr, done.stderr
     assert not (tmp_path / "a").exists()
