@@ -20,6 +20,7 @@ mpl.use("Agg")
 
 COLOURS = tuple(colour for colour in EXPERT_COLOURS if colour != "#F0E442")  # yellow lines are hard to see on white
 GREY = "#777777"
+WHITE = {"color": "white", "pad": 0.5}
 MARKERS = "osD^v<>P"
 
 
@@ -36,7 +37,9 @@ def plot_comparison(
             _interval(right, row.difference, place, colour)
             against = experiment.against(row.cell)
             if against != experiment.baseline:
-                right.annotate(f"from {against}", (row.difference.mean, place - 0.18), fontsize=8, color=GREY, ha="center", va="bottom")
+                right.annotate(
+                    f"from {against}", (row.difference.mean, place - 0.18), fontsize=8, color=GREY, ha="center", va="bottom", bbox=WHITE
+                )
     right.axvline(0, color="black", linewidth=0.8)
     if margin is not None:
         right.axvline(-margin, color="black", linewidth=1, linestyle="--")
@@ -44,7 +47,7 @@ def plot_comparison(
     left.set_yticks(range(len(rows)), [row.cell for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel(f"{score}: seeds, mean, 95% interval over seeds", fontsize=9.5)
-    right.set_xlabel(f"difference from {experiment.baseline}, {interval}", fontsize=9.5)
+    right.set_xlabel(f"difference from {experiment.baseline},\n{interval}", fontsize=9.5)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25)

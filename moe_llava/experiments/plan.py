@@ -153,12 +153,22 @@ def make_plan(experiment: Experiment, setup: Setup, margin: float | None = None)
 
     Raises ExperimentError, RecipeError or BenchmarkError, each naming what is wrong.
     """
+    recipes, benchmark = check_setup(experiment, setup, margin)
+    folder = find_folder(benchmark, setup.data or setup.out / "data")
+    if experiment.calibrate and not yes_or_no(benchmark.questions(folder)):
+        raise ExperimentError(f"{benchmark.title} has no questions whose known answer is yes or no, which calibration needs")
+    perturbations = [] if experiment.perturb is None else parse_perturbations(experiment.perturb)
+    return Plan(setup.out, experiment, recipes, list(range(setup.seeds)), benchmark, folder, perturbations, margin)
+
+
+def check_setup(experiment: Experiment, setup: Setup, margin: float | None) -> tuple[dict[str, Recipe], Benchmark]:
+    """The recipe of each cell, and the benchmark. Raises what can be known to be wrong before there are data."""
     if margin is not None and not 0 < margin < 1:
         raise ExperimentError(f"the margin is {margin}, but must be a share of the questions, such as 0.02 for two in a hundred")
     recipes, problems = {}, []
     for name, cell in experiment.cells.items():
+        changes = [*setup.settings, *cell.set, "seed=0"]
         try:
-            changes = [*setup.settings, *cell.set, "seed=0"]
             digits = setup.data is None
             recipes[name] = digits_recipe(setup.out, setup.recipe, changes) if digits else load_recipe(setup.recipe, changes)
             steps(recipes[name], cell)
@@ -168,14 +178,10 @@ def make_plan(experiment: Experiment, setup: Setup, margin: float | None = None)
             problems.append(f"cell {name}: {error}")
     if problems:
         raise ExperimentError("\n".join(problems))
-    found = find_benchmark(setup.benchmark)
-    if found.score is None or not found.headline:
-        raise ExperimentError(f"{found.title} is not scored here, so nothing can be compared by it")
-    folder = find_folder(found, setup.data or setup.out / "data")
-    if experiment.calibrate and not yes_or_no(found.questions(folder)):
-        raise ExperimentError(f"{found.title} has no questions whose known answer is yes or no, which calibration needs")
-    perturbations = [] if experiment.perturb is None else parse_perturbations(experiment.perturb)
-    return Plan(setup.out, experiment, recipes, list(range(setup.seeds)), found, folder, perturbations, margin)
+    benchmark = find_benchmark(setup.benchmark)
+    if benchmark.score is None or not benchmark.headline:
+        raise ExperimentError(f"{benchmark.title} is not scored here, so nothing can be compared by it")
+    return recipes, benchmark
 
 
 def write_plan(plan: Plan) -> None:

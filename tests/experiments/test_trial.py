@@ -97,3 +97,12 @@ def test_the_command_refuses_before_it_begins(tmp_path):
         assert done.returncode == 2
         assert message in done.stderr, done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_nothing_is_written_before_what_is_asked_for_is_known_to_be_right(setup, write_experiment):
+    digits_world = dataclasses.replace(setup, data=None)
+    with pytest.raises(ExperimentError, match="the margin is 0"):
+        run_trial(digits_world, 0.0, QUIET, write_experiment())
+    with pytest.raises(ExperimentError, match="cell sparse: "):
+        run_trial(digits_world, 0.1, QUIET, write_experiment(cells={"dense": None, "sparse": {"set": ["stage3.moe.num_experts=x"]}}))
+    assert not setup.out.exists()
