@@ -17,18 +17,21 @@ DOCUMENTS = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in (
-            "training",
-            "data",
-            "adapters",
-            "digits",
-            "checkpoints",
-            "evaluation",
-            "robustness",
-            "variants",
-            "experiments",
-            "customising",
-        )
+        * (
+            f"docs/{name}.md"
+            for name in (
+                "training",
+                "data",
+                "adapters",
+                "digits",
+                "checkpoints",
+                "evaluation",
+                "robustness",
+                "variants",
+                "experiments",
+                "customising",
+            )
+        ),
     ),
 ]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.

@@ -95,7 +95,7 @@ def test_the_residual_ffn_and_its_coefficients(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
-@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"use_residual": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"use_residual": True}, {"routing": "modality_split"}], ids=str)
 def test_merged_computes_what_the_adapter_computes(family, settings, tmp_path, monkeypatch):
     """And so does the base with the adapter as PEFT loads it; with a capacity, padding takes no expert's place there either."""
     upcycle(tiny_dense(family), **settings).save_pretrained(tmp_path / "base")
