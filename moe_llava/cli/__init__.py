@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-from moe_llava.cli import chat, checkpoints, data, evaluation, routing, training
+from moe_llava.cli import chat, checkpoints, data, evaluation, experiments, routing, training
 from moe_llava.cli.common import app
 
-__all__ = ["app", "chat", "checkpoints", "data", "evaluation", "main", "routing", "training"]  # importing a file adds its verbs
+# importing a file adds its verbs
+__all__ = ["app", "chat", "checkpoints", "data", "evaluation", "experiments", "main", "routing", "training"]
 
 
 def main() -> None:

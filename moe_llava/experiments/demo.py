@@ -65,6 +65,11 @@ def demo_recipe(out: Path, recipe: Recipe) -> Recipe:
     """The recipe, moved into the folder `out`."""
     if recipe.stage3.adapter:
         raise RecipeError("stage3.adapter is set, but the demo compares experts with FFNs that are trained in full: leave it out")
+    return digits_recipe(out, recipe)
+
+
+def digits_recipe(out: Path, recipe: Recipe) -> Recipe:
+    """The recipe, moved into the folder `out`, on the data and the model that `prepare` writes there."""
     recipe.model, recipe.output = str(out / "base"), str(out)
     for stage, name in zip((stage_settings(recipe, number) for number in (1, 2, 3)), ("captions", "train", "train"), strict=True):
         stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))

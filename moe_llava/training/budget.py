@@ -24,7 +24,7 @@ from moe_llava.checkpoints.published import look_at
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.recipe import Adapter, Parts, Recipe, stage_name, stage_settings, stages_of
+from moe_llava.training.recipe import Adapter, Parts, Recipe, learning_stage, stage_name, stage_settings, stages_of
 from moe_llava.training.stages import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
@@ -70,8 +70,8 @@ class StageCost:
     flops: int
 
 
-def count(model: LlavaForConditionalGeneration) -> Budget:
-    """The budget of `model`, which may be on the meta device."""
+def count(model: LlavaForConditionalGeneration, context: int = CONTEXT) -> Budget:
+    """The budget of `model`, which may be on the meta device. `context`: tokens that the token counted for attends to."""
     total = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         total[_part(model, name)] += parameter.numel()
@@ -89,7 +89,7 @@ def count(model: LlavaForConditionalGeneration) -> Budget:
         experts=experts,
         total=total,
         active=active,
-        flops=2 * multiplied + _score_flops(model),
+        flops=2 * multiplied + _score_flops(model, context),
         cache_bytes=2 * text.num_hidden_layers * (text.num_key_value_heads or text.num_attention_heads) * _head_width(text) * 2,
     )
 
@@ -98,10 +98,10 @@ def _head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _score_flops(model: LlavaForConditionalGeneration) -> int:
+def _score_flops(model: LlavaForConditionalGeneration, context: int) -> int:
     """Of a token's forward pass, what multiplies activations with each other: queries with keys, weights with values."""
     text: Any = model.config.text_config
-    return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * CONTEXT
+    return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * context
 
 
 def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
@@ -111,14 +111,15 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
     Raises CheckpointError as loading a checkpoint does.
     """
     if isinstance(target, Recipe):
-        return _survey_recipe(target)
+        return survey_recipe(target)
     model = _checkpoint_on_meta(target, vision_towers)
     if is_sparse(model):
         return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}
     return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
 
 
-def _survey_recipe(recipe: Recipe) -> tuple[Budget, dict[str, StageCost]]:
+def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
+    """As `survey`, of a recipe that has been read."""
     start = start_on_meta(recipe.model)
     sparse = sparse_config(start.config, **dataclasses.asdict(recipe.stage3.moe)) if not is_sparse(start) else start.config
     final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
@@ -129,10 +130,15 @@ def _survey_recipe(recipe: Recipe) -> tuple[Budget, dict[str, StageCost]]:
         if number < 3 and is_sparse(start):
             continue
         cost = stage_cost(
-            final if number == 3 else start, name, sparse.moe_layer_indices, settings.adapter, settings.optimisation.gradient_checkpointing
+            final if number == 3 else start,
+            learning_stage(recipe, number),
+            sparse.moe_layer_indices,
+            settings.adapter,
+            settings.optimisation.gradient_checkpointing,
+            context,
         )
         costs[name] = dataclasses.replace(cost, memory=cost.memory // processes)
-    return count(final), costs
+    return count(final, context), costs
 
 
 def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
@@ -164,12 +170,17 @@ def active_parameters(model: LlavaForConditionalGeneration) -> int:
 
 
 def stage_cost(
-    model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int], adapter: Adapter | None = None, checkpointing: bool = False
+    model: LlavaForConditionalGeneration,
+    stage: str,
+    moe_layers: list[int],
+    adapter: Adapter | None = None,
+    checkpointing: bool = False,
+    context: int = CONTEXT,
 ) -> StageCost:
     """Of the whole model, sharded or not.
 
     Args: `stage` and `moe_layers` as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less;
-    `checkpointing` does the forward pass twice.
+    `checkpointing` does the forward pass twice; `context` as `count`.
     """
     if adapter is None:
         counts, saved = choose_parameters(model, stage, moe_layers), 0
@@ -177,7 +188,7 @@ def stage_cost(
         saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
         counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
     memory = 4 * counts.total + 12 * sum(counts.learning.values()) - saved
-    forward, scores = count(model).flops, _score_flops(model)
+    forward, scores = count(model, context).flops, _score_flops(model, context)
     # Backward, gradients of the activations cost what the forward pass does, those of the scores twice as much; then those of the weights.
     weights = sum(2 * _multiplied(model, part, number) for part, number in counts.learning.items())
     return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
@@ -188,7 +199,7 @@ def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) ->
     if part == "projector":
         return 0
     if part == "language model":
-        return (count(model).flops - _score_flops(model)) / 2
+        return count(model, context=0).flops / 2
     if part in ("experts", "experts adapter"):
         return number * model.config.num_experts_per_tok / model.config.num_experts
     return number

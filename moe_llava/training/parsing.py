@@ -67,6 +67,14 @@ def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> N
         problems.append(f"--set {override}: {value!r} is not YAML")
 
 
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
     if not isinstance(raw, dict):

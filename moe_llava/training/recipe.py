@@ -106,10 +106,12 @@ class Stage:
 
 @dataclass
 class SparseStage(Stage):
-    """Stage III. `expert_start`: whether the experts begin as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the
-    FFNs that would have become experts are trained as they are: the control, with the same steps and data."""
+    """Stage III. `tuned`: whether experts and routers learn, or all that does in stage II, too. `expert_start`: whether the experts begin
+    as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the FFNs that would have become experts are trained as they
+    are: the control, with the same steps and data."""
 
     moe: Moe = field(default_factory=Moe)
+    tuned: Literal["experts", "all"] = "experts"
     expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
 
@@ -278,6 +280,8 @@ def _adapter_rules(name: str, stage: Stage, adapter: Adapter) -> list[str]:
     problems = []
     if isinstance(stage, SparseStage) and stage.dense:
         problems.append(f"{where} is set, but stage3.dense is true, and the dense control trains its FFNs in full")
+    if isinstance(stage, SparseStage) and stage.tuned == "all":
+        problems.append(f"{where} is set, but stage3.tuned is all, and an adapter's targets say what learns: leave one of them out")
     if isinstance(stage, SparseStage) and stage.moe.routing == "smoes":
         problems.append(
             f"{where} is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out"
@@ -317,6 +321,11 @@ def stage_settings(recipe: Recipe, number: int) -> Stage:
 
 def stage_name(recipe: Recipe, number: int) -> str:
     return "dense" if number == 3 and recipe.stage3.dense else f"stage{number}"
+
+
+def learning_stage(recipe: Recipe, number: int) -> str:
+    """The key of STAGES in stages.py that says what learns."""
+    return "stage2" if number == 3 and recipe.stage3.tuned == "all" else stage_name(recipe, number)
 
 
 def stages_of(recipe: Recipe) -> list[int]:

@@ -24,7 +24,8 @@ from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
 from moe_llava.training.budget import active_parameters
-from moe_llava.training.recipe import Recipe, RecipeError, Stage, read_recipe, stage_name, stage_settings
+from moe_llava.training.parsing import flatten
+from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.saves import Stopped, read_lines, remove_saves, saves, saving, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, choose_parameters
@@ -156,7 +157,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     final = Path(recipe.output) / name
     work = work_folder(final)
     set_seed(recipe.seed)
-    settings = stage_settings(recipe, number)
+    settings, learns = stage_settings(recipe, number), learning_stage(recipe, number)
     arguments = training_arguments(recipe, settings, work)
     model, processor = start(recipe, number, name)
     moe_layers = moe_layers_of(recipe, model)
@@ -169,7 +170,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
         console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
         model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, work))
     else:
-        counts = choose_parameters(model, name, moe_layers)
+        counts = choose_parameters(model, learns, moe_layers)
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
     image = EmptyImage.of(processor)
@@ -179,7 +180,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             args=arguments,
             train_dataset=ConversationDataset(records, processor, settings.template, settings.max_length),
             data_collator=Collator(
-                processor.tokenizer.pad_token_id, image if "projector" in STAGES[name] else None, settings.optimisation.packing
+                processor.tokenizer.pad_token_id, image if "projector" in STAGES[learns] else None, settings.optimisation.packing
             ),
             callbacks=[stop],
             work=work,
@@ -288,12 +289,4 @@ def _what_counts(recipe: Recipe, name: str) -> dict[str, Any]:
     """The settings that decide what a stage's folder holds."""
     whole = dataclasses.asdict(recipe)
     stage = "stage3" if name == "dense" else name
-    return _flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", stage)})

@@ -6,6 +6,7 @@
 | II | the projector and the whole language model |
 | III | the experts and their routers (with `use_residual` also the mixing coefficients, not the dense FFN beside them) |
 | III, dense control | the FFNs of the layers that would have become sparse |
+| III, either, with `tuned: all` | what learns in stage II, with the experts and routers that are there |
 """
 
 from __future__ import annotations

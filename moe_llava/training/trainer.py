@@ -27,11 +27,11 @@ MOST_SKIPPED = 0.01  # of the records that a run sees
 class StageTrainer(Trainer):
     """Writes every logged step to `log.jsonl` in the folder `work` as a JSON line.
 
-    `loss`, `grad_norm`, `learning_rate`; since the line before: `tokens_per_second` (of all processes, padding not counted), `padding` (its
-    share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models also, averaged since the line before:
-    `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance), `expert_shares` (layers x experts), with SMoES
-    `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments. `report_to` of the arguments gets all of it as
-    single numbers.
+    `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, of all processes, padding not counted; since the line before:
+    `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
+    also, averaged since the line before: `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance),
+    `expert_shares` (layers x experts), with SMoES `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments.
+    `report_to` of the arguments gets all of it as single numbers.
 
     A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
     are more than MOST_SKIPPED of all that the run sees.
@@ -66,6 +66,7 @@ class StageTrainer(Trainer):
         self._skipped = len(read_lines(self.work / "skipped.jsonl"))
         self._last_step = step
         self._began = time.monotonic()
+        self._uncounted: Tensor | int = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -89,9 +90,17 @@ class StageTrainer(Trainer):
         for batch in batches:
             mask = batch.get("attention_mask")
             self._add("places", torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device))
-            self._add("tokens", self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum())
+            tokens = self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+            self._add("tokens", tokens)
+            self._uncounted = self._uncounted + tokens
         # A step of which nothing is left to learn divides by the number of its labels all the same.
         return batches, labels if labels is None else torch.as_tensor(labels).clamp(min=1)
+
+    def _count_tokens(self) -> int:
+        """All that were seen since the stage began: the state is saved, so a run that goes on goes on counting."""
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.as_tensor(self._uncounted, device=self.args.device), "sum"))
+        self._uncounted = 0
+        return self.state.num_input_tokens_seen
 
     def _skip(self, problems: list[str]) -> None:
         """Counts the records of a step that were left out, in all processes, and writes down this one's."""
@@ -147,6 +156,7 @@ class StageTrainer(Trainer):
         return str(self.work / SAVING)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._count_tokens()
         with saving(self.work, f"step {self.state.global_step}") as folder:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -173,6 +183,7 @@ class StageTrainer(Trainer):
         seconds = time.monotonic() - self._since
         sums = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
         numbers: dict[str, Any] = {
+            "tokens": self._count_tokens(),
             "tokens_per_second": round(sums["tokens"].item() / seconds, 1),
             "padding": round(1 - (sums["tokens"] / sums["places"]).item(), 4),
             "peak_memory": peak_memory(),

@@ -13,27 +13,15 @@ from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
-DOCUMENTS = [
-    "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in (
-            "training",
-            "data",
-            "adapters",
-            "digits",
-            "checkpoints",
-            "evaluation",
-            "robustness",
-            "routing",
-            "variants",
-            "customising",
-        )
-    ),
-]
+PAGES = (
+    *("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "variants", "experiments"),
+    "customising",
+)
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in PAGES)]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
+    "ablate": ["--train-images", "20", "--test-images", "4", *SMALL],
     "digits": ["--train-images", "20", "--test-images", "4"],
     "train": SMALL,
     "torchrun": [

@@ -100,6 +100,35 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
             assert line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4)
     got = parameters(whole)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [line["tokens"] for line in log(whole) if "loss" in line] == [line["tokens"] for line in log(kept) if "loss" in line]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_stage_III_of_all_parameters_learns_what_stage_II_does(write_recipe, dense):
+    recipe = load_recipe(write_recipe(stage3__tuned="all", stage3__dense=dense))
+    _, two, three = train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    before, after = parameters(two), parameters(three)
+    same = {name for name in after if name in before and torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "vision_tower" in name}
+    assert any(".experts." in name for name in after) != dense
+
+
+def test_tokens_between_two_logged_steps_are_counted_by_a_run_that_goes_on(write_recipe, monkeypatch):
+    settings = {"logging_steps": 4, "save_steps": 3, "stage1__optimisation__max_steps": 5}
+    (whole,) = train(load_recipe(write_recipe(**settings)), [1], resume=False, console=QUIET)
+    expected = log(whole)[-2]["tokens"]
+    shutil.rmtree(whole)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(write_recipe(**settings)), [1], resume=False, console=QUIET)
+    train(load_recipe(write_recipe(**settings)), [1], resume=True, console=QUIET)
+    assert log(whole)[-2]["tokens"] == expected > 0
 
 
 def test_finished_stages_are_kept(write_recipe, tmp_path):

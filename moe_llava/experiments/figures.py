@@ -1,0 +1,117 @@
+"""Pictures of experiments. Colours are Okabe and Ito's, in the order of the cells; every mark is also named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_llava.evaluation.statistics import Interval
+from moe_llava.experiments.plan import Experiment
+from moe_llava.experiments.summary import Row
+from moe_llava.routing.plots import EXPERT_COLOURS
+
+mpl.use("Agg")
+
+COLOURS = tuple(colour for colour in EXPERT_COLOURS if colour != "#F0E442")  # yellow lines are hard to see on white
+GREY = "#777777"
+WHITE = {"color": "white", "pad": 0.5}
+MARKERS = "osD^v<>P"
+
+
+def plot_comparison(
+    rows: Sequence[Row], score: str, experiment: Experiment, margin: float | None = None, interval: str = "95% interval over seeds"
+) -> Figure:
+    """Left every seed and the mean of each cell, right the differences, with 95% intervals. `interval`: what those on the right are."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 1.6 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    for place, row in enumerate(rows):
+        colour = COLOURS[place % len(COLOURS)]
+        left.scatter(row.values, np.full(len(row.values), place + 0.18), s=14, color=colour, alpha=0.6, linewidths=0)
+        _interval(left, row.mean, place - 0.08, colour)
+        if row.difference is not None:
+            _interval(right, row.difference, place, colour)
+            against = experiment.against(row.cell)
+            if against != experiment.baseline:
+                right.annotate(
+                    f"from {against}", (row.difference.mean, place - 0.18), fontsize=8, color=GREY, ha="center", va="bottom", bbox=WHITE
+                )
+    right.axvline(0, color="black", linewidth=0.8)
+    if margin is not None:
+        right.axvline(-margin, color="black", linewidth=1, linestyle="--")
+        right.annotate(f"margin {margin:g}", (-margin, 1.0), xycoords=("data", "axes fraction"), fontsize=8.5, ha="center", va="bottom")
+    left.set_yticks(range(len(rows)), [row.cell for row in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlabel(f"{score}: seeds, mean, 95% interval over seeds", fontsize=9.5)
+    right.set_xlabel(f"difference from {experiment.baseline},\n{interval}", fontsize=9.5)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def _interval(axis: Axes, interval: Interval, place: float, colour: str) -> None:
+    axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
+    axis.plot([interval.mean], [place], "D", color=colour, markersize=6)
+
+
+def plot_differences(differences: Mapping[str, Interval], title: str) -> Figure:
+    """One cell against another, score by score."""
+    figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.32 * len(differences)), layout="constrained")
+    for place, interval in enumerate(differences.values()):
+        _interval(axis, interval, place, COLOURS[0])
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(differences)), list(differences))
+    axis.invert_yaxis()
+    axis.set_xlabel("difference over seeds, 95% interval", fontsize=9.5)
+    axis.set_title(title, loc="left", fontsize=10.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def plot_calibration(results: Sequence[dict[str, Any]], cells: Sequence[str]) -> Figure:
+    """Share of the questions to affirm against the probability of yes, in bins, all seeds together."""
+    figure, axis = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    for place, cell in enumerate(cells):
+        bins = [each for result in results if result["cell"] == cell for each in result["calibration"]["bins"]]
+        numbers, p, affirmed = (np.array([each[key] for each in bins]) for key in ("n", "probability", "affirm"))
+        index = np.minimum((p * 10).astype(int), 9)
+        kept = np.unique(index)
+        totals = np.bincount(index, numbers)[kept]
+        x, y = (np.bincount(index, numbers * values)[kept] / totals for values in (p, affirmed))
+        errors = [result["calibration"]["error"] for result in results if result["cell"] == cell]
+        label = f"{cell}: calibration error {np.mean(errors):.3f}"
+        axis.plot(x, y, marker=MARKERS[place], color=COLOURS[place], label=label, linewidth=1.5, markersize=6)
+    axis.set_xlabel("probability of yes")
+    axis.set_ylabel("share of the questions where yes is right")
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_ylim(-0.02, 1.02)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    return figure
+
+
+def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
+    """For each way of asking, the share that is right of each cell, mean over seeds with 95% interval."""
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    cells = [row.cell for row in next(iter(rows.values()))]
+    for place, cell in enumerate(cells):
+        means = [next(row.mean for row in found if row.cell == cell) for found in rows.values()]
+        x = np.arange(len(rows)) + (place - (len(cells) - 1) / 2) * 0.8 / len(cells)
+        middle, low, high = (np.array([getattr(mean, key) for mean in means]) for key in ("mean", "low", "high"))
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axis.errorbar(x, middle, [middle - low, high - middle], label=cell, color=colour, fmt=marker, markersize=6, elinewidth=1.5)
+    axis.set_xticks(range(len(rows)), list(rows))
+    for border in np.arange(len(rows) - 1) + 0.5:
+        axis.axvline(border, color="black", alpha=0.15, linewidth=0.8)
+    axis.set_ylabel("share that is right")
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(len(cells), 4), frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,188 @@
+"""The paper's claim on trial: is a sparse model no worse than the dense one that comes from the same checkpoint, data, order and steps?
+
+The measure is the share of all questions that is right, sparse less dense, mean over the seeds. The margin by which sparse may be worse is
+stated before the first run. The interval is for other seeds and other questions (`crossed_interval`), 95%, so that each of its ends is a
+one-sided test at 2.5%, as is usual for non-inferiority.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+
+import moe_llava
+from moe_llava.digits import RECIPE
+from moe_llava.evaluation.answers import given
+from moe_llava.evaluation.statistics import Interval, crossed_interval
+from moe_llava.experiments.ablate import conditions, conduct, save
+from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
+from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
+from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
+from moe_llava.training.saves import write_whole
+
+# [S, N] whether each seed's answer to each question is right, 0 to 1; and of each question what it counts together with.
+Answers = tuple[np.ndarray, list[str]]
+
+MEANING = {
+    "superior": "better; the whole interval lies above 0",
+    "non-inferior": "not worse by as much as the margin; the whole interval lies above minus the margin",
+    "inferior": "worse by more than the margin; the whole interval lies below minus the margin",
+    "undecided": "minus the margin lies within the interval: too few seeds or questions to tell",
+}
+INTERVAL = "95% interval for other seeds and questions"
+PARTS_OF_F1 = ("/precision", "/recall", "/yes_share")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A cell against the baseline. `difference`: for other seeds and other questions."""
+
+    cell: str
+    difference: Interval
+    verdict: str
+
+
+def verdict(difference: Interval, margin: float) -> str:
+    """A key of MEANING."""
+    if difference.low > 0:
+        return "superior"
+    if difference.low > -margin:
+        return "non-inferior"
+    return "inferior" if difference.high < -margin else "undecided"
+
+
+def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL) -> Path:
+    """Writes report.md, with its pictures and results.jsonl beside it, and returns it. `file`: the experiment.
+
+    Raises what `make_plan`, `train` and `evaluate` raise.
+    """
+    plan, results = conduct(load_experiment(file), setup, margin, console)
+    answers = {cell: right_answers(plan, cell) for cell in plan.recipes}
+    judged = judge(plan, answers)
+    rows = compare(plan, {cell: right_SN.mean(axis=1).tolist() for cell, (right_SN, _) in answers.items()})
+    differences = {each.cell: each.difference for each in judged}
+    drawn = [replace(row, difference=differences.get(row.cell)) for row in rows]
+    save(plot_comparison(drawn, "share that is right", plan.experiment, margin, INTERVAL), plan.out / "verdict.png")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "trial.md.jinja").read_text(encoding="utf-8"))
+    report = template.render(
+        plan=plan,
+        claim=next(each for each in judged if each.cell == plan.experiment.claim),
+        meaning=MEANING,
+        conditions=conditions(plan),
+        verdicts=verdict_table(judged, rows),
+        shares=score_table("share right", rows, plan),
+        budgets=budget_table(plan, results),
+        by_score=claim_part(plan, results),
+        scores=all_scores(plan, results),
+        calibration=calibration_part(plan, results),
+        perturbed=perturbed_part(plan, results, rows),
+        signed=signed,
+        command=command(setup, margin),
+        versions={module.__name__: module.__version__ for module in (moe_llava, torch, transformers)},
+    )
+    write_whole(plan.out / "report.md", report.strip() + "\n")
+    return plan.out / "report.md"
+
+
+def judge(plan: Plan, answers: Mapping[str, Answers]) -> list[Judged]:
+    """Every cell but the baseline, against it."""
+    assert plan.margin is not None
+    dense_SN, units = answers[plan.experiment.baseline]
+    found = []
+    for cell, (right_SN, _) in answers.items():
+        if cell != plan.experiment.baseline:
+            difference = crossed_interval(right_SN - dense_SN, units)
+            found.append(Judged(cell, difference, verdict(difference, plan.margin)))
+    return found
+
+
+def right_answers(plan: Plan, cell: str) -> Answers:
+    questions, score = plan.benchmark.questions(plan.data), plan.benchmark.score
+    assert score is not None
+    rights: list[list[float]] = []
+    units: list[str] = []
+    for seed in plan.seeds:
+        answers = plan.folder(cell, seed) / "answers" / plan.benchmark.name
+        scored = score(plan.data, questions, given(answers, questions))
+        rights.append([float(item["right"]) for item in scored.items])
+        units = scored.units
+    return np.array(rights), units
+
+
+def verdict_table(judged: Sequence[Judged], rows: Sequence[Row]) -> str:
+    over_seeds = {row.cell: row.difference for row in rows}
+    lines = [["cell", "difference", "95%, other seeds and questions", "95%, other seeds", "verdict"]]
+    for each in judged:
+        seeds = over_seeds[each.cell]
+        assert seeds is not None
+        both, alone = (f"{signed(interval.low)} to {signed(interval.high)}" for interval in (each.difference, seeds))
+        lines.append([each.cell, signed(each.difference.mean), both, alone, each.verdict])
+    return markdown(lines)
+
+
+def calibration_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
+    """Its tables, and its picture."""
+    if not plan.experiment.calibrate:
+        return ""
+    assert plan.experiment.claim is not None
+    save(plot_calibration(results, [plan.experiment.baseline, plan.experiment.claim]), plan.out / "calibration.png")
+    tables = [
+        score_table(title, compare(plan, by_cell(plan, results, "calibration", key)), plan)
+        for key, title in (("error", "calibration error"), ("brier", "Brier score"))
+    ]
+    return "\n".join(tables)
+
+
+def perturbed_part(plan: Plan, results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
+    """Its table, and its picture."""
+    if not plan.perturbations:
+        return ""
+    under = {str(each): compare(plan, by_cell(plan, results, "perturbed", str(each))) for each in plan.perturbations}
+    save(plot_perturbed({"as they are": rows, **under}), plan.out / "perturbed.png")
+    lines = [["cell", *under]]
+    for place, row in enumerate(rows):
+        cells = [found[place] for found in under.values()]
+        lines.append([row.cell, *(f"{each.mean.mean:.3f}{_in_brackets(each.difference)}" for each in cells)])
+    return markdown(lines)
+
+
+def _in_brackets(difference: Interval | None) -> str:
+    return "" if difference is None else f" ({difference.mean:+.3f} ± {(difference.high - difference.low) / 2:.3f})"
+
+
+def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
+    """The claim against the baseline, score by score, of precision and recall only their F1: the table, and its picture."""
+    baseline, claim = plan.experiment.baseline, plan.experiment.claim
+    assert claim is not None
+    lines, differences = [["score", baseline, claim, "difference", "95% interval over seeds"]], {}
+    for score in (name for name in results[0]["scores"] if not name.endswith(PARTS_OF_F1)):
+        rows = {row.cell: row for row in compare(plan, by_cell(plan, results, "scores", score))}
+        found = rows[claim].difference
+        assert found is not None
+        means = (f"{rows[name].mean.mean:.4g}" for name in (baseline, claim))
+        lines.append([score, *means, signed(found.mean), f"{signed(found.low)} to {signed(found.high)}"])
+        differences[score] = found
+    save(plot_differences(differences, f"{claim} less {baseline}"), plan.out / "scores.png")
+    return markdown(lines)
+
+
+def command(setup: Setup, margin: float) -> str:
+    """What to type to do it again."""
+    words = ["moe-llava", "trial", "--margin", f"{margin:g}", "--seeds", str(setup.seeds), "--out", str(setup.out)]
+    words += [] if setup.recipe == RECIPE else ["--recipe", str(setup.recipe)]
+    words += [word for setting in setup.settings for word in ("--set", setting)]
+    if setup.data is not None:
+        words += ["--benchmark", setup.benchmark, "--data", str(setup.data)]
+    for name, number in zip(("--train-images", "--test-images"), setup.images, strict=True):
+        words += [] if number is None else [name, str(number)]
+    return shlex.join(words)

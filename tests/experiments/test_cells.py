@@ -1,0 +1,130 @@
+"""Cells on a tiny model: what they share, how they go on after they were stopped, and every way to train them."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from moe_llava import MoeLlavaForConditionalGeneration
+from moe_llava.experiments.ablate import run_ablation
+from moe_llava.experiments.cells import run_cells
+from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
+from moe_llava.training import run
+from moe_llava.training.saves import read_lines
+from tests.experiments.conftest import QUIET
+
+
+def without_time(results):
+    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+def log(folder):
+    return [line for line in read_lines(folder / "log.jsonl") if "loss" in line]
+
+
+def first_loss(folder):
+    return log(folder)[0].get("language_loss", log(folder)[0]["loss"])
+
+
+def test_an_ablation_goes_on_where_it_was_stopped(setup, write_experiment, tmp_path, monkeypatch):
+    experiment = str(write_experiment())
+    table = run_ablation(experiment, setup, QUIET)
+    results = read_lines(setup.out / "results.jsonl")
+    assert [(result["cell"], result["seed"]) for result in results] == [("dense", 0), ("dense", 1), ("sparse", 0), ("sparse", 1)]
+    text = table.read_text()
+    assert "# Small" in text
+    assert "**no: FLOPs**" in text
+    assert (setup.out / "scores.png").stat().st_size > 10_000
+
+    # Cells of a seed share stages, batches and what they begin with: the first loss is the same, sparse or dense.
+    assert len(list((setup.out / "shared").glob("*/stage*"))) == 4
+    folders = {(cell, seed): setup.out / "cells" / cell / f"seed-{seed}" for cell in ("dense", "sparse") for seed in (0, 1)}
+    for seed in (0, 1):
+        assert first_loss(folders["dense", seed] / "dense") == pytest.approx(first_loss(folders["sparse", seed] / "stage3"), abs=2e-4)
+    assert first_loss(folders["dense", 0] / "dense") != first_loss(folders["dense", 1] / "dense")
+    for result in results:
+        assert result["steps"] == [2, 2, 2]
+        folder = folders[result["cell"], result["seed"]]
+        assert result["tokens"][2] == log(folder / ("dense" if result["cell"] == "dense" else "stage3"))[-1]["tokens"]
+    assert results[0]["tokens"] == results[2]["tokens"] != results[1]["tokens"]
+
+    class Killed(BaseException):
+        pass
+
+    again = dataclasses.replace(setup, out=tmp_path / "again")
+    for most_steps, done in ((3, 0), (4, 1)):  # in stage II, and in the second cell's stage III
+        left = iter(range(most_steps))
+
+        def stop(self, args, state, control, left=left, **kwargs):
+            if next(left, None) is None:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.ProgressDisplay, "on_step_end", stop)
+            with pytest.raises(Killed):
+                run_ablation(experiment, again, QUIET)
+        assert len(list(again.out.glob("cells/*/*/cell.json"))) == done
+        assert not (again.out / "table.md").exists()
+    first = again.out / "cells" / "dense" / "seed-0" / "cell.json"
+    before = first.stat().st_mtime_ns
+    run_ablation(experiment, again, QUIET)
+    assert first.stat().st_mtime_ns == before
+    assert without_time(read_lines(again.out / "results.jsonl")) == without_time(results)
+
+
+def test_every_way_to_train(setup, write_experiment, tiny_base):
+    cells = {
+        "dense": {"set": ["stage3.dense=true"]},
+        "dense_merged": {"strategy": "merged", "set": ["stage3.dense=true", "stage3.tuned=all"]},
+        "sparse_twice": {"strategy": "sparse_twice", "set": ["stage3.tuned=all"]},
+        "evolution": {"evolve": True},
+        "short": {"layers": 2},
+    }
+    experiment = load_experiment(write_experiment(cells=cells, claim=None))
+    plan = make_plan(experiment, dataclasses.replace(setup, seeds=1))
+    results = {result["cell"]: result for result in run_cells(plan, 8, QUIET)}
+    assert {name: result["steps"] for name, result in results.items()} == {
+        "dense": [2, 2, 2], "dense_merged": [2, 4], "sparse_twice": [2, 2, 2], "evolution": [2, 2, 2], "short": [2, 2, 2],
+    }  # fmt: skip
+    stages = {folder.name.split("-")[0] for folder in (plan.out / "shared" / "seed-0").iterdir()}
+    assert stages == {"stage1", "stage2"}
+    assert len(list((plan.out / "shared" / "seed-0").iterdir())) == 4  # of four layers and of two
+
+    def model(name):
+        return AutoModelForImageTextToText.from_pretrained(plan.out / results[name]["checkpoint"])
+
+    twice, short = model("sparse_twice"), model("short")
+    assert isinstance(twice, MoeLlavaForConditionalGeneration)
+    assert not isinstance(model("dense_merged"), MoeLlavaForConditionalGeneration)
+    assert short.config.text_config.num_hidden_layers == 2
+    assert results["short"]["parameters"]["total"] < results["evolution"]["parameters"]["total"]
+    evolved = AutoModelForImageTextToText.from_pretrained(plan.folder("evolution", 0) / "evolved")
+    experts = next(iter(evolved.model.sparse_mlps().values())).experts
+    assert not any(torch.equal(parameter[0], parameter[1]) for parameter in experts.parameters())
+
+    # The first sparse stage of two, and the merged one, start from stage I on the same data: the same first loss.
+    first = plan.folder("sparse_twice", 0) / "first1" / "stage3"
+    merged = plan.out / results["dense_merged"]["checkpoint"]
+    assert first_loss(first) == pytest.approx(first_loss(merged), abs=2e-4)
+
+
+def test_a_recipe_without_the_first_stages_starts_from_its_model(setup, write_experiment, tmp_path):
+    import yaml
+
+    raw = yaml.safe_load(setup.recipe.read_text())
+    del raw["stage1"], raw["stage2"]
+    setup.recipe.write_text(yaml.safe_dump(raw))
+    plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(setup, seeds=1))
+    results = run_cells(plan, 8, QUIET)
+    assert [result["steps"] for result in results] == [[2], [2]]
+    assert not (plan.out / "shared").exists()
+
+
+def test_refusals(setup, write_experiment, monkeypatch):
+    experiment = load_experiment(write_experiment(cells={"dense": {"layers": 9}, "sparse": None}))
+    with pytest.raises(ExperimentError, match="has 4 layers, but the first 9 are asked for"):
+        run_cells(make_plan(experiment, setup), 8, QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ExperimentError, match="in one process"):
+        run_cells(make_plan(experiment, setup), 8, QUIET)

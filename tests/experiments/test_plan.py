@@ -1,0 +1,128 @@
+"""What an experiment is: shipped ones, mistakes in files, and a plan that is not changed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moe_llava.evaluation.benchmark import BenchmarkError
+from moe_llava.experiments.cells import cell_budget
+from moe_llava.experiments.plan import (
+    ABLATIONS,
+    TRIAL,
+    Cell,
+    ExperimentError,
+    find_experiment,
+    load_experiment,
+    make_plan,
+    steps,
+    write_plan,
+)
+from moe_llava.training.parsing import RecipeError
+from moe_llava.training.recipe import Data, load_recipe
+
+SIX_LAYERS = {"dense6", "sparse6"}  # the tiny base has four
+
+
+def test_the_paper_is_covered():
+    assert set(ABLATIONS) == {"strategy", "tuned", "experts", "topk", "placement", "capacity", "size"}
+
+
+@pytest.mark.parametrize("name", [*ABLATIONS, "trial"])
+def test_shipped_experiments_are_valid_and_their_budgets_known_before_training(setup, name):
+    experiment = load_experiment(TRIAL if name == "trial" else find_experiment(name))
+    plan = make_plan(experiment, setup, 0.02 if name == "trial" else None)
+    assert experiment.paper.startswith(("Paper", "The paper"))
+    assert len(plan.recipes) >= 3
+    for cell in plan.recipes.keys() - SIX_LAYERS:
+        budget = cell_budget(plan, cell)
+        assert sum(budget.steps) == 6  # whatever the strategy
+        assert 0 < budget.active <= budget.total
+    assert not (plan.out / "cells").exists()
+
+
+def test_budgets_of_cells(setup):
+    """By hand: width 32, FFN 48, two of four layers sparse; forward, gradients of activations, gradients of weights."""
+    plan = make_plan(load_experiment(TRIAL), setup, 0.02)
+    budgets = {name: cell_budget(plan, name) for name in plan.recipes}
+    ffn, router = 3 * 32 * 48, 4 * 32
+    dense, top1, sparse = (budgets[name] for name in ("dense", "sparse_top1", "sparse"))
+    assert top1.active - dense.active == 2 * router
+    assert top1.flops[2] - dense.flops[2] == 3 * 2 * 2 * router
+    assert sparse.active - top1.active == 2 * ffn
+    assert sparse.flops[2] - top1.flops[2] == 3 * 2 * 2 * ffn
+    assert sparse.flops[:2] == dense.flops[:2]
+
+
+def test_strategies(setup):
+    recipe = load_recipe(setup.recipe, ["stage2.optimisation.max_steps=5", "stage3.data.weight=2"])
+    two, three = recipe.stage2, recipe.stage3
+
+    one, merged = steps(recipe, Cell(strategy="merged"))
+    assert (one.number, merged.number) == (1, 3)
+    assert merged.recipe.stage3.data == [two.data, three.data]
+    assert merged.recipe.stage3.optimisation == dataclasses.replace(two.optimisation, max_steps=7)
+    assert steps(load_recipe(setup.recipe), Cell(strategy="merged"))[1].recipe.stage3.data == [two.data]  # both have the same file
+
+    by_epochs = load_recipe(
+        setup.recipe, ["stage2.optimisation.max_steps=-1", "stage3.optimisation.max_steps=-1", "stage2.optimisation.epochs=3"]
+    )
+    both = steps(by_epochs, Cell(strategy="merged"))[1].recipe.stage3
+    assert both.data == [Data(two.data.file, two.data.images, 3.0), Data(two.data.file, two.data.images, 1.0)]
+    assert (both.optimisation.epochs, both.optimisation.max_steps) == (1.0, -1)
+
+    _, first, second = steps(recipe, Cell(strategy="sparse_twice"))
+    assert (first.number, second.number) == (3, 3)
+    assert (first.recipe.stage3.data, first.recipe.stage3.optimisation) == (two.data, two.optimisation)
+    assert (first.recipe.stage3.moe, second.recipe.stage3) == (three.moe, three)
+
+    with pytest.raises(RecipeError, match="one batch_size"):
+        steps(load_recipe(setup.recipe, ["stage2.optimisation.batch_size=8"]), Cell(strategy="merged"))
+    recipe.stage2 = None
+    with pytest.raises(RecipeError, match="has no stage2"):
+        steps(recipe, Cell(strategy="merged"))
+
+
+def test_all_mistakes_of_a_file_are_told(write_experiment):
+    cells = {"a": {"layer": 2}, "b": {"strategy": "other"}}
+    with pytest.raises(ExperimentError) as caught:
+        load_experiment(write_experiment(cells=cells))
+    assert "unknown key cells.a.layer; did you mean cells.a.layers?" in str(caught.value)
+    assert "cells.b.strategy is 'other', but must be one of three_stages, merged, sparse_twice" in str(caught.value)
+    cells = {"a": {"layers": 0, "against": "c"}, "b": {"evolve": True, "strategy": "sparse_twice"}}
+    with pytest.raises(ExperimentError) as caught:
+        load_experiment(write_experiment(cells=cells, baseline="a", claim="d"))
+    for text in ("no cell is called so", "c is to be compared", "d is to be compared", "cells.a.layers is 0", "cells.b.evolve is true"):
+        assert text in str(caught.value)
+    with pytest.raises(ExperimentError, match="no ablation is called 'expert'; did you mean experts"):
+        find_experiment("expert")
+
+
+def test_what_cannot_be_compared_is_refused(setup, write_experiment):
+    wrong = load_experiment(write_experiment(cells={"dense": {"set": ["stage3.moe.num_experts=0"]}, "sparse": {"set": ["stage3.mo=1"]}}))
+    with pytest.raises(ExperimentError) as caught:
+        make_plan(wrong, setup)
+    assert "cell dense: " in str(caught.value)
+    assert "did you mean stage3.moe?" in str(caught.value)
+    good = load_experiment(write_experiment())
+    with pytest.raises(ExperimentError, match=r"margin is 2\.0, but must be a share"):
+        make_plan(good, setup, 2.0)
+    with pytest.raises(BenchmarkError, match="did you mean digits"):
+        make_plan(good, dataclasses.replace(setup, benchmark="digit"))
+
+
+def test_a_plan_is_written_once(setup, write_experiment):
+    experiment = load_experiment(write_experiment())
+    plan = make_plan(experiment, setup, 0.02)
+    write_plan(plan)
+    before = (plan.out / "plan.json").read_text()
+    assert json.loads(before)["margin"] == 0.02
+    write_plan(make_plan(experiment, setup, 0.02))
+    with pytest.raises(ExperimentError, match=r"margin 0.02, now 0.03: choose another --out"):
+        write_plan(make_plan(experiment, setup, 0.03))
+    with pytest.raises(ExperimentError, match=r"seeds \[0, 1\], now \[0, 1, 2\]"):
+        write_plan(make_plan(experiment, dataclasses.replace(setup, seeds=3), 0.02))
+    longer = dataclasses.replace(setup, settings=["stage3.optimisation.max_steps=9"])
+    with pytest.raises(ExperimentError, match=r"recipes.dense.stage3.optimisation.max_steps 2, now 9"):
+        write_plan(make_plan(experiment, longer, 0.02))
+    assert (plan.out / "plan.json").read_text() == before
