@@ -8,9 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="moe-llava-tests-")  # read when `datasets` is imported
@@ -23,9 +21,6 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from typer.testing import CliRunner, Result
 
 from moe_llava.cli import app
-from moe_llava.data.records import open_image
-from moe_llava.evaluation.benchmark import Question
-from moe_llava.evaluation.generate import prompt_text
 
 REPOSITORY = Path(__file__).parents[1]
 FAMILIES = {
@@ -88,13 +83,6 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden data at {folder}; set MOE_LLAVA_GOLDEN")
     return folder
-
-
-def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:
-    """Model inputs, padded on the left, so that every answer begins at the same position."""
-    texts = [prompt_text(processor, question) for question in questions]
-    images = [open_image(image, f"question {question.id}") for question in questions for image in question.images] or None
-    return processor(text=texts, images=images, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 
 def run_here(*arguments: str | Path) -> Result:

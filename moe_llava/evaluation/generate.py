@@ -191,6 +191,13 @@ def prompt_text(processor: Any, question: Question) -> str:
     return text
 
 
+def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:
+    """Model inputs, padded on the left, so that every answer begins at the same position."""
+    texts = [prompt_text(processor, question) for question in questions]
+    images = [open_image(image, f"question {question.id}") for question in questions for image in question.images] or None
+    return processor(text=texts, images=images, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+
 def in_background(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
     """What `make` makes of each, in order, in a thread that is a few ahead."""
     with ThreadPoolExecutor(1) as pool:

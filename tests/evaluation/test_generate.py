@@ -13,10 +13,10 @@ from moe_llava.evaluation import generate
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import answer, in_background, prompt_text
+from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
 from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.model.upcycling import upcycle
-from tests.conftest import FAMILIES, prompt_inputs, tiny_config
+from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
 
 

@@ -6,8 +6,8 @@ import torch
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.records import DataError
 from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.serving.chat import Conversation
-from tests.conftest import prompt_inputs
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
