@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -42,6 +43,8 @@ NAMES = {
 
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+ENCODING = "utf-8-sig"  # UTF-8; some editors put a mark in front of it
 
 Columns = Mapping[str, np.ndarray]
 
@@ -80,14 +83,16 @@ class Scored:
     """What became of the answers, item by item, N in all.
 
     `items`: for people: id, given, read as, expected, right. `columns`: [N] numbers each. `units`: what the bootstrap draws together, such
-    as all questions about an image. `measure`: from columns and the weight [N] of each item to scores, in the benchmark's own unit. A
-    score named "x (lenient)" is x by a more forgiving reading of the answers; it is reported where it differs.
+    as all questions about an image. `measure`: from columns and the weight [N] of each item to scores, in the benchmark's own unit; NaN
+    for a group of which there is nothing. A score named "x (lenient)" is x by a more forgiving reading of the answers; it is reported
+    where it differs. `strata`: of each item, what the bootstrap keeps at its number of units, where a score is a sum over these.
     """
 
     items: list[dict[str, Any]]
     columns: Columns
     units: list[str]
     measure: Callable[[Columns, np.ndarray], dict[str, float]]
+    strata: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ class Benchmark:
     `questions`: from the folder.
     `score`: from folder, questions, and what was given to each, None where nothing was; None if only a server or a judge can.
     `upload`: writes what the benchmark's server takes, from the same and a folder to write into, and returns the files. `judge`: scores by
-    the opinion of a language model; items have "read", None where it could not be read. `headline`: the scores to show in a table."""
+    the opinion of a language model; items have "read", None where it could not be read. `headline`: the scores to show in a table.
+    `split`: of a benchmark with several, see `split_in`."""
 
     name: str
     title: str
@@ -108,13 +114,14 @@ class Benchmark:
     max_new_tokens: int = 128
     judge: Callable[[Path, list[Question], list[str | None], Judge], Scored] | None = None
     headline: tuple[str, ...] = ()
+    split: Callable[[Benchmark, Path], Benchmark] | None = None
 
 
 def find_benchmark(name: str) -> Benchmark:
     """Raises BenchmarkError if there is none of this name."""
     if name not in NAMES:
-        guess = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {guess[0]}?" if guess else ""
+        guess = difflib.get_close_matches(name.lower(), NAMES, n=1)
+        hint = f"; did you mean {guess[0]}?" if guess else "."
         raise BenchmarkError(f"no benchmark is called {name!r}{hint} There are {', '.join(NAMES)}")
     module = importlib.import_module(f"moe_llava.evaluation.benchmarks.{NAMES[name]}")
     return module.BENCHMARK
@@ -127,12 +134,35 @@ def find_folder(benchmark: Benchmark, data: Path) -> Path:
     """
     missing = {}
     for folder in (data, data / benchmark.folder):
-        missing[folder] = [name for name in benchmark.files if not any(path.exists() for path in _choices(folder, name))]
+        missing[folder] = _missing(benchmark, folder)
         if not missing[folder]:
             return folder
     folder = min(missing, key=lambda place: len(missing[place]))
-    lines = [f"{name.replace(' | ', ' or ')}: {benchmark.files[name]}" for name in missing[folder]]
-    raise BenchmarkError(f"{benchmark.title} needs in {folder}, or in a folder {benchmark.folder} there:\n  " + "\n  ".join(lines))
+    raise BenchmarkError(f"{benchmark.title} needs in {folder}, or in a folder {benchmark.folder} there:{_listed(missing[folder])}")
+
+
+def split_in(benchmark: Benchmark, folder: Path) -> Benchmark:
+    """The benchmark as the split that its folder holds: without `score` where only a server knows the answers, without `upload` where no
+    server takes them.
+
+    Raises BenchmarkError, naming every file that this split lacks.
+    """
+    if benchmark.split is None:
+        return benchmark
+    found = benchmark.split(benchmark, folder)
+    missing = _missing(found, folder)
+    if missing:
+        raise BenchmarkError(f"{found.title} needs in {folder}:{_listed(missing)}")
+    return found
+
+
+def _missing(benchmark: Benchmark, folder: Path) -> dict[str, str]:
+    """Of its files."""
+    return {name: purpose for name, purpose in benchmark.files.items() if not any(path.exists() for path in _choices(folder, name))}
+
+
+def _listed(files: Mapping[str, str]) -> str:
+    return "".join(f"\n  {name.replace(' | ', ' or ')}: {purpose}" for name, purpose in files.items())
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -150,7 +180,7 @@ def _choices(folder: Path, name: str) -> list[Path]:
 def read_json(file: Path) -> Any:
     """Raises BenchmarkError if the file is no JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding=ENCODING))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BenchmarkError(f"{file} is not JSON: {error}") from error
 
@@ -159,7 +189,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """Raises BenchmarkError, naming the line, if one is no JSON object."""
     records = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding=ENCODING).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{file} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -180,7 +210,7 @@ def take(record: Mapping[str, Any], key: str, where: str) -> Any:
     if not isinstance(record, Mapping):
         raise BenchmarkError(f"{where} must be an object, but is {str(record)[:60]}")
     if key not in record:
-        raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record))}")
+        raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record)) or 'is empty'}")
     return record[key]
 
 
@@ -208,7 +238,8 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
     """(what was given to each question, None for nothing; ids of answers to no question).
 
     An answer is a record with `question_id` and `text` (or `answer`, `prediction`); where an id has several questions, its `prompt` says
-    which. Raises BenchmarkError for a question that was answered twice, differently, or if the prompt is needed and missing.
+    which. Raises BenchmarkError for a question that was answered twice, differently, if the prompt is needed and missing, or for a text or
+    prompt that is no string.
     """
     by_id: dict[str, list[Question]] = {}
     for question in questions:
@@ -217,12 +248,15 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
     unknown = []
     for number, answer in enumerate(answers, start=1):
         where = f"answer {number} of {file}"
-        identity = str(answer.get("question_id", answer.get("questionId")))
-        text = next((answer[key] for key in ("text", "answer", "prediction") if key in answer), None)
-        if text is None:
-            raise BenchmarkError(f"{where} has none of 'text', 'answer', 'prediction', but {', '.join(map(repr, answer))}")
+        identity = answer_id(answer)
+        key = next((key for key in ("text", "answer", "prediction") if key in answer), None)
+        if key is None:
+            raise BenchmarkError(f"{where} has none of 'text', 'answer', 'prediction', but {', '.join(map(repr, answer)) or 'is empty'}")
+        text, prompt = answer[key], answer.get("prompt")
+        for name, value in ((key, text), ("prompt", "" if prompt is None else prompt)):
+            if not isinstance(value, str):
+                raise BenchmarkError(f"{where} has {json.dumps(value)[:40]} as {name!r}, but must have a string")
         choices = by_id.get(identity, [])
-        prompt = answer.get("prompt")
         if len(choices) > 1:
             if prompt is None:
                 raise BenchmarkError(
@@ -232,10 +266,15 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
         if not choices:
             unknown.append(identity)
             continue
-        key = (identity, choices[0].prompt)
-        if given.setdefault(key, str(text)) != str(text):
-            raise BenchmarkError(f"{where} answers question {identity!r} once more, with {str(text)[:40]!r} after {given[key][:40]!r}")
+        first = given.setdefault((identity, choices[0].prompt), text)
+        if first != text:
+            raise BenchmarkError(f"{where} answers question {identity!r} once more, with {text[:40]!r} after {first[:40]!r}")
     return [given.get((question.id, question.prompt)) for question in questions], unknown
+
+
+def answer_id(answer: Mapping[str, Any]) -> str:
+    """Of the question that it answers."""
+    return str(answer.get("question_id", answer.get("questionId")))
 
 
 def plain(prompt: str) -> str:
@@ -244,10 +283,16 @@ def plain(prompt: str) -> str:
 
 
 def result(benchmark: Benchmark, scored: Scored, questions: Sequence[Question], given: Sequence[str | None]) -> dict[str, Any]:
-    """What `moe-llava score --json` prints: scores with 95% intervals, questions without an answer, by id."""
-    ones = np.ones(len(scored.items))
-    values = scored.measure(scored.columns, ones)
-    intervals = bootstrap(lambda weights: scored.measure(scored.columns, weights), scored.units)
+    """What `moe-llava score --json` prints: scores with 95% intervals, questions without an answer, by id. There is no score of a group of
+    which nothing was asked."""
+    measured = scored.measure(scored.columns, np.ones(len(scored.items)))
+    values = {name: value for name, value in measured.items() if not math.isnan(value)}
+
+    def resampled(weights: np.ndarray) -> dict[str, float]:
+        found = scored.measure(scored.columns, weights)
+        return {name: found[name] for name in values}
+
+    intervals = bootstrap(resampled, scored.units, scored.strata)
     same = {name for name in values if name.endswith(LENIENT) and values[name] == values[name.removesuffix(LENIENT)]}
     return {
         "benchmark": benchmark.name,
@@ -267,5 +312,10 @@ def total(values: np.ndarray) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """0 of nothing is 0."""
+    """0 of nothing is 0: the precision of answers that never say yes, as published."""
     return part / whole if whole else 0.0
+
+
+def share(part: float, whole: float) -> float:
+    """NaN of nothing: what is right of questions that nobody asked is not 0."""
+    return part / whole if whole else math.nan

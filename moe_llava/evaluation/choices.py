@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.benchmark import LENIENT, BenchmarkError, Columns, Question, Scored, ratio
+from moe_llava.evaluation.benchmark import LENIENT, BenchmarkError, Columns, Question, Scored, share
 
 LETTERS = string.ascii_uppercase
 
@@ -119,5 +119,5 @@ def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
     scores: dict[str, float] = {}
     for suffix in ("", LENIENT):
         hits = weights * columns[suffix]
-        scores |= {f"{name}{suffix}": ratio(float(hits @ columns[name]), counts[name]) * 100 for name in names}
+        scores |= {f"{name}{suffix}": share(float(hits @ columns[name]), counts[name]) * 100 for name in names}
     return scores

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.checkpoints.folders import new_folder
-from moe_llava.evaluation.benchmark import SINGLE_WORD, BenchmarkError, read_json_lines, take
+from moe_llava.evaluation.benchmark import ENCODING, SINGLE_WORD, BenchmarkError, read_json_lines, take
 from moe_llava.evaluation.benchmarks.pope import CATEGORIES, QUESTIONS
 
 IMAGES = "val2014"  # where POPE's questions look for their pictures
@@ -65,8 +65,8 @@ def pope_questions(
     usable = [image for image in shown if image not in few | full]
     if not usable or len(usable) < (images or 1):
         raise BenchmarkError(
-            f"{source} has {len(usable)} pictures to ask about, but {images or 'some'} are asked for; {len(few)} show fewer than {OBJECTS} "
-            f"objects, {len(full)} show all but fewer than {OBJECTS} of the {len(frequency)} objects of the set"
+            f"{source} has {len(usable)} of the {images or 'some'} pictures to ask about; left out are {len(few)}, as fewer than {OBJECTS} "
+            f"objects are on them, and {len(full)}, as fewer than {OBJECTS} of the set's {len(frequency)} objects are absent"
         )
     rng = random.Random(seed)
     sets: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
@@ -135,7 +135,7 @@ def read_annotations(file: Path) -> Annotation:
 def _read_coco(file: Path) -> Annotation | None:
     """None if the file is not one JSON object with annotations."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding=ENCODING))
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{file} cannot be read: {error}") from error
     except json.JSONDecodeError:

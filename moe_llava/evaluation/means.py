@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.benchmark import LENIENT, Columns, Scored, ratio, total
+from moe_llava.evaluation.benchmark import LENIENT, Columns, Scored, ratio, share, total
 
 
 def mean_by(items: list[dict[str, Any]], kinds: Sequence[str], units: list[str]) -> Scored:
@@ -28,9 +29,18 @@ def _measure(values: dict[str, np.ndarray], columns: Columns, weights: np.ndarra
     scores = {}
     for name, column in (("accuracy", "right"), (f"accuracy{LENIENT}", "leniently")):
         if column in columns:
-            scores[name] = 100 * ratio(total(weights * columns[column]), total(weights))
+            scores[name] = 100 * share(total(weights * columns[column]), total(weights))
     for kind, names in values.items():
         points = np.bincount(columns[kind], weights * columns["right"], minlength=len(names))
         counts = np.bincount(columns[kind], weights, minlength=len(names))
-        scores |= {f"{kind}/{name}": 100 * ratio(float(a), float(b)) for name, a, b in zip(names, points, counts, strict=True)}
+        scores |= {f"{kind}/{name}": 100 * share(float(a), float(b)) for name, a, b in zip(names, points, counts, strict=True)}
     return scores
+
+
+def detection(weights: np.ndarray, said: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    """(precision, recall, F1), of what was said to be so and what is so, [N] each. Precision is 0 if nothing was said to be so, as
+    published; NaN if nothing was asked. Recall and F1 are NaN where there is nothing to find."""
+    hits, alarms = float(weights[said & truth].sum()), float(weights[said & ~truth].sum())
+    precision = ratio(hits, hits + alarms) if weights.any() else math.nan
+    recall = share(hits, float(weights[truth].sum()))
+    return precision, recall, ratio(2 * precision * recall, precision + recall)

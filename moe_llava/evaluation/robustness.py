@@ -37,7 +37,9 @@ def robustness(clean: Items, perturbed: Mapping[Perturbation, Items], units: Seq
         then = _by_question(items, f"under {perturbation}")
         different = sorted(identity for identity, _ in right.keys() ^ then.keys())
         if different:
-            raise BenchmarkError(f"{len(different)} questions were scored with or without {perturbation} only: {', '.join(different[:5])}")
+            raise BenchmarkError(
+                f"questions were scored with or without {perturbation} only, {len(different)} in all: {', '.join(different[:5])}"
+            )
         interval = asdict(bootstrap_mean([value - then[key] for key, value in right.items()], list(units)))
         found = asdict(perturbation) | {"kind": perturbation.kind, "right": float(np.mean(list(then.values())))}
         drops.append(found | {"drop": interval["mean"], "low": interval["low"], "high": interval["high"], "n": interval["n"]})

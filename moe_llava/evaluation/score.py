@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Question, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.benchmark import (
+    Benchmark,
+    BenchmarkError,
+    Question,
+    answer_id,
+    find_benchmark,
+    find_folder,
+    pair,
+    plain,
+    read_json_lines,
+    result,
+    split_in,
+)
 from moe_llava.evaluation.judge import Judge
 
 
@@ -13,14 +27,16 @@ def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
     """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `unknown` (ids of answers to no question), and
     `model` if the answers name one (`model_id`).
 
-    Raises BenchmarkError if files are missing or damaged, or if only a server or a judge can score the benchmark.
+    Raises BenchmarkError if files are missing or damaged, if the answers are to other questions, or if only a server or a judge can score
+    the benchmark.
     """
     benchmark = find_benchmark(name)
     if benchmark.judge is not None and benchmark.score is None:
         raise BenchmarkError(f"{benchmark.title} is scored by a language model as judge: {judge_command(benchmark, data, answers)}")
     folder = find_folder(benchmark, data)
+    benchmark = split_in(benchmark, folder)
     if benchmark.score is None:
-        raise BenchmarkError(f"{benchmark.title} cannot be scored here: its truth is not public")
+        raise BenchmarkError(f"{benchmark.title}, as {folder} has it, is scored by a server only: the answers are not public")
     questions, given, rest = _paired(benchmark, folder, answers)
     return result(benchmark, benchmark.score(folder, questions, given), questions, given) | rest
 
@@ -56,5 +72,29 @@ def _paired(benchmark: Benchmark, folder: Path, file: Path) -> tuple[list[Questi
     """Questions, what was given to each, and what the answers tell besides."""
     questions, answers = benchmark.questions(folder), read_json_lines(file)
     given, unknown = pair(questions, answers, file)
+    _check_answers(questions, answers, given, file)
     models = {str(answer["model_id"]) for answer in answers if answer.get("model_id")}
     return questions, given, {"unknown": unknown} | ({"model": models.pop()} if len(models) == 1 else {})
+
+
+def _check_answers(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], given: Sequence[str | None], file: Path) -> None:
+    """Raises BenchmarkError if none of the answers is to one of the questions: by its id, and by its prompt if it has one."""
+    prompts: dict[str, list[str]] = {}
+    for question in questions:
+        prompts.setdefault(question.id, []).append(plain(question.prompt))
+    if not answers:
+        raise BenchmarkError(f"{file} has no answers")
+    known = [answer for answer in answers if answer_id(answer) in prompts]
+    if not known:
+        raise BenchmarkError(f"{file} answers the questions {_some(map(answer_id, answers))}; those to answer are {_some(prompts)}")
+    told = [(answer_id(answer), plain(answer["prompt"])) for answer in known if answer.get("prompt") is not None]
+    # One within the other is enough: LLaVA keeps some prompts without what form the answer should have.
+    alike = any(prompt in text or text in prompt for identity, prompt in told for text in prompts[identity])
+    if told and not (alike and any(text is not None for text in given)):
+        identity, prompt = told[0]
+        raise BenchmarkError(f"{file} answers other questions: {identity} was {prompt[:90]!r} there, but is {prompts[identity][0][:90]!r}")
+
+
+def _some(ids: Iterable[str]) -> str:
+    first = list(islice(ids, 4))
+    return ", ".join(first[:3]) + (" and so on" if len(first) > 3 else "")

@@ -40,18 +40,24 @@ def _by_group(values: list[float], groups: list[str]) -> tuple[np.ndarray, np.nd
     return np.bincount(index, weights=values), np.bincount(index)
 
 
-def bootstrap(measure: Callable[[np.ndarray], dict[str, float]], units: Sequence[str], seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap(
+    measure: Callable[[np.ndarray], dict[str, float]], units: Sequence[str], strata: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, tuple[float, float]]:
     """95% percentile interval of every score that `measure` gives, from the weight [N] of each item. Items of one unit are drawn together:
-    a resample's weights say how often each unit was drawn."""
-    names, index = np.unique(np.asarray(units, dtype=str), return_inverse=True)
+    a resample's weights say how often each unit was drawn. Of each stratum of units as many are drawn as it has. A resample for which a
+    score is NaN, as it holds nothing of what is scored, does not count for it."""
+    names, first, index = np.unique(np.asarray(units, dtype=str), return_index=True, return_inverse=True)
     if not len(names):
         return {}
+    stratum = np.zeros(len(names)) if strata is None else np.asarray(strata)[first]
+    members = [np.flatnonzero(stratum == name) for name in np.unique(stratum)]
     random = np.random.default_rng(seed)
     scores = []
     for _ in range(MEASURED):
-        drawn = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
+        chosen = np.concatenate([places[random.integers(len(places), size=len(places))] for places in members])
+        drawn = np.bincount(chosen, minlength=len(names))
         scores.append(measure(drawn[index].astype(float)))
-    low, high = np.quantile([list(score.values()) for score in scores], [0.025, 0.975], axis=0)
+    low, high = np.nanquantile([list(score.values()) for score in scores], [0.025, 0.975], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(scores[0], low, high, strict=True)}
 
 

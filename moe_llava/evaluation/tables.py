@@ -135,6 +135,10 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
         model = f"{model} under {perturbation['name']}:{perturbation['strength']}"
     cells = {}
     for score in benchmark.headline:
+        if isinstance(scores, dict) and score not in scores:
+            raise BenchmarkError(
+                f"{file} has no score {score!r}, as too little of {benchmark.title} was asked: ask without --limit, or leave it out"
+            )
         low, high = take(intervals, score, f"intervals of {file}")
         cell = Cell(take(scores, score, f"scores of {file}"), low, high, questions, len(missing))
         cells[Column(benchmark.name, benchmark.title, score, judge)] = cell

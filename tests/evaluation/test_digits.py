@@ -90,6 +90,19 @@ def test_the_benchmark_says_what_the_report_says(tiny_base):  # noqa: F811
     assert {value for name, value in everything.items() if not name.endswith("yes_share")} == {1.0}
 
 
+def test_the_interval_of_a_family_is_of_resamples_that_have_it(tiny_base):  # noqa: F811
+    """All is right, so nothing can be drawn that is not; of one question's family alone there are scores."""
+    folder, benchmark = tiny_base / "data", find_benchmark("digits")
+    questions = benchmark.questions(folder)
+    rare = next(question for question in questions if question.extra["family"] == "comparison")
+    asked = [question for question in questions if question.extra["family"] == "existence"] + [rare]
+    truth = [question.extra["answer"] for question in asked]
+    found = result(benchmark, benchmark.score(folder, asked, truth), asked, truth)
+    assert {name.partition("/")[0] for name in found["scores"]} == {"accuracy", "existence", "comparison"}
+    assert found["intervals"]["comparison/accuracy"] == (1, 1)
+    assert {interval for name, interval in found["intervals"].items() if not name.endswith("yes_share")} == {(1, 1)}
+
+
 def test_a_missing_answer_is_wrong_either_way():
     items = [answered("existence", "yes", None, "positive"), answered("existence", "no", None, "random")]
     assert existence(items)["random"]["accuracy"] == 0.0

@@ -175,6 +175,8 @@ def test_bad_annotations(tmp_path, content, message):
 
 def test_too_few_pictures(tmp_path):
     file = write_lines(tmp_path / "annotations", SHOWN)
-    with pytest.raises(BenchmarkError, match="has 4 pictures to ask about, but 5 are asked for; 2 show fewer than 3 objects, 1 show"):
+    with pytest.raises(
+        BenchmarkError, match="has 4 of the 5 pictures to ask about; left out are 2, as fewer than 3 objects are on them, and 1, as fewer"
+    ):
         write_pope_questions(file, tmp_path / "out", images=5)
     assert not (tmp_path / "out").exists()

@@ -60,6 +60,8 @@ def test_scores(data):
     assert found["scores"] == pytest.approx({"all": 100 * 18 / 35, "conv": 100 * 12 / 16, "detail": 50.0, "complex": 100 / 9})
     # Of two pictures, a resample holds the first twice, both, or the second twice.
     assert found["intervals"]["all"] == pytest.approx((100 * 9 / 18, 100 * 9 / 17))
+    # A resample that holds nothing of a category does not count for it.
+    assert found["intervals"]["detail"] == pytest.approx((50, 50))
     assert found["missing"] == found["unknown"] == found["unreadable"] == []
     assert (found["judge"]["model"], found["judge"]["replies"]) == ("m", 4)
     assert re.search(r"A house\.\nA tree\..*What is 3\?.*Answer A:\nreference 3\n\nAnswer B:\nAnswer B:\n\t10 10\n", prompt, re.DOTALL)

@@ -60,6 +60,8 @@ def test_scores_by_the_command(data):
     )
     low, high = found["intervals"]["total"]
     assert 10 <= low < 47.5 < high <= 100
+    # Of three resamples one has nothing of this combination.
+    assert found["intervals"]["combination/ocr"] == [100, 100]
     assert found["judge"]["cost"] == (400 * 10 + 40 * 100) / 1e6
     assert "47.5" in shown.stdout
     assert "model m, served ['served-name'], replies 4, asked 0, prompt tokens 400, completion tokens 40" in shown.stdout

@@ -6,8 +6,11 @@ import csv
 import pytest
 from openpyxl import load_workbook
 
-from moe_llava.evaluation.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result, split_in
 from moe_llava.evaluation.benchmarks.mmbench import read, upload_rows
+from moe_llava.evaluation.perturb import Perturbation
+from moe_llava.evaluation.robustness import robustness
+from moe_llava.evaluation.score import score_answers
 
 COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment", "split"]
 IMAGE = b"\x89PNG" + bytes(200_000)
@@ -74,6 +77,17 @@ def test_a_question_is_right_if_all_rotations_are(folder):
     assert found == {"accuracy": 50, "category/ocr": 100, "category/identity": 0, "l2-category/perception": 50}
 
 
+def test_items_are_what_the_benchmark_counts(folder):
+    """Under noise one rotation of the second question turns wrong, which was half wrong before: robustness tells the accuracies."""
+    benchmark = find_benchmark("mmbench")
+    clean, noisy = (benchmark.score(folder, *asked(folder, *texts)) for texts in (("A", "D", "B", "B"), ("A", "C", "A", "B")))
+    assert [(item["id"], item["given"], item["right"]) for item in clean.items] == [("7", ["A", "D"], True), ("8", ["B", "B"], False)]
+    found = robustness(clean.items, {Perturbation("noise", 1): noisy.items}, clean.units)
+    assert (found["clean"]["mean"], found["clean"]["n"]) == (0.5, 2)
+    assert found["drops"][0]["right"] == 0
+    assert split_in(benchmark, folder) is benchmark
+
+
 def test_lenient_reading_is_reported_where_it_differs(folder):
     found = scores(folder, "A", "D", "选B", "__A__")["scores"]
     assert (found["accuracy"], found["accuracy (lenient)"]) == (50, 100)
@@ -96,8 +110,11 @@ def test_reading(text, letter):
 def test_without_answers_only_the_server_can_score(tmp_path):
     at = COLUMNS.index("answer")
     folder = write(tmp_path, rows=[cells[:at] + cells[at + 1 :] for cells in ROWS], columns=COLUMNS[:at] + COLUMNS[at + 1 :])
-    with pytest.raises(BenchmarkError, match=r"mmbench_dev_20230712.tsv has no column 'answer'"):
-        scores(folder, "A")
+    benchmark = find_benchmark("mmbench")
+    assert split_in(benchmark, folder).score is None
+    (folder / "answers.jsonl").write_text('{"question_id": 7, "text": "A"}')
+    with pytest.raises(BenchmarkError, match="is scored by a server only"):
+        score_answers("mmbench", folder, folder / "answers.jsonl")
 
 
 @pytest.mark.parametrize(

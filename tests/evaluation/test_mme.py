@@ -87,6 +87,26 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
     assert (found["scores"]["existence/acc"], found["scores"]["existence/acc_plus"]) == (0.4, 1 / 5)
 
 
+def test_only_what_was_asked_is_scored(folder):
+    """Five questions: two images with both, one with one, which counts for acc alone. Sums over tasks want all of them."""
+    asked = MME.questions(folder)[:5]
+    assert [item["expected"] for item in MME.score(folder, asked, [None] * 5).items[:4]] == ["yes", "no", "no", "yes"]
+    given = ["yes", "no", "yes", "yes", None]
+    found = result(MME, MME.score(folder, asked, given), asked, given)
+    assert found["scores"] == {"existence": 60 + 50, "existence/acc": 3 / 5, "existence/acc_plus": 1 / 2}
+    found = result(MME, MME.score(folder, asked[:1], ["yes"]), asked[:1], ["yes"])
+    assert found["scores"].keys() == {"existence/acc"}
+
+
+def test_intervals_hold_every_task(folder, answers):
+    """Of a task with all answers right, no resample has anything wrong, and none of the others lacks it in the sum."""
+    found = scores(folder, answers)
+    assert found["scores"]["position"] == 200
+    assert found["intervals"]["position"] == (200, 200)
+    surest = sum(found["intervals"][task][0] for task in TASKS["perception"])
+    assert surest < found["intervals"]["perception"][0] < found["scores"]["perception"] < found["intervals"]["perception"][1]
+
+
 def test_both_layouts_of_the_release(folder):
     release = folder / "MME_Benchmark_release_version"
     assert (release / "posters" / "questions_answers_YN").is_dir()

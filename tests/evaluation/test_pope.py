@@ -56,6 +56,18 @@ def test_a_missing_answer_is_named_and_wrong(folder):
     )
 
 
+def test_categories_that_were_not_asked_are_absent(folder):
+    """The file has the adversarial questions first: means are theirs alone."""
+    answers = {answer["question_id"]: answer["text"] for answer in read_json_lines(folder / "answers" / "fixture-model.jsonl")}
+    asked = POPE.questions(folder)[:20]
+    assert {question.extra["category"] for question in asked} == {"adversarial"}
+    given = [answers[int(question.id)] for question in asked]
+    found = result(POPE, POPE.score(folder, asked, given), asked, given)
+    assert {name.partition("/")[0].removesuffix(" (lenient)") for name in found["scores"]} == {"adversarial", "accuracy", "f1"}
+    assert found["scores"]["f1"] == found["scores"]["adversarial/f1"] > 0
+    assert found["intervals"]["f1"] == found["intervals"]["adversarial/f1"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"), [("NO", False), ("none", False), ("There isn't a dog.", False), ("Yes, but not red", True), ("", None)]
 )

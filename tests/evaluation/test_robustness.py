@@ -62,8 +62,8 @@ def test_units_are_drawn_together():
 @pytest.mark.parametrize(
     ("then", "message"),
     [
-        (CLEAN[:3], "1 questions were scored with or without noise:1 only: 3"),
-        ([*CLEAN, {"id": "9", "right": True}], "only: 9"),
+        (CLEAN[:3], "questions were scored with or without noise:1 only, 1 in all: 3"),
+        ([*CLEAN, {"id": "9", "right": True}], "only, 1 in all: 9"),
         ([*CLEAN[:3], {"id": "3", "right": None}], "question 3 under noise:1 has None as right"),
         ([], "no question was scored under noise:1"),
     ],

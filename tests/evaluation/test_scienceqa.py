@@ -96,6 +96,14 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
     assert found["scores"]["accuracy"] == 7 / 40 * 100
 
 
+def test_the_first_questions_are_scored_alone(folder, answers):
+    """The second one has no image, and is the only one asked."""
+    asked = SCIENCEQA.questions(folder)[1:2]
+    found = result(SCIENCEQA, SCIENCEQA.score(folder, asked, [None]), asked, [None])
+    assert found["scores"]["accuracy"] == 0
+    assert not {"IMG-accuracy", "context/image"} & found["scores"].keys()
+
+
 def change(folder, to, name, old, new):
     for file in ("llava_test_CQM-A.json", "problems.json", "pid_splits.json"):
         text = (folder / file).read_text()

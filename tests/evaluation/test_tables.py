@@ -158,7 +158,7 @@ def test_what_is_wrong_is_named(runs, tmp_path):
         write_table([runs[0] / "pope"], "csv", False)
     for more, message in (
         ({"model": None}, r"first/pope/result.json has no 'model'"),
-        ({"scores": {"x": 1}}, r"scores of .*first/pope/result.json has no 'f1'"),
+        ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', as too little of POPE was asked: ask without --limit"),
         ({"benchmark": "pop"}, r"first/pope/result.json is of the benchmark 'pop'; there are"),
     ):
         before = file.read_text()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score import score_answers
 
 VIZWIZ = find_benchmark("vizwiz")
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase."
@@ -101,11 +102,25 @@ def test_upload(secret, tmp_path):
 
 
 def test_the_test_set_is_not_scored(secret):
-    with pytest.raises(BenchmarkError, match=r"scored by a server.* lacks val.json"):
-        scores(secret, {})
-    (secret / "val.json").write_text(json.dumps(records()))
-    with pytest.raises(BenchmarkError, match=r"test_0.jpg of .*llava_test.jsonl is not in val.json"):
-        scores(secret, {})
+    found = split_in(VIZWIZ, secret)
+    assert (found.score, found.upload) == (None, VIZWIZ.upload)
+    (secret / "answers.jsonl").write_text('{"question_id": 0, "text": "a dog"}')
+    with pytest.raises(BenchmarkError, match=r"VizWiz's test set, as .*vizwiz has it, is scored by a server only"):
+        score_answers("vizwiz", secret, secret / "answers.jsonl")
+
+
+def test_of_both_sets_the_one_that_can_be_scored_is_asked(validation, secret):
+    assert VIZWIZ.questions(validation)[0].id == "val_0.jpg"
+    found = split_in(VIZWIZ, validation)
+    assert (found.score, found.upload) == (VIZWIZ.score, None)
+
+
+def test_what_was_not_asked_has_no_score(validation):
+    """Of the second question alone, nothing tells whether what cannot be answered is known."""
+    questions = VIZWIZ.questions(validation)[1:2]
+    found = result(VIZWIZ, VIZWIZ.score(validation, questions, ["coke"]), questions, ["coke"])
+    assert found["scores"] == {"accuracy": 100, "answer_type/other": 100, "unanswerable/precision": 0}
+    assert found["intervals"]["accuracy"] == (100, 100)
 
 
 @pytest.mark.parametrize("key", ["answers", "answer_type", "answerable"])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score import score_answers
 
 VQAV2 = find_benchmark("vqav2")
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -96,12 +97,24 @@ def test_what_scoring_lacks_is_said(validation, secret):
     assert VQAV2.questions(validation)[0].id == "1"  # both are there: the validation set's
     with pytest.raises(BenchmarkError, match=r"question 1 and 3 more are not of the test set"):
         VQAV2.upload(validation, *answered(validation, {}), validation / "out")
+    found = split_in(VQAV2, validation)
+    assert (found.score, found.upload) == (VQAV2.score, None)
     (validation / "v2_mscoco_val2014_annotations.json").unlink()
-    with pytest.raises(BenchmarkError, match=r"lacks v2_mscoco_val2014_annotations.json$"):
-        scores(validation, {})
+    with pytest.raises(BenchmarkError, match=r"VQAv2 needs in .*vqav2:\n  v2_mscoco_val2014_annotations.json: the annotators' answers"):
+        split_in(VQAV2, validation)
     (validation / "llava_vqav2_mscoco_val2014.jsonl").unlink()
-    with pytest.raises(BenchmarkError, match=r"scored by a server.* lacks llava_vqav2_mscoco_val2014.jsonl and v2_mscoco_val2014"):
-        scores(secret, {})
+    (secret / "answers.jsonl").write_text('{"question_id": 10, "text": "two"}')
+    with pytest.raises(BenchmarkError, match=r"VQAv2's test-dev, as .*vqav2 has it, is scored by a server only"):
+        score_answers("vqav2", secret, secret / "answers.jsonl")
+
+
+def test_what_an_upload_needs_is_said_before_it_is_written(secret):
+    found = split_in(VQAV2, secret)
+    assert (found.score, found.upload) == (None, VQAV2.upload)
+    assert "llava_vqav2_mscoco_test2015.jsonl" in str(VQAV2.files)
+    (secret / "llava_vqav2_mscoco_test2015.jsonl").unlink()
+    with pytest.raises(BenchmarkError, match=r"needs in .*vqav2:\n  llava_vqav2_mscoco_test2015\.jsonl: the list of all test questions"):
+        split_in(VQAV2, secret)
 
 
 def test_upload_covers_the_whole_test_set(secret, tmp_path):
@@ -114,9 +127,6 @@ def test_upload_covers_the_whole_test_set(secret, tmp_path):
         {"question_id": 12, "answer": "john 's"},
         {"question_id": 13, "answer": ""},
     ]
-    (secret / "llava_vqav2_mscoco_test2015.jsonl").unlink()
-    with pytest.raises(BenchmarkError, match=r"lacks llava_vqav2_mscoco_test2015\.jsonl"):
-        VQAV2.upload(secret, questions, given, tmp_path)
 
 
 def test_files_that_are_not_there_are_named(tmp_path):

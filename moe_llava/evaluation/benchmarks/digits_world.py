@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from moe_llava.data.records import DataError, parse_record
-from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, ratio, read_json, take
+from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, read_json, share, take
+from moe_llava.evaluation.means import detection
 from moe_llava.evaluation.statistics import bootstrap_mean
 
 QUESTIONS = "test.json"
@@ -82,10 +83,10 @@ def _columns(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
     """Fractions."""
     right = weights * columns["right"]
-    scores = {"accuracy": ratio(right.sum(), weights.sum())}
+    scores = {"accuracy": share(right.sum(), weights.sum())}
     for family in dict.fromkeys(columns["family"].tolist()):
         here = columns["family"] == family
-        scores[f"{family}/accuracy"] = ratio(right[here].sum(), weights[here].sum())
+        scores[f"{family}/accuracy"] = share(right[here].sum(), weights[here].sum())
     for kind in _kinds(columns):
         scores |= {f"existence/{kind}/{name}": value for name, value in _yes_or_no(columns, weights, kind).items()}
     return scores
@@ -97,14 +98,14 @@ def _kinds(columns: Columns) -> list[str]:
 
 def _yes_or_no(columns: Columns, weights: np.ndarray, kind: str) -> dict[str, float]:
     kept, said, truth = weights * columns[f"about {kind}"], columns["said"], columns["truth"]
-    hits, number = kept[said & truth].sum(), kept.sum()
-    precision, recall = ratio(hits, kept[said].sum()), ratio(hits, kept[truth].sum())
+    number = kept.sum()
+    precision, recall, f1 = detection(kept, said, truth)
     return {
-        "accuracy": ratio(kept[said == truth].sum(), number),
+        "accuracy": share(kept[said == truth].sum(), number),
         "precision": precision,
         "recall": recall,
-        "f1": ratio(2 * precision * recall, precision + recall),
-        "yes_share": ratio(kept[said].sum(), number),
+        "f1": f1,
+        "yes_share": share(kept[said].sum(), number),
     }
 
 

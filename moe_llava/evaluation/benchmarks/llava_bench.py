@@ -20,8 +20,8 @@ from moe_llava.evaluation.benchmark import (
     Question,
     Scored,
     llava_questions,
-    ratio,
     read_json_lines,
+    share,
     take,
 )
 from moe_llava.evaluation.judge import Judge, Messages
@@ -115,7 +115,7 @@ def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
         chosen = columns["category"] == category if category != "all" else np.ones(len(weights), dtype=bool)
         if chosen.any():
             ours, reference = (float((columns[name] * weights)[chosen].sum()) for name in ("ours", "reference"))
-            scores[category] = 100 * ratio(ours, reference)
+            scores[category] = 100 * share(ours, reference)
     return scores
 
 

@@ -24,8 +24,8 @@ from moe_llava.evaluation.benchmark import (
     Question,
     Scored,
     llava_questions,
-    ratio,
     read_json,
+    share,
     take,
 )
 from moe_llava.evaluation.judge import Judge, Messages
@@ -99,7 +99,7 @@ def _conversation(question: str, expected: str, given: str) -> Messages:
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
     """Percent."""
     chosen = {"total": weights} | {name: weights * column for name, column in columns.items() if name != "share"}
-    return {name: 100 * ratio(float((columns["share"] * kept).sum()), float(kept.sum())) for name, kept in chosen.items()}
+    return {name: 100 * share(float((columns["share"] * kept).sum()), float(kept.sum())) for name, kept in chosen.items()}
 
 
 def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:

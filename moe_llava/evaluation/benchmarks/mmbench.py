@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from moe_llava.evaluation.benchmark import LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
+from moe_llava.evaluation.benchmark import ENCODING, LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
 from moe_llava.evaluation.choices import judged, scored
 
 # A rotation's index is that of its question plus a multiple of this.
@@ -49,7 +48,7 @@ def read_questions(file: Path, suffix: str) -> list[Question]:
 
 def _rows(file: Path) -> Iterable[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # an image is longer than the usual limit
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with file.open(encoding=ENCODING, newline="") as stream:
         try:
             header, *rows = [row for row in csv.reader(stream, delimiter="\t", strict=True) if row]
         except (ValueError, csv.Error) as error:
@@ -87,31 +86,25 @@ def scorer(name: str) -> Callable[[Path, list[Question], list[str | None]], Scor
 
 
 def score_rotations(file: Path, asked: list[Question], given: list[str | None]) -> Scored:
-    """Items are rows; the first of each question counts, for all of its rotations. Raises BenchmarkError if the table has no answers."""
-    if asked and "answer" not in asked[0].extra["row"]:
-        raise BenchmarkError(f"{file} has no column 'answer': only its server can score answers to it")
-    items: list[dict[str, Any]] = []
-    groups: list[list[str]] = []
-    wrong: dict[str, set[str]] = {"": set(), LENIENT: set()}
-    seen: set[str] = set()
+    """Items are questions, with all of their rotations that were asked."""
+    rotations: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[str]] = {}
     for question, text in zip(asked, given, strict=True):
-        row, options = question.extra["row"], question.extra["options"]
+        row, options, index = question.extra["row"], question.extra["options"], _without_rotation(question)
         item = judged(question, text, None if text is None else read(text, options), options, row["answer"], file)
-        unit = _unit(question)
-        for suffix in wrong:
-            if not item[f"right{suffix}"]:
-                wrong[suffix].add(unit)
-        items.append(item)
-        groups.append([] if unit in seen else ["accuracy", *(f"{key}/{row[key]}" for key in CATEGORIES if row.get(key))])
-        seen.add(unit)
-    units = [_unit(question) for question in asked]
-    found = scored(items, groups, units)
-    circular = {suffix: np.array([unit not in wrong[suffix] for unit in units], dtype=float) for suffix in wrong}
-    return replace(found, columns={**found.columns, **circular})
+        rotations.setdefault(index, []).append(item)
+        groups.setdefault(index, ["accuracy", *(f"{key}/{row[key]}" for key in CATEGORIES if row.get(key))])
+    return scored([_item(index, rows) for index, rows in rotations.items()], list(groups.values()), list(groups))
 
 
-def _unit(question: Question) -> str:
-    """The index without its rotation."""
+def _item(index: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a question, from those of its rotations: lists of what they have, and right if they all are."""
+    lists = {key: [row[key] for row in rows] for key in ("given", "read", f"read{LENIENT}", "expected")}
+    return {"id": index} | lists | {key: all(row[key] for row in rows) for key in ("right", f"right{LENIENT}")}
+
+
+def _without_rotation(question: Question) -> str:
+    """The index of the question of which this is a rotation."""
     return str(int(question.id) % ROTATION)
 
 
@@ -149,6 +142,17 @@ def upload_rows(asked: list[Question], given: list[str | None]) -> list[list[Any
     return rows
 
 
+def splitter(name: str) -> Callable[[Benchmark, Path], Benchmark]:
+    """By the header of the table of this name."""
+
+    def split(benchmark: Benchmark, folder: Path) -> Benchmark:
+        with (folder / name).open(encoding=ENCODING, errors="replace") as stream:
+            header = stream.readline().split("\t")
+        return benchmark if "answer" in map(str.strip, header) else replace(benchmark, score=None)
+
+    return split
+
+
 def mmbench(name: str, title: str, folder: str, table: str, suffix: str) -> Benchmark:
     return Benchmark(
         name=name,
@@ -159,6 +163,7 @@ def mmbench(name: str, title: str, folder: str, table: str, suffix: str) -> Benc
         score=scorer(table),
         headline=("accuracy",),
         upload=uploader(folder),
+        split=splitter(table),
         max_new_tokens=1024,
     )
 

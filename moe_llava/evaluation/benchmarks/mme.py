@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_llava.evaluation.benchmark import (
+    ENCODING,
     LENIENT,
     SINGLE_WORD,
     Benchmark,
@@ -24,7 +25,7 @@ from moe_llava.evaluation.benchmark import (
     Scored,
     llava_questions,
     plain,
-    ratio,
+    share,
 )
 from moe_llava.evaluation.benchmarks.pope import says_yes_leniently
 
@@ -52,7 +53,7 @@ def read_leniently(text: str) -> str:
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
     truth = {task: _truth(folder / RELEASE / task) for task in ALL_TASKS}
-    _check(folder / QUESTIONS, asked)
+    _check(folder / QUESTIONS, questions(folder))
     items = []
     for question, text in zip(asked, given, strict=True):
         task, key = _task(question), (Path(question.id).stem, _bare(question.prompt))
@@ -66,14 +67,15 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
         )
     units = [question.id for question in asked]
     columns = {task: np.array([item["task"] == task for item in items], dtype=float) for task in ALL_TASKS}
-    # Each image counts once for acc_plus, with its first question.
+    # Each image of which both questions were asked counts once for acc_plus, with the first.
+    _, first, counts = np.unique(units, return_index=True, return_counts=True)
     columns["first"] = np.zeros(len(units))
-    columns["first"][np.unique(units, return_index=True)[1]] = 1
+    columns["first"][first] = counts == 2
     for suffix in ("", LENIENT):
         right = Counter(item["id"] for item in items if item[f"right{suffix}"])
         columns[f"right{suffix}"] = np.array([item[f"right{suffix}"] for item in items], dtype=float)
         columns[f"both{suffix}"] = np.array([right[unit] == 2 for unit in units], dtype=float)
-    return Scored(items, columns, units, _measure)
+    return Scored(items, columns, units, _measure, strata=[_task(question) for question in asked])
 
 
 def _task(question: Question) -> str:
@@ -85,12 +87,12 @@ def _bare(text: str) -> str:
     return plain(text.removesuffix(SINGLE_WORD)).removesuffix("Please answer yes or no.").strip()
 
 
-def _check(file: Path, asked: list[Question]) -> None:
-    """The totals need every task, and acc_plus needs pairs."""
-    tasks = {_task(question) for question in asked}
+def _check(file: Path, whole: list[Question]) -> None:
+    """The totals need every task, and acc_plus needs pairs, in the whole file, whatever was asked."""
+    tasks = {_task(question) for question in whole}
     if tasks != set(ALL_TASKS):
         raise BenchmarkError(f"{file} must have the tasks {', '.join(ALL_TASKS)}, but has {', '.join(sorted(tasks)) or 'none'}")
-    for image, count in Counter(question.id for question in asked).items():
+    for image, count in Counter(question.id for question in whole).items():
         if count != 2:
             raise BenchmarkError(f"{image} must have 2 questions in {file}, but has {count}")
 
@@ -100,7 +102,7 @@ def _truth(folder: Path) -> dict[tuple[str, str], str]:
     own = folder / "questions_answers_YN"
     truth = {}
     for file in sorted((own if own.is_dir() else folder).glob("*.txt")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(file.read_text(encoding=ENCODING).split("\n"), start=1):
             if not line.strip():
                 continue
             question, tab, answer = line.strip().rpartition("\t")
@@ -111,7 +113,7 @@ def _truth(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    """Points; acc and acc_plus as fractions."""
+    """Points; acc and acc_plus as fractions. A sum over tasks is NaN if there is nothing of one of them."""
     scores: dict[str, float] = {}
     for suffix in ("", LENIENT):
         right, first, both = columns[f"right{suffix}"], columns["first"], columns[f"both{suffix}"]
@@ -120,7 +122,7 @@ def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
             scores[f"{ability}{suffix}"] = 0.0
             for task in tasks:
                 kept = weights * columns[task]
-                accuracy, plus = ratio(float(kept @ right), float(kept.sum())), ratio(float(kept @ (first * both)), float(kept @ first))
+                accuracy, plus = share(float(kept @ right), float(kept.sum())), share(float(kept @ (first * both)), float(kept @ first))
                 parts |= {f"{task}{suffix}": accuracy * 100 + plus * 100}
                 parts |= {f"{task}/acc{suffix}": accuracy, f"{task}/acc_plus{suffix}": plus}
                 scores[f"{ability}{suffix}"] += parts[f"{task}{suffix}"]

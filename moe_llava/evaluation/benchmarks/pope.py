@@ -22,10 +22,11 @@ from moe_llava.evaluation.benchmark import (
     Scored,
     llava_questions,
     plain,
-    ratio,
     read_json_lines,
+    share,
     take,
 )
+from moe_llava.evaluation.means import detection
 
 QUESTIONS = "llava_pope_test.jsonl"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -84,25 +85,26 @@ def _labels(file: Path) -> dict[tuple[str, str], bool]:
 
 
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    """Fractions, as the published script prints them."""
+    """Fractions, as the published script prints them; means over the categories that were asked."""
     scores: dict[str, float] = {}
+    categories = [category for category in CATEGORIES if category in columns["category"]]
     for suffix, read in (("", columns["read"]), (LENIENT, columns["leniently"])):
-        for category in CATEGORIES:
+        for category in categories:
             kept = np.where(columns["category"] == category, weights, 0.0)
             truth = columns["expected"]
-            hits, alarms = float(kept[read & truth].sum()), float(kept[read & ~truth].sum())
-            misses, passes = float(kept[~read & truth].sum()), float(kept[~read & ~truth].sum())
-            precision, recall = ratio(hits, hits + alarms), ratio(hits, hits + misses)
+            number = float(kept.sum())
+            precision, recall, f1 = detection(kept, read, truth)
             found = {
-                "accuracy": ratio(hits + passes, hits + alarms + misses + passes),
+                "accuracy": share(float(kept[read == truth].sum()), number),
                 "precision": precision,
                 "recall": recall,
-                "f1": ratio(2 * precision * recall, precision + recall),
-                "yes": ratio(hits + alarms, hits + alarms + misses + passes),
+                "f1": f1,
+                "yes": share(float(kept[read].sum()), number),
             }
             scores |= {f"{category}/{name}{suffix}": value for name, value in found.items()}
         for name in ("accuracy", "f1"):
-            scores[f"{name}{suffix}"] = sum(scores[f"{category}/{name}{suffix}"] for category in CATEGORIES) / len(CATEGORIES)
+            total = sum(scores[f"{category}/{name}{suffix}"] for category in categories)
+            scores[f"{name}{suffix}"] = share(total, len(categories))
     return scores
 
 

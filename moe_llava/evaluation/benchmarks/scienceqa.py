@@ -41,7 +41,7 @@ def read(text: str) -> str | None:
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
     problems, file = read_json(folder / PROBLEMS), folder / PROBLEMS
-    _check_split(folder, asked)
+    _check_split(folder)
     items, groups = [], []
     for question, text in zip(asked, given, strict=True):
         if question.id not in problems:
@@ -55,10 +55,10 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
     return scored(items, groups, [question.id for question in asked])
 
 
-def _check_split(folder: Path, asked: list[Question]) -> None:
-    """Accuracy is over the whole test split."""
+def _check_split(folder: Path) -> None:
+    """Accuracy is over the whole test split, of which the question file must have all, whatever was asked."""
     split = set(take(read_json(folder / SPLITS), "test", str(folder / SPLITS)))
-    different = sorted(split ^ {question.id for question in asked})
+    different = sorted(split ^ {question.id for question in questions(folder)})
     if different:
         raise BenchmarkError(
             f"{folder / QUESTIONS} and the test split in {SPLITS} must have the same questions, but {len(different)} are in one only, "

@@ -24,22 +24,20 @@ from moe_llava.evaluation.benchmark import (
     Scored,
     find_file,
     llava_questions,
-    ratio,
     read_json,
     take,
 )
-from moe_llava.evaluation.means import mean_by
+from moe_llava.evaluation.means import detection, mean_by
 from moe_llava.evaluation.normalise import annotators, evalai, leave_one_out, vqa
 
 TEST = "llava_test.jsonl"
 VALIDATION = "val.json"
-QUESTIONS = f"{TEST} | {VALIDATION}"
+QUESTIONS = f"{VALIDATION} | {TEST}"
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 def questions(folder: Path) -> list[Question]:
-    """Those of LLaVA's question file, if it is there, or else the validation set's. In this order, because val.json comes with the test
-    set."""
+    """The validation set's, if they are there, or else the test set's."""
     file = find_file(folder, QUESTIONS)
     if file.name == TEST:
         return llava_questions(file, folder / "test")
@@ -50,21 +48,10 @@ def questions(folder: Path) -> list[Question]:
 
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
-    if not (folder / VALIDATION).exists():
-        raise BenchmarkError(
-            f"VizWiz's test set is scored by a server, which takes an upload; "
-            f"for the validation set to be scored here, {folder} lacks {VALIDATION}"
-        )
     records = _records(folder / VALIDATION)
     items = []
     for question, text in zip(asked, given, strict=True):
-        image = _image(question)
-        if image not in records:
-            raise BenchmarkError(
-                f"{image} of {folder / TEST} is not in {VALIDATION}: a server scores the test set; "
-                f"to be asked the validation set's questions, have {VALIDATION} in a folder without {TEST}"
-            )
-        items.append({"id": question.id} | _item(records[image], text, f"{image} of {folder / VALIDATION}"))
+        items.append({"id": question.id} | _item(records[question.id], text, f"{question.id} of {folder / VALIDATION}"))
     scored = mean_by(items, ("answer_type",), [item["id"] for item in items])
     marks = {name: np.array([item[name] for item in items], dtype=bool) for name in ("unanswerable", "refused")}
 
@@ -91,10 +78,7 @@ def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any
 
 
 def _refusals(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    refused, unanswerable = columns["refused"], columns["unanswerable"]
-    hits = float(weights[refused & unanswerable].sum())
-    precision, recall = ratio(hits, float(weights[refused].sum())), ratio(hits, float(weights[unanswerable].sum()))
-    f1 = ratio(2 * precision * recall, precision + recall)
+    precision, recall, f1 = detection(weights, columns["refused"], columns["unanswerable"])
     return {"unanswerable/precision": 100 * precision, "unanswerable/recall": 100 * recall, "unanswerable/f1": 100 * f1}
 
 
@@ -121,13 +105,20 @@ def _image(question: Question) -> str:
     return Path(str(question.images[0])).name
 
 
+def split(benchmark: Benchmark, folder: Path) -> Benchmark:
+    if find_file(folder, QUESTIONS).name == VALIDATION:
+        return replace(benchmark, upload=None)
+    return replace(benchmark, title="VizWiz's test set", score=None)
+
+
 BENCHMARK = Benchmark(
     name="vizwiz",
     title="VizWiz",
     folder="vizwiz",
-    files={QUESTIONS: "the questions, of the test set or of the validation set"},
+    files={QUESTIONS: "the questions, of the validation set (scored here, and taken if both are there) or of the test set (by upload)"},
     questions=questions,
     score=score,
     headline=("accuracy",),
     upload=upload,
+    split=split,
 )

@@ -8,6 +8,7 @@ are not all the same, and are otherwise taken as they are.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,6 @@ def questions(folder: Path) -> list[Question]:
 
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
-    missing = [name for name in (VALIDATION, ANNOTATIONS) if not (folder / name).exists()]
-    if missing:
-        raise BenchmarkError(
-            f"VQAv2's test set is scored by a server, which takes an upload; "
-            f"for the validation set to be scored here, {folder} lacks {' and '.join(missing)}"
-        )
     annotations = _annotations(folder / ANNOTATIONS)
     items: list[dict[str, Any]] = []
     for question, text in zip(asked, given, strict=True):
@@ -64,8 +59,6 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
 
 def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
     """`vqav2.json`: the answers by EvalAI's normalisation, as LLaVA sends them; "" for a question of the test set without one."""
-    if not (folder / TEST).exists():
-        raise BenchmarkError(f"{folder} lacks {TEST}, the list of all test questions, which an upload of VQAv2 must cover")
     answers = {question.id: text for question, text in zip(asked, given, strict=True)}
     ids = [
         take(record, "question_id", f"record {number} of {folder / TEST}")
@@ -96,13 +89,24 @@ def _image(question: Question) -> str:
     return str(question.images[0]) if question.images else question.id
 
 
+def split(benchmark: Benchmark, folder: Path) -> Benchmark:
+    if find_file(folder, QUESTIONS).name == VALIDATION:
+        return replace(benchmark, upload=None, files=benchmark.files | {ANNOTATIONS: "the annotators' answers"})
+    whole = {TEST: "the list of all test questions, which an upload must cover"}
+    return replace(benchmark, title="VQAv2's test-dev", score=None, files=benchmark.files | whole)
+
+
 BENCHMARK = Benchmark(
     name="vqav2",
     title="VQAv2",
     folder="vqav2",
-    files={QUESTIONS: "the questions, of the validation set or of test-dev"},
+    files={
+        QUESTIONS: f"the questions, of the validation set (scored here with {ANNOTATIONS}, and taken if both are there) "
+        f"or of test-dev (by upload, which needs {TEST})"
+    },
     questions=questions,
     score=score,
     headline=("accuracy",),
     upload=upload,
+    split=split,
 )
