@@ -179,7 +179,7 @@ def _write_uploads(task: Task, limit: int | None, console: Console) -> list[Path
     if benchmark.upload is None:
         return []
     if limit is not None:
-        console.print(f"{benchmark.title}: no upload of answers to {len(task.asked)} questions only", highlight=False)
+        console.print(f"{benchmark.title}: no upload, which would need the answers to all questions", highlight=False)
         return []
     uploads = benchmark.upload(task.data, task.asked, given(task.out, task.asked), task.out)
     for upload in uploads:

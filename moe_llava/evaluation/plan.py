@@ -13,7 +13,7 @@ from typing import Any
 from moe_llava.checkpoints.load import load_config
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.answers import check_settings
-from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Question, find_benchmark, find_folder
+from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Question, find_benchmark, find_folder, split_in
 from moe_llava.evaluation.perturb import Perturbation
 
 GREEDY = {"do_sample": False, "num_beams": 1}
@@ -61,9 +61,10 @@ def plan_tasks(
     for name in dict.fromkeys(names):
         try:
             benchmark = find_benchmark(name)
-            if perturbations and benchmark.score is None:
-                raise BenchmarkError(f"{benchmark.title} is not scored here, so there is nothing to compare under --perturb")
+            _check_scored(benchmark, perturbations)
             folder = find_folder(benchmark, data)
+            benchmark = split_in(benchmark, folder)
+            _check_scored(benchmark, perturbations)
             questions = benchmark.questions(folder)
             check_questions(benchmark.title, questions)
             settings = {**made_with, "benchmark": name, "questions": _digest(questions), **GREEDY}
@@ -80,6 +81,11 @@ def plan_tasks(
     if problems:
         raise BenchmarkError("\n  ".join(problems))
     return plans
+
+
+def _check_scored(benchmark: Benchmark, perturbations: Sequence[Perturbation]) -> None:
+    if perturbations and benchmark.score is None:
+        raise BenchmarkError(f"{benchmark.title} is not scored here, so there is nothing to compare under --perturb")
 
 
 def check_questions(title: str, questions: Sequence[Question]) -> None:

@@ -193,7 +193,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     monkeypatch.setattr(plan, "find_benchmark", lambda name: variants[name])
     found, printed = run(tiny_base, tmp_path, ("server", "judge"), limit=3)
     assert found == []
-    assert "Server: no upload of answers to 3 questions only" in printed
+    assert "Server: no upload, which would need the answers to all questions" in printed
     _, printed = run(tiny_base, tmp_path, ("server", "judge"))
     plain = printed.replace("\n", "")
     assert f"Server: {tmp_path / 'server' / 'upload.json'} is what its server takes" in plain
@@ -285,3 +285,29 @@ def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path)
     with pytest.raises(BenchmarkError, match=r"LLaVA-Bench .*is not scored here, so there is nothing to compare"):
         run(tiny_base, tmp_path / "out", names=("digits", "llava-bench"), perturb="noise:1")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
+    """Known before anything is asked: its answers are for the upload, and there is nothing to compare."""
+    folder = tmp_path / "vizwiz"
+    (folder / "test").mkdir(parents=True)
+    Image.new("RGB", (48, 48)).save(folder / "test" / "a.jpg")
+    (folder / "llava_test.jsonl").write_text(json.dumps({"question_id": 0, "image": "a.jpg", "text": "what is this ?"}) + "\n")
+    done = run_command("evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "is what its server takes" in done.stdout
+    assert not (tmp_path / "out" / "vizwiz" / "result.json").exists()
+    command = (
+        "evaluate",
+        tiny_base / "base",
+        "--benchmark",
+        "vizwiz",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "new",
+        "--perturb",
+        "noise:1",
+    )
+    assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in refused(*command)
+    assert not (tmp_path / "new").exists()
