@@ -1,4 +1,5 @@
-"""The commands and the Python of the documents are run, in small, in the order in which they are written."""
+"""The commands and the Python of the documents are run, in small, in the order in which they are written: those of the README first, then
+those of the pages that build on it, in two parts, which two cores can run side by side."""
 
 import re
 import shlex
@@ -13,11 +14,12 @@ from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
-PAGES = (
-    *("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "variants", "experiments"),
-    "customising",
-)
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in PAGES)]
+README = "README.md"
+PARTS = {
+    "training": ("training", "data", "adapters", "digits", "checkpoints", "customising"),
+    "evaluation": ("evaluation", "robustness", "routing", "variants", "experiments"),
+}
+DOCUMENTS = [README, *(f"docs/{name}.md" for names in PARTS.values() for name in names)]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
     "demo": ["--train-images", "20", "--test-images", "4", *SMALL],
@@ -41,17 +43,17 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(document, text) of every fenced block of `language`."""
+def blocks(part: str, language: str) -> list[tuple[str, str]]:
+    """(document, text) of every fenced block of `language` in the README and a part of the pages."""
     found = []
-    for name in DOCUMENTS:
+    for name in [README, *(f"docs/{name}.md" for name in PARTS[part])]:
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         found += [(name, block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
     return found
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    lines = [(name, line.split("#")[0].strip()) for name, block in blocks("sh") for line in block.splitlines()]
+def commands(part: str) -> list[tuple[str, list[str]]]:
+    lines = [(name, line.split("#")[0].strip()) for name, block in blocks(part, "sh") for line in block.splitlines()]
     return [(name, shlex.split(line)) for name, line in lines if line]
 
 
@@ -69,13 +71,14 @@ def runnable(words: list[str]) -> list[str] | None:
 
 
 @pytest.mark.slow
-def test_documented_commands_and_python_run(tmp_path):
+@pytest.mark.parametrize("part", PARTS)
+def test_documented_commands_and_python_run(tmp_path, part):
     (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     towers = tiny_published.write_towers(tmp_path / "towers")
     settings = tiny_published.settings_of("qwen1_5", vocab_size=520)
     write_phi(tiny_published.write_published(tmp_path / "published", settings, tiny_published.weights_of(settings, towers)), fast=True)
     ran = 0
-    for name, words in commands():
+    for name, words in commands(part):
         command = runnable(words)
         if command is None:
             continue
@@ -83,7 +86,7 @@ def test_documented_commands_and_python_run(tmp_path):
         assert done.returncode == 0, f"{name}: {shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 6
-    scripts = blocks("python")
+    scripts = blocks(part, "python")
     assert scripts
     for name, script in scripts:
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
