@@ -140,8 +140,9 @@ class Engine:
         places, images = ids.count(self._image), 0 if request.pixel_values is None else len(request.pixel_values)
         if bool(places) != bool(images) or (images and places % images):
             raise RequestError(f"the prompt has {places} placeholders, which cannot be those of {images} images")
-        if request.temperature < 0 or not 0 < request.top_p <= 1 or "" in request.stop:
-            raise RequestError("temperature must be at least 0, top_p above 0 and at most 1, and no stop string empty")
+        # Logits divided by less would be no numbers any more.
+        if not (request.temperature == 0 or request.temperature >= 0.001) or not 0 < request.top_p <= 1 or "" in request.stop:
+            raise RequestError("temperature must be 0 or at least 0.001, top_p above 0 and at most 1, and no stop string empty")
 
     # What follows runs in the engine's thread.
 

@@ -27,7 +27,7 @@ class AnswerText:
         """The text that is settled now, often that of one token."""
         self._tokens.append(token)
         text = self._undecoded()
-        if text.endswith(BROKEN):
+        if not text or text.endswith(BROKEN):  # a special token, or a part of a character
             return ""
         self._last, self._new = self._new, len(self._tokens)
         return self._settle(text)

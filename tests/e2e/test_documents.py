@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
 PAGES = (
-    *("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "variants", "experiments"),
+    *("training", "data", "adapters", "digits", "checkpoints", "evaluation", "robustness", "routing", "variants", "experiments", "serving"),
     "customising",
 )
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in PAGES)]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+import uvicorn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.model.upcycling import upcycle
+from moe_llava.serving.api import build_app
 from moe_llava.serving.engine import Engine
+from moe_llava.serving.listen import listener
 from moe_llava.serving.requests import Piece, Request
 from tests.conftest import tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -61,3 +66,17 @@ def served(tiny_base):  # noqa: F811
     """(model, processor, questions about an image)"""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
     return model, processor, digits_world.questions(tiny_base / "data")[:6]
+
+
+@contextmanager
+def server(engine: Engine, processor, **settings) -> Iterator[str]:
+    """A real server on loopback; its URL, without /v1."""
+    with listener("127.0.0.1", 0) as socket:
+        running = uvicorn.Server(uvicorn.Config(build_app(engine, processor, "tiny", **settings), log_level="warning"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join()

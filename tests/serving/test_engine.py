@@ -235,6 +235,7 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
         ({"input_ids": [1, 500]}, "token 500, but the model knows 99"),
         ({"pixel_values": torch.zeros(1, 3, 48, 48)}, "0 placeholders, which cannot be those of 1 images"),
         ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": 1e-40}, "temperature must be 0 or at least"),
         ({"top_p": 0.0}, "top_p above 0"),
         ({"stop": ("",)}, "no stop string empty"),
     ],

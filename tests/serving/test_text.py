@@ -41,6 +41,13 @@ def test_words_are_joined_as_the_tokenizer_joins_them():
     assert given[:2] == ["the", " red"]
 
 
+def test_special_tokens_leave_no_trace():
+    tokenizer = build_tokenizer()
+    writing = AnswerText(tokenizer)
+    tokens = tokenizer.convert_tokens_to_ids(["the", "<pad>", "<s>", "red", "<pad>", "7"])
+    assert [writing.add(token) for token in tokens] == ["the", "", "", " red", "", " 7"]
+
+
 def test_bytes_that_are_no_character_are_told_at_the_end(letters):
     writing = AnswerText(letters)
     first, second = letters.encode("a€", add_special_tokens=False)[:2]
