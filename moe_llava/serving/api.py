@@ -12,11 +12,11 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -97,8 +97,22 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
 
-    async def complete(self, client: Request) -> Response:
-        """A chat completion. Raises ApiError."""
+    async def chat_completions(self, client: Request) -> Response:
+        try:
+            return await self._complete(client)
+        except ApiError as error:
+            self.metrics.requests[str(error.status)] += 1
+            raise
+
+    async def models(self) -> Response:
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def metrics_page(self) -> Response:
+        text = self.metrics.text(self.engine.running, self.engine.waiting)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def _complete(self, client: Request) -> Response:
         arrival = time.monotonic()
         asked = parse(await self._body(client), self.limits)
         if asked.model != self.name:
@@ -203,7 +217,6 @@ def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str]
     """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except to /health; without, it has to
     be on this machine."""
     service = Service(engine, processor, name, limits or Limits())
-    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -212,8 +225,22 @@ def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str]
 
     # No pages about the interface: they would load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.get("/health")(health)
+    guarded = APIRouter(dependencies=[Depends(client_check(api_keys))])
+    guarded.get("/metrics")(service.metrics_page)
+    guarded.get("/v1/models")(service.models)
+    guarded.post("/v1/chat/completions")(service.chat_completions)
+    app.include_router(guarded)
+    for kind, tell in ((ApiError, _refused), (HTTPException, _unknown), (Exception, _failed)):
+        app.add_exception_handler(kind, tell)
+    return app
 
-    def check_client(client: Request) -> None:
+
+def client_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+    """What raises ApiError for a client that may not come in."""
+    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    async def check(client: Request) -> None:
         if not digests and not is_loopback(client.url.hostname or ""):
             raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
         kind, _, key = client.headers.get("authorization", "").partition(" ")
@@ -224,42 +251,21 @@ def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str]
                 401, "send an API key: Authorization: Bearer KEY", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
 
-    @app.get("/health")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+    return check
 
-    @app.get("/metrics")
-    async def metrics(client: Request) -> Response:
-        check_client(client)
-        return PlainTextResponse(service.metrics.text(engine.running, engine.waiting), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models(client: Request) -> Response:
-        check_client(client)
-        model = {"id": name, "object": "model", "created": service.created, "owned_by": "moe-llava"}
-        return JSONResponse({"object": "list", "data": [model]})
+async def health() -> Response:
+    return JSONResponse({"status": "ok"})
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(client: Request) -> Response:
-        check_client(client)
-        try:
-            return await service.complete(client)
-        except ApiError as error:
-            service.metrics.requests[str(error.status)] += 1
-            raise
 
-    @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers)
+async def _refused(_: Request, error: Any) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
 
-    @app.exception_handler(HTTPException)
-    async def unknown(client: Request, error: HTTPException) -> Response:
-        told = ApiError(error.status_code, f"{client.method} {client.url.path[:100]}: {error.detail}")
-        return JSONResponse(told.body(), error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        told = api_error(error)
-        return JSONResponse(told.body(), told.status)
+async def _unknown(client: Request, error: Any) -> Response:
+    told = ApiError(error.status_code, f"{client.method} {client.url.path[:100]}: {error.detail}", headers=dict(error.headers or {}))
+    return await _refused(client, told)
 
-    return app
+
+async def _failed(client: Request, error: Exception) -> Response:
+    return await _refused(client, api_error(error))

@@ -94,6 +94,34 @@ def test_answers_are_the_same_whenever_one_joins(served, questions, family, shor
     assert found == [alone(model, request) for request in requests]
 
 
+@pytest.mark.parametrize("family", ["llama", "phi", "mistral"])
+def test_those_who_wait_are_read_together(served, questions, family, monkeypatch):
+    """Prompts of different lengths, with one image, two and none, in one forward pass."""
+    _, processor, _ = served
+    model = model_of(family, True, processor)
+    model.generation_config.eos_token_id = None
+    requests = [request_of(processor, questions[place], 9) for place in (0, 7, 6, 8)]
+    expected = [alone(model, request) for request in requests]
+    may_begin, widths, forward = threading.Event(), [], model.forward
+
+    def waits(**inputs):
+        may_begin.wait(60)
+        widths.append(inputs["input_ids"].shape)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", waits)
+    with Engine(model, processor.tokenizer) as engine:
+        answers = [ask(engine, requests[0])]
+        while engine.waiting:  # until it is being read
+            time.sleep(0.01)
+        answers += [ask(engine, request) for request in requests[1:]]
+        may_begin.set()
+        assert [tokens(answer) for answer in answers] == expected
+    lengths = {len(request.input_ids) for request in requests[1:]}
+    assert len(lengths) == 3
+    assert (3, max(lengths)) in widths
+
+
 def test_a_sliding_window_is_kept_to(served, questions):
     """Else the test above would show nothing about windows."""
     _, processor, _ = served
