@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from http.client import HTTPConnection
 from io import BytesIO
 
 import openai
@@ -85,6 +86,19 @@ def eventually(condition):
 def test_it_tells_what_it_serves(url, client):
     assert json.load(urllib.request.urlopen(f"{url}/health")) == {"status": "ok"}
     assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_no_answer_waits_for_an_acknowledgement(url):
+    """Which takes 40 ms, from the second or third on."""
+    connection = HTTPConnection(url.removeprefix("http://"))
+    times = []
+    for _ in range(10):
+        start = time.monotonic()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        times.append(time.monotonic() - start)
+    connection.close()
+    assert sorted(times)[5] < 0.03
 
 
 def test_a_conversation_goes_as_it_does_in_chat(served, client):
