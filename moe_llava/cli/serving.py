@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +43,7 @@ def serve(
             application = build_app(engine, processor, name, keys)
             at, bound = socket.getsockname()[:2]
             print(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{bound}/v1", flush=True)
-            uvicorn.Server(uvicorn.Config(application, log_level="warning", server_header=False)).run(sockets=[socket])
+            # By then every answer is complete, or was ended; who does not read it is not waited for.
+            longest = math.ceil(time_limit) + 5
+            config = uvicorn.Config(application, log_level="warning", server_header=False, timeout_graceful_shutdown=longest)
+            uvicorn.Server(config).run(sockets=[socket])

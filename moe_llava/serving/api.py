@@ -117,8 +117,9 @@ class Service:
         asked = parse(await self._body(client), self.limits)
         if asked.model != self.name:
             raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
-        request = await run_in_threadpool(self._request, asked)
         try:
+            self.engine.check_room()
+            request = await run_in_threadpool(self._request, asked)
             answer = Answer(self.engine, request, self.metrics, arrival)
         except (requests.RequestError, requests.QueueFull, requests.EngineClosed) as error:
             raise api_error(error) from error

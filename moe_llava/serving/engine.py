@@ -95,13 +95,17 @@ class Engine:
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
         row = Row(request, deliver, time.monotonic() + self.time_limit, AnswerText(self._tokenizer, request.stop), sampler)
         with self._changed:
-            if self._closed:
-                raise EngineClosed("the server is ending")
-            if self.running + len(self._waiting) >= self.places + self.max_waiting:
-                raise QueueFull(f"{self.places} requests are being answered and {self.max_waiting} more wait; try again later")
+            self.check_room()
             self._waiting.append(row)
             self._changed.notify()
         return row.cancel
+
+    def check_room(self) -> None:
+        """Raises QueueFull or EngineClosed where `submit` would: for who wants to know before a request is prepared."""
+        if self._closed:
+            raise EngineClosed("the server is ending")
+        if self.running + self.waiting >= self.places + self.max_waiting:
+            raise QueueFull(f"{self.places} requests are being answered and {self.max_waiting} more wait; try again later")
 
     @property
     def running(self) -> int:
