@@ -114,7 +114,7 @@ class Service:
 
     async def _complete(self, client: Request) -> Response:
         arrival = time.monotonic()
-        asked = parse(await self._body(client), self.limits)
+        asked = await run_in_threadpool(parse, await self._body(client), self.limits)
         if asked.model != self.name:
             raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
         try:
