@@ -10,11 +10,13 @@ from moe_llava.digits.questions import vocabulary
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "user:", "assistant:"
 
-# The conversation form of LLaVA-1.5 (v1), without its system prompt. The generation block marks what a model learns to say.
+# The conversation form of LLaVA-1.5 (v1), without a system prompt of its own. The generation block marks what a model learns to say.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} ASSISTANT:"
+    "{% elif message['role'] == 'system' %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' ' }}"
     "{% else %}{{ ' ' }}{% generation %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )

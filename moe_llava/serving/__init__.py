@@ -1,1 +1,1 @@
-"""Talking to a model."""
+"""Talking to a model, alone or with many at once."""

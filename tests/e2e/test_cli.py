@@ -55,6 +55,7 @@ def test_chat_as_a_piped_conversation(sparse, tiny_base):  # noqa: F811
         (["params", "{folder}"], 2, "has no config.json"),
         (["chat", "{folder}", "hello"], 2, "has no config.json"),
         (["chat", "{folder}", " "], 2, "the prompt is empty"),
+        (["serve", "{folder}"], 2, "has no config.json"),
         (["upcycle", "{folder}", "{folder}/out"], 2, "has no config.json"),
         (["check", "{folder}/none.json"], 2, "none.json does not exist"),
         (["check", "{folder}/none.json", "--model", "{folder}"], 2, "has no config.json"),

@@ -17,7 +17,7 @@ from tests.e2e.test_cli import SMALL
 README = "README.md"
 PARTS = {
     "training": ("training", "data", "adapters", "digits", "checkpoints", "variants"),
-    "evaluation": ("evaluation", "robustness", "routing", "experiments", "customising"),
+    "evaluation": ("evaluation", "robustness", "routing", "experiments", "serving", "customising"),
 }
 DOCUMENTS = [README, *(f"docs/{name}.md" for names in PARTS.values() for name in names)]
 # What makes each command small enough for a test; "make" targets stand for the command behind them.

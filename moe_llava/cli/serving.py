@@ -1,0 +1,49 @@
+"""The verb serve."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_llava.cli.common import Checkpoint, app, user_errors
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="the address to listen at; another than this machine's own needs --api-keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="the model's name for clients; default: the folder's")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="a file with a key per line, one of which a client has to send")] = None,
+    places: Annotated[int, typer.Option(min=1, help="answers that are written at once")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a place; more are refused")] = 32,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, waiting among them")] = 300.0,
+) -> None:
+    """Answers OpenAI's chat completions over HTTP, many at once. SIGTERM lets it finish what it has begun."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.serving.listen import listener, read_keys
+
+        check_checkpoint(checkpoint)
+        keys = read_keys(api_keys, host)
+        with listener(host, port) as socket:
+            # These take seconds, and a mistake is told before.
+            import uvicorn
+
+            from moe_llava.checkpoints.load import best_device, load_checkpoint
+            from moe_llava.serving.api import build_app
+            from moe_llava.serving.engine import Engine
+
+            model, processor = load_checkpoint(checkpoint)
+            engine = Engine(model.to(best_device()), processor.tokenizer, places, max_waiting, time_limit)
+            name = name or Path(checkpoint).resolve().name
+            application = build_app(engine, processor, name, keys)
+            at, bound = socket.getsockname()[:2]
+            print(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{bound}/v1", flush=True)
+            # By then every answer is complete, or was ended; who does not read it is not waited for.
+            longest = math.ceil(time_limit) + 5
+            config = uvicorn.Config(application, log_level="warning", server_header=False, timeout_graceful_shutdown=longest)
+            uvicorn.Server(config).run(sockets=[socket])

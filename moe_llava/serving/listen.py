@@ -1,0 +1,52 @@
+"""Where a server listens, and whom it answers: told before a model is loaded."""
+
+from __future__ import annotations
+
+import socket
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+
+
+class ServeError(ValueError):
+    """The server cannot start; the message names the value and the rule."""
+
+
+def read_keys(path: Path | None, host: str) -> list[str]:
+    """The API keys in a file, one per line.
+
+    Raises ServeError if there is none where one is needed: for who listens to other machines.
+    """
+    if path is None:
+        if not is_loopback(host):
+            raise ServeError(f"--host {host} lets other machines in: give --api-keys FILE, or listen at 127.0.0.1")
+        return []
+    try:
+        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ServeError(f"{path} must hold API keys, one per line, but is no text in UTF-8") from error
+    if not keys:
+        raise ServeError(f"{path} must hold API keys, one per line, but has none")
+    return keys
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ServeError if that cannot be, or what serves is not installed."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise ServeError(f"serving needs {' and '.join(missing)}: pip install 'moe-llava[serve]'")
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ServeError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
+    # Connections inherit it. Without it the end of each answer would wait 40 ms for the client to acknowledge its beginning.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this address, without brackets, or name is this machine's own, and no other's."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

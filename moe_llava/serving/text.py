@@ -1,0 +1,63 @@
+"""The text of an answer while it is being written: characters in parts, stop strings in parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+
+
+class AnswerText:
+    """Turns tokens into pieces of text that never change afterwards. The spaces before the first word belong to the conversation form.
+
+    `stop`: strings that end the answer, none of them empty; `stopped` says that one came. It is no part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._tokens: list[int] = []
+        # The last piece is decoded again together with what is new: how a token reads depends on the one before it.
+        self._last, self._new = 0, 0
+        self._held = ""  # may be the beginning of a stop string
+        self._begun = False
+
+    def add(self, token: int) -> str:
+        """The text that is settled now, often that of one token."""
+        self._tokens.append(token)
+        text = self._undecoded()
+        if not text or text.endswith(BROKEN):  # a special token, or a part of a character
+            return ""
+        self._last, self._new = self._new, len(self._tokens)
+        return self._settle(text)
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        rest = self._settle(self._undecoded()) + self._held
+        self._last, self._new, self._held = self._new, len(self._tokens), ""
+        return rest
+
+    def _undecoded(self) -> str:
+        before = self._decode(self._tokens[self._last : self._new])
+        return self._decode(self._tokens[self._last :])[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _settle(self, text: str) -> str:
+        text = self._held + text
+        text = text if self._begun else text.lstrip(" ")
+        self._begun = self._begun or bool(text)
+        places = [text.find(stop) for stop in self._stop if stop in text]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the first of `stop`, but not all of it."""
+    return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)

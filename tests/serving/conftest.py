@@ -1,0 +1,82 @@
+"""The engine, asked by a test."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import uvicorn
+from transformers import LlavaForConditionalGeneration
+
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.model.upcycling import upcycle
+from moe_llava.serving.api import build_app
+from moe_llava.serving.engine import Engine
+from moe_llava.serving.listen import listener
+from moe_llava.serving.requests import Piece, Request
+from tests.conftest import tiny_config
+from tests.training.conftest import tiny_base  # noqa: F401
+
+
+def model_of(family: str, sparse: bool, processor) -> LlavaForConditionalGeneration:
+    """A tiny random model that takes what `processor` makes."""
+    config = tiny_config(family)
+    config.image_token_id = processor.tokenizer.image_token_id
+    config.vision_config.image_size = 48
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    return upcycle(model, num_experts=3).eval() if sparse else model
+
+
+def ask(engine: Engine, request: Request) -> Iterator[Piece]:
+    """Submits at once; then the pieces as they come."""
+    delivered: queue.Queue[Piece | Exception] = queue.Queue()
+    engine.submit(request, delivered.put)
+    return received(delivered)
+
+
+def received(delivered: queue.Queue[Piece | Exception]) -> Iterator[Piece]:
+    while True:
+        piece = delivered.get(timeout=60)
+        if isinstance(piece, Exception):
+            raise piece
+        yield piece
+        if piece.finish_reason:
+            return
+
+
+def text_of(pieces) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def request_of(processor, question, max_new_tokens=12, **settings) -> Request:
+    """A benchmark's question as a request."""
+    inputs = prompt_inputs(processor, [question])
+    return Request(inputs["input_ids"][0].tolist(), max_new_tokens, inputs.get("pixel_values"), **settings)
+
+
+@pytest.fixture(scope="session")
+def served(tiny_base):  # noqa: F811
+    """(model, processor, questions about an image)"""
+    model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
+    return model, processor, digits_world.questions(tiny_base / "data")[:6]
+
+
+@contextmanager
+def server(engine: Engine, processor, **settings) -> Iterator[str]:
+    """A real server on loopback; its URL, without /v1."""
+    with listener("127.0.0.1", 0) as socket:
+        running = uvicorn.Server(uvicorn.Config(build_app(engine, processor, "tiny", **settings), log_level="warning"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join()

@@ -1,0 +1,374 @@
+"""A real server on loopback, and the clients that people use."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from http.client import HTTPConnection
+from io import BytesIO
+
+import openai
+import pytest
+from PIL import Image
+
+from moe_llava.serving.chat import Conversation
+from moe_llava.serving.engine import Engine
+from tests.conftest import REPOSITORY, refused
+from tests.serving.conftest import server
+from tests.serving.test_engine import slowed
+from tests.training.conftest import tiny_base  # noqa: F401
+
+
+def picture(path=None, **settings):
+    """A data: URL, of a file or of a plain picture."""
+    file = BytesIO()
+    (Image.open(path) if path else Image.new("RGB", (20, 30), "red")).save(file, "PNG", **settings)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def image_part(url=None):
+    return {"type": "image_url", "image_url": {"url": url or picture()}}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def user(content="where is the red 7 ?"):
+    return {"role": "user", "content": content}
+
+
+def client_of(url, key="none"):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def url(served):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with client_of(url) as client:
+        yield client
+
+
+@pytest.fixture
+def endless(served, monkeypatch):
+    """(model, processor): an answer goes on until it is as long as it may be, slowly."""
+    monkeypatch.setattr(served[0].generation_config, "eos_token_id", None)
+    slowed(served[0], monkeypatch)
+    return served[:2]
+
+
+def complete(client, messages, **settings):
+    return client.chat.completions.create(model="tiny", messages=messages, **{"temperature": 0, "max_tokens": 8} | settings)
+
+
+def metric(url, name):
+    lines = urllib.request.urlopen(f"{url}/metrics").read().decode().splitlines()
+    return float(next((line.split()[-1] for line in lines if line.startswith(f"moe_llava_{name}")), 0))
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about within 10 seconds"
+        time.sleep(0.02)
+
+
+def test_it_tells_what_it_serves(url, client):
+    assert json.load(urllib.request.urlopen(f"{url}/health")) == {"status": "ok"}
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_no_answer_waits_for_an_acknowledgement(url):
+    """Which takes 40 ms, from the second or third on."""
+    connection = HTTPConnection(url.removeprefix("http://"))
+    times = []
+    for _ in range(10):
+        start = time.monotonic()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        times.append(time.monotonic() - start)
+    connection.close()
+    assert sorted(times)[5] < 0.03
+
+
+def test_a_conversation_goes_as_it_does_in_chat(served, client):
+    """Two turns about a picture; what came back is sent on as it came."""
+    model, processor, about_one = served
+    conversation = Conversation(model, processor, max_new_tokens=8)
+    conversation.add_image(about_one[0].images[0])
+    messages = [user([image_part(picture(about_one[0].images[0])), text_part("where is the red 7 ?")])]
+    for question in ("where is the red 7 ?", "how many digits are there ?"):
+        reply = complete(client, messages)
+        assert reply.choices[0].message.content == "".join(conversation.ask(question))
+        messages += [reply.choices[0].message.model_dump(exclude_none=True), user("how many digits are there ?")]
+
+
+def test_a_stream_is_the_whole_in_pieces(client):
+    messages = [user([image_part(), text_part("what is on the left ?"), image_part()])]
+    whole = complete(client, messages)
+    chunks = list(complete(client, messages, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = [chunk.choices[0].delta.content for chunk in chunks[:-1]]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 3
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert whole.usage.prompt_tokens > 2 * 36  # of the images
+    assert whole.usage.completion_tokens <= 8
+
+
+def test_a_system_prompt_is_read(client):
+    plain = complete(client, [user()])
+    told = complete(client, [{"role": "system", "content": "red digits ."}, user()])
+    assert told.usage.prompt_tokens == plain.usage.prompt_tokens + 3
+
+
+def test_sampling_stops_and_lengths(client):
+    settings = {"temperature": 1.5, "max_tokens": 20}
+    drawn = [complete(client, [user()], seed=seed, **settings).choices[0].message.content for seed in (3, 3, 4, 5)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+    words = drawn[0].split(" ")
+    stopped = complete(client, [user()], seed=3, stop=[words[4]], **settings).choices[0]
+    assert stopped.message.content == drawn[0].partition(words[4])[0]
+    assert stopped.finish_reason == "stop"
+    short = client.chat.completions.create(model="tiny", messages=[user()], max_completion_tokens=2, temperature=0)
+    assert (short.usage.completion_tokens, short.choices[0].finish_reason) == (2, "length")
+    client.chat.completions.create(model="tiny", messages=[user()], temperature=0)  # as long as there is room
+
+
+def test_logprobs(client):
+    reply = complete(client, [user()], logprobs=True, top_logprobs=2).choices[0]
+    assert " ".join(token.token for token in reply.logprobs.content if token.token) == reply.message.content
+    for token in reply.logprobs.content:
+        assert token.logprob == token.top_logprobs[0].logprob > token.top_logprobs[1].logprob
+        assert bytes(token.bytes).decode() == token.token
+    streamed = [chunk.choices[0].logprobs for chunk in complete(client, [user()], logprobs=True, stream=True)]
+    assert [token.logprob for told in streamed if told for token in told.content] == [token.logprob for token in reply.logprobs.content]
+
+
+@pytest.mark.parametrize("text", ["<image>", "<IMAGE> <Image>", "<<image>>", "<image>" * 50])
+def test_a_placeholder_that_a_client_writes_is_text(client, text):
+    assert complete(client, [user(f"where is {text} ?")]).usage.prompt_tokens < 60
+    with_image = complete(client, [user([text_part("where is"), image_part()])]).usage.prompt_tokens
+    written = complete(client, [user([text_part("where is <ima"), text_part(f"ge> {text[:8]}"), image_part()])]).usage.prompt_tokens
+    assert written < with_image + 36  # else it stood for an image
+
+
+BOMB = picture()  # a small file that claims to be a very large picture
+BOMB = (
+    "data:image/png;base64,"
+    + base64.b64encode(
+        (lambda png: png[:16] + (20_000).to_bytes(4, "big") * 2 + png[24:29] + b"\0\0\0\0" + png[33:])(base64.b64decode(BOMB.split(",")[1]))
+    ).decode()
+)
+MALFORMED = {
+    "no JSON": (b"{", 400),
+    "empty": (b"", 400),
+    "a list": (b"[]", 400),
+    "no UTF-8": (b'{"model": "\xff"}', 400),
+    "half a character": (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    "nested": (b"[" * 100_000, 400),
+    "a long number": (b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": ' + b"9" * 10_000 + b"}", 400),
+    "NaN": (b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400),
+    "no messages": ({"messages": []}, 400),
+    "messages of text": ({"messages": "hello"}, 400),
+    "a message that is none": ({"messages": [None]}, 400),
+    "no role": ({"messages": [{"content": "a"}]}, 400),
+    "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, 400),
+    "no content": ({"messages": [{"role": "user"}]}, 400),
+    "null": ({"messages": [user(None)]}, 400),
+    "a number": ({"messages": [user(7)]}, 400),
+    "empty text": ({"messages": [user(" ")]}, 400),
+    "no parts": ({"messages": [user([])]}, 400),
+    "unknown part": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, 400),
+    "system last": ({"messages": [user(), {"role": "system", "content": "a"}]}, 400),
+    "system alone": ({"messages": [{"role": "system", "content": "a"}]}, 400),
+    "user twice": ({"messages": [user(), user()]}, 400),
+    "answer last": ({"messages": [user(), {"role": "assistant", "content": "a"}]}, 400),
+    "system image": ({"messages": [{"role": "system", "content": [image_part()]}, user()]}, 400),
+    "another model": ({"model": "gpt"}, 404),
+    "a path as model": ({"model": "../../etc/passwd"}, 404),
+    "n": ({"n": 2}, 400),
+    "negative temperature": ({"temperature": -1}, 400),
+    "tiny temperature": ({"temperature": 1e-300}, 400),
+    "temperature in words": ({"temperature": "hot"}, 400),
+    "top_p": ({"top_p": 0}, 400),
+    "no tokens": ({"max_tokens": 0}, 400),
+    "tokens as text": ({"max_tokens": "5"}, 400),
+    "true tokens": ({"max_tokens": True}, 400),
+    "too many tokens": ({"max_tokens": 10**6}, 400),
+    "two limits": ({"max_tokens": 2, "max_completion_tokens": 2}, 400),
+    "seed": ({"seed": 2**70}, 400),
+    "empty stop": ({"stop": ""}, 400),
+    "many stops": ({"stop": ["a", "b", "c", "d", "e"]}, 400),
+    "top_logprobs alone": ({"top_logprobs": 2}, 400),
+    "many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400),
+    "stream options alone": ({"stream_options": {"include_usage": True}}, 400),
+    "tools": ({"tools": [{"type": "function"}]}, 400),
+    "a template": ({"chat_template": "{{ 7 * 7 }}"}, 400),
+    "JSON mode": ({"response_format": {"type": "json_object"}}, 400),
+    "penalty": ({"frequency_penalty": 1}, 400),
+    "a long prompt": ({"messages": [user("red " * 500)]}, 400),
+    "a very long prompt": ({"messages": [user("red " * 100_000)]}, 400),
+    "many messages": ({"messages": [user()] * 1001}, 400),
+    "many images": ({"messages": [user([image_part()] * 9)]}, 400),
+    "a URL": ({"messages": [user([image_part("http://127.0.0.1:9/a.png")])]}, 400),
+    "a file": ({"messages": [user([image_part("file:///etc/passwd")])]}, 400),
+    "a path": ({"messages": [user([image_part("/etc/passwd")])]}, 400),
+    "no base64": ({"messages": [user([image_part("data:image/png;base64,???")])]}, 400),
+    "no image": ({"messages": [user([image_part("data:image/png;base64,aGVsbG8=")])]}, 400),
+    "an empty image": ({"messages": [user([image_part("data:image/png;base64,")])]}, 400),
+    "half an image": ({"messages": [user([image_part(picture()[:80])])]}, 400),
+    "a page": ({"messages": [user([image_part("data:text/html;base64,aGVsbG8=")])]}, 400),
+    "a vector image": ({"messages": [user([image_part("data:image/svg+xml;base64,PHN2Zy8+")])]}, 400),
+    "a bomb": ({"messages": [user([image_part(BOMB)])]}, 400),
+    "a large image": ({"messages": [user([image_part("data:image/png;base64," + "A" * 12 * 2**20)])]}, 400),
+    "a large body": (b" " * (33 * 2**20), 413),
+}
+
+
+def post(url, body, headers=None, path="/v1/chat/completions", method="POST"):
+    """(status, headers, body)"""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    asked = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} | (headers or {}), method=method)
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            return response.status, response.headers, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def assert_told(status, expected, body):
+    assert status == expected, body
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert 5 < len(error["message"]) < 1000
+    assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused_in_openai_s_form(url, name):
+    body, expected = MALFORMED[name]
+    if isinstance(body, dict):
+        body = {"model": "tiny", "messages": [user()], "max_tokens": 4} | body
+    status, _, told = post(url, body)
+    assert_told(status, expected, told)
+    assert post(url, {"model": "tiny", "messages": [user()], "max_tokens": 1})[0] == 200
+
+
+def test_other_ways_in_are_closed(url):
+    body = {"model": "tiny", "messages": [user()]}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert_told(*(lambda told: (told[0], 415, told[2]))(post(url, body, {"Content-Type": kind})))
+    for path, method, expected in (("/v1/nothing", "POST", 404), ("/docs", "GET", 404), ("/v1/chat/completions", "PUT", 405)):
+        status, _, told = post(url, body, path=path, method=method)
+        assert_told(status, expected, told)
+    status, _, told = post(url, body, {"Host": "elsewhere.example"})  # a name that leads here
+    assert_told(status, 403, told)
+    status, headers, _ = post(url, body, {"Origin": "http://elsewhere.example"})
+    assert status == 200
+    assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_keys(served):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor, api_keys=["first", "second"]) as url:
+        assert complete(client_of(url, "second"), [user()], max_tokens=1).usage.completion_tokens == 1
+        for key in ("firs", "first second", "third"):
+            with pytest.raises(openai.AuthenticationError, match="send an API key"):
+                complete(client_of(url, key), [user()])
+        for path in ("/v1/models", "/metrics"):
+            assert post(url, b"", path=path, method="GET")[0] == 401
+        assert post(url, b"", path="/health", method="GET")[0] == 200
+
+
+def test_who_comes_when_the_queue_is_full_is_told_to_try_again(endless):
+    model, processor = endless
+    with server(Engine(model, processor.tokenizer, places=1, max_waiting=1), processor) as url, client_of(url) as client:
+        streams = [complete(client, [user()], stream=True, max_tokens=40) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client, [user()])
+        assert int(caught.value.response.headers["Retry-After"]) > 0
+        assert caught.value.body["code"] == "queue_full"
+        for stream in streams:
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert metric(url, 'requests_total{outcome="429"}') == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(endless, stream):
+    model, processor = endless
+    with server(Engine(model, processor.tokenizer, places=1), processor) as url, client_of(url) as client:
+        if stream:
+            leaving = complete(client, [user()], stream=True, max_tokens=90)
+            next(iter(leaving))
+            leaving.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                complete(client.with_options(timeout=0.3), [user()], max_tokens=90)
+        eventually(lambda: metric(url, "requests_running") == 0)
+        assert metric(url, 'requests_total{outcome="cancelled"}') == 1
+        assert metric(url, "completion_tokens_total") < 80
+
+
+def test_an_answer_that_takes_too_long(endless):
+    model, processor = endless
+    with server(Engine(model, processor.tokenizer, time_limit=0.4), processor) as url, client_of(url) as client:
+        with pytest.raises(openai.InternalServerError, match=r"not complete within 0\.4 seconds") as caught:
+            complete(client, [user()], max_tokens=90)
+        assert caught.value.status_code == 504
+        with pytest.raises(openai.APIError, match="not complete"):
+            list(complete(client, [user()], max_tokens=90, stream=True))
+        assert metric(url, 'requests_total{outcome="504"}') == metric(url, 'requests_total{outcome="failed"}') == 1
+
+
+def test_metrics_count_what_was_done(served):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor) as url, client_of(url) as client:
+        usages = [complete(client, [user()], max_tokens=3).usage for _ in range(2)]
+        list(complete(client, [user()], max_tokens=3, stream=True))
+        eventually(lambda: metric(url, 'requests_total{outcome="200"}') == 3)
+        assert metric(url, "prompt_tokens_total") == 3 * usages[0].prompt_tokens
+        assert metric(url, "completion_tokens_total") == 3 * usages[0].completion_tokens
+        assert metric(url, "time_to_first_token_seconds_count") == 3
+        assert metric(url, 'time_to_first_token_seconds_bucket{le="+Inf"}') == 3
+        assert metric(url, "requests_waiting") == 0
+
+
+def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", tiny_base / "base", "--port", "0", "--name", "tiny"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ})
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving tiny at http://127.0.0.1:"), process.stderr.read()
+        with client_of(line.split()[-1].removesuffix("/v1")) as client:
+            stream = complete(client, [user()], stream=True, max_tokens=90, temperature=1.0, seed=1)
+            chunks = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_that_cannot_start_says_why(url, tiny_base, tmp_path):  # noqa: F811
+    checkpoint = tiny_base / "base"
+    (tmp_path / "none").write_text("\n \n")
+    assert "give --api-keys FILE, or listen at 127.0.0.1" in refused("serve", checkpoint, "--host", "0.0.0.0")
+    assert "must hold API keys, one per line, but has none" in refused("serve", checkpoint, "--api-keys", tmp_path / "none")
+    assert "cannot listen at 127.0.0.1 port" in refused("serve", checkpoint, "--port", url.rsplit(":", 1)[1])
+    assert "is not a folder" in refused("serve", tmp_path / "gone")
