@@ -1,11 +1,14 @@
 """A small data set, and a recipe over a tiny model, for runs that take seconds."""
 
+import contextlib
+
 import pytest
 import yaml
 
 from moe_llava.digits.base import image_processor
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.digits.tokenizer import build_tokenizer
+from moe_llava.training import run
 from tests.conftest import REPOSITORY, tiny_config
 
 
@@ -55,3 +58,25 @@ def write_recipe(tiny_base, tmp_path):
         return file
 
     return write
+
+
+class Stopped(Exception):
+    """As if the process had ended."""
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """A context in which training raises Stopped after a step."""
+
+    @contextlib.contextmanager
+    def after(step):
+        def stop(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise Stopped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.ProgressDisplay, "on_step_end", stop)
+            with pytest.raises(Stopped):
+                yield
+
+    return after

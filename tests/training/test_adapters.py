@@ -172,24 +172,15 @@ def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "settings"), [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {})], ids=["nf4", "experts"])
-def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number, settings):
+def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, stopping, number, settings):
     targets = ALL if number == 3 else ["attention", "FFN"]
     recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], **settings)
     train(recipe, list(range(1, number)), resume=False, console=QUIET)
     (whole,) = train(recipe, [number], resume=False, console=QUIET)
     kept = whole.rename(tmp_path / "whole")
 
-    class Stopped(Exception):
-        pass
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
-        with pytest.raises(Stopped):
-            train(recipe, [number], resume=False, console=QUIET)
+    with stopping(3):
+        train(recipe, [number], resume=False, console=QUIET)
     assert not whole.exists()
     train(recipe, [number], resume=True, console=QUIET)
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):

@@ -10,7 +10,6 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from moe_llava.checkpoints.load import load_config
-from moe_llava.training import run
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from tests.conftest import run_command
@@ -72,23 +71,14 @@ def test_stage_3_of_each_kind(make_recipe, settings):
         assert all(found[name].sum(-1).tolist() == pytest.approx([1, 1]) for name in found if name.endswith("statistics.load"))
 
 
-def test_a_run_with_smoes_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, monkeypatch):
+def test_a_run_with_smoes_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, stopping):
     file = make_recipe(moe=SMOES, optimisation__max_steps=5, optimisation__gradient_checkpointing=True)
     (whole,) = train(load_recipe(file), [3], resume=False, console=QUIET)
     expected = parameters(whole)
     shutil.rmtree(whole)
 
-    class Stopped(Exception):
-        pass
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
-        with pytest.raises(Stopped):
-            train(load_recipe(file), [3], resume=False, console=QUIET)
+    with stopping(3):
+        train(load_recipe(file), [3], resume=False, console=QUIET)
     assert not whole.exists()
     train(load_recipe(file), [3], resume=True, console=QUIET)
     found = parameters(whole)

@@ -16,7 +16,6 @@ from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcyc
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_config
 from moe_llava.data.records import DataError
-from moe_llava.training import run
 from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
 from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
@@ -72,7 +71,7 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, monkeypatch, number):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, stopping, number):
     file = write_recipe(**{f"stage{number}__optimisation__max_steps": 5})
     train(load_recipe(file), list(range(1, number)), resume=False, console=QUIET)
     (whole,) = train(load_recipe(file), [number], resume=False, console=QUIET)
@@ -80,17 +79,8 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
     kept = tmp_path / "whole"
     whole.rename(kept)
 
-    class Stopped(Exception):
-        pass
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
-        with pytest.raises(Stopped):
-            train(load_recipe(file), [number], resume=False, console=QUIET)
+    with stopping(3):
+        train(load_recipe(file), [number], resume=False, console=QUIET)
     assert not whole.exists()
     with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
         train(load_recipe(file), [number], resume=False, console=QUIET)
@@ -113,20 +103,14 @@ def test_stage_III_of_all_parameters_learns_what_stage_II_does(write_recipe, den
     assert any(".experts." in name for name in after) != dense
 
 
-def test_tokens_between_two_logged_steps_are_counted_by_a_run_that_goes_on(write_recipe, monkeypatch):
+def test_tokens_between_two_logged_steps_are_counted_by_a_run_that_goes_on(write_recipe, stopping):
     settings = {"logging_steps": 4, "save_steps": 3, "stage1__optimisation__max_steps": 5}
     (whole,) = train(load_recipe(write_recipe(**settings)), [1], resume=False, console=QUIET)
     expected = log(whole)[-2]["tokens"]
     shutil.rmtree(whole)
 
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.ProgressDisplay, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(load_recipe(write_recipe(**settings)), [1], resume=False, console=QUIET)
+    with stopping(4):
+        train(load_recipe(write_recipe(**settings)), [1], resume=False, console=QUIET)
     train(load_recipe(write_recipe(**settings)), [1], resume=True, console=QUIET)
     assert log(whole)[-2]["tokens"] == expected > 0
 
