@@ -136,16 +136,16 @@ def test_articles(tmp_path):
 
 def test_the_digits_world(tmp_path, monkeypatch):
     """Its pictures, annotated as the document says."""
-    (tmp_path / "runs" / "digits" / "data").mkdir(parents=True)
-    write_dataset(tmp_path / "runs" / "digits" / "data", train_images=1, test_images=30)
+    (tmp_path / "runs" / "demo" / "data").mkdir(parents=True)
+    write_dataset(tmp_path / "runs" / "demo" / "data", train_images=1, test_images=30)
     monkeypatch.chdir(tmp_path)
     (script,) = re.findall("```python\n(.*?)```", (REPOSITORY / "docs" / "robustness.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(script, {})
-    shown = read_annotations(tmp_path / "runs" / "digits" / "objects.jsonl")
+    shown = read_annotations(tmp_path / "runs" / "demo" / "objects.jsonl")
     assert len(shown) == 30
     colours = "|".join(COLOURS)
     assert all(re.fullmatch(rf"({colours}) \d", item) for items in shown.values() for item in items)
-    counts = write_pope_questions(tmp_path / "runs" / "digits" / "objects.jsonl", tmp_path / "out")
+    counts = write_pope_questions(tmp_path / "runs" / "demo" / "objects.jsonl", tmp_path / "out")
     assert counts["images"] == sum(len(items) >= 3 for items in shown.values()) > 0
 
 
