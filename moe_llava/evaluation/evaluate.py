@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -151,14 +151,15 @@ def _finish(plan: list[Task], batch_size: int, limit: int | None, console: Conso
             command = judge_command(benchmark, clean.data, answer_file(clean.out))
             console.print(f"{benchmark.title}: a language model has to judge the answers:\n{command}", highlight=False, soft_wrap=True)
         return
-    found = _write_result(clean, batch_size, uploads)
+    scored = {task.perturbation: _scored(task) for task in plan}
+    found = _write_result(clean, scored[None], batch_size, uploads)
     for task in plan[1:]:
-        _write_result(task, batch_size, [])
-    yield found | ({"robustness": _compare(plan, console)} if len(plan) > 1 else {})
+        _write_result(task, scored[task.perturbation], batch_size, [])
+    yield found | ({"robustness": _compare(clean, scored, console)} if len(plan) > 1 else {})
 
 
-def _write_result(task: Task, batch_size: int, uploads: Sequence[Path]) -> dict[str, Any]:
-    found = result(task.benchmark, _scored(task), task.asked, given(task.out, task.asked))
+def _write_result(task: Task, scored: Scored, batch_size: int, uploads: Sequence[Path]) -> dict[str, Any]:
+    found = result(task.benchmark, scored, task.asked, given(task.out, task.asked))
     found |= {
         "questions_in_all": len(task.questions),
         "model": task.settings["checkpoint"],
@@ -192,23 +193,22 @@ def _scored(task: Task) -> Scored:
     return task.benchmark.score(task.data, task.asked, given(task.out, task.asked))
 
 
-def _compare(plan: list[Task], console: Console) -> dict[str, Any]:
-    """Writes robustness.json and robustness.png beside the answers to the questions as they are, and returns the first. Perturbations of
-    runs before are in them, where the same questions were asked."""
-    clean, named = plan[0], {task.perturbation for task in plan}
+def _compare(clean: Task, scored: Mapping[Perturbation | None, Scored], console: Console) -> dict[str, Any]:
+    """Writes robustness.json and robustness.png beside the answers to the questions as they are, and returns the first. `scored`: what this
+    run was asked for. Perturbations of runs before are in the files, too, where the same questions were asked."""
     perturbed = {}
     for perturbation in (Perturbation(name, strength) for name in KINDS for strength in STRENGTHS):
         task = clean.under(perturbation)
-        if perturbation not in named and not (task.out / SETTINGS).is_file():
-            continue
-        check_settings(task.out, task.settings)
-        if None in given(task.out, task.asked):
-            console.print(f"{task} was asked fewer questions than these: left out", highlight=False)
-        else:
-            perturbed[perturbation] = _scored(task).items
-    scored = _scored(clean)
+        if perturbation in scored:
+            perturbed[perturbation] = scored[perturbation].items
+        elif (task.out / SETTINGS).is_file():
+            check_settings(task.out, task.settings)
+            if None in given(task.out, task.asked):
+                console.print(f"{task} was asked fewer questions than these: left out", highlight=False)
+            else:
+                perturbed[perturbation] = _scored(task).items
     model = clean.settings["checkpoint"]
-    summary = {"benchmark": clean.benchmark.name, "model": model, **robustness(scored.items, perturbed, scored.units)}
+    summary = {"benchmark": clean.benchmark.name, "model": model, **robustness(scored[None].items, perturbed, scored[None].units)}
     write_whole(clean.out / "robustness.json", json.dumps(summary, indent=1) + "\n")
     figure = plot_robustness(summary, f"{Path(model).name}, {clean.benchmark.title}")
     figure.savefig(clean.out / "robustness.png", dpi=110)
