@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from filelock import FileLock
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.table import Table
 from moe_llava.experiments.cells import cell_budget, run_cells
 from moe_llava.experiments.demo import prepare
 from moe_llava.experiments.figures import plot_comparison
-from moe_llava.experiments.plan import Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
+from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
 from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table
 from moe_llava.training.saves import write_whole
 
@@ -38,11 +39,13 @@ def run_ablation(name: str, setup: Setup, console: Console) -> Path:
 def conduct(experiment: Experiment, setup: Setup, margin: float | None, console: Console) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan, written before the first run, and what every cell gave with every seed."""
     check_setup(experiment, setup, margin)
-    if setup.data is None:
-        prepare(setup.out, *setup.images, console)
-    plan = make_plan(experiment, setup, margin)
-    write_plan(plan)
-    print_budgets(plan, console)
+    setup.out.mkdir(parents=True, exist_ok=True)
+    with FileLock(setup.out / LOCK):
+        if setup.data is None:
+            prepare(setup.out, *setup.images, console)
+        plan = make_plan(experiment, setup, margin)
+        write_plan(plan)
+        print_budgets(plan, console)
     return plan, run_cells(plan, setup.batch_size, console)
 
 

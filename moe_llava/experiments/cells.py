@@ -16,11 +16,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
@@ -32,7 +33,7 @@ from moe_llava.evaluation.calibration import calibration, yes_or_no, yes_probabi
 from moe_llava.evaluation.evaluate import evaluate
 from moe_llava.evaluation.progress import show_progress
 from moe_llava.experiments.demo import make_once, training_seconds
-from moe_llava.experiments.plan import ExperimentError, Plan, Step, steps
+from moe_llava.experiments.plan import LOCK, ExperimentError, Plan, Step, steps
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, upcycle
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.recipe import Parts, Recipe, stage_name, stage_settings
@@ -55,25 +56,40 @@ class CellBudget:
 
 
 def run_cells(plan: Plan, batch_size: int, console: Console) -> list[dict[str, Any]]:
-    """Trains and asks what is not done yet; returns what every cell.json holds, cell by cell, in the order of plan and seeds."""
+    """Trains and asks what is not done yet; returns what every cell.json holds, cell by cell, in the order of plan and seeds.
+
+    Several processes may be at one folder: each takes the next seed that no other is at, and in the end waits for the others.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ExperimentError("an experiment runs in one process: start it without torchrun")
     budgets = {name: cell_budget(plan, name) for name in plan.recipes}
-    places = [(name, seed) for seed in plan.seeds for name in plan.recipes]
-    for number, (name, seed) in enumerate(places, start=1):
+    for patience in (0, -1):
+        for seed in plan.seeds:
+            try:
+                held = FileLock(plan.out / f"seed-{seed}.lock").acquire(timeout=patience)
+            except Timeout:
+                console.print(f"seed {seed}: another process is at it")
+                continue
+            with held:
+                run_seed(plan, seed, budgets, batch_size, console)
+    return _write_results(plan)
+
+
+def run_seed(plan: Plan, seed: int, budgets: Mapping[str, CellBudget], batch_size: int, console: Console) -> None:
+    for number, name in enumerate(plan.recipes, start=1):
         if not (plan.folder(name, seed) / CELL).is_file():
-            console.rule(f"{name}, seed {seed}: {number} of {len(places)}")
+            console.rule(f"seed {seed}, {name}: {number} of {len(plan.recipes)}")
             result = run_cell(plan, name, seed, budgets[name], batch_size, console)
             write_whole(plan.folder(name, seed) / CELL, json.dumps(result) + "\n")
             _write_results(plan)
-    return _write_results(plan)
 
 
 def _write_results(plan: Plan) -> list[dict[str, Any]]:
     """results.jsonl, of the cells that are there."""
     files = [plan.folder(name, seed) / CELL for name in plan.recipes for seed in plan.seeds]
-    lines = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    write_whole(plan.out / "results.jsonl", "".join(lines))
+    with FileLock(plan.out / LOCK):
+        lines = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+        write_whole(plan.out / "results.jsonl", "".join(lines))
     return [json.loads(line) for line in lines]
 
 

@@ -29,6 +29,7 @@ from moe_llava.training.saves import write_whole
 HERE = Path(__file__).parent
 ABLATIONS = {file.stem: file for file in sorted((HERE / "ablations").glob("*.yaml"))}
 TRIAL = HERE / "trial.yaml"
+LOCK = "plan.lock"  # in the folder, held while what all seeds share is written
 
 
 class ExperimentError(ValueError):

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import MoeLlavaForConditionalGeneration
+from moe_llava.experiments import cells
 from moe_llava.experiments.ablate import run_ablation
 from moe_llava.experiments.cells import run_cells
 from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
@@ -128,3 +130,22 @@ def test_refusals(setup, write_experiment, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ExperimentError, match="in one process"):
         run_cells(make_plan(experiment, setup), 8, QUIET)
+
+
+def test_two_processes_share_the_seeds(setup, write_experiment, monkeypatch):
+    """One is at seed 0 for as long as this process has nothing else to do; both tell the same in the end."""
+    plan = make_plan(load_experiment(write_experiment()), setup)
+    plan.out.mkdir()
+    held, order = FileLock(plan.out / "seed-0.lock"), []
+    held.acquire()
+    alone = cells.run_seed
+
+    def noted(plan, seed, *arguments):
+        order.append(seed)
+        alone(plan, seed, *arguments)
+        held.release()
+
+    monkeypatch.setattr(cells, "run_seed", noted)
+    results = run_cells(plan, 8, QUIET)
+    assert order == [1, 0, 1]
+    assert len(results) == 4

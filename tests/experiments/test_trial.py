@@ -84,7 +84,7 @@ def test_calibration_needs_questions_of_yes_and_no(setup, write_experiment, tiny
     (tmp_path / "counts" / "images").symlink_to(tiny_base / "data" / "images")
     with pytest.raises(ExperimentError, match="no questions whose known answer is yes or no"):
         run_trial(dataclasses.replace(setup, data=tmp_path / "counts"), 0.5, QUIET, write_experiment(calibrate=True))
-    assert not setup.out.exists()
+    assert not (setup.out / "plan.json").exists()
 
 
 def test_the_command_refuses_before_it_begins(tmp_path):
