@@ -1,6 +1,6 @@
-"""What a serving engine with attention and kernels of its own, such as vLLM's backend for transformers, does with a saved model, done by hand:
-it reads the fields of the text config, builds the model from the config, puts its own parts in, loads the weights by their names, and gives
-it one row of embeddings with their positions."""
+"""What a serving engine with attention and kernels of its own, such as vLLM's backend for transformers, does with a saved model, done by
+hand: it reads the fields of the text config, builds the model from the config, puts its own parts in, loads the weights by their names, and
+gives it one row of embeddings with their positions."""
 
 import json
 
@@ -59,12 +59,11 @@ def engine_model(folder):
     loaded = {name.removeprefix("model."): weight for name, weight in weights.items()}
     model.load_state_dict(loaded, assign=True, strict=False)
     assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    for module in model.modules():  # buffers that no checkpoint holds, such as the frequencies of positions
-        for name, buffer in list(module.named_buffers(recurse=False)):
+    for module in model.modules():  # buffers that no checkpoint holds: the frequencies of positions, and the numbers of patches
+        for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                fresh = type(module)(config.text_config) if hasattr(module, "inv_freq") else None
-                value = getattr(fresh, name) if fresh is not None else torch.arange(buffer.shape[-1]).expand(buffer.shape)
-                setattr(module, name, value)
+                made = hasattr(module, "inv_freq")
+                setattr(module, name, getattr(type(module)(config.text_config), name) if made else torch.arange(buffer.shape[-1])[None])
     return model
 
 
