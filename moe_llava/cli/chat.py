@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moe_llava.cli.common import Checkpoint, app, user_errors
 
-if TYPE_CHECKING:
-    from moe_llava.serving.chat import Conversation
+QUANTISATIONS = {4: "nf4", 8: "int8"}
 
 
 @app.command()
@@ -22,61 +20,63 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="a question; without one, a conversation")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="an image to talk about; may be given several times")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per answer")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer, in tokens; default: 512, or what there is room for")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, answers vary")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that together have this probability")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose conversation form has one")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
 ) -> None:
-    """Asks a model about images: once, or as a conversation on the terminal."""
+    """Asks a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.data.records import open_image
+        from moe_llava.serving.requests import check_sampling
+        from moe_llava.training.parsing import require
 
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty: ask something")
+        check_sampling(temperature, top_p)
+        if bits is not None:
+            if bits not in QUANTISATIONS:
+                raise ValueError(f"--bits is {bits}, but must be 4 or 8")
+            require("bitsandbytes", "--bits")
         check_checkpoint(checkpoint)
         for path in image or []:
             open_image(path, "the conversation")
 
         # These take seconds, and a mistake is told before.
-        from moe_llava.checkpoints.load import best_device, load_checkpoint
-        from moe_llava.serving.chat import Conversation
+        from moe_llava.serving.chat import Conversation, Settings
+        from moe_llava.serving.engine import Engine
+        from moe_llava.serving.terminal import Terminal
 
+        model, processor = _load(checkpoint, bits)
+        with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:
+            conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
+            conversation.add_images(image or [])
+            terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json)
+            if prompt is not None:
+                terminal.ask(prompt)
+            elif not terminal.converse() and not terminal.interactive:
+                raise typer.Exit(1)
+
+
+def _load(checkpoint: str, bits: int | None) -> tuple[Any, Any]:
+    """(model on the best device, processor)"""
+    from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
+
+    if bits is None:
         model, processor = load_checkpoint(checkpoint)
-        conversation = Conversation(model.to(best_device()), processor, max_new_tokens)
-        for path in image or []:
-            conversation.add_image(path)
-        if prompt is not None:
-            _answer(conversation, prompt, as_json)
-            return
-        for line in _lines():
-            try:
-                if line.startswith("/image "):
-                    conversation.add_image(Path(line.removeprefix("/image ").strip()))
-                else:
-                    _answer(conversation, line, as_json)
-            except ValueError as error:  # a wrong line does not end the conversation
-                print(f"error: {error}", file=sys.stderr)
+        return model.to(best_device()), processor
 
+    import torch
 
-def _answer(conversation: Conversation, question: str, as_json: bool) -> None:
-    """Asks, and prints the answer as it comes, or as one JSON object."""
-    answer = ""
-    for piece in conversation.ask(question):
-        answer += piece
-        if not as_json:
-            print(piece, end="", flush=True)
-    print(json.dumps({"question": question, "answer": answer.strip()}) if as_json else "", flush=True)
+    from moe_llava.training.adapters import describe_quantised, quantisation_config
 
-
-def _lines() -> Iterator[str]:
-    """Lines typed or piped in, until the end of input or `/quit`."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print("Ask about the image. /image FILE adds one, /quit ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line == "/quit":
-            return
-        if line:
-            yield line
+    kind = QUANTISATIONS[bits]
+    config = quantisation_config(kind, load_config(checkpoint).dtype or torch.float32)
+    model, processor = load_checkpoint(checkpoint, quantization_config=config, device_map=best_device())
+    print(describe_quantised(model, kind), file=sys.stderr)
+    return model, processor

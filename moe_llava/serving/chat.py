@@ -2,64 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
+from queue import SimpleQueue
 from typing import Any
 
+import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from torch import Tensor
 
+from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.records import open_image
+from moe_llava.model.greedy import end_tokens
+from moe_llava.routing.trace import Trace, trace_routing
+from moe_llava.serving.engine import Engine
+from moe_llava.serving.form import ConversationForm
+from moe_llava.serving.requests import Piece, Request
+
+LONGEST = 512  # tokens of an answer, if nothing is said
 
 
-@dataclass
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    content: Image.Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, the pictures that came with it, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: from the
+    question to the last of `tokens`."""
+
+    question: str
+    pictures: tuple[Picture, ...]
+    answer: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    tokens: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are written. `max_new_tokens`: None for 512, or as many as the model has room for. `seed`: of the first answer; each
+    later one has the next number. `system`: a system prompt, for a conversation form that has one."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    system: str | None = None
+
+
 class Conversation:
-    """The turns so far. An image belongs to the next question that is asked."""
+    """`turns` so far. The pictures that are `waiting` belong to the next question. `engine`: nobody else's."""
 
-    model: Any
-    processor: Any
-    max_new_tokens: int = 256
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
-    waiting: int = 0  # images added since the last question
+    def __init__(self, engine: Engine, processor: Any, settings: Settings):
+        self.engine = engine
+        self.settings = settings
+        self.turns: list[Turn] = []
+        self.waiting: tuple[Picture, ...] = ()
+        self._tokenizer = processor.tokenizer
+        self._form = ConversationForm(processor)
+        self._asked = 0
 
-    def add_image(self, path: Path) -> None:
-        """Raises DataError if the file is missing or no image."""
-        self.images.append(open_image(path, "the conversation"))
-        self.waiting += 1
+    def add_images(self, paths: Sequence[Path]) -> None:
+        """All of them or none: raises DataError if a file is missing or no image."""
+        self.waiting += tuple(Picture(path, open_image(path, "the conversation")) for path in paths)
 
-    def ask(self, question: str) -> Iterator[str]:
-        """Yields the answer piece by piece, and then keeps it as a turn. Greedy.
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Yields the answer piece by piece, and keeps it as a turn. So is what was written by then where the caller stops; where nothing
+        was, or an error is raised, everything stays as it was.
 
-        Raises ValueError if `question` is empty.
+        Raises ValueError if `question` is empty; FormError and RequestError if the model cannot be asked it.
         """
         if not question.strip():
             raise ValueError("the prompt is empty: ask something")
-        content: list[dict[str, str]] = [{"type": "image"}] * self.waiting + [{"type": "text", "text": question.strip()}]
-        messages = [*self.messages, {"role": "user", "content": content}]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(text=prompt, images=self.images or None, add_special_tokens=False, return_tensors="pt")
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failures: list[Exception] = []
-        thread = Thread(target=self._generate, args=({**inputs, "streamer": streamer}, failures), daemon=True)
-        thread.start()
-        answer = ""
-        for piece in streamer:
-            answer += piece
-            yield piece
-        thread.join()
-        if failures:
-            raise failures[0]
-        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
-        self.waiting = 0
+        return self._write(self.turns, Turn(question.strip(), self.waiting))
 
-    def _generate(self, inputs: dict[str, Any], failures: list[Exception]) -> None:
-        """Runs beside `ask`, which raises here what goes wrong there."""
+    def regenerate(self) -> Generator[str, None, None]:
+        """The last question's answer once more, in the place of the one before. Raises ValueError if nothing was asked."""
+        *before, last = self._begun()
+        return self._write(before, replace(last, answer=""))
+
+    def trace(self) -> Trace:
+        """The routes of the last answer, and of all that it was written after, read in one pass. An expert with a capacity may drop other
+        tokens in one pass than in many.
+
+        Raises ValueError if nothing was asked; RoutingError as `trace_routing` does.
+        """
+        *before, last = self._begun()
+        ids, pixels = self._read(before, last)
+        ends = end_tokens(self.engine.model)
+        ids_1S = torch.tensor([ids + [token for token in last.tokens if token not in ends]])
+        labels_1S = ids_1S.clone()
+        labels_1S[:, : len(ids)] = IGNORE_INDEX
+        inputs = {"input_ids": ids_1S, "labels": labels_1S}
+        if pixels is not None:
+            inputs["pixel_values"] = pixels.to(self.engine.model.dtype)
+        while self.engine.running:  # the last step of an answer that was interrupted
+            time.sleep(0.01)
+        return trace_routing(self.engine.model, inputs, self._tokenizer)
+
+    def pictures(self) -> list[Picture]:
+        """Those of all turns, in order."""
+        return [picture for turn in self.turns for picture in turn.pictures]
+
+    def record(self, source: str) -> dict[str, Any]:
+        """The conversation as data files hold one, with what the model read: it can be checked, traced, and trained on. `source`: of what
+        model.
+
+        Raises ValueError if nothing was asked.
+        """
+        self._begun()
+        pictures = [str(picture.path.resolve()) for picture in self.pictures()]
+        return {"id": source, "images": pictures, "messages": self._messages(self.turns)}
+
+    def clear(self) -> None:
+        self.turns, self.waiting = [], ()
+
+    def _begun(self) -> list[Turn]:
+        if not self.turns:
+            raise ValueError("nothing has been asked yet")
+        return self.turns
+
+    def _write(self, before: list[Turn], turn: Turn) -> Generator[str, None, None]:
+        began = time.monotonic()
+        ids, pixels = self._read(before, turn)
+        delivered: SimpleQueue[Piece | Exception] = SimpleQueue()
+        cancel = self.engine.submit(self._request(ids, pixels), delivered.put)
+        self._asked += 1
+        answer, reason = "", None
+        tokens: list[int] = []
         try:
-            self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        except Exception as error:  # noqa: BLE001  `ask` raises it
-            failures.append(error)
-            inputs["streamer"].end()
+            while reason is None:
+                piece = delivered.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                answer, tokens, reason = answer + piece.text, [*tokens, piece.token], piece.finish_reason
+                if piece.text:
+                    yield piece.text
+        except (KeyboardInterrupt, GeneratorExit):
+            reason = reason or ("interrupted" if answer.strip() else None)
+            raise
+        finally:
+            cancel()
+            if reason is not None:
+                seconds = time.monotonic() - began
+                self.turns = [
+                    *before,
+                    replace(
+                        turn, answer=answer.strip(), finish_reason=reason, prompt_tokens=len(ids), tokens=tuple(tokens), seconds=seconds
+                    ),
+                ]
+                self.waiting = tuple(picture for picture in self.waiting if picture not in turn.pictures)
+
+    def _request(self, ids: list[int], pixels: Tensor | None) -> Request:
+        settings = self.settings
+        return Request(
+            input_ids=ids,
+            max_new_tokens=settings.max_new_tokens or max(1, min(LONGEST, self.engine.context - len(ids))),
+            pixel_values=pixels,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=None if settings.seed is None else settings.seed + self._asked,
+        )
+
+    def _read(self, before: Sequence[Turn], turn: Turn) -> tuple[list[int], Tensor | None]:
+        """(input ids, pixel values) of a question after others."""
+        turns = [*before, turn]
+        return self._form.read(self._messages(turns)[:-1], [picture.content for each in turns for picture in each.pictures])
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        messages = [self._message("system", self.settings.system)] if self.settings.system else []
+        for turn in turns:
+            messages += [self._message("user", turn.question, len(turn.pictures)), self._message("assistant", turn.answer)]
+        return messages
+
+    def _message(self, role: str, text: str, pictures: int = 0) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._form.as_text(text)}]}

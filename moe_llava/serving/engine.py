@@ -25,7 +25,16 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from moe_llava.model.greedy import end_tokens, never_written, positions
-from moe_llava.serving.requests import EngineClosed, Piece, QueueFull, Request, RequestError, TimeLimitExceeded, TokenLogprobs
+from moe_llava.serving.requests import (
+    EngineClosed,
+    Piece,
+    QueueFull,
+    Request,
+    RequestError,
+    TimeLimitExceeded,
+    TokenLogprobs,
+    check_sampling,
+)
 from moe_llava.serving.sampling import Sampler
 from moe_llava.serving.text import AnswerText
 
@@ -142,9 +151,9 @@ class Engine:
         places, images = ids.count(self._image), 0 if request.pixel_values is None else len(request.pixel_values)
         if bool(places) != bool(images) or (images and places % images):
             raise RequestError(f"the prompt has {places} placeholders, which cannot be those of {images} images")
-        # Logits divided by less would be no numbers any more.
-        if not (request.temperature == 0 or request.temperature >= 0.001) or not 0 < request.top_p <= 1 or "" in request.stop:
-            raise RequestError("temperature must be 0 or at least 0.001, top_p above 0 and at most 1, and no stop string empty")
+        check_sampling(request.temperature, request.top_p)
+        if "" in request.stop:
+            raise RequestError("a stop string is empty, which none may be")
 
     # What follows runs in the engine's thread.
 

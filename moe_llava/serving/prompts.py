@@ -10,11 +10,11 @@ from io import BytesIO
 from threading import Lock
 from typing import Any, BinaryIO
 
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from moe_llava.data.records import DataError, open_image
+from moe_llava.serving.form import ConversationForm, FormError
 from moe_llava.serving.protocol import ApiError, ImagePart, Limits, Message, TextPart, parts_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -39,12 +39,9 @@ class PromptMaker:
     """One request at a time: a tokenizer cannot be used by two threads, and what decoded images take stays bounded."""
 
     def __init__(self, processor: Any, limits: Limits):
-        self._processor = processor
+        self._form = ConversationForm(processor)
         self._limits = limits
         self._lock = Lock()
-        self._placeholder = re.compile(re.escape(processor.image_token), re.IGNORECASE)
-        blank = self._inputs(processor.image_token, [Image.new("RGB", (8, 8))])
-        self._image_tokens = self._count(blank["input_ids"][0].tolist())
 
     def make(self, messages: list[Message]) -> tuple[list[int], Tensor | None]:
         """(input ids, pixel values [images, channels, height, width]).
@@ -57,22 +54,9 @@ class PromptMaker:
         with self._lock:
             images = [self._decoded(image) for image in sent]
             try:
-                text = self._processor.apply_chat_template(conversation, add_generation_prompt=True)
-            except TemplateError as error:
-                raise ApiError(400, f"messages: the model's conversation form refuses them: {error}", "messages") from error
-            if text.count(self._processor.image_token) != len(images):
-                raise ApiError(400, "messages: the model's conversation form has no place for the images", "messages")
-            inputs = self._inputs(text, images)
-        ids = inputs["input_ids"][0].tolist()
-        if self._count(ids) != len(images) * self._image_tokens:
-            raise ApiError(400, f"messages: a text reads as {self._processor.image_token}, which stands for an image", "messages")
-        return ids, inputs.get("pixel_values")
-
-    def _inputs(self, text: str, images: list[Image.Image]) -> Any:
-        return self._processor(text=text, images=images or None, add_special_tokens=False, return_tensors="pt")
-
-    def _count(self, ids: list[int]) -> int:
-        return ids.count(self._processor.tokenizer.convert_tokens_to_ids(self._processor.image_token))
+                return self._form.read(conversation, images)
+            except FormError as error:
+                raise ApiError(400, f"messages: {error}", "messages") from error
 
     def _parts(self, message: Any) -> list[dict[str, str]]:
         """Texts that follow each other become one, with line breaks between them, so that no two of them together make a placeholder."""
@@ -84,11 +68,7 @@ class PromptMaker:
                 parts.append({"type": "text", "text": part.text})
             else:
                 parts.append({"type": "image"})
-        return [part | {"text": self._as_text(part["text"])} if part["type"] == "text" else part for part in parts]
-
-    def _as_text(self, text: str) -> str:
-        """A placeholder that a client wrote gets a space after its first character, and is text."""
-        return self._placeholder.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return [part | {"text": self._form.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
 
     def _sent(self, url: str, place: str) -> SentImage:
         head = DATA_URL.match(url)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RequestError(ValueError):
     """A request that this model cannot answer; the message names the value and the rule."""
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises RequestError. Logits divided by less than 0.001 would be no numbers any more."""
+    if not (temperature == 0 or temperature >= 0.001) or not 0 < top_p <= 1:
+        rule = "temperature must be 0 or at least 0.001, and top_p above 0 and at most 1"
+        raise RequestError(f"{rule}, but they are {temperature:g} and {top_p:g}")
 
 
 class QueueFull(RuntimeError):

@@ -13,7 +13,6 @@ Unusual here:
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -31,6 +30,7 @@ from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import read_json
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.model import Experts, Router
+from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.stages import STAGES, ParameterCount
 
@@ -62,12 +62,6 @@ def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGenera
 def _plain(value: Any) -> Any:
     """A setting as it compares: PEFT keeps names as sets or lists, and none as nothing or an empty list."""
     return sorted(value) if isinstance(value, (list, set, tuple)) and value else value or None
-
-
-def require(package: str, what: str) -> None:
-    """Raises RecipeError if `package` is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise RecipeError(f"{what} needs {package}, which is not installed: pip install 'moe-llava[adapters]'")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -141,13 +135,16 @@ def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | 
 
     Raises CheckpointError as `load_checkpoint` does.
     """
-    settings: dict[str, Any] = {}
-    if adapter.quantisation == "nf4":
-        four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        settings["quantization_config"] = BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=UNQUANTISED)
-    elif adapter.quantisation == "int8":
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
+    settings = {"quantization_config": quantisation_config(adapter.quantisation, dtype)} if adapter.quantisation else {}
     return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
+
+
+def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What makes `from_pretrained` quantise the linear layers of a language model; those of "nf4" compute in `dtype`."""
+    if kind == "nf4":
+        four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=UNQUANTISED)
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
 
 
 def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
@@ -162,12 +159,15 @@ def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
 
 def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str:
     """In a line, what of the frozen model is quantised, and what is not."""
-    if adapter.quantisation is None:
-        return "adapter on a base that is not quantised"
+    quantised = adapter.quantisation and describe_quantised(model, adapter.quantisation)
+    return f"adapter on a base with {quantised}" if quantised else "adapter on a base that is not quantised"
+
+
+def describe_quantised(model: LlavaForConditionalGeneration, kind: str) -> str:
     modules = list(model.model.language_model.modules())
     number = sum(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in modules)
     rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in modules) else "embeddings"
-    return f"adapter on a base with {number} linear layers of the language model in {adapter.quantisation}; {rest} and the rest are not"
+    return f"{number} linear layers of the language model in {kind}; {rest} and the rest are not"
 
 
 def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:

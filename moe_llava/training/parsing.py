@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 import types
 import typing
@@ -15,6 +16,12 @@ import yaml
 
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each."""
+
+
+def require(package: str, what: str) -> None:
+    """Raises RecipeError if `package` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise RecipeError(f"{what} needs {package}, which is not installed: pip install 'moe-llava[adapters]'")
 
 
 def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1e-40}, "temperature must be 0 or at least"),
         ({"top_p": 0.0}, "top_p above 0"),
-        ({"stop": ("",)}, "no stop string empty"),
+        ({"stop": ("",)}, "a stop string is empty"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(engine, change, message):

@@ -1,5 +1,6 @@
 """Adapters: what learns, what a stage leaves, merging, going on, quantised bases, and what is refused and why."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -335,10 +336,10 @@ def test_what_only_the_model_tells(write_recipe, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="the dense control trains its FFNs in full"):
         train(recipe, [1, 2, 3], resume=False, console=QUIET)
     recipe = with_adapter(write_recipe, quantisation="nf4")
-    find = adapters.importlib.util.find_spec
+    find = importlib.util.find_spec
     for package in ("peft", "bitsandbytes"):
         with monkeypatch.context() as patch:
-            patch.setattr(adapters.importlib.util, "find_spec", lambda name, gone=package: None if name == gone else find(name))
+            patch.setattr(importlib.util, "find_spec", lambda name, gone=package: None if name == gone else find(name))
             with pytest.raises(RecipeError, match=rf"needs {package}, which is not installed: pip install 'moe-llava\[adapters\]'"):
                 train(recipe, [1, 2, 3], resume=False, console=QUIET)
     assert not (tmp_path / "run").exists()
