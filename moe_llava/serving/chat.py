@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,7 +24,7 @@ from moe_llava.serving.requests import Piece, Request
 LONGEST = 512  # tokens of an answer, if nothing is said
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     path: Path
     content: Image.Image
@@ -85,7 +85,7 @@ class Conversation:
     def regenerate(self) -> Generator[str, None, None]:
         """The last question's answer once more, in the place of the one before. Raises ValueError if nothing was asked."""
         *before, last = self._begun()
-        return self._write(before, replace(last, answer=""))
+        return self._write(before, Turn(last.question, last.pictures))
 
     def trace(self) -> Trace:
         """The routes of the last answer, and of all that it was written after, read in one pass. An expert with a capacity may drop other
@@ -151,12 +151,7 @@ class Conversation:
             cancel()
             if reason is not None:
                 seconds = time.monotonic() - began
-                self.turns = [
-                    *before,
-                    replace(
-                        turn, answer=answer.strip(), finish_reason=reason, prompt_tokens=len(ids), tokens=tuple(tokens), seconds=seconds
-                    ),
-                ]
+                self.turns = [*before, Turn(turn.question, turn.pictures, answer.strip(), reason, len(ids), tuple(tokens), seconds)]
                 self.waiting = tuple(picture for picture in self.waiting if picture not in turn.pictures)
 
     def _request(self, ids: list[int], pixels: Tensor | None) -> Request:

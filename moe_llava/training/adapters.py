@@ -164,10 +164,12 @@ def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str
 
 
 def describe_quantised(model: LlavaForConditionalGeneration, kind: str) -> str:
-    modules = list(model.model.language_model.modules())
-    number = sum(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in modules)
-    rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in modules) else "embeddings"
-    return f"{number} linear layers of the language model in {kind}; {rest} and the rest are not"
+    rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in model.modules()) else "embeddings"
+    return f"{len(quantised_layers(model))} linear layers of the language model in {kind}; {rest} and the rest are not"
+
+
+def quantised_layers(model: LlavaForConditionalGeneration) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear}
 
 
 def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
