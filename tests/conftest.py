@@ -85,10 +85,10 @@ def golden() -> Path:
     return folder
 
 
-def run_here(*arguments: str | Path) -> Result:
+def run_here(*arguments: str | Path, stdin: str = "") -> Result:
     """The command in this process, which has imported everything already: a start takes seconds, and one of a kind shows that it works."""
     environment = {"COLUMNS": "160", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # it sets them: taken back
-    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def refused(*arguments: str | Path) -> str:

@@ -45,11 +45,16 @@ def _grid(title: str, experts_RC: list[list[int]]) -> Text:
 def _answer(trace: Trace, place: int) -> Text:
     pieces = trace.pieces or ()
     words = [
-        Text(f"{pieces[token].strip() or repr(pieces[token])}{str(expert).translate(SUBSCRIPTS)}", style=_style(expert))
+        Text(_shown(pieces[token]) + str(expert).translate(SUBSCRIPTS), style=_style(expert))
         for token, expert in enumerate(trace.ids_LTK[place, :, 0].tolist())
         if trace.answer_T[token]
     ]
     return Text(" ").join(words)
+
+
+def _shown(piece: str) -> str:
+    word = piece.strip()
+    return word if word and word.isprintable() else repr(piece)
 
 
 def _style(expert: int) -> str:

@@ -131,7 +131,7 @@ class Terminal:
                     for piece in pieces:
                         answer.text += piece
             finally:
-                self._out.print(Markdown(answer.text))
+                self._out.print(answer.markdown())
         else:
             try:
                 for piece in pieces:
@@ -198,8 +198,12 @@ class Growing:
 
     text = ""
 
+    def markdown(self) -> Markdown:
+        """Without what would control the terminal."""
+        return Markdown("".join(letter for letter in self.text if letter.isprintable() or letter in "\n\t"))
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(Markdown(self.text), options.update(height=None), pad=False)[1 - options.size.height :]:
+        for line in console.render_lines(self.markdown(), options.update(height=None))[1 - options.size.height :]:
             yield from line
             yield Segment.line()
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY, refused, run_command, run_here
+from tests.conftest import REPOSITORY, refused, run_command
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sklearn")
@@ -21,26 +21,6 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "sparse layers [1, 3]" in done.stdout
     return out
-
-
-def test_chat_once(sparse, tiny_base):  # noqa: F811
-    image = tiny_base / "data" / "images" / "test" / "000000.png"
-    done = run_here("chat", sparse, "--image", image, "where is the red 7 ?", "--json", "--max-new-tokens", "4")
-    assert done.exit_code == 0, done.output
-    answer = json.loads(done.stdout)
-    assert answer["question"] == "where is the red 7 ?"
-    plain = run_command("chat", sparse, "--image", image, "where is the red 7 ?", "--max-new-tokens", "4")
-    assert (plain.returncode, plain.stderr) == (0, "")
-    assert plain.stdout.strip() == answer["answer"]
-
-
-def test_chat_as_a_piped_conversation(sparse, tiny_base):  # noqa: F811
-    image = tiny_base / "data" / "images" / "test" / "000000.png"
-    typed = f"/image none.png\n/image {image}\nwhere is the red 7 ?\n\nhow many digits are there ?\n/quit\nnever asked\n"
-    done = run_command("chat", sparse, "--json", "--max-new-tokens", "3", stdin=typed)
-    assert done.returncode == 0, done.stderr
-    assert "none.png, which does not exist" in done.stderr
-    assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == ["where is the red 7 ?", "how many digits are there ?"]
 
 
 @pytest.mark.parametrize(
