@@ -20,7 +20,7 @@ import pytest
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.store import load_records
 from moe_llava.model.upcycling import upcycle
-from tests.conftest import refused, run_command, run_here
+from tests.conftest import refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 ASKED = "where is the red 7 ?"
@@ -238,9 +238,3 @@ def test_a_terminal(typist, image, tmp_path):
     (record,) = load_records(saved, tmp_path)
     assert [question for question, _ in record.turns] == [f"<image>\n{ASKED}", ASKED]
     assert all(len(answer) > 3 for _, answer in record.turns)
-
-
-def test_the_installed_command(sparse):
-    done = run_command("chat", sparse, "--max-new-tokens", "3", stdin=f"{ASKED}\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip()

@@ -15,7 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
-from moe_llava.serving.chat import Conversation
+from moe_llava.serving.chat import Conversation, Settings
 from moe_llava.serving.engine import Engine
 from tests.conftest import REPOSITORY, refused
 from tests.serving.conftest import server
@@ -104,13 +104,14 @@ def test_no_answer_waits_for_an_acknowledgement(url):
 def test_a_conversation_goes_as_it_does_in_chat(served, client):
     """Two turns about a picture; what came back is sent on as it came."""
     model, processor, about_one = served
-    conversation = Conversation(model, processor, max_new_tokens=8)
-    conversation.add_image(about_one[0].images[0])
     messages = [user([image_part(picture(about_one[0].images[0])), text_part("where is the red 7 ?")])]
-    for question in ("where is the red 7 ?", "how many digits are there ?"):
-        reply = complete(client, messages)
-        assert reply.choices[0].message.content == "".join(conversation.ask(question))
-        messages += [reply.choices[0].message.model_dump(exclude_none=True), user("how many digits are there ?")]
+    with Engine(model, processor.tokenizer, places=1) as engine:
+        conversation = Conversation(engine, processor, Settings(max_new_tokens=8))
+        conversation.add_images(about_one[0].images)
+        for question in ("where is the red 7 ?", "how many digits are there ?"):
+            reply = complete(client, messages)
+            assert reply.choices[0].message.content == "".join(conversation.ask(question))
+            messages += [reply.choices[0].message.model_dump(exclude_none=True), user("how many digits are there ?")]
 
 
 def test_a_stream_is_the_whole_in_pieces(client):
