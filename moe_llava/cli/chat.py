@@ -80,7 +80,7 @@ def _load(checkpoint: str, bits: int | None) -> tuple[Any, Any]:
     model, processor = load_checkpoint(checkpoint, quantization_config=config, device_map=best_device())
     for name, layer in quantised_layers(model).items():
         if bits == 4 and model.device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 32):
-            shape = f"{layer.out_features} x {layer.in_features}"
-            raise ValueError(f"--bits 4 needs multiples of 32 x 64 on a CPU, but {name} is {shape}: bitsandbytes cannot pack it; take 8")
+            shape = f"{layer.in_features} to {layer.out_features}"
+            raise ValueError(f"--bits 4 needs widths that are multiples of 64 on a CPU, but {name} is of {shape}: take --bits 8")
     print(describe_quantised(model, kind), file=sys.stderr)
     return model, processor

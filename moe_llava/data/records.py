@@ -107,7 +107,7 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
     """
     system, values = _turns(source, item)
     if not "".join([system, *values]).isascii():
-        _check_characters(source, [system, *values])
+        check_characters(source, [system, *values])
     names: Any = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, (str, StoredImage)) for name in names):
@@ -121,7 +121,8 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
     return Record(source, turns, places, {key: value for key, value in item.items() if key not in known}, system)
 
 
-def _check_characters(source: str, texts: list[str]) -> None:
+def check_characters(source: str, texts: list[str]) -> None:
+    """Raises DataError, naming `source`, if a text holds what no tokenizer can read."""
     for text in texts:
         try:
             text.encode()

@@ -33,7 +33,7 @@ def draw_routes(trace: Trace, images: Sequence[str], layer: int | None = None) -
         answer.add_row(f"layer {trace.layers[place]}", _answer(trace, place))
     experts, chosen = trace.probs_LTE.shape[-1], trace.ids_LTK.shape[-1]
     legend = Text(" ").join(Text(f" expert {expert} ", style=_style(expert)) for expert in range(experts))
-    which = "" if chosen == 1 else f"  the first of {chosen}"
+    which = "" if chosen == 1 else f"  first choice of {chosen}"
     return Group(*parts, Text("answer", style="bold"), answer, "", legend + Text(which, style="dim"))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_llava.data.encode import IGNORE_INDEX
-from moe_llava.data.records import open_image
+from moe_llava.data.records import check_characters, open_image
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.trace import Trace, trace_routing
 from moe_llava.serving.engine import Engine
@@ -76,10 +76,11 @@ class Conversation:
         """Yields the answer piece by piece, and keeps it as a turn. So is what was written by then where the caller stops; where nothing
         was, or an error is raised, everything stays as it was.
 
-        Raises ValueError if `question` is empty; FormError and RequestError if the model cannot be asked it.
+        Raises ValueError if `question` is empty or no text; FormError and RequestError if the model cannot be asked it.
         """
         if not question.strip():
             raise ValueError("the prompt is empty: ask something")
+        check_characters("the prompt", [question, self.settings.system or ""])
         return self._write(self.turns, Turn(question.strip(), self.waiting))
 
     def regenerate(self) -> Generator[str, None, None]:

@@ -65,6 +65,10 @@ class Terminal:
             except ValueError as error:
                 right = False
                 self._tell(f"error: {error}", "red")
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self._tell("stopped")
         return right
 
     def _lines(self) -> Iterator[str]:
@@ -107,7 +111,7 @@ class Terminal:
         with contextlib.closing(pieces):
             try:
                 self._write(pieces)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # what was written counts
                 if not self.interactive:
                     raise
         if self.conversation.turns is before:
@@ -115,29 +119,27 @@ class Terminal:
         turn = self.conversation.turns[-1]
         if self.as_json:
             print(json.dumps(_object(turn)), flush=True)
-        elif self.interactive and turn.finish_reason != "stop":
+        elif self._out.is_terminal:
+            self._out.print(_markdown(turn.answer))
+        else:
+            print(flush=True)
+        if self.interactive and turn.finish_reason != "stop":
             self._tell("stopped" if turn.finish_reason == "interrupted" else f"cut off after {len(turn.tokens)} tokens")
         return None
 
     def _write(self, pieces: Iterator[str]) -> None:
-        """Markdown on a terminal: what grows is drawn again and again as far as there is room, and at last once in full."""
+        """On a terminal, what grows is drawn again and again, as far as there is room, and taken away at last."""
         if self.as_json:
             for _ in pieces:
                 pass
         elif self._out.is_terminal:
             answer = Growing()
-            try:
-                with Live(answer, console=self._out, transient=True):
-                    for piece in pieces:
-                        answer.text += piece
-            finally:
-                self._out.print(answer.markdown())
-        else:
-            try:
+            with Live(answer, console=self._out, transient=True):
                 for piece in pieces:
-                    print(piece, end="", flush=True)
-            finally:
-                print(flush=True)
+                    answer.text += piece
+        else:
+            for piece in pieces:
+                print(piece, end="", flush=True)
 
     def _image(self, rest: str) -> None:
         paths = [Path(rest).expanduser()] if Path(rest).expanduser().is_file() else [Path(part).expanduser() for part in shlex.split(rest)]
@@ -181,7 +183,7 @@ class Terminal:
         except OSError as error:
             raise ValueError(f"{file} cannot be written: {error.strerror}") from error
         self._saved.add(file.resolve())
-        self._tell(f"{file}: {len(self.conversation.turns)} questions and answers")
+        self._tell(f"written to {file}")
 
     def _help(self, rest: str) -> None:
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -198,14 +200,15 @@ class Growing:
 
     text = ""
 
-    def markdown(self) -> Markdown:
-        """Without what would control the terminal."""
-        return Markdown("".join(letter for letter in self.text if letter.isprintable() or letter in "\n\t"))
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(self.markdown(), options.update(height=None))[1 - options.size.height :]:
+        for line in console.render_lines(_markdown(self.text), options.update(height=None))[1 - options.size.height :]:
             yield from line
             yield Segment.line()
+
+
+def _markdown(text: str) -> Markdown:
+    """Without what would control the terminal."""
+    return Markdown("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
 
 
 def _object(turn: Turn) -> dict[str, object]:

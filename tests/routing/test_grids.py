@@ -54,7 +54,7 @@ def test_patches_of_every_image_and_tokens_of_the_answer(trace):
     ]
     assert lines[9] == ["layer", "1", "a₁", "[red]₂", "'", "'₁₀", r"'\x1b'₁"]
     assert lines[10][:3] == ["layer", "3", "a₃"]
-    assert " ".join(lines[-2] + lines[-1]).endswith("expert 10 the first of 2")
+    assert " ".join(lines[-2] + lines[-1]).endswith("expert 10 first choice of 2")
 
 
 def test_colours_are_those_of_the_pictures(trace):

@@ -78,6 +78,8 @@ def test_what_cannot_be_asked_changes_nothing(tmp_path, begin, images):
     conversation = begin()
     with pytest.raises(ValueError, match="the prompt is empty"):
         conversation.ask("  ")
+    with pytest.raises(DataError, match="the prompt holds half of a character"):
+        conversation.ask("where \udcff")
     with pytest.raises(DataError, match="does not exist"):
         conversation.add_images([images[0], tmp_path / "none.png"])
     assert conversation.waiting == ()
