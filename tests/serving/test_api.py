@@ -358,7 +358,7 @@ def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa:
             process.send_signal(signal.SIGTERM)
             chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
