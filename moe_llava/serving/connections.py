@@ -26,6 +26,7 @@ from moe_llava.serving.engine import Engine
 from moe_llava.serving.protocol import RETRY_AFTER, ApiError, Limits
 
 SPARE_CONNECTIONS = 256  # beyond one for each answer: who is about to ask, watches, or was refused
+READING_SECONDS = 60.0  # for a client to read the end of its answer
 LINGER_SECONDS = 2.0  # for a client that is refused to read why: a connection that closes at once loses what is on its way
 
 
@@ -117,7 +118,7 @@ class OneLength:
 def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn.Server:
     """What serves `application`, with limits on what `application` does not see."""
     # By then every answer is complete, or was ended. Who does not read it is not waited for.
-    longest = limits.body_seconds + limits.fetch_seconds + engine.time_limit + 60
+    longest = limits.body_seconds + limits.fetch_seconds + engine.time_limit + READING_SECONDS
     most = engine.places + engine.max_waiting + SPARE_CONNECTIONS
     connection = functools.partial(Connection, most=most, head_seconds=limits.head_seconds, longest=longest)
     return uvicorn.Server(

@@ -27,7 +27,7 @@ CHUNK = 1 << 16  # bytes
 
 
 def is_public(address: str) -> bool:
-    """Whether this is an address of the internet at large: none of this machine or of a network behind it, and none that carries another."""
+    """Whether this is an address of the internet at large: none of this machine or a network behind it, and none that carries another."""
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address) and (parsed.sixtofour or int(parsed) >> 125 != 1):  # of 2000::/3 are all that lead to one place
         return False
