@@ -108,6 +108,7 @@ class Service:
         self.limits = limits
         self.fetcher = fetcher
         self.memory = Memory(limits.all_bytes)
+        self.parsing = asyncio.Lock()  # what one body unfolds to is bounded, and so that of all
         self.prompts = PromptMaker(processor, limits)
         self.metrics = Metrics()
         self.created = int(time.time())
@@ -149,7 +150,7 @@ class Service:
     async def _prepared(self, client: Request) -> tuple[Form, requests.Request]:
         """Nothing of a body is kept beyond this."""
         with self.memory.share() as take:
-            asked = await run_in_threadpool(parse, await read_body(client, self.limits, take), self.limits)
+            asked = await self._parsed(await read_body(client, self.limits, take))
             if asked.model != self.name:
                 raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
             try:
@@ -160,6 +161,10 @@ class Service:
             request = await run_in_threadpool(self._request, asked, fetched)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return Form(bool(asked.stream), usage, bool(asked.logprobs)), request
+
+    async def _parsed(self, body: bytearray) -> ChatCompletionRequest:
+        async with self.parsing:
+            return await run_in_threadpool(parse, body, self.limits)
 
     async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> dict[str, bytes]:
         urls = [url for url in image_urls(asked.messages) if url[:7].lower() in ("http://", "https:/")]

@@ -107,16 +107,16 @@ class PromptMaker:
 
     def _check_sizes(self, sent: list[SentImage]) -> None:
         """Looks at what images say of themselves, and decodes none."""
-        pixels = 0
+        all_pixels, most, most_of_all = 0, self._limits.pixels, self._limits.all_pixels
         for image in sent:
             try:
                 with Image.open(image.open(), formats=FORMATS) as header:
                     width, height = header.size
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ApiError(400, f"{image} is none of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
-            pixels += width * height
-            if pixels > self._limits.pixels:
-                told = f"{image} has {width} x {height} pixels, but all images together may have at most {self._limits.pixels}"
+            all_pixels += width * height
+            if width * height > most or all_pixels > most_of_all:
+                told = f"{image} has {width} x {height} pixels, but at most {most} are taken, and {most_of_all} of all images together"
                 raise ApiError(400, told, "messages")
             if header.format in ("JPEG", "MPO") and image.content.count(START_OF_SCAN) > self._limits.scans:
                 raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")

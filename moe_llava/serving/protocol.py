@@ -35,7 +35,7 @@ class ApiError(Exception):
 @dataclass(frozen=True)
 class Limits:
     """What one request may hold. `body_bytes` bounds images, too, which come in base64; `marks` are commas, colons and opening brackets,
-    of which values are made; `pixels` is of all images, decoded; `scans` of a JPEG, each of which takes as long as the whole image;
+    of which values are made; `pixels` is of one image, decoded; `scans` of a JPEG, each of which takes as long as the whole image;
     `characters` of all texts; `new_tokens` is the longest answer of who asks for none. `all_bytes`: of all requests that are being read.
     Seconds: for a request's head, its body, and its images from other servers."""
 
@@ -43,7 +43,8 @@ class Limits:
     all_bytes: int = 128 * 2**20
     marks: int = 250_000
     image_bytes: int = 8 * 2**20
-    pixels: int = 50_000_000
+    pixels: int = 25_000_000
+    all_pixels: int = 50_000_000
     scans: int = 100
     images: int = 8
     messages: int = 128

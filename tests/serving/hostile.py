@@ -9,7 +9,28 @@ from io import BytesIO
 from PIL import Image
 
 QUESTION = {"role": "user", "content": "where is the red 7 ?"}
-VALUES = [None, True, False, 0, -1, 1, 5, 0.5, -0.0, 1e308, 2**63, -(2**64), 10**400, float("nan"), float("inf"), "", " ", "a", "tiny", "\0"]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    5,
+    0.5,
+    -0.0,
+    1e308,
+    2**63,
+    -(2**64),
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "a",
+    "tiny",
+    "\0",
+]
 VALUES += ["<image>", "<ima\u200bge>", "\ud800", "\u202eegami", "A" * 9000, "../../etc/passwd", "file:///etc/passwd", "//host/share/a.png"]
 VALUES += ["http://127.0.0.1:9/a.png", "{{ 7 * 7 }}", "%s%n", "data:image/png;base64,AAAA", "data:,", [], {}, [[]], [{}], {"": None}]
 VALUES += [["a"] * 500, json.loads("[" * 60 + "]" * 60), {"role": "system", "content": "a"}, {"type": "text", "text": "<image>"}]
@@ -86,7 +107,8 @@ def by_hand():
     """name -> (bytes of a request, statuses that may answer it)"""
     wrong, chunked = {400}, "Transfer-Encoding: chunked\r\n"
     animated = encoded(PLAIN, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 18), "blue")] * 20)
-    wide = Image.new("1", (7000, 7100))
+    wide = encoded(Image.new("1", (5000, 5000)))
+    wide_part = {"type": "image_url", "image_url": {"url": data_url(wide)}}
     cases = {
         "nested": (post(b"[" * 100_000), wrong),
         "many lists": (post(b'{"model":"tiny","messages":[' + b"[]," * 1_000_000 + b"0]}"), wrong),
@@ -107,7 +129,10 @@ def by_hand():
         "a long stop": (ask(stop="a" * 10**6), wrong),
         "a stop that is half a character": (ask(stop="\udc00"), wrong),
         "placeholders": (ask(messages=[{"role": "user", "content": "<image>" * 20}]), {200, 400}),
-        "full-width placeholder": (ask(messages=[{"role": "user", "content": "\uff1cimage\uff1e <im\u0430ge> <\u0131mage> <IMAGE>"}]), {200}),
+        "full-width placeholder": (
+            ask(messages=[{"role": "user", "content": "\uff1cimage\uff1e <im\u0430ge> <\u0131mage> <IMAGE>"}]),
+            {200},
+        ),
         "special tokens": (ask(messages=[{"role": "user", "content": "<s></s><pad><unk> USER: ASSISTANT:"}]), {200}),
         "zero": (ask(messages=[{"role": "user", "content": "\0\x1b[2J\r\n"}]), {200}),
         "huge text": (ask(messages=[{"role": "user", "content": "a" * 20_000_000}]), wrong),
@@ -140,13 +165,16 @@ def by_hand():
         "a star": (head(None, "*", "OPTIONS"), {404, 405}),
         "a long method": (head(None, "/health", "A" * 30_000), {404, 405}),
         "a long path": (head(None, "/" + "a" * 60_000, "GET"), {404}),
-        "a kind of body": (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", {415}),
+        "a kind of body": (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
+            {415},
+        ),
         "an animation": (show(data_url(animated, "image/gif")), {200}),
         "another name for a kind": (show(data_url(animated)), {200}),
         "a text that unfolds": (show(data_url(text_bomb())), wrong),
         "scans": (show(data_url(many_scans(2000), "image/jpeg")), wrong),
-        "wide images": (ask(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(encoded(wide))}}] * 8}]), wrong),
-        "a wide image": (show(data_url(encoded(wide))), {200}),
+        "two wide images": (ask(messages=[{"role": "user", "content": [wide_part] * 2}]), {200, 400}),
+        "three wide images": (ask(messages=[{"role": "user", "content": [wide_part] * 3}]), wrong),
         "a vector image": (show("data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="), wrong),
         "a disguise": (show(data_url(b"RIFF\0\0\0\0WEBP\nImage type: L\nImage size (x*y): 9999*9999\n" + b"\0" * 600)), wrong),
     }
@@ -175,7 +203,19 @@ def by_hand():
     for field in ("max_tokens", "temperature", "top_p", "seed", "n", "top_logprobs"):
         for value in (10**30, -(10**30), float("nan"), float("inf"), "1", [1], True, {}):
             cases[f"{field} {value!r}"[:60]] = (ask(**{field: value}), wrong)
-    for field in ("tools", "functions", "logit_bias", "audio", "metadata", "store", "chat_template_kwargs", "guided_json", "best_of", "__proto__", "a\0b"):
+    for field in (
+        "tools",
+        "functions",
+        "logit_bias",
+        "audio",
+        "metadata",
+        "store",
+        "chat_template_kwargs",
+        "guided_json",
+        "best_of",
+        "__proto__",
+        "a\0b",
+    ):
         cases[f"field {field}"] = (ask(**{field: {}}), wrong)
     return cases
 
