@@ -46,6 +46,14 @@ def data_url(content, kind="image/png"):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+HOSTS = """localhost.evil.example evil.example:8000 127.0.0.1.evil.example [::1 [::1].evil.example localhost@evil.example
+    evil.example#localhost localhost:8000:9 evil.example:99999999 0.0.0.0 2130706433"""
+PATHS = """/../../etc/passwd /..%2f..%2fetc%2fpasswd /%2e%2e/%2e%2e/etc/passwd //etc/passwd /%00 /v1/models/%2e%2e /%ff%fe /docs
+    /static/../../etc/passwd /v1\\models /%ed%a0%80 /openapi.json /v1/models%0d%0aX:%20y"""
+URLS = """http://127.0.0.1:9/a.png HTTPS://example.org/a.png ftp://example.org/a file:///etc/passwd file://host/a /etc/passwd C:\\a.png
+    //example.org/a.png \\\\host\\share\\a.png data:text/html;base64,AAAA data:image/png,AAAA data: data:image/png;base64 blob:a
+    data:image/png;base64,%41 data:image/png;base64,A data:image/png;base64,==== javascript:alert(1) gopher://a
+    data:image/png;charset=x;base64,AAAA data:image/png;base64,\u0661\u0662"""
 PLAIN = Image.new("RGB", (24, 18), "red")
 PNG = encoded(PLAIN)
 HONEST = {
@@ -178,18 +186,13 @@ def by_hand():
         "a vector image": (show("data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="), wrong),
         "a disguise": (show(data_url(b"RIFF\0\0\0\0WEBP\nImage type: L\nImage size (x*y): 9999*9999\n" + b"\0" * 600)), wrong),
     }
-    for name in ("localhost.evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1", "[::1].evil.example", "localhost@evil.example",
-                 "evil.example#localhost", "localhost:8000:9", "evil.example:99999999", "", "0.0.0.0", "2130706433"):  # fmt: skip
+    for name in ("", *HOSTS.split()):
         cases[f"host {name}"] = (f"GET /v1/models HTTP/1.1\r\nHost: {name}\r\n\r\n".encode(), {400, 403})
-    for path in ("/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/%00", "/v1/models/%2e%2e",
-                 "/static/../../etc/passwd", "/v1\\models", "/%ed%a0%80", "/%ff%fe", "/docs", "/openapi.json", "/v1/models%0d%0aX:%20y"):  # fmt: skip
+    for path in PATHS.split():
         cases[f"path {path}"] = (head(None, path, "GET"), {404})
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "BREW"):
         cases[f"method {method}"] = (head(None, method=method), {405})
-    for url in ("http://127.0.0.1:9/a.png", "HTTPS://example.org/a.png", "ftp://example.org/a", "file:///etc/passwd", "file://host/a", "/etc/passwd",
-                "//example.org/a.png", "\\\\host\\share\\a.png", "C:\\a.png", "data:text/html;base64,AAAA", "data:image/png,AAAA", "data:", "",
-                "data:image/png;base64", "data:image/png;base64,%41", "data:image/png;base64,A", "data:image/png;base64,====", "javascript:alert(1)",
-                "data:image/png;charset=x;base64,AAAA", "data:image/png;base64,\u0661\u0662", " " + data_url(PNG), "blob:a", "gopher://a"):  # fmt: skip
+    for url in ("", " " + data_url(PNG), *URLS.split()):
         cases[f"URL {url[:40]}"] = (show(url), wrong)
     for form, settings in (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("WEBP", {}), ("JPEG", {"progressive": True})):
         content = encoded(PLAIN, form, **settings)

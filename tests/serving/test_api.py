@@ -3,7 +3,9 @@
 import base64
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -346,23 +348,66 @@ def test_metrics_count_what_was_done(served):
         assert metric(url, "requests_waiting") == 0
 
 
-def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa: F811
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", tiny_base / "base", "--port", "0", "--name", "tiny"]
+def test_metrics_count_what_was_refused_and_what_failed(served, monkeypatch):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        for path, method in (("/gone", "GET"), ("/v1/chat/completions", "GET"), ("/v1/chat/completions", "POST")):
+            post(url, b"{", path=path, method=method)
+        post(url, {}, {"Host": "elsewhere.example"})
+        body = {"model": "tiny", "messages": [user()]}
+        monkeypatch.setattr(model, "forward", failing)
+        for asked in (body, body | {"stream": True}):
+            status, _, told = post(url, asked)
+            assert "RuntimeError" not in told.decode()
+            assert "its log says why" in told.decode()
+        monkeypatch.setattr(type(processor), "apply_chat_template", failing)  # outside of the engine
+        status, _, told = post(url, body)
+        assert_told(status, 500, told)
+        counts = {
+            outcome: metric(url, f'requests_total{{outcome="{outcome}"}}') for outcome in ("400", "403", "404", "405", "500", "failed")
+        }
+    assert counts == {"400": 1, "403": 1, "404": 1, "405": 1, "500": 2, "failed": 1}
+
+
+def failing(*_, **__):
+    raise RuntimeError("a mistake")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_it_finish_what_it_has_begun(tiny_base, tmp_path, number):  # noqa: F811
+    """And it takes nothing new meanwhile, and ends with status 0. Someone who is connected and asks nothing does not keep it."""
+    base = tmp_path / "base"  # whose answers are long
+    shutil.copytree(tiny_base / "base", base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": []}))
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", base, "--port", "0", "--name", "tiny"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ})
     try:
         line = process.stdout.readline()
         assert line.startswith("serving tiny at http://127.0.0.1:"), process.stderr.read()
-        with client_of(line.split()[-1].removesuffix("/v1")) as client:
-            stream = complete(client, [user()], stream=True, max_tokens=90, temperature=1.0, seed=1)
+        url = line.split()[-1].removesuffix("/v1")
+        idle = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        with client_of(url) as client, idle:
+            stream = complete(client, [user()], stream=True, max_tokens=100, stream_options={"include_usage": True})
             chunks = [next(stream)]
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
+            eventually(lambda: refuses_connections(url))
             chunks += list(stream)
-        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == 100
         assert process.wait(timeout=30) == 0
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.communicate()
+
+
+def refuses_connections(url):
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_a_server_that_cannot_start_says_why(url, tiny_base, tmp_path):  # noqa: F811

@@ -1,5 +1,9 @@
 """Images from another server: a real one on this machine, which is reached only because the tests say that it may be."""
 
+import asyncio
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -71,10 +75,12 @@ class Pictures(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def pictures():
+def pictures(tls=None):
     """(the port of a server, what it was asked for)"""
     asked = []
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Noting", (Pictures,), {"asked": asked})) as serving:
+        if tls:
+            serving.socket = tls.wrap_socket(serving.socket, server_side=True)
         thread = threading.Thread(target=serving.serve_forever, args=(0.01,))
         thread.start()
         yield serving.server_address[1], asked
@@ -176,6 +182,25 @@ def test_no_other_place_is_asked(url, place):
     assert not [path for path, _ in asked]
 
 
+def test_a_certificate_has_to_be_of_the_host(served, tmp_path, monkeypatch):
+    """One that nobody vouches for, one of another name, and the right one."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make certificates with")
+    model, processor, _ = served
+    statuses = []
+    for name, trusted in (("localhost", False), ("other.example", True), ("localhost", True)):
+        make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+        subprocess.run([*make, "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"], check=True, capture_output=True)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate") if trusted else "")
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+        with pictures(tls) as (port, _):
+            fetcher = Fetcher([f"localhost:{port}"], LIMITS, may_reach=lambda address: True)
+            with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
+                statuses.append(show(url, f"https://localhost:{port}/a.png")[0])
+    assert statuses == [400, 400, 200]
+
+
 def test_networks_behind_the_server_are_not_asked(served, place):
     at, asked = place
     asked.clear()
@@ -190,8 +215,6 @@ def test_networks_behind_the_server_are_not_asked(served, place):
 
 def test_a_name_is_resolved_once(url, place, monkeypatch):
     """And whoever answers otherwise a moment later is not heard."""
-    import asyncio
-
     at, asked = place
     asked.clear()
     resolved = []
@@ -203,7 +226,7 @@ def test_a_name_is_resolved_once(url, place, monkeypatch):
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", rebinding)
     assert show(url, f"{at}/a.png")[0] == 200
-    assert [host for host in resolved if not host[0].isdigit() and ":" not in host] == ["localhost"]
+    assert resolved == ["localhost"]
 
 
 @pytest.mark.parametrize(

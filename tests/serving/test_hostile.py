@@ -1,12 +1,12 @@
 """A thousand requests that mean no good, to a real server that is watched meanwhile."""
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.serving.hostile import HONEST, PNG, by_hand, data_url, encoded, many_scans, post, random_requests, show
+from tests.serving.hostile import HONEST, by_hand, post, random_requests
 from tests.training.conftest import tiny_base  # noqa: F401
 
 MOST_MEMORY = 900 * 2**20  # bytes beyond those of the server before: 128 MiB that are being read, three times, and one request's pixels
@@ -34,10 +34,8 @@ class Watched:
     def answer(self, request):
         """(status, headers, body); None if the connection was closed without one."""
         with self.connect() as connection:
-            try:
+            with contextlib.suppress(OSError):  # it may be closed in the midst, after an answer
                 connection.sendall(request)
-            except OSError:  # it was closed in the midst: an answer may have come before
-                pass
             return told(connection, request)
 
     def order(self, line):
