@@ -119,7 +119,7 @@ def by_hand():
     wide_part = {"type": "image_url", "image_url": {"url": data_url(wide)}}
     cases = {
         "nested": (post(b"[" * 100_000), wrong),
-        "many lists": (post(b'{"model":"tiny","messages":[' + b"[]," * 1_000_000 + b"0]}"), wrong),
+        "many lists": (post(b'{"model":"tiny","messages":[' + b"[]," * 3_000_000 + b"0]}"), wrong),
         "many numbers": (post(b'{"model":"tiny","messages":[' + b"0," * 100_000 + b"0]}"), wrong),
         "many names": (post(b"{" + b",".join(b'"%d":0' % number for number in range(100_000)) + b"}"), wrong),
         "a name twice": (post(b'{"model":"tiny","model":"other","messages":[{"role":"user","content":"a"}]}'), {400, 404}),

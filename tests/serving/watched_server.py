@@ -14,7 +14,7 @@ from moe_llava.serving.engine import Engine
 from moe_llava.serving.listen import listener
 from moe_llava.serving.protocol import Limits
 
-LIMITS = Limits(head_seconds=2, body_seconds=3)
+LIMITS = Limits(head_seconds=2, body_seconds=4)
 OUTWARD = ("open", "os.listdir", "os.scandir", "os.exec", "os.system", "subprocess.Popen", "urllib.Request")
 OUTWARD += ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname")
 watching = threading.Event()
