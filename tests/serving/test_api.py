@@ -2,12 +2,6 @@
 
 import base64
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from http.client import HTTPConnection
@@ -19,7 +13,7 @@ from PIL import Image
 
 from moe_llava.serving.chat import Conversation
 from moe_llava.serving.engine import Engine
-from tests.conftest import REPOSITORY, refused
+from tests.conftest import refused
 from tests.serving.conftest import server
 from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -375,44 +369,6 @@ def test_metrics_count_what_was_refused_and_what_failed(served, monkeypatch):
 
 def failing(*_, **__):
     raise RuntimeError("a mistake")
-
-
-def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa: F811
-    """And it takes nothing new meanwhile, and ends with status 0. Someone who is connected and asks nothing does not keep it."""
-    base = tmp_path / "base"  # whose answers are long
-    shutil.copytree(tiny_base / "base", base)
-    settings = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": []}))
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", base, "--port", "0", "--name", "tiny", "--allow-image-host", "localhost:9"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ})
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving tiny at http://127.0.0.1:"), process.stderr.read()
-        url = line.split()[-1].removesuffix("/v1")
-        _, _, told = post(url, {"model": "tiny", "messages": [user([image_part("http://localhost:9/a.png")])]})
-        assert "localhost is not on the internet" in told.decode()
-        idle = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-        with client_of(url) as client, idle:
-            stream = complete(client, [user()], stream=True, max_tokens=100, stream_options={"include_usage": True})
-            chunks = [next(stream)]
-            process.send_signal(signal.SIGTERM)
-            eventually(lambda: refuses_connections(url))
-            chunks += list(stream)
-        assert chunks[-2].choices[0].finish_reason == "length"
-        assert chunks[-1].usage.completion_tokens == 100
-        assert process.wait(timeout=30) == 0
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def refuses_connections(url):
-    try:
-        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
-    except ConnectionRefusedError:
-        return True
-    return False
 
 
 def test_a_server_that_cannot_start_says_why(url, tiny_base, tmp_path):  # noqa: F811

@@ -1,7 +1,12 @@
-"""How many connections there are, and how long."""
+"""How many connections there are, and how long; how the server ends."""
 
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -11,10 +16,11 @@ from moe_llava.serving import connections
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.listen import listener
 from moe_llava.serving.protocol import Limits
+from tests.conftest import REPOSITORY
 from tests.serving import conftest as serving_tests
 from tests.serving.conftest import server
 from tests.serving.hostile import ask, head
-from tests.serving.test_api import assert_told, eventually, metric, post
+from tests.serving.test_api import assert_told, client_of, complete, eventually, image_part, metric, post, user
 from tests.serving.test_hostile import told
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -139,3 +145,41 @@ def read(connection):
     with suppress(ConnectionResetError):
         while part := connection.recv(1 << 16):
             yield part
+
+
+def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa: F811
+    """And it takes nothing new meanwhile, and ends with status 0. Someone who is connected and asks nothing does not keep it."""
+    base = tmp_path / "base"  # whose answers are long
+    shutil.copytree(tiny_base / "base", base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": []}))
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", base, "--port", "0", "--name", "tiny", "--allow-image-host", "localhost:9"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ})
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving tiny at http://127.0.0.1:"), process.stderr.read()
+        url = line.split()[-1].removesuffix("/v1")
+        _, _, told = post(url, {"model": "tiny", "messages": [user([image_part("http://localhost:9/a.png")])]})
+        assert "localhost is not on the internet" in told.decode()
+        idle = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        with client_of(url) as client, idle:
+            stream = complete(client, [user()], stream=True, max_tokens=100, stream_options={"include_usage": True})
+            chunks = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: refuses_connections(url))
+            chunks += list(stream)
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == 100
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refuses_connections(url):
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
