@@ -167,7 +167,7 @@ class Service:
             return await run_in_threadpool(parse, body, self.limits)
 
     async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> dict[str, bytes]:
-        urls = [url for url in image_urls(asked.messages) if url[:7].lower() in ("http://", "https:/")]
+        urls = [url for url in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
         return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
 
     def _request(self, asked: ChatCompletionRequest, fetched: dict[str, bytes]) -> requests.Request:
