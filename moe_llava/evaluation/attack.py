@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llava.evaluation.perturb import Perturbation
-from moe_llava.model.greedy import end_tokens, write_greedily
+from moe_llava.model.greedy import end_tokens, positions, write_greedily
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
@@ -47,9 +47,7 @@ def pixel_range(image_processor: Any) -> PixelRange:
 
 def answer_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     """[B] float32: for each row the mean cross entropy of its labels [B, S], where -100 is no label."""
-    # Padding counts in no position, wherever it stands.
-    positions_BS = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    logits = model(**inputs, position_ids=positions_BS, use_cache=False).logits[:, :-1].float()
+    logits = model(**inputs, position_ids=positions(inputs["attention_mask"]), use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)

@@ -14,6 +14,7 @@ import torch
 
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.model.greedy import positions
 
 BINS = 10
 
@@ -39,8 +40,7 @@ def yes_probabilities(
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
         inputs = prompt_inputs(processor, batch).to(model.device, dtype=model.dtype)
-        positions_BS = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits_BV = model(**inputs, position_ids=positions_BS, logits_to_keep=1).logits[:, -1].float()
+        logits_BV = model(**inputs, position_ids=positions(inputs["attention_mask"]), logits_to_keep=1).logits[:, -1].float()
         found += torch.sigmoid(logits_BV[:, yes] - logits_BV[:, no]).tolist()
         advance(len(batch))
     return found

@@ -23,7 +23,7 @@ from moe_llava.data.records import IMAGE_TOKEN, content_parts, open_image
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
-from moe_llava.model.greedy import end_tokens, write_greedily
+from moe_llava.model.greedy import end_tokens, positions, write_greedily
 
 AHEAD = 2  # groups that wait, decoded
 
@@ -138,9 +138,8 @@ def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation
 def _read_heads(model: Any, heads: Any) -> Any:
     """The cache [H, ...] of keys and values."""
     inputs = heads.to(model.device, dtype=model.dtype)
-    positions_HS = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     named = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    return model(**named, position_ids=positions_HS, use_cache=True, logits_to_keep=1).past_key_values
+    return model(**named, position_ids=positions(inputs["attention_mask"]), use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.inference_mode()

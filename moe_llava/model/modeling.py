@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration import MoeLlavaConfig
 from .ffn import sparse_mlp
-from .moe import Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
+from .moe import GatedExperts, Router, SparseMlp, balance_loss, init_sparse_weights, z_loss
 from .smoes import ModalityStatistics, mutual_information_loss, sum_over_processes
 
 RECORDED = ("output_router_logits", "output_router_drops", "output_modality_scores", "output_modality_sums")  # what the losses are made of
@@ -76,6 +76,13 @@ class SparseBackbone(PreTrainedModel):
         experts = self.layers[moe_config.moe_layer_indices[0]].mlp.experts
         self._ep_plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name, _ in experts.named_parameters()}
         self._ep_plan["layers.*.mlp.experts"] = "ep_dispatch_experts"
+        # By these fields, saved with the model, an engine with kernels of its own knows that it has experts: vLLM does, and takes them
+        # to be gated by SiLU. It runs others as they are written here, if it is not told.
+        if isinstance(experts, GatedExperts) and config.hidden_act == "silu":
+            config.num_experts = moe_config.num_experts
+            config.num_experts_per_tok = moe_config.num_experts_per_tok
+            config.norm_topk_prob = moe_config.norm_topk_prob
+            config.moe_intermediate_size = experts.intermediate_dim
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from moe_llava.model.greedy import as_list, end_tokens
+from moe_llava.model.greedy import end_tokens, never_written, positions
 from moe_llava.serving.requests import EngineClosed, Piece, QueueFull, Request, RequestError, TimeLimitExceeded, TokenLogprobs
 from moe_llava.serving.sampling import Sampler
 from moe_llava.serving.text import AnswerText
@@ -71,9 +71,7 @@ class Engine:
         self._tokenizer = copy.deepcopy(tokenizer)  # one cannot be used by two threads at a time
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._image = model.config.image_token_id
-        # A placeholder in an answer would be one without an image.
-        suppressed = {*as_list(model.generation_config.suppress_tokens), self._image}
-        self._suppressed = torch.tensor([token for token in sorted(suppressed) if token < self._vocabulary], device=model.device)
+        self._suppressed = torch.tensor([token for token in never_written(model) if token < self._vocabulary], device=model.device)
         self._ends = frozenset(end_tokens(model))
         self._newcomers: list[Row] = []  # have a place, and are about to be read
         self._rows: list[Row] = []
@@ -200,7 +198,7 @@ class Engine:
         logits_B1V = self.model(
             input_ids=ids_BS,
             attention_mask=mask_BS,
-            position_ids=(mask_BS.cumsum(-1) - 1).clamp(min=0),
+            position_ids=positions(mask_BS),
             pixel_values=torch.cat(images).to(device, self.model.dtype) if images else None,
             past_key_values=cache,
             use_cache=True,
