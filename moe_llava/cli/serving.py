@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,9 @@ def serve(
     places: Annotated[int, typer.Option(min=1, help="answers that are written at once")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a place; more are refused")] = 32,
     time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, waiting among them")] = 300.0,
+    allow_image_host: Annotated[
+        list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Without it, none is")
+    ] = None,
 ) -> None:
     """Answers OpenAI's chat completions over HTTP, many at once. SIGTERM lets it finish what it has begun."""
     with user_errors():
@@ -31,19 +33,21 @@ def serve(
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
             # These take seconds, and a mistake is told before.
-            import uvicorn
+            from moe_llava.serving.fetch import Fetcher
+            from moe_llava.serving.protocol import Limits
+
+            limits = Limits()
+            fetcher = Fetcher(allow_image_host, limits) if allow_image_host else None
 
             from moe_llava.checkpoints.load import best_device, load_checkpoint
             from moe_llava.serving.api import build_app
+            from moe_llava.serving.connections import http_server, serve_until_told
             from moe_llava.serving.engine import Engine
 
             model, processor = load_checkpoint(checkpoint)
             engine = Engine(model.to(best_device()), processor.tokenizer, places, max_waiting, time_limit)
             name = name or Path(checkpoint).resolve().name
-            application = build_app(engine, processor, name, keys)
+            application = build_app(engine, processor, name, limits, keys, fetcher)
             at, bound = socket.getsockname()[:2]
             print(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{bound}/v1", flush=True)
-            # By then every answer is complete, or was ended; who does not read it is not waited for.
-            longest = math.ceil(time_limit) + 5
-            config = uvicorn.Config(application, log_level="warning", server_header=False, timeout_graceful_shutdown=longest)
-            uvicorn.Server(config).run(sockets=[socket])
+            serve_until_told(http_server(application, engine, limits), socket)

@@ -85,10 +85,11 @@ class ImageSource(Protocol):
     def open(self) -> BinaryIO: ...
 
 
-def open_image(image: Path | ImageSource, source: str) -> Image.Image:
-    """Decodes an image to RGB. Raises DataError, naming `source`, if that cannot be done."""
+def open_image(image: Path | ImageSource, source: str, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Decodes an image to RGB; of one of `formats`, as Pillow names them, where they are given. Raises DataError, naming `source`, if that
+    cannot be done."""
     try:
-        with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file) as opened:
+        with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file, formats=formats) as opened:
             return opened.convert("RGB")
     except FileNotFoundError as error:
         raise missing_image(source, image) from error

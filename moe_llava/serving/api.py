@@ -11,9 +11,11 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -21,20 +23,20 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from moe_llava.serving import requests
+from moe_llava.serving.bodies import Memory, Take, read_body
 from moe_llava.serving.engine import Engine
+from moe_llava.serving.fetch import Fetcher
 from moe_llava.serving.listen import is_loopback
 from moe_llava.serving.metrics import Metrics
 from moe_llava.serving.prompts import PromptMaker
-from moe_llava.serving.protocol import ApiError, ChatCompletionRequest, Limits, parse
+from moe_llava.serving.protocol import LEFT, RETRY_AFTER, ApiError, ChatCompletionRequest, Limits, image_urls, parse
 from moe_llava.serving.replies import Reply
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER = 2  # seconds
-LEFT = 499  # the status that some servers log for a client that did not wait
+HOST = re.compile(r"(\[.+\]|[^:]*)(?::[0-9]*)?")  # a name or address, and a port
 
 
 class ClientLeft(Exception):
@@ -59,12 +61,14 @@ class Answer:
         self.outcome = "cancelled"
 
     async def pieces(self) -> AsyncIterator[requests.Piece]:
-        """Raises what ended the answer before its end."""
+        """Raises ApiError where the answer ends before its end, ClientLeft where nobody waits for it."""
         first = True
         while True:
             piece = await self._pieces.get()
-            if isinstance(piece, Exception):
+            if isinstance(piece, ClientLeft):
                 raise piece
+            if isinstance(piece, Exception):
+                raise api_error(piece) from piece
             if first:
                 self._metrics.first_token(time.monotonic() - self._arrival)
             first = False
@@ -86,23 +90,42 @@ class Answer:
         self._metrics.requests[self.outcome] += 1
 
 
-class Service:
-    """What answers requests needs. `name`: of the model."""
+@dataclass(frozen=True)
+class Form:
+    """The form in which an answer is wanted: as a stream, with its usage at the end, with logprobs."""
 
-    def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits):
+    stream: bool
+    usage: bool
+    logprobs: bool
+
+
+class Service:
+    """What answers requests needs. `name`: of the model. `fetcher`: None if no URL is fetched."""
+
+    def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits, fetcher: Fetcher | None):
         self.engine = engine
         self.name = name
         self.limits = limits
+        self.fetcher = fetcher
+        self.memory = Memory(limits.all_bytes)
+        self.parsing = asyncio.Lock()  # what one body unfolds to is bounded, and so that of all
         self.prompts = PromptMaker(processor, limits)
         self.metrics = Metrics()
         self.created = int(time.time())
 
     async def chat_completions(self, client: Request) -> Response:
+        arrival = time.monotonic()
+        asked, request = await self._prepared(client)
         try:
-            return await self._complete(client)
-        except ApiError as error:
-            self.metrics.requests[str(error.status)] += 1
-            raise
+            answer = Answer(self.engine, request, self.metrics, arrival)
+        except (requests.RequestError, requests.QueueFull, requests.EngineClosed) as error:
+            raise api_error(error) from error
+        reply = Reply(self.name, len(request.input_ids), asked.logprobs)
+        if asked.stream:
+            headers = {"Cache-Control": "no-cache"}
+            # The background task runs when the stream ends, and when its client leaves.
+            return StreamingResponse(_events(answer, reply, asked.usage), 200, headers, "text/event-stream", BackgroundTask(answer.end))
+        return await _whole(client, answer, reply)
 
     async def models(self) -> Response:
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
@@ -112,27 +135,43 @@ class Service:
         text = self.metrics.text(self.engine.running, self.engine.waiting)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    async def _complete(self, client: Request) -> Response:
-        arrival = time.monotonic()
-        asked = await run_in_threadpool(parse, await self._body(client), self.limits)
-        if asked.model != self.name:
-            raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
-        try:
-            self.engine.check_room()
-            request = await run_in_threadpool(self._request, asked)
-            answer = Answer(self.engine, request, self.metrics, arrival)
-        except (requests.RequestError, requests.QueueFull, requests.EngineClosed) as error:
-            raise api_error(error) from error
-        reply = Reply(self.name, len(request.input_ids), bool(asked.logprobs))
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            headers = {"Cache-Control": "no-cache"}
-            # The background task runs when the stream ends, and when its client leaves.
-            return StreamingResponse(_events(answer, reply, usage), 200, headers, "text/event-stream", BackgroundTask(answer.end))
-        return await _whole(client, answer, reply)
+    async def refused(self, _: Request, error: Any) -> Response:
+        """The one way in which a client is told of an error, but for one in the midst of its answer."""
+        self.metrics.requests[str(error.status)] += 1
+        return _told(error)
 
-    def _request(self, asked: ChatCompletionRequest) -> requests.Request:
-        ids, pixels = self.prompts.make(asked.messages)
+    async def unknown(self, client: Request, error: Any) -> Response:
+        where = f"{client.method[:20]} {client.scope['path'][:100]}"
+        return await self.refused(client, ApiError(error.status_code, f"{where}: {error.detail}", headers=dict(error.headers or {})))
+
+    async def failed(self, client: Request, error: Exception) -> Response:
+        return await self.refused(client, api_error(error))
+
+    async def _prepared(self, client: Request) -> tuple[Form, requests.Request]:
+        """Nothing of a body is kept beyond this."""
+        with self.memory.share() as take:
+            asked = await self._parsed(await read_body(client, self.limits, take))
+            if asked.model != self.name:
+                raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+            try:
+                self.engine.check_room()
+            except (requests.QueueFull, requests.EngineClosed) as error:
+                raise api_error(error) from error
+            fetched = await self._fetched(asked, take)
+            request = await run_in_threadpool(self._request, asked, fetched)
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return Form(bool(asked.stream), usage, bool(asked.logprobs)), request
+
+    async def _parsed(self, body: bytearray) -> ChatCompletionRequest:
+        async with self.parsing:
+            return await run_in_threadpool(parse, body, self.limits)
+
+    async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> dict[str, bytes]:
+        urls = [url for url in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
+        return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
+
+    def _request(self, asked: ChatCompletionRequest, fetched: dict[str, bytes]) -> requests.Request:
+        ids, pixels = self.prompts.make(asked.messages, fetched)
         longest = asked.longest()
         room = max(1, min(self.limits.new_tokens, self.engine.context - len(ids)))
         return requests.Request(
@@ -146,19 +185,6 @@ class Service:
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         )
 
-    async def _body(self, client: Request) -> bytes:
-        if client.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "the body must be application/json")
-        body = bytearray()
-        try:
-            async for chunk in client.stream():
-                body += chunk
-                if len(body) > self.limits.body_bytes:
-                    raise ApiError(413, f"the body has more than {self.limits.body_bytes} bytes", headers={"Connection": "close"})
-        except ClientDisconnect as error:
-            raise ApiError(LEFT, "the client left") from error  # nobody reads it
-        return bytes(body)
-
 
 async def _whole(client: Request, answer: Answer, reply: Reply) -> Response:
     watching = asyncio.create_task(answer.leave_with(client))
@@ -166,10 +192,9 @@ async def _whole(client: Request, answer: Answer, reply: Reply) -> Response:
         return JSONResponse(reply.whole([piece async for piece in answer.pieces()]))
     except ClientLeft:
         return Response(status_code=LEFT)
-    except Exception as error:  # noqa: BLE001  the client is told
-        failure = api_error(error)
-        answer.outcome = str(failure.status)
-        return JSONResponse(failure.body(), failure.status, failure.headers)
+    except ApiError as error:
+        answer.outcome = str(error.status)
+        return _told(error)
     finally:
         watching.cancel()
         await answer.end()
@@ -184,9 +209,9 @@ async def _events(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[st
             tokens += 1
             if piece.text or piece.logprobs or piece.finish_reason:
                 yield _event(reply.chunk(piece))
-    except Exception as error:  # noqa: BLE001  the client is told in the stream: the status was sent long ago
+    except ApiError as error:  # told in the stream: the status was sent long ago
         answer.outcome = "failed"
-        yield _event(api_error(error).body())
+        yield _event(error.body())
         return
     if usage:
         yield _event(reply.usage_chunk(tokens))
@@ -214,10 +239,12 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed to answer; its log says why")
 
 
-def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str] = (), limits: Limits | None = None) -> FastAPI:
+def build_app(
+    engine: Engine, processor: Any, name: str, limits: Limits, api_keys: Sequence[str] = (), fetcher: Fetcher | None = None
+) -> FastAPI:
     """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except to /health; without, it has to
     be on this machine."""
-    service = Service(engine, processor, name, limits or Limits())
+    service = Service(engine, processor, name, limits, fetcher)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -232,7 +259,7 @@ def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str]
     guarded.get("/v1/models")(service.models)
     guarded.post("/v1/chat/completions")(service.chat_completions)
     app.include_router(guarded)
-    for kind, tell in ((ApiError, _refused), (HTTPException, _unknown), (Exception, _failed)):
+    for kind, tell in ((ApiError, service.refused), (HTTPException, service.unknown), (Exception, service.failed)):
         app.add_exception_handler(kind, tell)
     return app
 
@@ -242,7 +269,8 @@ def client_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     async def check(client: Request) -> None:
-        if not digests and not is_loopback(client.url.hostname or ""):
+        name = HOST.fullmatch(client.headers.get("host", ""))
+        if not digests and not (name and is_loopback(name[1].strip("[]").lower())):
             raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
         kind, _, key = client.headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()
@@ -259,14 +287,5 @@ async def health() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _refused(_: Request, error: Any) -> Response:
+def _told(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _unknown(client: Request, error: Any) -> Response:
-    told = ApiError(error.status_code, f"{client.method} {client.url.path[:100]}: {error.detail}", headers=dict(error.headers or {}))
-    return await _refused(client, told)
-
-
-async def _failed(client: Request, error: Exception) -> Response:
-    return await _refused(client, api_error(error))

@@ -24,7 +24,7 @@ class Metrics:
         self._first_token_seconds += seconds
 
     def text(self, running: int, waiting: int) -> str:
-        lines = _head("requests_total", "counter", "chat completions by outcome")
+        lines = _head("requests_total", "counter", "chat completions by outcome, and whatever else was refused")
         lines += [f'moe_llava_requests_total{{outcome="{outcome}"}} {count}' for outcome, count in sorted(self.requests.items())]
         for name, kind, meaning, value in (
             ("requests_running", "gauge", "answers that are being written", running),

@@ -1,10 +1,11 @@
-"""Messages of a client -> what the model reads. Nothing is fetched and no file is opened on a client's behalf."""
+"""Messages of a client -> what the model reads. Nothing is fetched here and no file is opened on a client's behalf."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from moe_llava.data.records import DataError, open_image
 from moe_llava.serving.form import ConversationForm, FormError
-from moe_llava.serving.protocol import ApiError, ImagePart, Limits, Message, TextPart, parts_of
+from moe_llava.serving.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+START_OF_SCAN = b"\xff\xda"
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 
 
@@ -43,15 +45,16 @@ class PromptMaker:
         self._limits = limits
         self._lock = Lock()
 
-    def make(self, messages: list[Message]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]).
+    def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> tuple[list[int], Tensor | None]:
+        """(input ids, pixel values [images, channels, height, width]). `fetched`: what URLs lead to that hold no image themselves.
 
         Raises ApiError (400) if an image cannot be taken, or the conversation form has no place for what was said.
         """
-        urls = [part.image_url.url for message in messages for part in parts_of(message.content) if isinstance(part, ImagePart)]
-        sent = [self._sent(url, f"image {number}") for number, url in enumerate(urls)]
+        places = ((url, f"image {number}") for number, url in enumerate(image_urls(messages)))
+        sent = [SentImage(fetched[url], place) if url in fetched else self._sent(url, place) for url, place in places]
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         with self._lock:
+            self._check_sizes(sent)
             images = [self._decoded(image) for image in sent]
             try:
                 return self._form.read(conversation, images)
@@ -82,15 +85,24 @@ class PromptMaker:
         except (binascii.Error, ValueError) as error:
             raise ApiError(400, f"{place} is not base64: {error}", "messages") from error
 
+    def _check_sizes(self, sent: list[SentImage]) -> None:
+        """Looks at what images say of themselves, and decodes none."""
+        all_pixels, most, most_of_all = 0, self._limits.pixels, self._limits.all_pixels
+        for image in sent:
+            try:
+                with Image.open(image.open(), formats=FORMATS) as header:
+                    width, height = header.size
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ApiError(400, f"{image} is none of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
+            all_pixels += width * height
+            if width * height > most or all_pixels > most_of_all:
+                told = f"{image} has {width} x {height} pixels, but at most {most} are taken, and {most_of_all} of all images together"
+                raise ApiError(400, told, "messages")
+            if header.format in ("JPEG", "MPO") and image.content.count(START_OF_SCAN) > self._limits.scans:
+                raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")
+
     def _decoded(self, sent: SentImage) -> Image.Image:
         try:
-            with Image.open(sent.open(), formats=FORMATS) as header:  # reads no pixel
-                width, height = header.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ApiError(400, f"{sent} is none of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
-        if width * height > self._limits.pixels:
-            raise ApiError(400, f"{sent} has {width} x {height} pixels, but at most {self._limits.pixels} are taken", "messages")
-        try:
-            return open_image(sent, "the request")
+            return open_image(sent, "the request", FORMATS)
         except DataError as error:
             raise ApiError(400, str(error), "messages") from error

@@ -11,13 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MOST_STOPS = 4
+MOST_TOLD = 500  # characters of a message: what a client sent comes back in part only
+RETRY_AFTER = 2  # seconds
+LEFT = 499  # the status that some servers log for a client that did not wait
 
 
 class ApiError(Exception):
     """What a client is told, in OpenAI's form. `status`: of HTTP."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
-        super().__init__(message)
+        super().__init__(message[:MOST_TOLD])
         self.status = status
         self.param = param
         self.code = code
@@ -31,16 +34,25 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold. `body_bytes` bounds images, too, which come in base64; `pixels` is of one image, decoded; `characters` of
-    all texts; `new_tokens` is the longest answer of who asks for none."""
+    """What one request may hold. `body_bytes` bounds images, too, which come in base64; `marks` are commas, colons and opening brackets,
+    of which values are made; `pixels` is of one image, decoded; `scans` of a JPEG, each of which takes as long as the whole image;
+    `characters` of all texts; `new_tokens` is the longest answer of who asks for none. `all_bytes`: of all requests that are being read.
+    Seconds: for a request's head, its body, and its images from other servers."""
 
     body_bytes: int = 32 * 2**20
+    all_bytes: int = 128 * 2**20
+    marks: int = 250_000
     image_bytes: int = 8 * 2**20
     pixels: int = 25_000_000
+    all_pixels: int = 50_000_000
+    scans: int = 100
     images: int = 8
     messages: int = 128
     characters: int = 200_000
     new_tokens: int = 512
+    head_seconds: float = 10.0
+    body_seconds: float = 60.0
+    fetch_seconds: float = 20.0
 
 
 class Strict(BaseModel):
@@ -108,9 +120,9 @@ class ChatCompletionRequest(Strict):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    n: int | None = Field(None, ge=1, le=1)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
     response_format: ResponseFormat | None = None
     user: str | None = None
 
@@ -122,14 +134,17 @@ class ChatCompletionRequest(Strict):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-def parse(body: bytes, limits: Limits) -> ChatCompletionRequest:
+def parse(body: bytes | bytearray, limits: Limits) -> ChatCompletionRequest:
     """Raises ApiError (400), which names the field and the rule."""
+    # A value of two bytes takes some hundred when it is parsed.
+    if sum(map(body.count, b",:[{")) > limits.marks:
+        raise ApiError(400, f"the body has more than {limits.marks} commas, colons and opening brackets")
     try:
         asked = ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{place or 'the body'}: {first['msg']}"[:500], place[:100] or None) from error
+        raise ApiError(400, f"{place or 'the body'}: {first['msg']}", place[:100] or None) from error
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise ApiError(400, "give one of max_tokens and max_completion_tokens", "max_tokens")
     if asked.top_logprobs is not None and not asked.logprobs:
@@ -149,7 +164,7 @@ def _check_messages(asked: ChatCompletionRequest, limits: Limits) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     if len(turns) % 2 == 0 or any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
         rule = "after at most one system message, user and assistant take turns, and user has the first and the last"
-        raise ApiError(400, f"messages: {rule}, but the roles are {', '.join(roles)}"[:500], "messages")
+        raise ApiError(400, f"messages: {rule}, but the roles are {', '.join(roles)}", "messages")
     parts = [part for message in asked.messages for part in parts_of(message.content)]
     images = sum(isinstance(part, ImagePart) for part in parts)
     if images > limits.images:
@@ -163,3 +178,7 @@ def _check_messages(asked: ChatCompletionRequest, limits: Limits) -> None:
 
 def parts_of(content: str | list[Any]) -> list[TextPart | ImagePart]:
     return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+
+
+def image_urls(messages: list[Message]) -> list[str]:
+    return [part.image_url.url for message in messages for part in parts_of(message.content) if isinstance(part, ImagePart)]

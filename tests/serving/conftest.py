@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import uvicorn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
@@ -17,11 +16,15 @@ from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.model.upcycling import upcycle
 from moe_llava.serving.api import build_app
+from moe_llava.serving.connections import http_server
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.listen import listener
+from moe_llava.serving.protocol import Limits
 from moe_llava.serving.requests import Piece, Request
 from tests.conftest import tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
+
+LIMITS = Limits()
 
 
 def model_of(family: str, sparse: bool, processor) -> LlavaForConditionalGeneration:
@@ -69,10 +72,10 @@ def served(tiny_base):  # noqa: F811
 
 
 @contextmanager
-def server(engine: Engine, processor, **settings) -> Iterator[str]:
+def server(engine: Engine, processor, limits: Limits = LIMITS, **settings) -> Iterator[str]:
     """A real server on loopback; its URL, without /v1."""
     with listener("127.0.0.1", 0) as socket:
-        running = uvicorn.Server(uvicorn.Config(build_app(engine, processor, "tiny", **settings), log_level="warning"))
+        running = http_server(build_app(engine, processor, "tiny", limits, **settings), engine, limits)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]})
         thread.start()
         try:

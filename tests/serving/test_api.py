@@ -2,10 +2,6 @@
 
 import base64
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from http.client import HTTPConnection
@@ -17,7 +13,7 @@ from PIL import Image
 
 from moe_llava.serving.chat import Conversation, Settings
 from moe_llava.serving.engine import Engine
-from tests.conftest import REPOSITORY, refused
+from tests.conftest import refused
 from tests.serving.conftest import server
 from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -143,7 +139,9 @@ def test_sampling_stops_and_lengths(client):
     stopped = complete(client, [user()], seed=3, stop=[words[4]], **settings).choices[0]
     assert stopped.message.content == drawn[0].partition(words[4])[0]
     assert stopped.finish_reason == "stop"
-    short = client.chat.completions.create(model="tiny", messages=[user()], max_completion_tokens=2, temperature=0)
+    short = client.chat.completions.create(
+        model="tiny", messages=[user()], max_completion_tokens=2, temperature=0, n=1, presence_penalty=0.0
+    )
     assert (short.usage.completion_tokens, short.choices[0].finish_reason) == (2, "length")
     client.chat.completions.create(model="tiny", messages=[user()], temperature=0)  # as long as there is room
 
@@ -277,6 +275,8 @@ def test_other_ways_in_are_closed(url):
         assert_told(status, expected, told)
     status, _, told = post(url, body, {"Host": "elsewhere.example"})  # a name that leads here
     assert_told(status, 403, told)
+    for name in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:9"):
+        assert post(url, b"", {"Host": name}, path="/v1/models", method="GET")[0] == 200
     status, headers, _ = post(url, body, {"Origin": "http://elsewhere.example"})
     assert status == 200
     assert not [name for name in headers if name.lower().startswith("access-control")]
@@ -347,23 +347,29 @@ def test_metrics_count_what_was_done(served):
         assert metric(url, "requests_waiting") == 0
 
 
-def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa: F811
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", tiny_base / "base", "--port", "0", "--name", "tiny"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ})
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving tiny at http://127.0.0.1:"), process.stderr.read()
-        with client_of(line.split()[-1].removesuffix("/v1")) as client:
-            stream = complete(client, [user()], stream=True, max_tokens=90, temperature=1.0, seed=1)
-            chunks = [next(stream)]
-            process.send_signal(signal.SIGTERM)
-            chunks += list(stream)
-        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+def test_metrics_count_what_was_refused_and_what_failed(served, monkeypatch):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        for path, method in (("/gone", "GET"), ("/v1/chat/completions", "GET"), ("/v1/chat/completions", "POST")):
+            post(url, b"{", path=path, method=method)
+        post(url, {}, {"Host": "elsewhere.example"})
+        body = {"model": "tiny", "messages": [user()]}
+        monkeypatch.setattr(model, "forward", failing)
+        for asked in (body, body | {"stream": True}):
+            status, _, told = post(url, asked)
+            assert "RuntimeError" not in told.decode()
+            assert "its log says why" in told.decode()
+        monkeypatch.setattr(type(processor), "apply_chat_template", failing)  # outside of the engine
+        status, _, told = post(url, body)
+        assert_told(status, 500, told)
+        counts = {
+            outcome: metric(url, f'requests_total{{outcome="{outcome}"}}') for outcome in ("400", "403", "404", "405", "500", "failed")
+        }
+    assert counts == {"400": 1, "403": 1, "404": 1, "405": 1, "500": 2, "failed": 1}
+
+
+def failing(*_, **__):
+    raise RuntimeError("a mistake")
 
 
 def test_a_server_that_cannot_start_says_why(url, tiny_base, tmp_path):  # noqa: F811
