@@ -82,7 +82,8 @@ def measure(checkpoint: str, clients: int = 8, rounds: int = 5, questions: int =
 
 def workloads(folder: Path, sizes: dict[str, int]) -> dict[str, list[bytes]]:
     """Bodies of requests: as many questions with short answers, and of descriptions, as `sizes` says, each kind in random order."""
-    write_dataset(folder, train_images=1, test_images=sizes["long answers"])  # a picture has one description and about ten questions
+    # A picture has one description, and more than five other questions.
+    write_dataset(folder, train_images=1, test_images=max(sizes["long answers"], sizes["short answers"] // 5))
     kinds: dict[str, list[Question]] = {"short answers": [], "long answers": []}
     for question in digits_world.questions(folder):
         kinds["long answers" if question.extra["family"] == "caption" else "short answers"].append(question)
