@@ -161,9 +161,10 @@ def check_same(name: str, alone: Pass, together: Pass) -> None:
 
 
 def summary(passes: Sequence[tuple[Pass, Pass]]) -> dict[str, Any]:
-    """Of rounds, each alone and together."""
+    """Of rounds, each alone and together. `ratio`: of the throughputs, together to alone; `processor_time_ratio`: of what the server's
+    processes took, which other work on the machine changes less."""
     ratios = [alone.seconds / together.seconds for alone, together in passes]
-    work = [alone.server / together.server for alone, together in passes]
+    work = [together.server / alone.server for alone, together in passes]
     alone, together = zip(*passes, strict=True)
     return {
         "questions_per_round": len(passes[0][0].replies),
@@ -229,7 +230,7 @@ def table(report: dict[str, Any]) -> str:
         told.append(
             f"{name} ({found['together']['tokens_per_answer']:.1f} tokens): {clients} at once {ratio['median']:.2f} x "
             f"({ratio['low']:.2f} to {ratio['high']:.2f}) the throughput, "
-            f"{1 / work['median']:.2f} x the server's processor time; the same answers"
+            f"{work['median']:.2f} x the server's processor time; the same answers"
         )
     return "\n".join([*lines, "", *told])
 
