@@ -201,21 +201,24 @@ async def _whole(client: Request, answer: Answer, reply: Reply) -> Response:
 
 
 async def _events(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events."""
-    yield _event(reply.first_chunk())
+    """Server-sent events. Those of one moment are sent together: the engine's thread has to wait while the loop sends."""
+    unsent = _event(reply.first_chunk())
     tokens = 0
     try:
         async for piece in answer.pieces():
             tokens += 1
             if piece.text or piece.logprobs or piece.finish_reason:
-                yield _event(reply.chunk(piece))
+                unsent += _event(reply.chunk(piece))
+            if unsent and not piece.finish_reason:
+                yield unsent
+                unsent = ""
     except ApiError as error:  # told in the stream: the status was sent long ago
         answer.outcome = "failed"
-        yield _event(error.body())
+        yield unsent + _event(error.body())
         return
     if usage:
-        yield _event(reply.usage_chunk(tokens))
-    yield "data: [DONE]\n\n"
+        unsent += _event(reply.usage_chunk(tokens))
+    yield f"{unsent}data: [DONE]\n\n"
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -124,6 +124,18 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert whole.usage.completion_tokens <= 8
 
 
+def test_events_of_one_moment_are_sent_together(url):
+    """The role comes with the first token, the usage and the end with the last one: each sending costs the engine time."""
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+    asked = {"model": "tiny", "messages": [user()], "temperature": 0, "max_tokens": 1, "stream": True}
+    body = json.dumps(asked | {"stream_options": {"include_usage": True}})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    chunks = list(iter(connection.getresponse().read1, b""))
+    connection.close()
+    assert len(chunks) == 1
+    assert [line[:6] for line in chunks[0].split(b"\n\n")] == [b"data: "] * 4 + [b""]  # role, token, usage, [DONE]
+
+
 def test_a_system_prompt_is_read(client):
     plain = complete(client, [user()])
     told = complete(client, [{"role": "system", "content": "red digits ."}, user()])
