@@ -23,7 +23,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from moe_llava.serving import requests
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.serving import requests, web
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.listen import is_loopback
 from moe_llava.serving.metrics import Metrics
@@ -104,6 +105,13 @@ class Service:
             self.metrics.requests[str(error.status)] += 1
             raise
 
+    async def asked(self, client: Request, answered: bool = False) -> ChatCompletionRequest:
+        """The body, parsed. Raises ApiError as `parse` does, or if it is for another model."""
+        asked = await run_in_threadpool(parse, await self._body(client), self.limits, answered)
+        if asked.model != self.name:
+            raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+        return asked
+
     async def models(self) -> Response:
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
         return JSONResponse({"object": "list", "data": [model]})
@@ -114,9 +122,7 @@ class Service:
 
     async def _complete(self, client: Request) -> Response:
         arrival = time.monotonic()
-        asked = await run_in_threadpool(parse, await self._body(client), self.limits)
-        if asked.model != self.name:
-            raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+        asked = await self.asked(client)
         try:
             self.engine.check_room()
             request = await run_in_threadpool(self._request, asked)
@@ -202,7 +208,7 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case requests.RequestError():
+        case requests.RequestError() | RoutingError():
             return ApiError(400, str(error))
         case requests.QueueFull():
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
@@ -231,8 +237,11 @@ def build_app(engine: Engine, processor: Any, name: str, api_keys: Sequence[str]
     guarded.get("/metrics")(service.metrics_page)
     guarded.get("/v1/models")(service.models)
     guarded.post("/v1/chat/completions")(service.chat_completions)
+    web.add_page(app)
+    web.add_routes(guarded, service, processor)
     app.include_router(guarded)
-    for kind, tell in ((ApiError, _refused), (HTTPException, _unknown), (Exception, _failed)):
+    told = (requests.RequestError, requests.QueueFull, requests.TimeLimitExceeded, requests.EngineClosed, RoutingError)
+    for kind, tell in ((ApiError, _refused), (HTTPException, _unknown), *((kind, _failed) for kind in told), (Exception, _failed)):
         app.add_exception_handler(kind, tell)
     return app
 

@@ -47,7 +47,8 @@ class PromptMaker:
         self._image_tokens = self._count(blank["input_ids"][0].tolist())
 
     def make(self, messages: list[Message]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]).
+        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
+        answer, to the end.
 
         Raises ApiError (400) if an image cannot be taken, or the conversation form has no place for what was said.
         """
@@ -57,7 +58,7 @@ class PromptMaker:
         with self._lock:
             images = [self._decoded(image) for image in sent]
             try:
-                text = self._processor.apply_chat_template(conversation, add_generation_prompt=True)
+                text = self._processor.apply_chat_template(conversation, add_generation_prompt=messages[-1].role == "user")
             except TemplateError as error:
                 raise ApiError(400, f"messages: the model's conversation form refuses them: {error}", "messages") from error
             if text.count(self._processor.image_token) != len(images):
