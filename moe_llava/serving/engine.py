@@ -188,12 +188,12 @@ class Engine:
     def _work(self) -> None:
         while self._wait_for_work():
             self._admit()
+            if self._jobs:
+                self._do(self._jobs[0])
             if self._newcomers:
                 self._guarded(self._read, self._newcomers)
             if self._rows:
                 self._guarded(self._write, self._rows)
-            if self._jobs:
-                self._do(self._jobs[0])
 
     def _wait_for_work(self) -> bool:
         """False at the end."""

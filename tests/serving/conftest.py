@@ -69,10 +69,10 @@ def served(tiny_base):  # noqa: F811
 
 
 @contextmanager
-def server(engine: Engine, processor, **settings) -> Iterator[str]:
+def server(engine: Engine, processor, name: str = "tiny", **settings) -> Iterator[str]:
     """A real server on loopback; its URL, without /v1."""
     with listener("127.0.0.1", 0) as socket:
-        running = uvicorn.Server(uvicorn.Config(build_app(engine, processor, "tiny", **settings), log_level="warning"))
+        running = uvicorn.Server(uvicorn.Config(build_app(engine, processor, name, **settings), log_level="warning"))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]})
         thread.start()
         try:

@@ -5,7 +5,7 @@ import { taken } from "./pictures.js";
 import * as server from "./server.js";
 
 let known = null; // what the server told of itself
-let turns = []; // {question, images, answer, state, problem, article}
+let turns = []; // {question, images, answer, state, problem, shortened, draft: the question as it is being changed, article}
 let pending = []; // pictures to send with the next question
 let reading = 0; // pictures that are being read
 let running = null; // ends the answer that is being written
@@ -116,6 +116,10 @@ function drawAll() {
   element("welcome").hidden = turns.length > 0 || !known;
   element("messages").replaceChildren(...turns.map(drawTurn));
   element("messages").setAttribute("aria-busy", running !== null);
+  drawButtons();
+}
+
+function drawButtons() {
   element("send").hidden = running !== null;
   element("stop").hidden = running === null;
   element("send").disabled = !known || reading > 0;
@@ -130,8 +134,9 @@ function drawTurn(turn) {
     images.append(...turn.images.map(image => picture(image.url, image.name)));
     question.append(images);
   }
-  if (turn.question) question.append(make("p", turn.question));
-  if (!running) actions.append(makeButton("Edit", () => edit(turn, question), "Edit this question"));
+  if (turn.draft !== undefined) question.append(editor(turn));
+  else if (turn.question) question.append(make("p", turn.question));
+  if (!running && turn.draft === undefined) actions.append(makeButton("Edit", () => edit(turn), "Edit this question"));
   turn.article.append(question, actions, make("div", "", "answer"));
   drawAnswer(turn);
   return turn.article;
@@ -145,6 +150,7 @@ function drawAnswer(turn) {
   if (turn.state === WAITING) place.append(make("p", "reading ...", "quiet"));
   if (turn.state === DONE && !turn.answer.trim()) place.append(make("p", "The model answered with nothing.", "quiet"));
   if (turn.state === STOPPED) place.append(make("p", "stopped", "quiet"));
+  if (!last && !answered(turn)) place.append(make("p", "It got no answer, and the model does not read it again.", "quiet"));
   if (turn.shortened) place.append(make("p", "as long as it may be; more is possible in the settings", "quiet"));
   if (turn.state === FAILED) place.append(make("p", turn.problem, "problem"));
   if (running) return;
@@ -159,39 +165,46 @@ function drawAnswer(turn) {
 
 let drawing = null;
 
-// At most once in a frame.
+// At most once in a frame. Who has scrolled up to read is left there.
 function drawSoon(turn) {
   drawing ??= requestAnimationFrame(() => {
-    const scroller = turn.article.closest("main"), near = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 120;
     drawing = null;
     if (!turns.includes(turn)) return;
+    const inSight = turn.article.getBoundingClientRect().bottom < innerHeight;
     drawAnswer(turn);
-    if (near) turn.article.scrollIntoView({ block: "end" });
+    if (inSight) turn.article.scrollIntoView({ block: "end" });
   });
 }
 
-function edit(turn, question) {
+function edit(turn) {
+  turn.draft = turn.question;
+  drawAll();
+  turn.article.querySelector("textarea").focus();
+}
+
+function editor(turn) {
   const form = make("form", "", "edit"), text = make("textarea"), row = make("div", "", "row"), ask = make("button", "Ask again", "strong");
-  text.value = turn.question;
-  text.rows = Math.min(8, turn.question.split("\n").length + 1);
+  const cancel = () => { delete turn.draft; drawAll(); };
+  text.value = turn.draft;
+  text.rows = Math.min(8, turn.draft.split("\n").length + 1);
   text.setAttribute("aria-label", "the question, to be changed");
+  text.oninput = () => { turn.draft = text.value; };
+  text.onkeydown = event => {
+    if (event.key === "Escape") cancel();
+    submitOnEnter(event, form);
+  };
   form.onsubmit = event => {
     event.preventDefault();
-    if (running || (!text.value.trim() && !turn.images.length)) return;
-    turn.question = text.value.trim();
+    if (running || (!turn.draft.trim() && !turn.images.length)) return;
+    turn.question = turn.draft.trim();
+    delete turn.draft;
     turns = turns.slice(0, turns.indexOf(turn) + 1);
     forgetExperts();
     answer(turn);
   };
-  text.onkeydown = event => {
-    if (event.key === "Escape") drawAll();
-    submitOnEnter(event, form);
-  };
-  row.append(make("span", turn === turns[turns.length - 1] ? "" : "What follows it is removed.", "quiet"), makeButton("Cancel", drawAll), ask);
+  row.append(make("span", turn === turns[turns.length - 1] ? "" : "What follows it is removed.", "quiet"), makeButton("Cancel", cancel), ask);
   form.append(text, row);
-  question.querySelector("p")?.remove();
-  question.append(form);
-  text.focus();
+  return form;
 }
 
 function submitOnEnter(event, form) {
@@ -206,7 +219,7 @@ async function add(files) {
   element("composer-problem").textContent = "";
   for (const file of files) {
     reading += 1;
-    drawAll();
+    drawButtons();
     try {
       pending.push(await taken(file, known));
     } catch (error) {
@@ -215,7 +228,7 @@ async function add(files) {
     reading -= 1;
     drawThumbnails();
   }
-  drawAll();
+  drawButtons();
   element("question").focus();
 }
 
@@ -250,6 +263,7 @@ async function begin() {
   try {
     known = await server.settings();
   } catch (error) {
+    element("welcome").hidden = true;
     if (error.wrongKey) askForKey(server.hasKey() ? error.message : "");
     else element("messages").replaceChildren(make("p", plain(error), "problem"), makeButton("Try again", begin));
     return;

@@ -33,18 +33,21 @@ export function rendered(text) {
       result.append(make("pre", content));
       return;
     }
-    let list = null;
+    let block = null; // a list, or lines that follow each other
     for (const line of content.split("\n")) {
       const [, mark, item] = line.match(/^\s*([-*]|\d+[.)])\s+(.*)$/) ?? [];
-      const kind = mark && (/\d/.test(mark) ? "OL" : "UL");
-      if (kind && list?.tagName !== kind) {
-        list = make(kind);
-        if (kind === "OL") list.start = parseInt(mark, 10);
-        result.append(list);
+      const kind = !mark ? "P" : /\d/.test(mark) ? "OL" : "UL";
+      if (!line.trim()) {
+        if (block?.tagName === "P") block = null;
+        continue;
       }
-      if (!kind && line.trim()) list = null;
-      if (kind) list.append(withSpans(make("li"), item));
-      else if (line.trim()) result.append(withSpans(make("p"), line.replace(/^#{1,6}\s+(.*)$/, "**$1**")));
+      if (block?.tagName !== kind) {
+        block = make(kind);
+        if (kind === "OL") block.start = parseInt(mark, 10);
+        result.append(block);
+      } else if (kind === "P") block.append("\n");
+      if (kind === "P") withSpans(block, line.replace(/^#{1,6}\s+(.*)$/, "**$1**"));
+      else block.append(withSpans(make("li"), item));
     }
   });
   return result;

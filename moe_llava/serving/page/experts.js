@@ -95,6 +95,7 @@ function draw() {
   element("legend").replaceChildren(...counts.map((count, expert) => {
     const entry = make("span", `expert ${expert}`);
     entry.append(make("b", `${all ? Math.round(100 * count / all) : 0}%`));
+    entry.title = "share of these patches and words";
     entry.style.background = routes.colours[expert];
     entry.style.color = routes.inks[expert];
     return entry;
@@ -110,6 +111,7 @@ function drawDetail() {
     }
   }
   const detail = element("detail");
+  detail.classList.toggle("empty", picked === null);
   if (picked === null) {
     detail.replaceChildren(make("p", "Point at a patch or a word, or tap it.", "quiet"));
     return;
@@ -123,6 +125,6 @@ function drawDetail() {
   });
   const way = part.experts.map(tokens => tokens[token][0]).join(" → ");
   detail.replaceChildren(
-    make("b", name), bar, make("span", told.join(" + "), "told"), make("span", `first experts from layer to layer: ${way}`, "quiet"),
+    make("b", name), bar, make("span", told.join(" + "), "told"), make("span", `first experts in layers ${routes.layers.join(", ")}: ${way}`, "quiet"),
   );
 }
