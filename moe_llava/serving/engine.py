@@ -113,8 +113,8 @@ class Engine:
         return row.cancel
 
     def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
-        """Has `work` done with the model and the tokenizer, which are the engine's thread's own, and calls `deliver` from there with what it
-        returns, or with the error that ended it. It waits, is counted and is cancelled as an answer is; once begun, it is not stopped.
+        """Has `work` done in the engine's thread, with the model and its tokenizer, and calls `deliver` from there with what it returns, or
+        with the error that ended it. It waits, is counted and is cancelled as an answer is; once begun, it is not stopped.
 
         Raises QueueFull if too many wait, EngineClosed after `close`.
         """

@@ -20,7 +20,7 @@ from moe_llava.routing.page import as_seen
 from moe_llava.routing.trace import trace_routing
 from moe_llava.serving import web
 from moe_llava.serving.engine import Engine
-from tests.serving.conftest import model_of, server
+from tests.serving.conftest import server
 from tests.serving.test_api import assert_told, client_of, complete, eventually, image_part, metric, picture, post, text_part, user
 from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -28,16 +28,6 @@ from tests.training.conftest import tiny_base  # noqa: F401
 
 def answer(text):
     return {"role": "assistant", "content": text}
-
-
-@pytest.fixture(scope="module")
-def sparse(served):
-    """(model, processor); the model writes words only, so that the text of an answer tells all of its tokens"""
-    _, processor, _ = served
-    model = model_of("llama", True, processor)
-    others = {*processor.tokenizer.all_special_ids, *range(len(processor.tokenizer), model.config.text_config.vocab_size)}
-    model.generation_config.suppress_tokens = sorted(others.difference(end_tokens(model)))
-    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +86,9 @@ def test_a_longer_conversation(served, sparse, url):
     trace = trace_routing(model, {**inputs, "labels": labels}, processor.tokenizer)
     assert found["answer"]["tokens"] == ["a", "blue", "3", "at", "the", "left"]
     assert found["answer"]["experts"] == trace.ids_LTK[:, trace.answer_T].tolist()
-    assert [image["experts"] for image in found["images"]] == [trace.ids_LTK[:, trace.places_T3[:, 0] == image].tolist() for image in range(2)]
+    assert [image["experts"] for image in found["images"]] == [
+        trace.ids_LTK[:, trace.places_T3[:, 0] == image].tolist() for image in range(2)
+    ]
     for image, path, seen in zip(found["images"], paths, as_seen(inputs["pixel_values"], processor), strict=True):
         shown = np.asarray(Image.open(BytesIO(base64.b64decode(image["picture"].partition(",")[2]))))
         assert np.abs(shown / 255 - seen).max() < 0.003
@@ -188,7 +180,10 @@ def slow(sparse, monkeypatch):
 
 def test_a_full_queue_and_too_long_a_wait(slow):
     model, processor, asked, traced = slow
-    with server(Engine(model, processor.tokenizer, places=1, max_waiting=1, time_limit=0.3), processor) as url, ThreadPoolExecutor() as pool:
+    with (
+        server(Engine(model, processor.tokenizer, places=1, max_waiting=1, time_limit=0.3), processor) as url,
+        ThreadPoolExecutor() as pool,
+    ):
         answered = pool.submit(post, url, asked)
         eventually(lambda: metric(url, "requests_running") == 1)
         waiting = pool.submit(post, url, traced, path="/routes")

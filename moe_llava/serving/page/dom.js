@@ -5,7 +5,7 @@ export const element = id => document.getElementById(id);
 export function make(tag, text, className) {
   const made = document.createElement(tag);
   made.textContent = text ?? "";
-  made.className = className ?? "";
+  if (className) made.className = className;
   return made;
 }
 
