@@ -125,6 +125,6 @@ function drawDetail() {
   });
   const way = part.experts.map(tokens => tokens[token][0]).join(" → ");
   detail.replaceChildren(
-    make("b", name), bar, make("span", told.join(" + "), "told"), make("span", `first experts in layers ${routes.layers.join(", ")}: ${way}`, "quiet"),
+    make("b", name), bar, make("span", told.join(" + "), "told"), make("span", `first experts, layer by layer: ${way}`, "quiet"),
   );
 }
