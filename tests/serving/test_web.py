@@ -1,6 +1,7 @@
 """POST /routes tells what trace_routing tells; the page's files are held to themselves."""
 
 import base64
+import copy
 import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,25 @@ def _as_parts(content):
 def test_a_picture_ends_with_its_last_patch(sparse):
     _, processor = sparse
     assert as_seen(torch.zeros(1, 3, 51, 50), processor)[0].shape == (48, 48, 3)  # patches of 8
+
+
+def test_an_answer_is_found_where_a_prompt_ends_otherwise(sparse):
+    """As with forms that begin an answer with an empty thought, which they leave out of answers that are given."""
+    model, processor = copy.deepcopy(sparse[0]), copy.deepcopy(sparse[1])
+    processor.chat_template += "{% if add_generation_prompt %} white white{% endif %}"
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        assert routes(url, [user(), answer("at the left")])["answer"]["tokens"] == ["at", "the", "left"]
+
+
+def test_half_precision(sparse, url):
+    """The same but for rounding, which can decide between experts that are nearly as likely."""
+    model, processor = copy.deepcopy(sparse[0]).to(torch.bfloat16), sparse[1]
+    messages = [user([image_part(), text_part("where is the red 7 ?")]), answer("at the left")]
+    with server(Engine(model, processor.tokenizer), processor) as half:
+        found, expected = routes(half, messages), routes(url, messages)
+    assert found["answer"]["tokens"] == expected["answer"]["tokens"]
+    same = np.array(found["images"][0]["experts"]) == np.array(expected["images"][0]["experts"])
+    assert same.mean() > 0.8
 
 
 def test_text_alone(url):
