@@ -109,7 +109,7 @@ class Engine:
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
         row = Row(deliver, time.monotonic() + self.time_limit, request, AnswerText(self._tokenizer, request.stop), sampler)
-        self._queue(row, self._waiting)
+        self._queue(row)
         return row.cancel
 
     def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
@@ -119,13 +119,16 @@ class Engine:
         Raises QueueFull if too many wait, EngineClosed after `close`.
         """
         job = Job(deliver, time.monotonic() + self.time_limit, work)
-        self._queue(job, self._jobs)
+        self._queue(job)
         return job.cancel
 
-    def _queue(self, asked: Any, waiting: list[Any]) -> None:
+    def _queue(self, asked: Row | Job) -> None:
         with self._changed:
             self.check_room()
-            waiting.append(asked)
+            if isinstance(asked, Job):
+                self._jobs.append(asked)
+            else:
+                self._waiting.append(asked)
             self._changed.notify()
 
     def check_room(self) -> None:
