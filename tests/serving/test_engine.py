@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -312,3 +313,12 @@ def test_work_that_fails_is_cancelled_or_late(served):
     assert done.get_nowait() == "last"  # what was taken is done before the end
     with pytest.raises(EngineClosed):
         engine.submit_work(lambda *_: None, done.put)
+
+
+def test_nothing_is_lost_that_comes_while_the_engine_looks(served):
+    """Four submit at once, while the engine takes up what is there."""
+    model, processor, _ = served
+    done: queue.Queue[int] = queue.Queue()
+    with Engine(model, processor.tokenizer, max_waiting=10_000) as engine, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: engine.submit_work(lambda *_: number, done.put), range(2000)))
+        assert {done.get(timeout=20) for _ in range(2000)} == set(range(2000))
