@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,33 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def write(self, selector: str, text: str) -> None:
+        """Types into an element, after what it holds."""
+        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
+        self._send("Input.insertText", text=text)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        """A key, such as Enter, for the element that has the focus."""
+        text = {"Enter": "\r"}.get(key, "")
+        code = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for kind in ("keyDown", "keyUp"):
+            parameters = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+            self._send("Input.dispatchKeyEvent", type=kind, **parameters, **({"text": text} if text and kind == "keyDown" else {}))
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Gives files to an input for files."""
+        root = self._send("DOM.getDocument")["root"]["nodeId"]
+        node = self._send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._send("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def until(self, expression: str, seconds: float = 20) -> Any:
+        """Waits until an expression in the page is true; its value then."""
+        end = time.monotonic() + seconds
+        while not (found := self.run(expression)):
+            assert time.monotonic() < end, f"not within {seconds} seconds: {expression}"
+            time.sleep(0.03)
+        return found
+
     def screenshot(self, file: Path) -> None:
         """Of all of the page."""
         shot = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
@@ -87,6 +115,8 @@ class Browser:
             self.loaded = True
         elif method == "Runtime.exceptionThrown":
             self.errors.append(str(found["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and found["type"] == "error":
+            self.errors.append(str([argument.get("description", argument.get("value")) for argument in found["args"]]))
         elif method == "Log.entryAdded" and found["entry"]["level"] == "error":
             self.errors.append(found["entry"]["text"])
         elif method == "Network.requestWillBeSent" and not found["request"]["url"].startswith(("data:", "file:", "blob:")):

@@ -74,13 +74,29 @@ def write_page(
     file.write_text(page, encoding="utf-8")
 
 
+def as_seen(pixels_NCHW: Tensor, processor: Any) -> list[np.ndarray]:
+    """[height, width, 3] in 0..1 of each image, as the model sees it: padded, cut and scaled. A tower does not see pixels at the right and
+    below that fill no patch."""
+    height, width = (size // processor.patch_size * processor.patch_size for size in pixels_NCHW.shape[2:])
+    pixels = pixels_NCHW[:, :, :height, :width].permute(0, 2, 3, 1).float().numpy()
+    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
+    return list((pixels * std + mean).clip(0, 1))
+
+
+def png_url(picture: np.ndarray) -> str:
+    """A data: URL of [height, width, 3] in 0..1."""
+    buffer = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(buffer, "png")
+    return data_url(buffer.getvalue(), "png")
+
+
 def _example(example: Example) -> dict[str, Any]:
     trace = example.trace
     return {
         "source": example.source,
         "title": example.title.replace("<image>", "").strip(),
         "group": example.group,
-        "pictures": [_png(picture) for picture in example.pictures],
+        "pictures": [png_url(picture) for picture in example.pictures],
         "pieces": trace.pieces,
         "kinds": trace.kinds_T.tolist(),
         "answer": trace.answer_T.int().tolist(),
@@ -94,9 +110,3 @@ def _example(example: Example) -> dict[str, Any]:
 
 def _packed(values: Tensor, kind: str) -> str:
     return base64.b64encode(values.float().round().numpy().astype(kind).tobytes()).decode()
-
-
-def _png(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(buffer, "png")
-    return data_url(buffer.getvalue(), "png")

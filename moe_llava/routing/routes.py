@@ -15,14 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
 from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.records import DataError, Record
-from moe_llava.routing.page import Example, write_page
+from moe_llava.routing.page import Example, as_seen, write_page
 from moe_llava.routing.plots import plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
 from moe_llava.routing.statistics import RoutingStatistics
 from moe_llava.routing.trace import find_routers, trace_records
@@ -54,7 +53,7 @@ def write_routes(
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
             if start + row in chosen:
-                pictures = _pictures(processor, records, start + row) if record.images else []
+                pictures = as_seen(ConversationDataset(records, processor)[start + row]["pixel_values"], processor) if record.images else []
                 group = "" if group_by is None else _group(record, group_by)
                 examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
     summary = statistics.summary()
@@ -81,13 +80,6 @@ def _group(record: Record, key: str) -> str:
     if key not in record.extra:
         raise DataError(f"{record.source} has no {key!r} to group it by, only {', '.join(record.extra) or 'its conversation'}")
     return str(record.extra[key])
-
-
-def _pictures(processor: Any, records: Sequence[Record], index: int) -> list[np.ndarray]:
-    """[height, width, 3] in 0..1 of each image, as the model sees it: padded, cut and scaled."""
-    pixels = ConversationDataset(records, processor)[index]["pixel_values"].permute(0, 2, 3, 1).numpy()
-    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
-    return list((pixels * std + mean).clip(0, 1))
 
 
 def _write_example(path: Path, example: Example, experts: int) -> None:

@@ -13,10 +13,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -24,7 +24,8 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from moe_llava.serving import requests
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.serving import requests, web
 from moe_llava.serving.bodies import Memory, Take, read_body
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.fetch import Fetcher
@@ -37,6 +38,9 @@ from moe_llava.serving.replies import Reply
 logger = logging.getLogger(__name__)
 
 HOST = re.compile(r"(\[.+\]|[^:]*)(?::[0-9]*)?")  # a name or address, and a port
+
+Prepared = TypeVar("Prepared")
+Fetched = Mapping[str, bytes]  # URL -> what it leads to
 
 
 class ClientLeft(Exception):
@@ -115,17 +119,29 @@ class Service:
 
     async def chat_completions(self, client: Request) -> Response:
         arrival = time.monotonic()
-        asked, request = await self._prepared(client)
-        try:
-            answer = Answer(self.engine, request, self.metrics, arrival)
-        except (requests.RequestError, requests.QueueFull, requests.EngineClosed) as error:
-            raise api_error(error) from error
-        reply = Reply(self.name, len(request.input_ids), asked.logprobs)
-        if asked.stream:
+        form, request = await self.prepared(client, self._request)
+        answer = Answer(self.engine, request, self.metrics, arrival)
+        reply = Reply(self.name, len(request.input_ids), form.logprobs)
+        if form.stream:
             headers = {"Cache-Control": "no-cache"}
             # The background task runs when the stream ends, and when its client leaves.
-            return StreamingResponse(_events(answer, reply, asked.usage), 200, headers, "text/event-stream", BackgroundTask(answer.end))
+            return StreamingResponse(_events(answer, reply, form.usage), 200, headers, "text/event-stream", BackgroundTask(answer.end))
         return await _whole(client, answer, reply)
+
+    async def prepared(
+        self, client: Request, prepare: Callable[[ChatCompletionRequest, Fetched], Prepared], answered: bool = False
+    ) -> Prepared:
+        """What `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept.
+
+        `answered`: whether the last message is to be an answer. Raises ApiError as `parse` does, or if the body is for another model;
+        QueueFull and EngineClosed.
+        """
+        with self.memory.share() as take:
+            asked = await self._parsed(await read_body(client, self.limits, take), answered)
+            if asked.model != self.name:
+                raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+            self.engine.check_room()
+            return await run_in_threadpool(prepare, asked, await self._fetched(asked, take))
 
     async def models(self) -> Response:
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
@@ -147,34 +163,21 @@ class Service:
     async def failed(self, client: Request, error: Exception) -> Response:
         return await self.refused(client, api_error(error))
 
-    async def _prepared(self, client: Request) -> tuple[Form, requests.Request]:
-        """Nothing of a body is kept beyond this."""
-        with self.memory.share() as take:
-            asked = await self._parsed(await read_body(client, self.limits, take))
-            if asked.model != self.name:
-                raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
-            try:
-                self.engine.check_room()
-            except (requests.QueueFull, requests.EngineClosed) as error:
-                raise api_error(error) from error
-            fetched = await self._fetched(asked, take)
-            request = await run_in_threadpool(self._request, asked, fetched)
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return Form(bool(asked.stream), usage, bool(asked.logprobs)), request
-
-    async def _parsed(self, body: bytearray) -> ChatCompletionRequest:
+    async def _parsed(self, body: bytearray, answered: bool) -> ChatCompletionRequest:
         async with self.parsing:
-            return await run_in_threadpool(parse, body, self.limits)
+            return await run_in_threadpool(parse, body, self.limits, answered)
 
-    async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> dict[str, bytes]:
+    async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> Fetched:
         urls = [url for url in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
         return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
 
-    def _request(self, asked: ChatCompletionRequest, fetched: dict[str, bytes]) -> requests.Request:
+    def _request(self, asked: ChatCompletionRequest, fetched: Fetched) -> tuple[Form, requests.Request]:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        form = Form(bool(asked.stream), usage, bool(asked.logprobs))
         ids, pixels = self.prompts.make(asked.messages, fetched)
         longest = asked.longest()
         room = max(1, min(self.limits.new_tokens, self.engine.context - len(ids)))
-        return requests.Request(
+        return form, requests.Request(
             input_ids=ids,
             max_new_tokens=room if longest is None else longest,
             pixel_values=pixels,
@@ -230,7 +233,7 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case requests.RequestError():
+        case requests.RequestError() | RoutingError():
             return ApiError(400, str(error))
         case requests.QueueFull():
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
@@ -261,8 +264,11 @@ def build_app(
     guarded.get("/metrics")(service.metrics_page)
     guarded.get("/v1/models")(service.models)
     guarded.post("/v1/chat/completions")(service.chat_completions)
+    web.add_page(app)
+    web.add_routes(guarded, service, processor)
     app.include_router(guarded)
-    for kind, tell in ((ApiError, service.refused), (HTTPException, service.unknown), (Exception, service.failed)):
+    told = (requests.RequestError, requests.QueueFull, requests.TimeLimitExceeded, requests.EngineClosed, RoutingError, Exception)
+    for kind, tell in ((ApiError, service.refused), (HTTPException, service.unknown), *((kind, service.failed) for kind in told)):
         app.add_exception_handler(kind, tell)
     return app
 

@@ -64,7 +64,6 @@ class Conversation:
         self.settings = settings
         self.turns: list[Turn] = []
         self.waiting: tuple[Picture, ...] = ()
-        self._tokenizer = processor.tokenizer
         self._form = ConversationForm(processor)
         self._asked = 0
 
@@ -103,9 +102,12 @@ class Conversation:
         inputs = {"input_ids": ids_1S, "labels": labels_1S}
         if pixels is not None:
             inputs["pixel_values"] = pixels.to(self.engine.model.dtype)
-        while self.engine.running:  # the last step of an answer that was interrupted
-            time.sleep(0.01)
-        return trace_routing(self.engine.model, inputs, self._tokenizer)
+        results: SimpleQueue[Trace | Exception] = SimpleQueue()
+        self.engine.submit_work(lambda model, tokenizer: trace_routing(model, inputs, tokenizer), results.put)
+        result = results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def pictures(self) -> list[Picture]:
         """Those of all turns, in order."""

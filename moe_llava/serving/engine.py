@@ -41,20 +41,16 @@ from moe_llava.serving.text import AnswerText
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Piece | Exception], None]
+Work = Callable[[Any, Any], Any]  # of model and tokenizer
 
 
 @dataclass(eq=False)
-class Row:
-    """An answer while it is written. `cached`: its tokens in the cache, all but the last."""
+class Asked:
+    """What somebody waits for."""
 
-    request: Request
-    deliver: Deliver
+    deliver: Callable[[Any], None]
     deadline: float
-    text: AnswerText
-    sampler: Sampler | None
-    tokens: list[int] = field(default_factory=list)
-    cached: int = 0
-    done: bool = False  # complete, failed, or cancelled from another thread
+    done: bool = field(default=False, init=False)  # complete, failed, or cancelled from another thread
 
     def cancel(self) -> None:
         self.done = True
@@ -62,6 +58,24 @@ class Row:
     def fail(self, error: Exception) -> None:
         self.done = True
         self.deliver(error)
+
+
+@dataclass(eq=False)
+class Row(Asked):
+    """An answer while it is written. `cached`: its tokens in the cache, all but the last."""
+
+    request: Request
+    text: AnswerText
+    sampler: Sampler | None
+    tokens: list[int] = field(default_factory=list)
+    cached: int = 0
+
+
+@dataclass(eq=False)
+class Job(Asked):
+    """Other work with the model, done between two tokens."""
+
+    work: Work
 
 
 class Engine:
@@ -87,6 +101,7 @@ class Engine:
         self._cache: Any = None  # [B, heads, S, head width] per layer
         self._columns = 0  # S
         self._waiting: list[Row] = []
+        self._jobs: list[Job] = []
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._work, name="engine", daemon=True)
@@ -100,12 +115,28 @@ class Engine:
         """
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
-        row = Row(request, deliver, time.monotonic() + self.time_limit, AnswerText(self._tokenizer, request.stop), sampler)
+        row = Row(deliver, time.monotonic() + self.time_limit, request, AnswerText(self._tokenizer, request.stop), sampler)
+        self._queue(row)
+        return row.cancel
+
+    def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
+        """Has `work` done in the engine's thread, with the model and its tokenizer, and calls `deliver` from there with what it returns, or
+        with the error that ended it. It waits, is counted and is cancelled as an answer is; once begun, it is not stopped.
+
+        Raises QueueFull if too many wait, EngineClosed after `close`.
+        """
+        job = Job(deliver, time.monotonic() + self.time_limit, work)
+        self._queue(job)
+        return job.cancel
+
+    def _queue(self, asked: Row | Job) -> None:
         with self._changed:
             self.check_room()
-            self._waiting.append(row)
+            if isinstance(asked, Job):
+                self._jobs.append(asked)
+            else:
+                self._waiting.append(asked)
             self._changed.notify()
-        return row.cancel
 
     def check_room(self) -> None:
         """Raises QueueFull or EngineClosed where `submit` would: for who wants to know before a request is prepared."""
@@ -121,8 +152,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place."""
-        return len(self._waiting)
+        """Requests that wait for a place, and work that waits for its turn."""
+        return len(self._waiting) + len(self._jobs)
 
     def close(self) -> None:
         """Takes no more requests, and returns when all that it took are answered."""
@@ -137,6 +168,17 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_readable(self, ids: list[int], pixel_values: Tensor | None) -> None:
+        """Raises RequestError if the model cannot read them."""
+        if len(ids) > self.context:
+            raise RequestError(f"the conversation has {len(ids)} tokens, but the model takes {self.context}")
+        unknown = max((token for token in ids if token != self._image), default=0)
+        if unknown >= self._vocabulary:
+            raise RequestError(f"the prompt has token {unknown}, but the model knows {self._vocabulary}")
+        places, images = ids.count(self._image), 0 if pixel_values is None else len(pixel_values)
+        if bool(places) != bool(images) or (images and places % images):
+            raise RequestError(f"the prompt has {places} placeholders, which cannot be those of {images} images")
+
     def _check(self, request: Request) -> None:
         ids, limit = request.input_ids, request.max_new_tokens
         if not ids or limit < 1:
@@ -145,12 +187,7 @@ class Engine:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and the answer up to {limit}, but the model takes {self.context} together"
             )
-        unknown = max((token for token in ids if token != self._image), default=0)
-        if unknown >= self._vocabulary:
-            raise RequestError(f"the prompt has token {unknown}, but the model knows {self._vocabulary}")
-        places, images = ids.count(self._image), 0 if request.pixel_values is None else len(request.pixel_values)
-        if bool(places) != bool(images) or (images and places % images):
-            raise RequestError(f"the prompt has {places} placeholders, which cannot be those of {images} images")
+        self.check_readable(ids, request.pixel_values)
         check_sampling(request.temperature, request.top_p)
         if "" in request.stop:
             raise RequestError("a stop string is empty, which none may be")
@@ -161,6 +198,8 @@ class Engine:
     def _work(self) -> None:
         while self._wait_for_work():
             self._admit()
+            if self._jobs:
+                self._do(self._jobs[0])
             if self._newcomers:
                 self._guarded(self._read, self._newcomers)
             if self._rows:
@@ -169,17 +208,18 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._rows or self._closed)
-            return bool(self._waiting or self._rows)
+            self._changed.wait_for(lambda: self._waiting or self._jobs or self._rows or self._closed)
+            return bool(self._waiting or self._jobs or self._rows)
 
     def _admit(self) -> None:
         """Gives the first of those that wait a place, as far as there are places. Ends what was cancelled, or took too long."""
         with self._changed:
-            late = [row for row in (*self._rows, *self._waiting) if not row.done and time.monotonic() > row.deadline]
-            for row in late:
-                row.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
+            asked = (*self._rows, *self._waiting, *self._jobs)
+            for late in [one for one in asked if not one.done and time.monotonic() > one.deadline]:
+                late.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
             self._let_go()
             still = [row for row in self._waiting if not row.done]
+            self._jobs = [job for job in self._jobs if not job.done]
             free = self.places - len(self._rows)
             self._newcomers, self._waiting = still[:free], still[free:]
 
@@ -193,6 +233,19 @@ class Engine:
                 if not row.done:
                     row.fail(error)
         self._let_go()
+
+    def _do(self, job: Job) -> None:
+        """One job: those whose answers are being written wait for no more than that."""
+        try:
+            result = job.work(self.model, self._tokenizer)
+        except Exception as error:
+            logger.exception("a job failed")
+            job.fail(error)
+        else:
+            job.done = True
+            job.deliver(result)
+        with self._changed:
+            self._jobs.remove(job)
 
     def _read(self, newcomers: list[Row]) -> None:
         """Reads prompts, of which a cache of their own comes, and writes the first token of each answer."""

@@ -25,12 +25,13 @@ class ConversationForm:
         self._image_tokens = self._count(blank["input_ids"][0].tolist())
 
     def read(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]). `messages`: as chat templates take them, their texts by `as_text`.
+        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
+        answer, to the end. `messages`: as chat templates take them, their texts by `as_text`.
 
         Raises FormError if the form refuses the messages, or has no place for the images, or a text reads as one.
         """
         try:
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
+            text = self._processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
         except TemplateError as error:
             raise FormError(f"the model's conversation form refuses them: {error}") from error
         if text.count(self._processor.image_token) != len(images):

@@ -46,7 +46,8 @@ class PromptMaker:
         self._lock = Lock()
 
     def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]). `fetched`: what URLs lead to that hold no image themselves.
+        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
+        answer, to the end. `fetched`: what URLs lead to that hold no image themselves.
 
         Raises ApiError (400) if an image cannot be taken, or the conversation form has no place for what was said.
         """

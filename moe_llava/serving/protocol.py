@@ -134,8 +134,9 @@ class ChatCompletionRequest(Strict):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-def parse(body: bytes | bytearray, limits: Limits) -> ChatCompletionRequest:
-    """Raises ApiError (400), which names the field and the rule."""
+def parse(body: bytes | bytearray, limits: Limits, answered: bool = False) -> ChatCompletionRequest:
+    """`answered`: whether the last message is to be an answer, and not a question. Raises ApiError (400), which names the field and the
+    rule."""
     # A value of two bytes takes some hundred when it is parsed.
     if sum(map(body.count, b",:[{")) > limits.marks:
         raise ApiError(400, f"the body has more than {limits.marks} commas, colons and opening brackets")
@@ -153,17 +154,19 @@ def parse(body: bytes | bytearray, limits: Limits) -> ChatCompletionRequest:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     if len(asked.stops()) > MOST_STOPS or not all(1 <= len(stop) <= 200 for stop in asked.stops()):
         raise ApiError(400, f"stop takes up to {MOST_STOPS} strings of 1 to 200 characters", "stop")
-    _check_messages(asked, limits)
+    _check_messages(asked, limits, answered)
     return asked
 
 
-def _check_messages(asked: ChatCompletionRequest, limits: Limits) -> None:
+def _check_messages(asked: ChatCompletionRequest, limits: Limits, answered: bool) -> None:
     if len(asked.messages) > limits.messages:
         raise ApiError(400, f"{len(asked.messages)} messages, but at most {limits.messages} are taken", "messages")
     roles = [message.role for message in asked.messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    if len(turns) % 2 == 0 or any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
-        rule = "after at most one system message, user and assistant take turns, and user has the first and the last"
+    in_order = all(role == ("user", "assistant")[number % 2] for number, role in enumerate(turns))
+    if not turns or not in_order or (turns[-1] == "assistant") != answered:
+        last = "user has the first, assistant the last" if answered else "user has the first and the last"
+        rule = f"after at most one system message, user and assistant take turns, and {last}"
         raise ApiError(400, f"messages: {rule}, but the roles are {', '.join(roles)}", "messages")
     parts = [part for message in asked.messages for part in parts_of(message.content)]
     images = sum(isinstance(part, ImagePart) for part in parts)
@@ -173,7 +176,7 @@ def _check_messages(asked: ChatCompletionRequest, limits: Limits) -> None:
     if characters > limits.characters:
         raise ApiError(400, f"{characters} characters of text, but at most {limits.characters} are taken", "messages")
     if not any(isinstance(part, ImagePart) or part.text.strip() for part in parts_of(asked.messages[-1].content)):
-        raise ApiError(400, "the last message is empty: ask something", "messages")
+        raise ApiError(400, "the last message is empty", "messages")
 
 
 def parts_of(content: str | list[Any]) -> list[TextPart | ImagePart]:

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.model.greedy import end_tokens
 from moe_llava.model.upcycling import upcycle
 from moe_llava.serving.api import build_app
 from moe_llava.serving.connections import http_server
@@ -71,11 +72,21 @@ def served(tiny_base):  # noqa: F811
     return model, processor, digits_world.questions(tiny_base / "data")[:6]
 
 
+@pytest.fixture(scope="session")
+def sparse(served):
+    """(model, processor); the model writes words only, so that the text of an answer tells all of its tokens"""
+    _, processor, _ = served
+    model = model_of("llama", True, processor)
+    others = {*processor.tokenizer.all_special_ids, *range(len(processor.tokenizer), model.config.text_config.vocab_size)}
+    model.generation_config.suppress_tokens = sorted(others.difference(end_tokens(model)))
+    return model, processor
+
+
 @contextmanager
-def server(engine: Engine, processor, limits: Limits = LIMITS, **settings) -> Iterator[str]:
+def server(engine: Engine, processor, limits: Limits = LIMITS, name: str = "tiny", **settings) -> Iterator[str]:
     """A real server on loopback; its URL, without /v1."""
     with listener("127.0.0.1", 0) as socket:
-        running = http_server(build_app(engine, processor, "tiny", limits, **settings), engine, limits)
+        running = http_server(build_app(engine, processor, name, limits, **settings), engine, limits)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]})
         thread.start()
         try:

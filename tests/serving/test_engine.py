@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -272,3 +273,52 @@ def test_what_cannot_be_answered_is_refused(engine, change, message):
     settings = SimpleNamespace(**({"input_ids": list(range(5, 20)), "max_new_tokens": 4} | change))
     with pytest.raises(RequestError, match=message):
         ask(engine, Request(**vars(settings)))
+
+
+def test_other_work_is_done_between_two_tokens(served, endless, monkeypatch):
+    """In the engine's thread, with a tokenizer of its own, one piece of work after another; the answer is what it would be without."""
+    model, request = endless
+    expected, done = alone(model, request), queue.Queue()
+    slowed(model, monkeypatch)
+    with Engine(model, served[1].tokenizer) as engine:
+        answer = ask(engine, request)
+        first = next(answer)
+        for number in range(3):
+            engine.submit_work(lambda given, tokenizer, number=number: (number, given, threading.current_thread().name), done.put)
+        found = [done.get(timeout=20) for _ in range(3)]
+        assert not engine.waiting
+        assert engine.running == 1
+        assert tokens([first, *answer]) == expected
+    assert found == [(number, model, "engine") for number in range(3)]
+
+
+def test_work_that_fails_is_cancelled_or_late(served):
+    model, processor, _ = served
+    begun, may_end, done = threading.Event(), threading.Event(), queue.Queue()
+    with Engine(model, processor.tokenizer, places=1, max_waiting=2, time_limit=0.2) as engine:
+        engine.submit_work(lambda *_: (begun.set(), may_end.wait(20), 1 / 0), done.put)
+        assert begun.wait(20)
+        engine.submit_work(lambda *_: "late", done.put)
+        cancel = engine.submit_work(lambda *_: "cancelled", done.put)
+        with pytest.raises(QueueFull):
+            engine.submit_work(lambda *_: None, done.put)
+        cancel()
+        time.sleep(0.25)
+        may_end.set()
+        assert isinstance(done.get(timeout=20), ZeroDivisionError)
+        assert isinstance(done.get(timeout=20), TimeLimitExceeded)
+        engine.submit_work(lambda *_: "after", done.put)
+        assert done.get(timeout=20) == "after"  # and nothing of what was cancelled
+        engine.submit_work(lambda *_: "last", done.put)
+    assert done.get_nowait() == "last"  # what was taken is done before the end
+    with pytest.raises(EngineClosed):
+        engine.submit_work(lambda *_: None, done.put)
+
+
+def test_nothing_is_lost_that_comes_while_the_engine_looks(served):
+    """Four submit at once, while the engine takes up what is there."""
+    model, processor, _ = served
+    done: queue.Queue[int] = queue.Queue()
+    with Engine(model, processor.tokenizer, max_waiting=10_000) as engine, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: engine.submit_work(lambda *_: number, done.put), range(2000)))
+        assert {done.get(timeout=20) for _ in range(2000)} == set(range(2000))
