@@ -107,10 +107,10 @@ def server(checkpoint: str, places: int) -> Iterator[tuple[psutil.Process, int]]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None
-        first = running.stdout.readline()  # "serving NAME at http://HOST:PORT/v1"
+        first = running.stdout.readline()  # it ends with ":PORT"
         if not first:
             sys.exit(f"the server did not start: it ended with status {running.wait()}")
-        yield psutil.Process(running.pid), int(first.rsplit(":", 1)[1].partition("/")[0])
+        yield psutil.Process(running.pid), int(first.rsplit(":", 1)[1])
     finally:
         running.terminate()
         running.wait()

@@ -49,5 +49,6 @@ def serve(
             name = name or Path(checkpoint).resolve().name
             application = build_app(engine, processor, name, limits, keys, fetcher)
             at, bound = socket.getsockname()[:2]
-            print(f"serving {name} at http://{f'[{at}]' if ':' in at else at}:{bound}/v1", flush=True)
+            url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
+            print(f"serving {name}: an API at {url}/v1, a page at {url}", flush=True)
             serve_until_told(http_server(application, engine, limits), socket)
