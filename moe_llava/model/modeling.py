@@ -269,10 +269,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             pixel_values: [images, channels, height, width], in the order of their placeholders.
             attention_mask: [B, S], 0 for padding, which then counts neither in the losses nor in the capacity.
             labels: [B, S], -100 where nothing is to be learnt.
-            output_router_logits: None means `config.output_router_logits`.
+            output_router_logits: None means the configuration's.
             logits_to_keep: compute logits for the last n positions only (0: all), or for the positions given.
-            num_items_in_batch: the labels in all batches whose gradients are summed into one step (Trainer passes it). Both losses are
-                weighted by this batch's share of them, so neither depends on how a step is cut into batches.
+            num_items_in_batch: labels in all batches that make up one step (Trainer passes it); losses are weighted by this batch's share.
 
         The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, and with SMoES + router_mi_loss_coef *
         mi_loss. Outside training only the first is part of it without `output_router_logits`, as in transformers' MoE models.
@@ -291,7 +290,6 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-
         losses = self._router_losses(outputs, real_tokens(attention_mask, outputs.last_hidden_state)) if record else {}
         if labels is not None:
             losses["language_loss"] = self.loss_function(
