@@ -56,7 +56,7 @@ def chat(
         with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:
             conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
             conversation.add_images(image or [])
-            terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json)
+            terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json, prompt is None and sys.stdin.isatty())
             if prompt is not None:
                 terminal.ask(prompt)
             elif not terminal.converse() and not terminal.interactive:

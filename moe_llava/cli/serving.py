@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,8 @@ def serve(
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.serving.listen import listener, read_keys
 
+        if not math.isfinite(time_limit):
+            raise ValueError(f"--time-limit is {time_limit:g}, but must be finite")
         check_checkpoint(checkpoint)
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
@@ -50,5 +53,4 @@ def serve(
             application = build_app(engine, processor, name, limits, keys, fetcher)
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
-            print(f"serving {name}: an API at {url}/v1, a page at {url}", flush=True)
-            serve_until_told(http_server(application, engine, limits), socket)
+            serve_until_told(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")

@@ -144,6 +144,14 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
     )
 
 
+def trace_answer(model: PreTrainedModel, tokenizer: Any, prompt: list[int], answer: list[int], pixel_values: Tensor | None) -> Trace:
+    """The routes of one prompt and of an answer to it, given as token ids, in one forward pass. `pixel_values`: of the prompt's images."""
+    inputs = {"input_ids": torch.tensor([prompt + answer]), "labels": torch.tensor([[IGNORE_INDEX] * len(prompt) + answer])}
+    if pixel_values is not None:
+        inputs["pixel_values"] = pixel_values.to(model.dtype)
+    return trace_routing(model, inputs, tokenizer)
+
+
 def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Record], batch_size: int) -> Iterator[Trace]:
     """The routes of conversations, questions and answers, batch after batch in their order; only one batch is held at a time.
 

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.serving import requests, web
-from moe_llava.serving.bodies import Memory, Take, read_body
+from moe_llava.serving.bodies import Memory, Take, read_body, until_left
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.fetch import Fetcher
 from moe_llava.serving.listen import is_loopback
@@ -84,8 +84,7 @@ class Answer:
 
     async def leave_with(self, client: Request) -> None:
         """Waits until the client leaves, and ends `pieces` then."""
-        while (await client.receive())["type"] != "http.disconnect":
-            pass
+        await until_left(client)
         self._pieces.put_nowait(ClientLeft())
 
     async def end(self) -> None:
@@ -175,11 +174,9 @@ class Service:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         form = Form(bool(asked.stream), usage, bool(asked.logprobs))
         ids, pixels = self.prompts.make(asked.messages, fetched)
-        longest = asked.longest()
-        room = max(1, min(self.limits.new_tokens, self.engine.context - len(ids)))
         return form, requests.Request(
             input_ids=ids,
-            max_new_tokens=room if longest is None else longest,
+            max_new_tokens=asked.longest() or self.engine.room(len(ids), self.limits.new_tokens),
             pixel_values=pixels,
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,

@@ -53,6 +53,12 @@ async def read_body(client: Request, limits: Limits, take: Take) -> bytearray:
         raise ApiError(LEFT, "the client left") from error  # nobody reads it
 
 
+async def until_left(client: Request) -> None:
+    """Returns when the client, whose body has been read, has left."""
+    while (await client.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _received(client: Request, most: int, take: Take) -> bytearray:
     """A body that is too large is heard to its end, if it has one not far off: many clients listen only after they have spoken."""
     body, size = bytearray(), 0

@@ -9,19 +9,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.records import check_characters, open_image
 from moe_llava.model.greedy import end_tokens
-from moe_llava.routing.trace import Trace, trace_routing
+from moe_llava.routing.trace import Trace, trace_answer
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.form import ConversationForm
-from moe_llava.serving.requests import Piece, Request
-
-LONGEST = 512  # tokens of an answer, if nothing is said
+from moe_llava.serving.requests import LONGEST, Piece, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +92,9 @@ class Conversation:
         *before, last = self._begun()
         ids, pixels = self._read(before, last)
         ends = end_tokens(self.engine.model)
-        ids_1S = torch.tensor([ids + [token for token in last.tokens if token not in ends]])
-        labels_1S = ids_1S.clone()
-        labels_1S[:, : len(ids)] = IGNORE_INDEX
-        inputs = {"input_ids": ids_1S, "labels": labels_1S}
-        if pixels is not None:
-            inputs["pixel_values"] = pixels.to(self.engine.model.dtype)
+        answer = [token for token in last.tokens if token not in ends]
         results: SimpleQueue[Trace | Exception] = SimpleQueue()
-        self.engine.submit_work(lambda model, tokenizer: trace_routing(model, inputs, tokenizer), results.put)
+        self.engine.submit_work(lambda model, tokenizer: trace_answer(model, tokenizer, ids, answer, pixels), results.put)
         result = results.get()
         if isinstance(result, Exception):
             raise result
@@ -161,7 +152,7 @@ class Conversation:
         settings = self.settings
         return Request(
             input_ids=ids,
-            max_new_tokens=settings.max_new_tokens or max(1, min(LONGEST, self.engine.context - len(ids))),
+            max_new_tokens=settings.max_new_tokens or self.engine.room(len(ids), LONGEST),
             pixel_values=pixels,
             temperature=settings.temperature,
             top_p=settings.top_p,

@@ -134,9 +134,10 @@ def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn
     )
 
 
-def serve_until_told(server: uvicorn.Server, listening: socket.socket) -> None:
-    """Serves until SIGTERM or Ctrl-C, finishes what has begun, and exits with status 0."""
+def serve_until_told(server: uvicorn.Server, listening: socket.socket, told: str) -> None:
+    """Serves until SIGTERM or Ctrl-C, finishes what has begun, and exits with status 0. `told`: printed once that holds."""
     # uvicorn sends itself the signal once more when all is done, which would end the process by it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    print(told, flush=True)
     server.run(sockets=[listening])

@@ -12,7 +12,6 @@ Shapes: B rows of the batch, S columns of the cache, V vocabulary.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,8 +36,6 @@ from moe_llava.serving.requests import (
 )
 from moe_llava.serving.sampling import Sampler
 from moe_llava.serving.text import AnswerText
-
-logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Piece | Exception], None]
 Work = Callable[[Any, Any], Any]  # of model and tokenizer
@@ -143,7 +140,11 @@ class Engine:
         if self._closed:
             raise EngineClosed("the server is ending")
         if self.running + self.waiting >= self.places + self.max_waiting:
-            raise QueueFull(f"{self.places} requests are being answered and {self.max_waiting} more wait; try again later")
+            raise QueueFull(f"{self.running + self.waiting} requests are being answered or wait, as many as may; try again later")
+
+    def room(self, prompt: int, most: int) -> int:
+        """How many tokens the answer to so many may have, up to `most`; 1 where there is room for none, which `submit` refuses."""
+        return max(1, min(most, self.context - prompt))
 
     @property
     def running(self) -> int:
@@ -227,8 +228,7 @@ class Engine:
         """Whoever asked is told what went wrong; the next request may go well."""
         try:
             work(rows)
-        except Exception as error:
-            logger.exception("answering %d requests failed", len(rows))
+        except Exception as error:  # noqa: BLE001  those who asked raise or log it
             for row in rows:
                 if not row.done:
                     row.fail(error)
@@ -238,8 +238,7 @@ class Engine:
         """One job: those whose answers are being written wait for no more than that."""
         try:
             result = job.work(self.model, self._tokenizer)
-        except Exception as error:
-            logger.exception("a job failed")
+        except Exception as error:  # noqa: BLE001  who asked raises or logs it
             job.fail(error)
         else:
             job.done = True

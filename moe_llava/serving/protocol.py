@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moe_llava.serving.requests import LONGEST
+
 MOST_STOPS = 4
 MOST_TOLD = 500  # characters of a message: what a client sent comes back in part only
 RETRY_AFTER = 2  # seconds
@@ -49,7 +51,7 @@ class Limits:
     images: int = 8
     messages: int = 128
     characters: int = 200_000
-    new_tokens: int = 512
+    new_tokens: int = LONGEST
     head_seconds: float = 10.0
     body_seconds: float = 60.0
     fetch_seconds: float = 20.0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LONGEST = 512  # tokens of an answer, where nothing is said
 
 
 class RequestError(ValueError):
@@ -15,8 +19,8 @@ class RequestError(ValueError):
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raises RequestError. Logits divided by less than 0.001 would be no numbers any more."""
-    if not (temperature == 0 or temperature >= 0.001) or not 0 < top_p <= 1:
-        rule = "temperature must be 0 or at least 0.001, and top_p above 0 and at most 1"
+    if not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
+        rule = "temperature must be 0 or at least 0.001, and finite, and top_p above 0 and at most 1"
         raise RequestError(f"{rule}, but they are {temperature:g} and {top_p:g}")
 
 

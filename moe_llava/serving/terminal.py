@@ -30,13 +30,13 @@ COMMANDS = {
 
 
 class Terminal:
-    """`name`: of the model."""
+    """`name`: of the model. `interactive`: whether a person types, and not only a question is answered, or what comes through a pipe."""
 
-    def __init__(self, conversation: Conversation, name: str, as_json: bool):
+    def __init__(self, conversation: Conversation, name: str, as_json: bool, interactive: bool):
         self.conversation = conversation
         self.name = name
         self.as_json = as_json
-        self.interactive = sys.stdin.isatty()
+        self.interactive = interactive
         self._out = Console()
         self._told = Console(stderr=True)
         self._saved: set[Path] = set()
@@ -58,11 +58,11 @@ class Terminal:
         conversation. Returns whether nothing was."""
         right = True
         for line in self._lines():
-            if line == "/quit":
+            if line.split()[0] == "/quit":
                 break
             try:
                 self._take(line)
-            except ValueError as error:
+            except (ValueError, OSError, RuntimeError) as error:  # the last: of torch, such as too little memory
                 right = False
                 self._tell(f"error: {error}", "red")
             except KeyboardInterrupt:
@@ -171,7 +171,7 @@ class Terminal:
 
     def _save(self, rest: str) -> None:
         """A file that this conversation was written to may be written again, as it grows; no other."""
-        file = Path(" ".join(shlex.split(rest))).expanduser()
+        file = Path(" ".join(shlex.split(rest)) if rest[:1] in ("'", '"') else rest).expanduser()
         if not rest:
             raise ValueError("/save needs a file")
         text = json.dumps([self.conversation.record(self.name)], indent=1, ensure_ascii=False) + "\n"

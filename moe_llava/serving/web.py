@@ -11,20 +11,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
 from moe_llava.routing.plots import expert_colour, ink
 from moe_llava.routing.tokens import RoutingError
-from moe_llava.routing.trace import Trace, find_routers, trace_routing
+from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.serving.bodies import until_left
 from moe_llava.serving.prompts import PromptMaker
-from moe_llava.serving.protocol import ApiError, ChatCompletionRequest, Message
+from moe_llava.serving.protocol import LEFT, ApiError, ChatCompletionRequest, Message
 
 FILES = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -41,7 +40,7 @@ Conversation = tuple[list[int], Tensor | None, int]  # ids, pixels, where the la
 
 def add_page(app: FastAPI) -> None:
     """The page's files, for everybody."""
-    for file in sorted(FILES.iterdir()):
+    for file in sorted(file for file in FILES.iterdir() if file.suffix in KINDS):
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
         app.get(path)(_sending(file.read_bytes(), KINDS[file.suffix]))
 
@@ -86,14 +85,14 @@ class Routes:
         self._service.engine.check_readable(ids, pixels)
 
         def work(model: Any, tokenizer: Any) -> Trace:
-            labels = [IGNORE_INDEX] * begin + ids[begin:]
-            inputs = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
-            if pixels is not None:
-                inputs["pixel_values"] = pixels.to(model.dtype)
-            return trace_routing(model, inputs, tokenizer)
+            return trace_answer(model, tokenizer, ids[:begin], ids[begin:], pixels)
 
         trace = await self._done(client, work)
-        return JSONResponse(await run_in_threadpool(self._told, trace, pixels))
+        metrics = self._service.metrics
+        metrics.prompt_tokens += len(ids)
+        metrics.requests["routes"] += 1
+        # In a thread: it may be some megabytes of JSON.
+        return await run_in_threadpool(lambda: JSONResponse(self._told(trace, pixels)))
 
     def _read(self, asked: ChatCompletionRequest, fetched: Mapping[str, bytes]) -> Conversation:
         return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
@@ -130,9 +129,8 @@ class Routes:
 
 async def _leaves(client: Request, results: asyncio.Queue[Any]) -> None:
     """Waits until the client leaves, and makes that a result."""
-    while (await client.receive())["type"] != "http.disconnect":
-        pass
-    results.put_nowait(ApiError(499, "the client left"))  # nobody reads it
+    await until_left(client)
+    results.put_nowait(ApiError(LEFT, "the client left"))  # nobody reads it
 
 
 def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:

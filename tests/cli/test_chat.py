@@ -81,6 +81,8 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
     saved = tmp_path / "said.json"
     lines = [
         "/image none.png",
+        f"/image {'a' * 300}",
+        "/save ~nobody-is-called-so/said.json",
         f"/image {spaced}",
         f"/image '{spaced}' {image}",
         ASKED,
@@ -96,7 +98,7 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
         "where ?",
         f"/save {saved}",
         "/help",
-        "/quit",
+        "/quit now",
         "never asked",
     ]
     done = run_here("chat", sparse, "--json", "--max-new-tokens", "3", stdin="\n".join(lines))
@@ -106,6 +108,8 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
     errors = re.findall("error: (.*)", done.stderr)
     assert errors == [
         "the conversation names the image none.png, which does not exist",
+        f"[Errno 36] File name too long: '{'a' * 300}'",
+        "Could not determine home directory.",
         "layer 2 has no experts; those that have are 1, 3",
         "/rotes is no command; did you mean /routes?",
         "nothing has been asked yet",
@@ -144,7 +148,8 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and top_p above 0 and at most 1, but they are -1 and 1"),
+        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and finite, and top_p above 0 and at most 1, but they are -1"),
+        (["--temperature", "inf"], "but they are inf and 1"),
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
         (["--image", "none.png"], "none.png, which does not exist"),

@@ -211,7 +211,7 @@ def test_beyond_the_queue_there_is_no_room(endless, served, monkeypatch):
     slowed(model, monkeypatch)
     with Engine(model, served[1].tokenizer, places=2, max_waiting=2) as engine:
         answers = [ask(engine, request) for _ in range(4)]
-        with pytest.raises(QueueFull, match="2 requests are being answered and 2 more wait"):
+        with pytest.raises(QueueFull, match="4 requests are being answered or wait"):
             ask(engine, request)
         for answer in answers:
             assert len(list(answer)) == request.max_new_tokens

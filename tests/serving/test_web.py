@@ -18,7 +18,7 @@ from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.generate import prompt_inputs
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen
-from moe_llava.routing.trace import trace_routing
+from moe_llava.routing.trace import trace_answer, trace_routing
 from moe_llava.serving import web
 from moe_llava.serving.engine import Engine
 from tests.serving.conftest import server
@@ -53,7 +53,9 @@ def test_an_answer_s_routes_are_those_it_took_while_it_was_written(served, spars
     trace = trace_routing(model, prompt_inputs(processor, [Question("", "where is the red 7 ?", (path,))]), processor.tokenizer, 10)
     kept = [token not in end_tokens(model) for token in trace.token_ids_T[trace.answer_T].tolist()]
 
+    before = metric(url, 'requests_total{outcome="routes"}')
     found = routes(url, [user(question), answer(text)])
+    assert metric(url, 'requests_total{outcome="routes"}') == before + 1
     assert found["layers"] == list(trace.layers)
     assert found["experts"] == len(found["colours"]) == len(found["inks"]) == 3
     assert len(found["answer"]["tokens"]) == sum(kept) > 4
@@ -218,7 +220,7 @@ def test_a_full_queue_and_too_long_a_wait(slow):
 def test_who_leaves_is_not_traced_for(slow, monkeypatch):
     model, processor, asked, traced = slow
     calls = []
-    monkeypatch.setattr(web, "trace_routing", lambda *arguments: calls.append(1) or trace_routing(*arguments))
+    monkeypatch.setattr(web, "trace_answer", lambda *arguments: calls.append(1) or trace_answer(*arguments))
     with server(Engine(model, processor.tokenizer), processor) as url, ThreadPoolExecutor() as pool:
         answered = pool.submit(post, url, asked | {"max_tokens": 2})
         eventually(lambda: metric(url, "requests_running") == 1)

@@ -44,5 +44,4 @@ if __name__ == "__main__":
     threading.Thread(target=obey, daemon=True).start()
     engine = Engine(model, processor.tokenizer)
     with listener("127.0.0.1", 0) as socket:
-        print(socket.getsockname()[1], flush=True)
-        serve_until_told(http_server(build_app(engine, processor, "tiny", LIMITS), engine, LIMITS), socket)
+        serve_until_told(http_server(build_app(engine, processor, "tiny", LIMITS), engine, LIMITS), socket, str(socket.getsockname()[1]))
