@@ -107,6 +107,7 @@ def test_a_person_shows_pictures_and_asks(browser, url, files):
         assert text_of(browser, ".question p") == "where is\nthe red 7 ?"
         assert browser.run("document.querySelectorAll('.question img').length") == 2
         assert browser.run("document.querySelector('#question').value + document.querySelector('#thumbnails').innerHTML") == ""
+        browser.until("!document.querySelector('#experts-view').hidden")
         ask(browser, "how many digits are there ?")
         messages = [question, answer(first), user("how many digits are there ?")]
         second = complete(client, messages).choices[0].message.content
@@ -116,6 +117,11 @@ def test_a_person_shows_pictures_and_asks(browser, url, files):
     press_button(browser, "article:first-child .answer", "Experts")
     browser.until(f"document.querySelectorAll('#answer-tokens span').length === {len(first.split())}")
     check_routes(browser, routes(url, [question, answer(first)]))
+    for expected in ("none", "block"):
+        browser.click("#toggle")
+        assert browser.run("getComputedStyle(document.querySelector('#experts')).display") == expected
+    check_routes(browser, routes(url, [question, answer(first)]))
+    assert browser.errors.count(f"asked for {url}/routes") == 2  # once for each answer
     assert troubles(browser, url) == []
 
 
@@ -193,8 +199,6 @@ def test_an_earlier_question_is_changed(browser, url, files):
     press_button(browser, "article:first-child", "Edit")
     browser.run("document.querySelector('.edit textarea').select()")
     browser.write(".edit textarea", "a draft")
-    press_button(browser, "article:last-child .answer", "Experts")  # draws the conversation anew
-    assert browser.run("document.querySelector('.edit textarea').value") == "a draft"
     press_button(browser, ".edit", "Cancel")
     assert text_of(browser, ".question p") == "how many digits are there ?"
     press_button(browser, "article:first-child", "Edit")
@@ -205,6 +209,63 @@ def test_an_earlier_question_is_changed(browser, url, files):
         expected = complete(client, [user([image_part(picture(files[0])), text_part(QUESTION)])]).choices[0].message.content
     assert answered(browser) == [expected]
     assert text_of(browser, ".question p") == QUESTION
+
+
+def test_what_is_being_typed_outlives_an_answer(browser, slow):
+    """The text, where it is typed, and the focus; so does the focus on the button of experts."""
+    model, processor = slow
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        open_page(browser, url, tokens=12)
+        ask(browser, QUESTION)
+        answered(browser)
+        press_button(browser, "article:first-child", "Edit")
+        ask(browser, "and here ?")
+        browser.until("document.querySelectorAll('.answer')[1].textContent.split(' ').length > 3")
+        browser.run("document.querySelector('.edit textarea').setSelectionRange(5, 5)")
+        browser.write(".edit textarea", " not")
+        assert browser.run("document.querySelector('.edit .strong').disabled")
+        answered(browser)
+        browser.write("article:first-child :focus", " at all")
+        assert browser.run("document.querySelector('.edit textarea').value") == "where not at all is the red 7 ?"
+        browser.until("!document.querySelector('#experts-view').hidden")
+        buttons = "[...document.querySelectorAll('article [aria-pressed]')]"
+        for pressed in (["true", "false"], ["false", "true"]):
+            browser.run(f"{buttons}[{pressed.index('true')}].focus()")
+            browser.press("Enter")
+            assert browser.run(f"{buttons}.map(button => button.ariaPressed)") == pressed
+            assert browser.run(f"{buttons}.indexOf(document.activeElement)") == pressed.index("true")
+        assert troubles(browser, url) == []
+
+
+def test_a_new_conversation_begins_with_nothing(browser, sparse, files):
+    model, processor = sparse
+    with server(Engine(model, processor.tokenizer), processor, limits=Limits(images=1)) as url:
+        open_page(browser, url)
+        ask(browser, QUESTION, files[0])
+        answered(browser)
+        ask(browser, QUESTION, files[1])
+        assert "takes 1 pictures in a conversation, and this would be 2" in text_of(browser, "#composer-problem")
+        browser.click("#new")
+        assert browser.run("document.querySelectorAll('article, .thumbnail').length") == 0
+        assert text_of(browser, "#composer-problem") == ""
+
+
+def test_on_a_narrow_screen(browser, url):
+    """Nothing is cut off; Escape closes the settings."""
+    browser.open(url, width=320, height=600)
+    browser.until("document.title !== 'Chat'")
+    assert browser.run("(({scrollHeight, clientHeight}) => scrollHeight - clientHeight)(document.querySelector('#question'))") == 0
+    ask(browser, QUESTION)
+    answered(browser)
+    press_button(browser, "article", "Edit")
+    ask(browser, "and here ?")
+    answered(browser)
+    beyond = "[...document.querySelectorAll('header, footer, article *')].filter(part => part.getBoundingClientRect().right > 320).length"
+    assert browser.run(beyond) == 0
+    browser.click("#settings summary")
+    browser.click("#tokens")
+    browser.press("Escape")
+    assert browser.run("[document.querySelector('#settings').open, document.activeElement.tagName]") == [False, "SUMMARY"]
 
 
 def test_no_script_runs(browser, sparse):
@@ -272,6 +333,17 @@ def test_a_busy_server_and_one_that_is_gone(browser, slow):
         assert text_of(browser, "article:last-child .question") == "and here ?"
 
 
+def test_a_server_that_is_ending_says_so(browser, sparse):
+    model, processor = sparse
+    engine = Engine(model, processor.tokenizer)
+    with server(engine, processor) as url:
+        open_page(browser, url)
+        engine.close()
+        ask(browser, QUESTION)
+        assert answered(browser) == [""]
+        assert text_of(browser, ".answer .problem") == "The server takes no question now: the server is ending."
+
+
 def test_large_pictures_become_smaller(browser, sparse, tmp_path):
     """And too many are told before they are sent."""
     model, processor = sparse
@@ -306,6 +378,7 @@ def test_a_dense_model_has_no_experts(browser, served):
         open_page(browser, url)
         ask(browser, QUESTION)
         answered(browser)
-        assert "no experts" in text_of(browser, "#experts")
+        assert browser.run("[...document.querySelectorAll('#experts, #toggle')].map(part => part.checkVisibility())") == [False, False]
+        assert browser.run("document.querySelector('#talk').offsetWidth") == 1400
         assert "routes" not in "".join(browser.errors)
         assert troubles(browser, url) == []

@@ -5,7 +5,7 @@ import { taken } from "./pictures.js";
 import * as server from "./server.js";
 
 let known = null; // what the server told of itself
-let turns = []; // {question, images, answer, state, problem, shortened, draft: the question as it is being changed, article}
+let turns = []; // {question, images, answer, state, problem, shortened, routes: of the answer, once they were asked for, article}
 let pending = []; // pictures to send with the next question
 let reading = 0; // pictures that are being read
 let running = null; // ends the answer that is being written
@@ -39,9 +39,10 @@ async function answer(turn) {
   const stopping = new AbortController();
   const body = { model: known.model, messages: messages(turns.indexOf(turn)), temperature: Number(element("temperature").value) };
   if (element("tokens").value) body.max_tokens = Math.max(1, Math.floor(Number(element("tokens").value)));
-  Object.assign(turn, { answer: "", state: WAITING, problem: "", shortened: false });
+  Object.assign(turn, { answer: "", state: WAITING, problem: "", shortened: false, routes: null });
   running = stopping;
-  drawAll();
+  drawAnswer(turn);
+  drawButtons();
   turn.article.scrollIntoView({ block: "end" });
   try {
     const reason = await server.complete(body, stopping.signal, text => {
@@ -58,9 +59,13 @@ async function answer(turn) {
   }
   if (running !== stopping) return; // another conversation has begun
   running = null;
-  drawAll();
-  turn.article.scrollIntoView({ block: "end" });
-  if (turn.answer.trim()) showExperts(turn);
+  follow(turn);
+  if (known.sparse && turn.answer.trim()) showExperts(turn);
+}
+
+function askAgain(turn) {
+  forgetExperts();
+  answer(turn);
 }
 
 function plain(error) {
@@ -78,83 +83,92 @@ function send() {
       `The server takes ${known.images} pictures in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
     return;
   }
-  turns.push({ question, images: pending });
-  pending = [];
+  const turn = { question, images: pending };
+  layOut(turn);
+  turns.push(turn);
   element("question").value = "";
-  element("composer-problem").textContent = "";
   fitQuestion();
-  drawThumbnails();
-  answer(turns[turns.length - 1]);
+  clearPending();
+  drawTurns();
+  answer(turn);
 }
 
 async function showExperts(turn) {
-  tracing?.abort();
+  choose(turn);
+  if (element("toggle").getAttribute("aria-pressed") === "false") return;
+  if (turn.routes) {
+    experts.show(turn.routes);
+    return;
+  }
   const stopping = tracing = new AbortController();
-  shown = turn;
-  drawAll();
-  if (!known.sparse || element("toggle").getAttribute("aria-pressed") === "false") return;
   experts.tell("Looking at the experts ...");
   const body = { model: known.model, messages: [...messages(turns.indexOf(turn)), { role: "assistant", content: turn.answer }] };
   try {
-    experts.show(await server.routes(body, stopping.signal));
+    turn.routes = await server.routes(body, stopping.signal);
+    experts.show(turn.routes);
   } catch (error) {
     if (!stopping.signal.aborted) experts.tell(plain(error));
   }
 }
 
 function forgetExperts() {
-  tracing?.abort();
-  shown = null;
-  experts.tell(known.sparse
-    ? "Once there is an answer, the experts that took its tokens and the picture's patches are shown here."
-    : "This model is dense: it has no experts to show.");
+  choose(null);
+  experts.tell("Once there is an answer, the experts that took its tokens and the picture's patches are shown here.");
 }
 
-// Drawing
+function choose(turn) {
+  tracing?.abort();
+  shown = turn;
+  for (const button of document.querySelectorAll(".answer [aria-pressed]")) {
+    button.setAttribute("aria-pressed", button.closest("article") === turn?.article);
+  }
+}
 
-function drawAll() {
+// Drawing. An article stays as long as its turn, and only what changed is drawn anew: the focus and what is being typed are kept.
+
+function drawTurns() {
   element("welcome").hidden = turns.length > 0 || !known;
-  element("messages").replaceChildren(...turns.map(drawTurn));
-  element("messages").setAttribute("aria-busy", running !== null);
+  element("messages").replaceChildren(...turns.map(turn => turn.article));
   drawButtons();
 }
 
 function drawButtons() {
+  element("messages").setAttribute("aria-busy", running !== null); // hides the buttons of all turns
   element("send").hidden = running !== null;
   element("stop").hidden = running === null;
   element("send").disabled = !known || reading > 0;
   element("new").disabled = turns.length === 0;
+  for (const button of document.querySelectorAll(".edit .strong")) button.disabled = running !== null;
 }
 
-function drawTurn(turn) {
-  const question = make("div", "", "question"), actions = make("div", "", "actions");
+function layOut(turn) {
+  const actions = make("div", "", "actions");
   turn.article = make("article");
-  if (turn.images.length) {
-    const images = make("div", "", "images");
-    images.append(...turn.images.map(image => picture(image.url, image.name)));
-    question.append(images);
-  }
-  if (turn.draft !== undefined) question.append(editor(turn));
-  else if (turn.question) question.append(make("p", turn.question));
-  if (!running && turn.draft === undefined) actions.append(makeButton("Edit", () => edit(turn), "Edit this question"));
-  turn.article.append(question, actions, make("div", "", "answer"));
-  drawAnswer(turn);
-  return turn.article;
+  actions.append(makeButton("Edit", () => edit(turn), "Edit this question"));
+  turn.article.append(make("div", "", "question"), actions, make("div", "", "answer"));
+  drawQuestion(turn);
+}
+
+function drawQuestion(turn, words = turn.question ? make("p", turn.question) : "") {
+  const images = make("div", "", "images");
+  images.append(...turn.images.map(image => picture(image.url, image.name)));
+  turn.article.querySelector(".question").replaceChildren(images, words);
 }
 
 function drawAnswer(turn) {
   const place = turn.article.querySelector(".answer"), actions = make("div", "", "actions");
-  const last = turn === turns[turns.length - 1];
   place.classList.toggle("waiting", turn.state === WAITING);
   place.replaceChildren(rendered(turn.answer));
   if (turn.state === WAITING) place.append(make("p", "reading ...", "quiet"));
+  if (turn.state === WAITING || turn.state === WRITING) return;
   if (turn.state === DONE && !turn.answer.trim()) place.append(make("p", "The model answered with nothing.", "quiet"));
   if (turn.state === STOPPED) place.append(make("p", "stopped", "quiet"));
-  if (!last && !answered(turn)) place.append(make("p", "It got no answer, and the model does not read it again.", "quiet"));
+  if (!answered(turn)) place.append(make("p", "It got no answer, and the model does not read it again.", "quiet if-followed"));
   if (turn.shortened) place.append(make("p", "as long as it may be; more is possible in the settings", "quiet"));
   if (turn.state === FAILED) place.append(make("p", turn.problem, "problem"));
-  if (running) return;
-  if (last) actions.append(makeButton(turn.state === FAILED ? "Try again" : "Regenerate", () => answer(turn)));
+  const again = makeButton(turn.state === FAILED ? "Try again" : "Regenerate", () => askAgain(turn));
+  again.className = "if-last";
+  actions.append(again);
   if (known.sparse && turn.answer.trim()) {
     const button = makeButton("Experts", () => { openExperts(true); showExperts(turn); }, "Show the experts of this answer");
     button.setAttribute("aria-pressed", turn === shown);
@@ -163,46 +177,53 @@ function drawAnswer(turn) {
   place.append(actions);
 }
 
+// Who has scrolled up to read is left there.
+function follow(turn) {
+  const inSight = turn.article.getBoundingClientRect().bottom < innerHeight;
+  drawAnswer(turn);
+  drawButtons();
+  if (inSight) turn.article.scrollIntoView({ block: "end" });
+}
+
 let drawing = null;
 
-// At most once in a frame. Who has scrolled up to read is left there.
+// At most once in a frame.
 function drawSoon(turn) {
   drawing ??= requestAnimationFrame(() => {
     drawing = null;
-    if (!turns.includes(turn)) return;
-    const inSight = turn.article.getBoundingClientRect().bottom < innerHeight;
-    drawAnswer(turn);
-    if (inSight) turn.article.scrollIntoView({ block: "end" });
+    if (turns.includes(turn)) follow(turn);
   });
 }
 
 function edit(turn) {
-  turn.draft = turn.question;
-  drawAll();
+  drawQuestion(turn, editor(turn));
   turn.article.querySelector("textarea").focus();
 }
 
 function editor(turn) {
   const form = make("form", "", "edit"), text = make("textarea"), row = make("div", "", "row"), ask = make("button", "Ask again", "strong");
-  const cancel = () => { delete turn.draft; drawAll(); };
-  text.value = turn.draft;
-  text.rows = Math.min(8, turn.draft.split("\n").length + 1);
+  const cancel = () => {
+    drawQuestion(turn);
+    turn.article.querySelector(".actions button").focus();
+  };
+  text.value = turn.question;
+  text.rows = Math.min(8, turn.question.split("\n").length + 1);
   text.setAttribute("aria-label", "the question, to be changed");
-  text.oninput = () => { turn.draft = text.value; };
   text.onkeydown = event => {
     if (event.key === "Escape") cancel();
     submitOnEnter(event, form);
   };
   form.onsubmit = event => {
     event.preventDefault();
-    if (running || (!turn.draft.trim() && !turn.images.length)) return;
-    turn.question = turn.draft.trim();
-    delete turn.draft;
+    const question = text.value.trim();
+    if (running || (!question && !turn.images.length)) return;
+    turn.question = question;
     turns = turns.slice(0, turns.indexOf(turn) + 1);
-    forgetExperts();
-    answer(turn);
+    cancel();
+    drawTurns();
+    askAgain(turn);
   };
-  row.append(make("span", turn === turns[turns.length - 1] ? "" : "What follows it is removed.", "quiet"), makeButton("Cancel", cancel), ask);
+  row.append(make("span", "What follows it is removed.", "quiet if-followed"), makeButton("Cancel", cancel), ask);
   form.append(text, row);
   return form;
 }
@@ -242,6 +263,12 @@ function drawThumbnails() {
   }));
 }
 
+function clearPending() {
+  pending = [];
+  element("composer-problem").textContent = "";
+  drawThumbnails();
+}
+
 function fitQuestion() {
   const text = element("question");
   text.style.height = "auto";
@@ -271,8 +298,12 @@ async function begin() {
   element("key-form").hidden = true;
   element("model").textContent = document.title = known.model;
   element("tokens").placeholder = known.new_tokens;
-  if (!turns.length) forgetExperts();
-  drawAll();
+  element("toggle").hidden = !known.sparse;
+  if (!turns.length) {
+    openExperts(known.sparse);
+    forgetExperts();
+  }
+  drawTurns();
   element("question").focus();
 }
 
@@ -291,8 +322,9 @@ element("new").onclick = () => {
   running?.abort();
   running = null;
   turns = [];
+  clearPending();
   forgetExperts();
-  drawAll();
+  drawTurns();
   element("question").focus();
 };
 element("toggle").onclick = () => {
@@ -303,6 +335,11 @@ element("toggle").onclick = () => {
 element("temperature").oninput = () => { element("temperature-value").textContent = element("temperature").value; };
 document.addEventListener("click", event => {
   if (!element("settings").contains(event.target)) element("settings").open = false;
+});
+document.addEventListener("keydown", event => {
+  if (event.key !== "Escape" || !element("settings").open) return;
+  element("settings").open = false;
+  element("settings").querySelector("summary").focus();
 });
 document.addEventListener("paste", event => {
   const files = [...event.clipboardData.files];

@@ -37,7 +37,7 @@ function problem(status, body, wait) {
   if (status === 401) return new Problem("The server does not take this API key.", true);
   if (status === 413) return new Problem("This is more than the server takes at once. Remove some pictures, or begin a new conversation.");
   if (status === 429) return new Problem(`The server is busy with others. Try again in ${wait ?? "a few"} seconds.`);
-  if (status === 503) return new Problem("The server is about to end, and takes no more questions.");
+  if (status === 503) return new Problem(`The server takes no question now: ${told}.`);
   if (status === 504) return new Problem("The answer took too long, and the server gave up.");
   if (status >= 500) return new Problem("The server failed to answer. Its log says why.");
   return new Problem(`The server refused: ${told}`);
