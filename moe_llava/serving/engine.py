@@ -91,7 +91,8 @@ class Engine:
         self._tokenizer = copy.deepcopy(tokenizer)  # one cannot be used by two threads at a time
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._image = model.config.image_token_id
-        self._suppressed = torch.tensor([token for token in never_written(model) if token < self._vocabulary], device=model.device)
+        suppressed = [token for token in never_written(model) if token < self._vocabulary]
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # there may be none
         self._ends = frozenset(end_tokens(model))
         self._newcomers: list[Row] = []  # have a place, and are about to be read
         self._rows: list[Row] = []
