@@ -49,6 +49,7 @@ def plot_comparison(
     left.set_xlabel(f"{score}: seeds, mean, 95% interval over seeds", fontsize=9.5)
     right.set_xlabel(f"difference from {experiment.baseline},\n{interval}", fontsize=9.5)
     for axis in (left, right):
+        axis.locator_params(axis="x", nbins=5)  # more numbers would touch each other
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25)
     return figure
