@@ -12,6 +12,7 @@ Shapes: B rows of the batch, S columns of the cache, V vocabulary.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from moe_llava.serving.requests import (
 )
 from moe_llava.serving.sampling import Sampler
 from moe_llava.serving.text import AnswerText
+
+logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Piece | Exception], None]
 Work = Callable[[Any, Any], Any]  # of model and tokenizer
@@ -229,7 +232,8 @@ class Engine:
         """Whoever asked is told what went wrong; the next request may go well."""
         try:
             work(rows)
-        except Exception as error:  # noqa: BLE001  those who asked raise or log it
+        except Exception as error:
+            logger.exception("answering %d requests failed", len(rows))  # those who asked may all have left
             for row in rows:
                 if not row.done:
                     row.fail(error)
