@@ -119,6 +119,9 @@ class MoeLlavaPreTrainedModel(LlavaPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers would look for the decorator in this file; the experts are in moe.py
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation("auto" if requested_experts is None else requested_experts)
+
 
 class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
     """Vision tower, projector and sparse language model, without the language modeling head."""

@@ -161,9 +161,6 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     arguments = training_arguments(recipe, settings, work)
     model, processor = start(recipe, number, name)
     moe_layers = moe_layers_of(recipe, model)
-    if name == "stage3" and arguments.bf16:
-        # The grouped backend is not autocast: with float32 weights it would compute in float32.
-        model.set_experts_implementation("eager")
     if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
