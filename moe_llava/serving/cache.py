@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-SPARE = 64  # columns: so many tokens are written between two copies
+SPARE = 16  # columns: so many tokens are written between two copies
 
 
 class RoomyLayer(DynamicLayer):
@@ -33,9 +33,9 @@ class RoomyLayer(DynamicLayer):
         columns = start + key_states.shape[2]
         if columns > self._roomy_keys.shape[2]:
             self._roomy_keys, self._roomy_values = _with_room(self.keys, columns + SPARE), _with_room(self.values, columns + SPARE)
-        self._roomy_keys[:, :, start:columns] = key_states
-        self._roomy_values[:, :, start:columns] = value_states
-        self.keys, self.values = self._roomy_keys[:, :, :columns], self._roomy_values[:, :, :columns]
+        self._roomy_keys.narrow(2, start, key_states.shape[2]).copy_(key_states)
+        self._roomy_values.narrow(2, start, key_states.shape[2]).copy_(value_states)
+        self.keys, self.values = self._roomy_keys.narrow(2, 0, columns), self._roomy_values.narrow(2, 0, columns)
         return self.keys, self.values
 
 
@@ -46,5 +46,5 @@ def roomy_cache() -> Cache:
 
 def _with_room(states: Tensor, columns: int) -> Tensor:
     roomy = states.new_empty(*states.shape[:2], columns, states.shape[3])
-    roomy[:, :, : states.shape[2]] = states
+    roomy.narrow(2, 0, states.shape[2]).copy_(states)
     return roomy
