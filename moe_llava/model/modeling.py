@@ -26,6 +26,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -228,8 +229,10 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         embeds_BSD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BS, 0))
         num_features = 0 if image_features is None else image_features.shape[:-1].numel()
         num_places = int(is_image_BS.sum())
-        if num_places != num_features:
-            raise ValueError(f"found {num_places} image placeholders in input_ids, but the images make {num_features} features")
+        torch_compilable_check(
+            num_places == num_features,
+            lambda: f"found {num_places} image placeholders in input_ids, but the images make {num_features} features",
+        )
         if image_features is None:
             return embeds_BSD
         return embeds_BSD.masked_scatter(is_image_BS[..., None], image_features.to(embeds_BSD))

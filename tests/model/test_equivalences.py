@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PixtralVisionConfig
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PixtralVisionConfig, StaticCache
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
 from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_config, tiny_dense, tiny_inputs
@@ -164,6 +164,20 @@ def test_static_cache_generates_the_same(family):
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     expected = sparse.generate(**tiny_inputs(), **settings)
     assert torch.equal(sparse.generate(**tiny_inputs(), **settings, cache_implementation="static"), expected)
+
+
+@torch.no_grad()
+def test_a_step_of_decoding_is_one_graph():
+    """torch.compile makes CUDA graphs of it, where there are, only as a whole."""
+    sparse = shuffled_sparse("llama")
+    inputs = tiny_inputs()
+    token, found = {"input_ids": torch.tensor([[5], [7]])}, []
+    for step in (sparse, torch.compile(sparse, backend="eager", fullgraph=True)):
+        cache = StaticCache(config=sparse.config.text_config, max_cache_len=64)
+        cached = sparse(**inputs, past_key_values=cache).logits.shape[1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        found.append(step(**token, attention_mask=mask, position_ids=torch.tensor([[cached], [cached]]), past_key_values=cache).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
