@@ -43,7 +43,7 @@ def user_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around the imports that take seconds. What they make stays to the end, a million objects: the garbage collector is spared looking
+    """Around the imports that take seconds. What they make stays to the end, 600,000 objects: the garbage collector is spared looking
     through them, while they come and ever after. That took a fifth of a start, and a second more when the process ended."""
     gc.disable()
     try:
