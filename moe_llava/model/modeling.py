@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -50,7 +51,8 @@ class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
 
 @dataclass
 class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """`language_loss`: the loss before the auxiliary ones are added; `aux_loss`: the balance loss summed over the MoE layers, `z_loss`
+    """`logits`: [B, S, V]; while training on labels [N, V], of the N tokens whose next one is learnt, row by row;
+    `language_loss`: the loss before the auxiliary ones are added; `aux_loss`: the balance loss summed over the MoE layers, `z_loss`
     the same of the z-loss, and `mi_loss` of the mutual information loss of SMoES, all before their coefficients; `router_logits`: per MoE
     layer [T, E] float32; `router_drops`: per MoE layer [T, K] bool, the assignments that found their expert full; `modality_scores`: with
     SMoES, per MoE layer [T, 2], how much a token is like one of an image and like one of text."""
@@ -270,7 +272,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             attention_mask: [B, S], 0 for padding, which then counts neither in the losses nor in the capacity.
             labels: [B, S], -100 where nothing is to be learnt.
             output_router_logits: None means the configuration's.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for the positions given.
+            logits_to_keep: compute logits for the last n positions only (0: all; in training, those that predict labels), or those given.
             num_items_in_batch: labels in all batches that make up one step (Trainer passes it); losses are weighted by this batch's share.
 
         The loss is cross entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, and with SMoES + router_mi_loss_coef *
@@ -288,9 +290,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             **dict.fromkeys(RECORDED, record),
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         losses = self._router_losses(outputs, real_tokens(attention_mask, outputs.last_hidden_state)) if record else {}
+        logits, kwargs = self._logits(outputs.last_hidden_state, labels, logits_to_keep, kwargs)
         if labels is not None:
             losses["language_loss"] = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
@@ -309,6 +310,18 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             router_drops=outputs.router_drops if output_router_logits else None,
             modality_scores=outputs.modality_scores if output_router_logits else None,
         )
+
+    def _logits(
+        self, hidden_BSD: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """(logits, what the loss function is given with them). While training, only of the tokens whose next one is learnt: with a large
+        vocabulary the logits of all would take more memory than all else in a step."""
+        if labels is None or not self.training or not isinstance(logits_to_keep, int) or logits_to_keep:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self.lm_head(hidden_BSD[:, keep, :]), kwargs
+        targets_BS = (kwargs["shift_labels"] if "shift_labels" in kwargs else next_labels(labels)).to(hidden_BSD.device)
+        learnt_BS = targets_BS != -100
+        return self.lm_head(hidden_BSD[learnt_BS]), {**kwargs, "shift_labels": targets_BS[learnt_BS]}
 
     def _router_losses(self, outputs: MoeLlavaModelOutputWithPast, token_mask_T: Tensor | None) -> dict[str, Tensor]:
         """The auxiliary losses by name, of the recorded routers."""
@@ -332,6 +345,11 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         if "mi_loss" in losses:
             auxiliary = auxiliary + self.config.router_mi_loss_coef * losses["mi_loss"]
         return losses["language_loss"] + share * auxiliary
+
+
+def next_labels(labels_BS: Tensor) -> Tensor:
+    """[B, S]: of each token the label of the one after it, which it predicts; -100 for the last."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=-100)
 
 
 def real_tokens(attention_mask: Any, embeds_BSD: Tensor) -> Tensor | None:
