@@ -50,7 +50,8 @@ def random_weights(size: LayerSize, dtype: torch.dtype, device: torch.device) ->
 def dense_layer(size: LayerSize, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The limit: the FFN of transformers' Llama, `top_k` times as wide."""
     with torch.device(device):
-        return LlamaMLP(LlamaConfig(hidden_size=size.width, intermediate_size=size.top_k * size.ffn_width)).to(dtype)
+        config = LlamaConfig(hidden_size=size.width, intermediate_size=size.top_k * size.ffn_width, num_attention_heads=1)
+        return LlamaMLP(config).to(dtype)
 
 
 def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> nn.Module:
