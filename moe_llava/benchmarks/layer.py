@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from moe_llava.benchmarks.asked import FORWARD, LayerSize
+from moe_llava.benchmarks.asked import BOTH, FORWARD, LayerSize
 from moe_llava.benchmarks.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, output_of, random_weights
 from moe_llava.benchmarks.measure import Timings, begin_peak, bench_device, compare, conditions, peak_memory, ratios, summary
 from moe_llava.evaluation.progress import show_progress
@@ -46,7 +46,7 @@ def bench_layer(
         for size, dtype, asked in cases:
             variants, notes = layer_variants(size, dtype, device)
             report["notes"] += [note for note in notes if note not in report["notes"]]
-            found = errors(size, variants, dtype, device)
+            found = errors(size, variants, dtype, device, backward=BOTH in asked)
             for phase in asked:
                 calls = _calls(variants, size, dtype, phase, device)
                 told = _told(calls, size, phase, rounds, device, dtype, advance)

@@ -21,7 +21,7 @@ from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 DENSE, OURS, MIXTRAL, DEEPSPEED = "dense", "ours", "transformers' Mixtral", "DeepSpeed"
 BACKENDS = ("eager", "grouped_mm", "batched_mm")  # of transformers' experts interface
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
 CHECKED_TOKENS = 64
 # Its router computes in the dtype of the model, and so in half precision some tokens may go to other experts.
 CHECKED_IN_FLOAT32 = (MIXTRAL,)
@@ -150,38 +150,48 @@ def output_of(layer: nn.Module, x_1TD: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def errors(size: LayerSize, variants: dict[str, nn.Module], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of every sparse variant the largest relative error of the output and of the gradients of input and weights, on up to CHECKED_TOKENS
-    tokens, from float64.
+def errors(
+    size: LayerSize, variants: dict[str, nn.Module], dtype: torch.dtype, device: torch.device, backward: bool = True
+) -> dict[str, float]:
+    """Of every sparse variant the largest relative error of the output and, with `backward`, of the gradients of input and weights, on up
+    to CHECKED_TOKENS tokens, from float64.
 
     Raises BenchError if one is above TOLERANCE: what does not compute the same is not compared.
     """
     generator = torch.Generator(device).manual_seed(1)
     shape = (1, min(size.tokens, CHECKED_TOKENS), size.width)
     x_1TD, gradient_1TD = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
-    expected = _reference(random_weights(size, dtype, device), size.top_k, x_1TD, gradient_1TD)
+    expected = _reference(random_weights(size, dtype, device), size.top_k, x_1TD, gradient_1TD if backward else None)
     found = {}
     for name, layer in variants.items():
         if name == DENSE:
             continue
-        layer_x_1TD = x_1TD.clone().requires_grad_()
-        out_1TD = output_of(layer, layer_x_1TD)
-        out_1TD.backward(gradient_1TD)
-        # DeepSpeed's parameters are not stacked: of it, those of the weights are left out.
-        weights = [] if name == DEEPSPEED else list(layer.parameters())
-        got = [out_1TD.detach(), layer_x_1TD.grad, *(weight.grad for weight in weights)]
-        layer.zero_grad()
-        found[name] = max(_relative(one, other) for one, other in zip(got, expected, strict=False))
+        got = _outcome(layer, x_1TD, gradient_1TD if backward else None)
+        # DeepSpeed's parameters are not stacked: of it, the gradients of the weights are left out.
+        compared = got[:2] if name == DEEPSPEED else got
+        found[name] = max(_relative(one, other) for one, other in zip(compared, expected, strict=name != DEEPSPEED))
         if found[name] > TOLERANCE[dtype] and (dtype == torch.float32 or name not in CHECKED_IN_FLOAT32):
-            raise BenchError(
-                f"{size} in {dtype}: {name} is {found[name]:.1e} off the reference in float64 (allowed: {TOLERANCE[dtype]:.0e})"
-            )
+            allowed = f"{TOLERANCE[dtype]:.0e}"
+            raise BenchError(f"{size} in {dtype}: {name} is {found[name]:.1e} off the reference in float64 (allowed: {allowed})")
     return found
 
 
-def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: Tensor) -> list[Tensor]:
-    """Output, and gradients of input, router, gate and up, down, in float64, one expert after another. Experts are chosen in float32, as
-    the router does it, so that rounding chooses no others."""
+def _outcome(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor | None]:
+    """Output and, with the output's gradient, those of input and parameters."""
+    if gradient_1TD is None:
+        with torch.no_grad():
+            return [output_of(layer, x_1TD)]
+    x_1TD = x_1TD.clone().requires_grad_()
+    out_1TD = output_of(layer, x_1TD)
+    out_1TD.backward(gradient_1TD)
+    got = [out_1TD.detach(), x_1TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    layer.zero_grad()
+    return got
+
+
+def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor]:
+    """Output and, with its gradient, those of input, router, gate and up, down, in float64, one expert after another. Experts are chosen in
+    float32, as the router does it, so that rounding chooses no others."""
     choices_TE = x_1TD[0].float() @ weights[0].float().T
     router_ED, gate_up_EFD, down_EDF = (weight.double().requires_grad_() for weight in weights)
     x_TD = x_1TD[0].double().requires_grad_()
@@ -192,6 +202,8 @@ def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: T
         gate_TF, up_TF = (x_TD @ gate_up_FD.T).chunk(2, dim=-1)
         share_T = (weights_TK * (ids_TK == expert)).sum(dim=-1)
         y_TD = y_TD + share_T[:, None] * ((F.silu(gate_TF) * up_TF) @ down_DF.T)
+    if gradient_1TD is None:
+        return [y_TD.detach()[None]]
     gradients = torch.autograd.grad(y_TD, (x_TD, router_ED, gate_up_EFD, down_EDF), gradient_1TD[0].double())
     return [y_TD.detach()[None], gradients[0][None], *gradients[1:]]
 
