@@ -35,13 +35,15 @@ if [ "${2:-}" = --tiny ]; then
     part check 120 layer --size 64x32x48 --dtype float32 --no-growth --phase forward --rounds 1
     part crossing 120 layer $(sizes 32x48 1 4) --dtype bfloat16 --phase forward --no-growth --rounds 1
     part train 120 train --size tiny --dtype bfloat16 --no-logits --rounds 1
-    part decode 120 generate --size tiny --dtype bfloat16 --rows 1 --rows 2 --new-tokens 2 --compile --rounds 1
+    part decode 120 generate --size tiny --dtype bfloat16 --rows 1 --rows 2 --new-tokens 2 --rounds 1
+    part compiled 120 generate --size tiny --dtype bfloat16 --rows 1 --new-tokens 2 --compile --rounds 1
 else
-    part layer 120 layer --size 4096x2560x10240 --dtype bfloat16 --rounds 7
+    part layer 100 layer --size 4096x2560x10240 --dtype bfloat16 --rounds 7
     part check 60 layer --size 512x1024x2816 --size 64x2560x10240 --dtype float32 --no-growth --rounds 3
     part crossing 80 layer $(sizes 2560x10240 1 2 4 8 16 32 64 128 256) --dtype bfloat16 --phase forward --no-growth --rounds 5
-    part train 120 train --size phi2 --dtype bfloat16 --rounds 5
-    part decode 150 generate --size phi2 --dtype bfloat16 --rows 1 --rows 64 --new-tokens 64 --compile --rounds 3
+    part train 110 train --size phi2 --dtype bfloat16 --rounds 5
+    part decode 60 generate --size phi2 --dtype bfloat16 --rows 1 --rows 64 --new-tokens 64 --rounds 5
+    part compiled 120 generate --size phi2 --dtype bfloat16 --rows 1 --new-tokens 64 --compile --rounds 3
 fi
 [ ${#failed[@]} -eq 0 ] && exit
 printf 'failed: %s\n' "${failed[*]}" >&2

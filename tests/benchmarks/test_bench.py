@@ -100,7 +100,7 @@ def test_all_that_needs_a_gpu_runs_in_small_without(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
     reports = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()}
-    assert reports.keys() == {"layer", "check", "crossing", "train", "decode"}
+    assert reports.keys() == {"layer", "check", "crossing", "train", "decode", "compiled"}
     (trained,) = reports["train"]["cases"]
     assert all(one["memory"] > 0 for one in trained["variants"].values())
 
@@ -113,4 +113,4 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": str(fails)})
     assert done.returncode == 1
     assert done.stderr == "failed: train (status 3)\n"
-    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"layer", "check", "crossing", "decode"}
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"layer", "check", "crossing", "decode", "compiled"}
