@@ -34,7 +34,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timings:
-    """Of one variant, by round: `seconds` of a call by the clock, and `processor` seconds of all threads of this process."""
+    """Of one variant, by round: `seconds` of a call by the clock, and `processor` seconds of all threads, and of processes
+    that it started."""
 
     seconds: list[float]
     processor: list[float]
@@ -70,11 +71,17 @@ def compare(
 def _turn(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
     """(seconds, processor seconds) of one of `repeats` calls."""
     _wait(device)
-    processor, began = time.process_time(), time.perf_counter()
+    processor, began = _processor_seconds(), time.perf_counter()
     for _ in range(repeats):
         call()
     _wait(device)
-    return (time.perf_counter() - began) / repeats, (time.process_time() - processor) / repeats
+    return (time.perf_counter() - began) / repeats, (_processor_seconds() - processor) / repeats
+
+
+def _processor_seconds() -> float:
+    """Of this process, and of those that it has started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _wait(device: torch.device) -> None:
