@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, user_errors
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 QUANTISATIONS = {4: "nf4", 8: "int8"}
 
@@ -48,9 +48,10 @@ def chat(
             open_image(path, "the conversation")
 
         # These take seconds, and a mistake is told before.
-        from moe_llava.serving.chat import Conversation, Settings
-        from moe_llava.serving.engine import Engine
-        from moe_llava.serving.terminal import Terminal
+        with heavy_imports():
+            from moe_llava.serving.chat import Conversation, Settings
+            from moe_llava.serving.engine import Engine
+            from moe_llava.serving.terminal import Terminal
 
         model, processor = _load(checkpoint, bits)
         with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:

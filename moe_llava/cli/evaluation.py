@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, user_errors
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -110,7 +110,8 @@ def evaluate(
             find_benchmark(name)
         check_checkpoint(checkpoint)
 
-        from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
+        with heavy_imports():
+            from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
 
         for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations):
             _print_scores(found)

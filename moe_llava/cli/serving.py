@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, user_errors
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -42,10 +42,11 @@ def serve(
             limits = Limits()
             fetcher = Fetcher(allow_image_host, limits) if allow_image_host else None
 
-            from moe_llava.checkpoints.load import best_device, load_checkpoint
-            from moe_llava.serving.api import build_app
-            from moe_llava.serving.connections import http_server, serve_until_told
-            from moe_llava.serving.engine import Engine
+            with heavy_imports():
+                from moe_llava.checkpoints.load import best_device, load_checkpoint
+                from moe_llava.serving.api import build_app
+                from moe_llava.serving.connections import http_server, serve_until_told
+                from moe_llava.serving.engine import Engine
 
             model, processor = load_checkpoint(checkpoint)
             engine = Engine(model.to(best_device()), processor.tokenizer, places, max_waiting, time_limit)

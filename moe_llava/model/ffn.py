@@ -120,7 +120,8 @@ def copy_into_experts(ffn: nn.Module, experts: Experts) -> None:
     training = ffn.training
     expected_ND = ffn.eval()(x_ND)
     ffn.train(training)
-    difference = (experts.apply_expert(0, x_ND) - expected_ND).float().norm() / expected_ND.float().norm().clamp(min=1e-12)
+    first_expert_only = [len(x_ND)] + [0] * (experts.num_experts - 1)
+    difference = (experts.apply_experts(x_ND, first_expert_only) - expected_ND).float().norm() / expected_ND.float().norm().clamp(min=1e-12)
     if not difference <= MAX_DIFFERENCE:
         raise ValueError(
             f"{type(ffn).__name__} has the parameters of a row of FFN_FORMS in moe_llava/model/ffn.py, but computes something else "

@@ -2,7 +2,7 @@
 
 Unusual here:
 - Experts are stacked 3-D parameters under transformers' experts interface, so `model.set_experts_implementation("grouped_mm" |
-  "batched_mm" | "eager")` and the kernels behind it apply.
+  "batched_mm" | "eager")` and the kernels behind it apply. By default it is "auto": for each call what measurements found to be fastest.
 - The router always computes in float32, autocast or not, as the published models do.
 - What a token's modality says about its experts, if anything, is the configuration's `routing`: here a mask over the logits, in smoes.py a
   loss.
@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from .grouped import combine, dispatch, grouped_linear, sort_by_expert
 
 if TYPE_CHECKING:
     from .configuration import MoeLlavaConfig
@@ -85,6 +87,31 @@ class Router(nn.Module):
         return (before_TK >= capacity) & counts_T[:, None]
 
 
+FEW_ROWS = 64  # below, an accelerator copies the matrices of each row's expert sooner than it sorts rows; benchmarks/gpu.sh measures it
+
+
+def choose_backend(x_TD: Tensor, ids_TK: Tensor, experts: Experts) -> str:
+    """The fastest of the experts' backends for what is to be computed, where that is known (docs/performance.md)."""
+    device = x_TD.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return "eager"  # the others would compute in the weights' type
+    if torch.compiler.is_compiling():
+        return "grouped_mm"  # the loop breaks the graph
+    if device == "cpu":
+        return "eager"
+    return "batched_mm" if ids_TK.numel() <= FEW_ROWS and not torch.is_grad_enabled() else "grouped_mm"
+
+
+def automatic_experts_forward(experts: Experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    name = choose_backend(x_TD, ids_TK, experts)
+    forward = Experts.forward if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
+    return forward(experts, x_TD, ids_TK, weights_TK)
+
+
+# Where transformers looks for all of them, so that it is a valid name for every part of a model.
+ALL_EXPERTS_FUNCTIONS.register("auto", automatic_experts_forward)
+
+
 class Experts(nn.Module):
     """E copies of an FFN as stacked parameters. Subclasses say which parameters there are and how one expert computes."""
 
@@ -97,14 +124,16 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over each token's experts of weight times output. This is the "eager" backend: a loop over the experts."""
-        y_TD = torch.zeros_like(x_TD)
-        for expert in range(self.num_experts):
-            token, choice = torch.where(ids_TK == expert)
-            out_ND = self.apply_expert(expert, x_TD[token]) * weights_TK[token, choice, None]
-            y_TD.index_add_(0, token, out_ND.to(y_TD.dtype))
-        return y_TD
+        return self._loop(x_TD, ids_TK, weights_TK)
 
-    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
+    # How many rows an expert has depends on the data. Not on `forward`: transformers' wrapper would inherit it.
+    @torch.compiler.disable
+    def _loop(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        order = sort_by_expert(ids_TK, self.num_experts)
+        return combine(self.apply_experts(dispatch(x_TD, order), order.counts), weights_TK, order).to(x_TD.dtype)
+
+    def apply_experts(self, x_SD: Tensor, counts: list[int]) -> Tensor:
+        """[S, D], rows sorted by expert -> [S, D], given the rows of each expert."""
         raise NotImplementedError
 
 
@@ -117,9 +146,9 @@ class GatedExperts(Experts):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * ffn_width, width))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, ffn_width))
 
-    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
-        gate_NF, up_NF = F.linear(x_ND, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate_NF) * up_NF, self.down_proj[expert])
+    def apply_experts(self, x_SD: Tensor, counts: list[int]) -> Tensor:
+        gate_SF, up_SF = grouped_linear(x_SD, self.gate_up_proj, counts).chunk(2, dim=-1)
+        return grouped_linear(self.act_fn(gate_SF) * up_SF, self.down_proj, counts)
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -133,9 +162,9 @@ class PlainExperts(Experts):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, ffn_width))
         self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
 
-    def apply_expert(self, expert: int, x_ND: Tensor) -> Tensor:
-        hidden_NF = self.act_fn(F.linear(x_ND, self.up_proj[expert], self.up_proj_bias[expert]))
-        return F.linear(hidden_NF, self.down_proj[expert], self.down_proj_bias[expert])
+    def apply_experts(self, x_SD: Tensor, counts: list[int]) -> Tensor:
+        hidden_SF = self.act_fn(grouped_linear(x_SD, self.up_proj, counts, self.up_proj_bias))
+        return grouped_linear(hidden_SF, self.down_proj, counts, self.down_proj_bias)
 
 
 class SparseMlp(nn.Module):

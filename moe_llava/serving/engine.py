@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from moe_llava.model.greedy import end_tokens, never_written, positions
+from moe_llava.serving.cache import roomy_cache
 from moe_llava.serving.requests import (
     EngineClosed,
     Piece,
@@ -260,7 +260,7 @@ class Engine:
         ids_BS = torch.tensor([[filler] * (columns - len(ids)) + ids for ids in prompts], device=device)
         mask_BS = self._mask([len(ids) for ids in prompts], columns)
         images = [row.request.pixel_values for row in newcomers if row.request.pixel_values is not None]
-        cache = DynamicCache()  # without a configuration: layers with a sliding window keep all, too, and can be padded like the others
+        cache = roomy_cache()
         logits_B1V = self.model(
             input_ids=ids_BS,
             attention_mask=mask_BS,
@@ -300,8 +300,10 @@ class Engine:
         if self._rows:
             longest = max(columns, self._columns)
             for layer, theirs in zip(self._cache.layers, cache.layers, strict=True):
-                layer.keys = torch.cat([_pad_left(layer.keys, longest), _pad_left(theirs.keys, longest)])
-                layer.values = torch.cat([_pad_left(layer.values, longest), _pad_left(theirs.values, longest)])
+                layer.hold(
+                    torch.cat([_pad_left(layer.keys, longest), _pad_left(theirs.keys, longest)]),
+                    torch.cat([_pad_left(layer.values, longest), _pad_left(theirs.values, longest)]),
+                )
             self._columns = longest
         else:
             self._cache, self._columns = cache, columns
@@ -318,9 +320,9 @@ class Engine:
             self._cache, self._columns = None, 0
             return
         columns = max(row.cached for row in self._rows)
-        self._cache.batch_select_indices(torch.tensor(kept, device=self.model.device))
+        rows = torch.tensor(kept, device=self.model.device)
         for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, -columns:], layer.values[:, :, -columns:]
+            layer.hold(layer.keys[rows, :, -columns:], layer.values[rows, :, -columns:])
         self._columns = columns
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> None:

@@ -1,0 +1,59 @@
+"""What it holds is what transformers' own growing cache holds, token by token."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from moe_llava.serving.cache import SPARE, roomy_cache
+
+
+def states(rows, columns):
+    return torch.randn(rows, 2, columns, 4)
+
+
+def write(caches, rows, columns):
+    """The same columns for each of two layers; what attention gets to see must agree."""
+    for layer in range(2):
+        keys, values = states(rows, columns), states(rows, columns)
+        plain, roomy = [cache.update(keys, values, layer) for cache in caches]
+        assert all(torch.equal(*pair) for pair in zip(plain, roomy, strict=True))
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    assert caches[0].get_mask_sizes(1, 0) == caches[1].get_mask_sizes(1, 0)
+
+
+@pytest.fixture
+def caches():
+    torch.manual_seed(0)
+    return DynamicCache(), roomy_cache()
+
+
+def test_it_grows_beyond_its_room(caches):
+    write(caches, 3, 5)
+    for columns in [1] * (SPARE + 3) + [SPARE + 7, 1, 1]:
+        write(caches, 3, columns)
+
+
+def test_rows_and_columns_leave(caches):
+    write(caches, 4, 9)
+    write(caches, 4, 1)
+    for cache in caches:
+        for layer in cache.layers:
+            keys, values = layer.keys[[0, 2], :, -6:], layer.values[[0, 2], :, -6:]
+            if cache is caches[1]:
+                layer.hold(keys, values)
+            else:
+                layer.keys, layer.values = keys, values
+    write(caches, 2, 1)
+    write(caches, 2, 1)
+    assert caches[1].get_seq_length() == 8
+
+
+def test_a_token_is_written_in_place(caches):
+    _, roomy = caches
+    keys, _ = roomy.update(states(1, 5), states(1, 5), 0)
+    before, places = keys.clone(), []
+    for _ in range(SPARE + 2):
+        keys, _ = roomy.update(states(1, 1), states(1, 1), 0)
+        places.append(keys.data_ptr())
+    assert len(set(places)) == 2  # copied when it got room, and when that was used up
+    assert torch.equal(keys[:, :, :5], before)
