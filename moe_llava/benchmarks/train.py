@@ -74,8 +74,6 @@ def learner(
     size = SIZES[name]
     config = size.config()
     model = build(config, DENSE if which == DENSE else SPARSE, torch.float32, device, size.attention)
-    if which != DENSE and dtype == torch.bfloat16:
-        model.set_experts_implementation("eager")  # as the trainer does: the grouped backend is not autocast
     choose_parameters(model, "dense" if which == DENSE else "stage3", config.moe_layer_indices)
     batch = batch_of(model, rows, tokens)
     return model.train(), batch | {"labels": labels_of(batch)}

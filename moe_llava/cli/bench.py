@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_llava.benchmarks.asked import DTYPES, LAYER_SIZES, MODEL_SIZES, PHASES, BenchError, check_file, check_names, parse_size
-from moe_llava.cli.common import Checkpoint, app, user_errors
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,8 @@ def layer(
         check_names("--phase", phase, PHASES)
         dtypes = _dtypes(dtype, as_json)
 
-        from moe_llava.benchmarks.layer import bench_layer
+        with heavy_imports():
+            from moe_llava.benchmarks.layer import bench_layer
 
         _tell(bench_layer(sizes, dtypes, [name for name in PHASES if name in phase], rounds, growth, _console()), as_json)
 
@@ -64,7 +65,8 @@ def model(
         check_names("--size", size, MODEL_SIZES)
         dtypes = _dtypes(dtype, as_json)
 
-        from moe_llava.benchmarks.model import bench_model
+        with heavy_imports():
+            from moe_llava.benchmarks.model import bench_model
 
         _tell(bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
 
@@ -84,7 +86,8 @@ def train(
         check_names("--size", size, MODEL_SIZES)
         dtypes = _dtypes(dtype, as_json)
 
-        from moe_llava.benchmarks.train import bench_train
+        with heavy_imports():
+            from moe_llava.benchmarks.train import bench_train
 
         _tell(bench_train(size, dtypes, rows, tokens, rounds, "wide" if logits else None, _console()), as_json)
 
@@ -109,7 +112,8 @@ def generate(
             check_checkpoint(checkpoint)
         (chosen,) = _dtypes([dtype], as_json)
 
-        from moe_llava.benchmarks.generate import bench_generate
+        with heavy_imports():
+            from moe_llava.benchmarks.generate import bench_generate
 
         _tell(bench_generate(checkpoint, size, chosen, rows, new_tokens, rounds, compiled, _console()), as_json)
 
@@ -133,8 +137,9 @@ def serve(
         if find_spec("psutil") is None:
             raise BenchError("bench serve needs psutil, which is not installed: pip install 'moe-llava[bench]'")
 
-        from moe_llava.benchmarks.serve import bench_serve, print_serving
-        from moe_llava.benchmarks.tables import write_report
+        with heavy_imports():
+            from moe_llava.benchmarks.serve import bench_serve, print_serving
+            from moe_llava.benchmarks.tables import write_report
 
         console = _console()
         report = bench_serve(checkpoint, clients, rounds, questions, console)
@@ -160,7 +165,8 @@ def load(
         if image is not None:
             open_image(image, "bench load")
 
-        from moe_llava.benchmarks.load import bench_load
+        with heavy_imports():
+            from moe_llava.benchmarks.load import bench_load
 
         _tell(bench_load(checkpoint, image, question, rounds, _console()), as_json)
 
