@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-from moe_llava.cli import chat, checkpoints, data, evaluation, experiments, routing, serving, training
+from moe_llava.cli import bench, chat, checkpoints, data, evaluation, experiments, routing, serving, training
 from moe_llava.cli.common import app
 
 # importing a file adds its verbs
-__all__ = ["app", "chat", "checkpoints", "data", "evaluation", "experiments", "main", "routing", "serving", "training"]
+__all__ = ["app", "bench", "chat", "checkpoints", "data", "evaluation", "experiments", "main", "routing", "serving", "training"]
 
 
 def main() -> None:

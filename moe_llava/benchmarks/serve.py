@@ -1,17 +1,11 @@
 """What `moe-llava serve` gains by writing many answers at once: questions of the digits world answered per second, asked by several clients
 at once against one after another, over HTTP and streamed, by a server that is a process of its own. The two take turns, over the same
-questions, so that both see the same machine; greedy answers must be the same.
-
-    python benchmarks/load.py runs/demo/stage3 --json load.json
-"""
+questions, so that both see the same machine; greedy answers must be the same."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -23,18 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
+from rich.console import Console
+from rich.table import Table
 
+from moe_llava.benchmarks.asked import BenchError
+from moe_llava.benchmarks.measure import bench_device, conditions, ratios, spread
+from moe_llava.benchmarks.tables import print_conditions
 from moe_llava.checkpoints.load import load_config
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.progress import show_progress
 
 NAME = "model"
 LONGEST = digits_world.BENCHMARK.max_new_tokens
@@ -59,12 +57,23 @@ class Pass:
     replies: list[Reply]
 
 
-def measure(checkpoint: str, clients: int = 8, rounds: int = 5, questions: int = 96) -> dict[str, Any]:
+def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, console: Console) -> dict[str, Any]:
     """Starts a server, asks it `questions` in each of `rounds`, after one that warms up, and tells what was measured; half as many where
-    answers are long. Exits where an answer depends on the company."""
-    report: dict[str, Any] = {"conditions": conditions(checkpoint), "clients": clients, "rounds": rounds, "workloads": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = {"short answers": questions, "long answers": max(1, questions // 2)}
+    answers are long.
+
+    Raises CheckpointError as `load_config`, and BenchError if the server does not start, breaks off an answer, or answers differently in
+    company.
+    """
+    dtype = str(load_config(checkpoint).dtype).removeprefix("torch.")
+    report: dict[str, Any] = {
+        "bench": "serve",
+        "conditions": conditions(bench_device(), dtype, ("fastapi", "uvicorn")),
+        "clients": clients,
+        "rounds": rounds,
+        "workloads": {},
+    }
+    sizes = {"short answers": questions, "long answers": max(1, questions // 2)}
+    with tempfile.TemporaryDirectory() as folder, show_progress("rounds", len(sizes) * (rounds + 1), console) as advance:
         bodies = workloads(Path(folder), {name: size * (rounds + 1) for name, size in sizes.items()})
         with server(checkpoint, clients) as (process, port):
             for name, size in sizes.items():
@@ -76,6 +85,7 @@ def measure(checkpoint: str, clients: int = 8, rounds: int = 5, questions: int =
                         pair[at_once] = ask_all(process, port, asked, at_once)
                     check_same(name, pair[1], pair[clients])
                     passes.append((pair[1], pair[clients]))
+                    advance(1)
                 report["workloads"][name] = summary(passes[1:])
     return report
 
@@ -91,7 +101,9 @@ def workloads(folder: Path, sizes: dict[str, int]) -> dict[str, list[bytes]]:
 
 
 def body_of(question: Question) -> bytes:
-    image = "data:image/png;base64," + base64.b64encode(Path(question.images[0]).read_bytes()).decode()
+    (picture,) = question.images
+    assert isinstance(picture, Path)
+    image = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
     content = [
         {"type": "image_url", "image_url": {"url": image}},
         {"type": "text", "text": question.prompt.removeprefix("<image>").strip()},
@@ -109,7 +121,7 @@ def server(checkpoint: str, places: int) -> Iterator[tuple[psutil.Process, int]]
         assert running.stdout is not None
         first = running.stdout.readline()  # it ends with ":PORT"
         if not first:
-            sys.exit(f"the server did not start: it ended with status {running.wait()}")
+            raise BenchError(f"the server did not start: it ended with status {running.wait()}")
         yield psutil.Process(running.pid), int(first.rsplit(":", 1)[1])
     finally:
         running.terminate()
@@ -141,12 +153,12 @@ def ask(connection: HTTPConnection, body: bytes) -> Reply:
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:
-        sys.exit(f"the server answered {response.status}: {response.read().decode()}")
+        raise BenchError(f"the server answered {response.status}: {response.read().decode()}")
     lines = [(line, time.perf_counter() - began) for line in response if line != b"\n"]
     *events, (end, _) = [(line.removeprefix(b"data: "), at) for line, at in lines]
     chunks = [(json.loads(line), at) for line, at in events]
     if end != b"[DONE]\n" or "usage" not in chunks[-1][0]:
-        sys.exit(f"the server broke off an answer: {chunks[-1][0]}")
+        raise BenchError(f"the server broke off an answer: {chunks[-1][0]}")
     # The first chunk has the role, the last one the usage.
     pieces = [(chunk["choices"][0], at) for chunk, at in chunks[1:-1]]
     text = "".join(choice["delta"]["content"] for choice, _ in pieces)
@@ -157,19 +169,19 @@ def check_same(name: str, alone: Pass, together: Pass) -> None:
     different = [pair for pair in zip(alone.replies, together.replies, strict=True) if pair[0].text != pair[1].text]
     if different:
         one, other = different[0]
-        sys.exit(f"{name}: {len(different)} of {len(alone.replies)} answers depend on the company, such as {one.text!r} and {other.text!r}")
+        raise BenchError(
+            f"{name}: {len(different)} of {len(alone.replies)} answers depend on the company, such as {one.text!r} and {other.text!r}"
+        )
 
 
 def summary(passes: Sequence[tuple[Pass, Pass]]) -> dict[str, Any]:
     """Of rounds, each alone and together. `ratio`: of the throughputs, together to alone; `processor_time_ratio`: of what the server's
     processes took, which other work on the machine changes less."""
-    ratios = [alone.seconds / together.seconds for alone, together in passes]
-    work = [together.server / alone.server for alone, together in passes]
     alone, together = zip(*passes, strict=True)
     return {
         "questions_per_round": len(passes[0][0].replies),
-        "ratio": spread(ratios),
-        "processor_time_ratio": spread(work),
+        "ratio": ratios([one.seconds for one in alone], [one.seconds for one in together]),
+        "processor_time_ratio": ratios([one.server for one in together], [one.server for one in alone]),
         "alone": rates(alone),
         "together": rates(together),
     }
@@ -189,65 +201,30 @@ def rates(passes: Sequence[Pass]) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": 1000 * float(np.percentile(seconds, 50)), "p99": 1000 * float(np.percentile(seconds, 99))}
 
 
-def conditions(checkpoint: str) -> dict[str, Any]:
-    """Machine, threads, dtype, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
-        "load_average": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "dtype": str(load_config(checkpoint).dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")},
-    }
-
-
-def table(report: dict[str, Any]) -> str:
-    """For people: Markdown."""
-    clients = report["clients"]
-    lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["conditions"].items()), ""]
-    lines += ["| | asked | requests/s | tokens/s | first token, ms | next token, ms | server, ms |", "|---|---|---|---|---|---|---|"]
-    told = []
+def print_serving(report: dict[str, Any], console: Console) -> None:
+    print_conditions(report, console)
+    table = Table("answers", "asked", "requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")
+    for column in table.columns[2:]:
+        column.justify = "right"
     for name, found in report["workloads"].items():
-        for way, asked in (("alone", "one after another"), ("together", f"{clients} at once")):
+        for way, asked in (("alone", "one after another"), ("together", f"{report['clients']} at once")):
             one = found[way]
             rate, tokens, server_ms = (
                 one[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request")
             )
             times = [f"{one[key]['median']:.1f}, {one[key]['p99']:.1f}" for key in ("first_token_ms", "next_token_ms")]
-            lines.append(f"| {name} | {asked} | {rate:.1f} | {tokens:.0f} | {' | '.join(times)} | {server_ms:.1f} |")
+            table.add_row(name, asked, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}")
+    console.print(table)
+    for name, found in report["workloads"].items():
         ratio, work = found["ratio"], found["processor_time_ratio"]
-        told.append(
-            f"{name} ({found['together']['tokens_per_answer']:.1f} tokens): {clients} at once {ratio['median']:.2f} x "
+        console.print(
+            f"{name} ({found['together']['tokens_per_answer']:.1f} tokens): {report['clients']} at once {ratio['median']:.2f} x "
             f"({ratio['low']:.2f} to {ratio['high']:.2f}) the throughput, "
-            f"{work['median']:.2f} x the server's processor time; the same answers"
+            f"{work['median']:.2f} x the server's processor time; the same answers",
+            highlight=False,
+            soft_wrap=True,
         )
-    return "\n".join([*lines, "", *told])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=96, help="in each round; half as many where answers are long")
-    parser.add_argument("--json", type=Path, help="a file for all that was measured")
-    arguments = parser.parse_args()
-    report = measure(arguments.checkpoint, arguments.clients, arguments.rounds, arguments.questions)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# All that a GPU is needed for, in less than 9 minutes:    benchmarks/gpu.sh OUT
+# The same in small, on a CPU, in less than one:           benchmarks/gpu.sh OUT --tiny
+# OUT gets a JSON file of each part. Each has a time limit of its own, and one that fails does not stop the others; then the status is 1.
+# PYTHON names the interpreter, if it is not python3.
+set -u
+cd "$(dirname "$0")/.."
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${2:---tiny}" != --tiny ]; then
+    echo "usage: benchmarks/gpu.sh OUT [--tiny]" >&2
+    exit 2
+fi
+out=$1
+mkdir -p "$out" || exit 2
+failed=()
+export COLUMNS=160
+
+part() { # NAME SECONDS ARGUMENTS...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name: bench $*"
+    timeout "$seconds" "${PYTHON:-python3}" -m moe_llava.cli bench "$@" --json "$out/$name.json" || failed+=("$name (status $?)")
+}
+
+sizes() { # of a layer, for numbers of tokens: WIDTHxFFN TOKENS...
+    local widths=$1
+    shift
+    printf -- '--size %sx'"$widths"' ' "$@"
+}
+
+# The layer checks every way to compute it against float64 before it times it. The crossing shows up to how many tokens batched_mm is faster
+# than grouped_mm, which takes a quarter of the GPU's memory for copies at most.
+# shellcheck disable=SC2046
+if [ "${2:-}" = --tiny ]; then
+    part layer 120 layer --size 64x32x48 --dtype bfloat16 --no-growth --rounds 1
+    part check 120 layer --size 64x32x48 --dtype float32 --no-growth --phase forward --rounds 1
+    part crossing 120 layer $(sizes 32x48 1 4) --dtype bfloat16 --phase forward --no-growth --rounds 1
+    part train 120 train --size tiny --dtype bfloat16 --no-logits --rounds 1
+    part decode 120 generate --size tiny --dtype bfloat16 --rows 1 --rows 2 --new-tokens 2 --rounds 1
+    part compiled 120 generate --size tiny --dtype bfloat16 --rows 1 --new-tokens 2 --compile --rounds 1
+else
+    part layer 100 layer --size 4096x2560x10240 --dtype bfloat16 --rounds 7
+    part check 60 layer --size 512x1024x2816 --size 64x2560x10240 --dtype float32 --no-growth --rounds 3
+    part crossing 80 layer $(sizes 2560x10240 1 2 4 8 16 32 64 128 256) --dtype bfloat16 --phase forward --no-growth --rounds 5
+    part train 110 train --size phi2 --dtype bfloat16 --rounds 5
+    part decode 60 generate --size phi2 --dtype bfloat16 --rows 1 --rows 64 --new-tokens 64 --rounds 5
+    part compiled 120 generate --size phi2 --dtype bfloat16 --rows 1 --new-tokens 64 --compile --rounds 3
+fi
+[ ${#failed[@]} -eq 0 ] && exit
+printf 'failed: %s\n' "${failed[*]}" >&2
+exit 1

@@ -1,0 +1,48 @@
+"""The forward pass of a whole sparse model, as it reads a prompt, against that of its dense partner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from moe_llava.benchmarks.measure import bench_device, compare, conditions, summary
+from moe_llava.benchmarks.pairs import DENSE, SIZES, batch_of, pair
+from moe_llava.evaluation.progress import show_progress
+
+
+def bench_model(
+    names: Sequence[str], dtypes: Sequence[torch.dtype], rows: int | None, tokens: int | None, rounds: int, console: Console
+) -> dict[str, Any]:
+    """Every size, a key of SIZES, in every dtype; `rows` and `tokens` of a batch are the size's if nothing is said.
+
+    Raises BenchError as `batch_of` does.
+    """
+    device, sizes = bench_device(), [SIZES[name] for name in names]
+    report: dict[str, Any] = {
+        "bench": "model",
+        "conditions": conditions(device, ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        "rounds": rounds,
+        "cases": [],
+    }
+    with show_progress("models", len(sizes) * len(dtypes) * rounds, console) as advance:
+        for name, size in zip(names, sizes, strict=True):
+            for dtype in dtypes:
+                models = pair(size, dtype, device)
+                asked = rows or size.rows, tokens or size.tokens
+                batches = {which: batch_of(model, *asked) for which, model in models.items()}
+                calls: dict[str, Callable[[], object]] = {which: partial(_read, model, batches[which]) for which, model in models.items()}
+                told = summary(compare(calls, rounds, device, advance), DENSE, device)
+                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": str(dtype).removeprefix("torch.")}
+                report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
+    return report
+
+
+@torch.no_grad()
+def _read(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """As generation reads a prompt: logits of the last position only."""
+    model(**batch, logits_to_keep=1)

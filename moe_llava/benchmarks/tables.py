@@ -1,0 +1,66 @@
+"""Reports for people, and as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# What is known of a variant -> (column, how much of it is one of the column's unit, digits)
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "seconds": ("ms", 1e-3, ".4g"),
+    "ratio": ("x the limit", 1, ".2f"),
+    "processor_ratio": ("x processor time", 1, ".2f"),
+    "growth": ("x with the fewest experts", 1, ".2f"),
+    "tokens_per_second": ("tokens/s", 1, ".4g"),
+    "tflops": ("TFLOP/s", 1, ".4g"),
+    "share_of_product": ("of a large product's", 1, ".1%"),
+    "memory": ("peak MB", 1e6, ",.0f"),
+    "memory_ratio": ("x the limit's memory", 1, ".2f"),
+    "error": ("error", 1, ".1e"),
+}
+MEDIANS = ("seconds", "processor_ratio")
+
+
+def write_report(report: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Of a report with `cases`, each with labels, a limit, and what is known of its variants."""
+    print_conditions(report, console)
+    for case in report["cases"]:
+        known = [key for key in COLUMNS if any(key in one for one in case["variants"].values())]
+        title = ", ".join(f"{label} {value}" for label, value in case["labels"].items())
+        table = Table("variant", *(COLUMNS[key][0] for key in known), title=title, title_justify="left")
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, one in case["variants"].items():
+            shown = f"{name} (limit)" if name == case["limit"] else name
+            table.add_row(shown, *(_cell(one[key], key) if key in one else "" for key in known))
+        console.print(table)
+    for note in report.get("notes", []):
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def print_conditions(report: dict[str, Any], console: Console) -> None:
+    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["conditions"].items())
+    console.print(f"{report['bench']}: {told}", highlight=False, soft_wrap=True)
+
+
+def _cell(value: Any, key: str) -> str:
+    """A number, or a median with its low and high: those of the ratio to the limit, and of rates; a row has no room for more."""
+    _, unit, digits = COLUMNS[key]
+    if not isinstance(value, dict):
+        return _number(value / unit, digits)
+    median, low, high = (_number(value[name] / unit, digits) for name in ("median", "low", "high"))
+    return median if key in MEDIANS else f"{median} ({low} to {high})"
+
+
+def _number(value: float, digits: str) -> str:
+    return format(value, ",.0f" if value >= 1000 else digits)

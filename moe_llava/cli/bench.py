@@ -1,0 +1,194 @@
+"""The verb bench, and a name for each thing that it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_llava.benchmarks.asked import DTYPES, LAYER_SIZES, MODEL_SIZES, PHASES, BenchError, check_file, check_names, parse_size
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measures speed and memory side by side, as ratios to a limit: a dense model of as many active parameters.",
+)
+app.add_typer(bench, name="bench")
+
+Rounds = Annotated[int, typer.Option(min=1, help="in each of which every variant has its turn")]
+Dtypes = Annotated[list[str], typer.Option("--dtype", help="float32, bfloat16 or float16; may be given several times")]
+ModelSizes = Annotated[list[str], typer.Option("--size", help=f"{', '.join(MODEL_SIZES)}; may be given several times")]
+Rows = Annotated[int | None, typer.Option(min=1, help="of a batch; default: the size's own")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="of a row, with those of its image; default: the size's own")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="a file for all that was measured")]
+
+
+@bench.command()
+def layer(
+    size: Annotated[list[str], typer.Option(help="tokens x width x FFN width; may be given several times")] = list(LAYER_SIZES),  # noqa: B006
+    dtype: Dtypes = ["float32", "bfloat16"],  # noqa: B006
+    phase: Annotated[list[str], typer.Option(help="forward, or forward+backward; may be given several times")] = list(PHASES),  # noqa: B006
+    experts: Annotated[int, typer.Option(min=1, help="of a layer")] = 4,
+    top_k: Annotated[int, typer.Option(min=1, help="experts that a token goes through; the dense FFN is as many times as wide")] = 2,
+    growth: Annotated[bool, typer.Option(help="also how the time grows from 4 to 64 experts")] = True,
+    rounds: Rounds = 5,
+    as_json: JsonFile = None,
+) -> None:
+    """A sparse layer in every way to compute it, checked against float64, against a dense one k times as wide."""
+    with user_errors():
+        sizes = [parse_size(text, experts, top_k) for text in size]
+        check_names("--phase", phase, PHASES)
+        dtypes = _dtypes(dtype, as_json)
+
+        with heavy_imports():
+            from moe_llava.benchmarks.layer import bench_layer
+
+        _tell(bench_layer(sizes, dtypes, [name for name in PHASES if name in phase], rounds, growth, _console()), as_json)
+
+
+@bench.command()
+def model(
+    size: ModelSizes = ["digits", "middle"],  # noqa: B006
+    dtype: Dtypes = ["float32"],  # noqa: B006
+    rows: Rows = None,
+    tokens: Tokens = None,
+    rounds: Rounds = 5,
+    as_json: JsonFile = None,
+) -> None:
+    """A whole sparse model that reads a prompt, against a dense one of as many active parameters."""
+    with user_errors():
+        check_names("--size", size, MODEL_SIZES)
+        dtypes = _dtypes(dtype, as_json)
+
+        with heavy_imports():
+            from moe_llava.benchmarks.model import bench_model
+
+        _tell(bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
+
+
+@bench.command()
+def train(
+    size: ModelSizes = ["digits", "middle"],  # noqa: B006
+    dtype: Dtypes = ["float32"],  # noqa: B006
+    rows: Rows = None,
+    tokens: Tokens = None,
+    logits: Annotated[bool, typer.Option(help="also the memory of a step with a wide vocabulary, against logits of all positions")] = True,
+    rounds: Rounds = 5,
+    as_json: JsonFile = None,
+) -> None:
+    """A training step of stage III and its memory, against a dense model of as many active parameters. bfloat16 is autocast."""
+    with user_errors():
+        check_names("--size", size, MODEL_SIZES)
+        dtypes = _dtypes(dtype, as_json)
+
+        with heavy_imports():
+            from moe_llava.benchmarks.train import bench_train
+
+        _tell(bench_train(size, dtypes, rows, tokens, rounds, "wide" if logits else None, _console()), as_json)
+
+
+@bench.command()
+def generate(
+    checkpoint: Annotated[str | None, typer.Argument(help="a sparse checkpoint; default: a random model of --size")] = None,
+    size: Annotated[str, typer.Option(help=", ".join(MODEL_SIZES))] = "middle",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    rows: Annotated[list[int], typer.Option(min=1, help="answers at once; may be given several times")] = [1, 8],  # noqa: B006
+    new_tokens: Annotated[int, typer.Option(min=1, help="of every answer")] = 32,
+    compiled: Annotated[bool, typer.Option("--compile", help="also with a static cache, for which a GPU's steps are compiled")] = False,
+    rounds: Rounds = 5,
+    as_json: JsonFile = None,
+) -> None:
+    """Greedy tokens per second of a sparse model, against a dense one of as many active parameters."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+
+        check_names("--size", [size], MODEL_SIZES)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+        (chosen,) = _dtypes([dtype], as_json)
+
+        with heavy_imports():
+            from moe_llava.benchmarks.generate import bench_generate
+
+        _tell(bench_generate(checkpoint, size, chosen, rows, new_tokens, rounds, compiled, _console()), as_json)
+
+
+@bench.command()
+def serve(
+    checkpoint: Checkpoint,
+    clients: Annotated[int, typer.Option(min=2, help="that ask at once")] = 8,
+    questions: Annotated[int, typer.Option(min=1, help="in each round; half as many where answers are long")] = 96,
+    rounds: Rounds = 5,
+    as_json: JsonFile = None,
+) -> None:
+    """A server of a checkpoint of the digits world, asked by many clients at once against one after another."""
+    with user_errors():
+        from importlib.util import find_spec
+
+        from moe_llava.checkpoints.files import check_checkpoint
+
+        check_file(as_json)
+        check_checkpoint(checkpoint)
+        if find_spec("psutil") is None:
+            raise BenchError("bench serve needs psutil, which is not installed: pip install 'moe-llava[bench]'")
+
+        with heavy_imports():
+            from moe_llava.benchmarks.serve import bench_serve, print_serving
+            from moe_llava.benchmarks.tables import write_report
+
+        console = _console()
+        report = bench_serve(checkpoint, clients, rounds, questions, console)
+        write_report(report, as_json)
+        print_serving(report, console)
+
+
+@bench.command()
+def load(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    image: Annotated[Path | None, typer.Option(help="to ask about; default: a grey one")] = None,
+    question: Annotated[str, typer.Option(help="to ask")] = "describe the image .",
+    rounds: Rounds = 3,
+    as_json: JsonFile = None,
+) -> None:
+    """Memory and time of loading a checkpoint, and the time of `chat` from its start to the answer."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.data.records import open_image
+
+        check_file(as_json)
+        check_checkpoint(checkpoint)
+        if image is not None:
+            open_image(image, "bench load")
+
+        with heavy_imports():
+            from moe_llava.benchmarks.load import bench_load
+
+        _tell(bench_load(checkpoint, image, question, rounds, _console()), as_json)
+
+
+def _dtypes(names: list[str], file: Path | None) -> list[torch.dtype]:
+    """The named ones, once all that is light has been checked."""
+    check_names("--dtype", names, DTYPES)
+    check_file(file)
+
+    import torch
+
+    return [getattr(torch, name) for name in names]
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _tell(report: dict[str, Any], file: Path | None) -> None:
+    from moe_llava.benchmarks.tables import print_report, write_report
+
+    write_report(report, file)
+    print_report(report, _console())
