@@ -16,6 +16,7 @@ from moe_llava.benchmarks.measure import begin_peak, bench_device, compare, cond
 from moe_llava.benchmarks.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
 from moe_llava.evaluation.progress import show_progress
 from moe_llava.training.stages import choose_parameters
+from moe_llava.training.trainer import only_learnt
 
 ALL_LOGITS = "sparse, logits of all positions"
 MEMORY_STEPS = 2  # the first makes AdamW's moments, which are there in the second from its start
@@ -70,13 +71,15 @@ def bench_train(
 def learner(
     name: str, which: str, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
 ) -> tuple[LlavaForConditionalGeneration, Batch]:
-    """(model in training mode, of which learns what learns in stage III, its batch)"""
+    """(model in training mode, of which learns what learns in stage III, its batch); both make logits only where a label is predicted, as
+    they do under the trainer"""
     size = SIZES[name]
     config = size.config()
     model = build(config, DENSE if which == DENSE else SPARSE, torch.float32, device, size.attention)
     choose_parameters(model, "dense" if which == DENSE else "stage3", config.moe_layer_indices)
     batch = batch_of(model, rows, tokens)
-    return model.train(), batch | {"labels": labels_of(batch)}
+    labels = labels_of(batch)
+    return model.train(), batch | {"labels": labels} | (only_learnt(labels) if which == DENSE else {})
 
 
 def step_of(
@@ -86,7 +89,7 @@ def step_of(
     loss_of: Callable[[LlavaForConditionalGeneration, Batch], Tensor] | None = None,
 ) -> Callable[[], object]:
     """A step, ready to be done again and again. `loss_of`: how the loss is computed, if not by the model itself."""
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5, fused=True)
 
     def step() -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
