@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,33 +65,37 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
         keep: the share of all experts, above 0 and at most 1, that has room on the device.
         folder: of the checkpoint that the model was loaded from, in whose files the experts stay; None: they stay in CPU memory.
 
-    Raises ValueError if `keep` has not room for two experts, if the device is neither the CPU nor of CUDA, or if the checkpoint has the
-    experts in another form, as it has of adapted ones.
+    Raises ValueError if `keep` has not room for two experts, if experts cannot go to that device, if they are adapted or quantised, or if
+    the checkpoint has them in another form.
     """
     mlps = model.model.sparse_mlps()
     total = len(mlps) * model.config.num_experts
     kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
     if kept < 2:
         raise ValueError(f"{keep:g} of {total} experts are to be kept, but 2 to {total} must be: one computes while the next comes")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"experts can be kept out of a CPU's or a CUDA device's memory, not of {device}'s")
-    stacks: list[Stacks] = []
-    files: dict[Path, int] = {}
+    if device.type not in (("cpu", "cuda") if folder is None else ("cpu",)):
+        raise ValueError(f"experts go from CPU memory to a CUDA device, and from files to CPU memory, but not to {device} from {folder}")
     for index, mlp in mlps.items():
-        if folder is None:
-            stacks.append(_in_memory(mlp.experts, device))
-        else:
-            stacks.append(_in_files(mlp.experts, f"model.language_model.layers.{index}.mlp.experts", folder, files))
-    model.set_experts_implementation("eager")
-    model.register_state_dict_pre_hook(_refuse_to_save)
-    cache = ExpertCache(stacks, kept, model.config.num_experts, model.config.num_experts_per_tok, device)
-    for descriptor in files.values():
-        weakref.finalize(cache, os.close, descriptor)
+        if not isinstance(mlp.experts, Experts) or any("." in name for name, _ in mlp.experts.named_parameters()):
+            raise ValueError(f"the experts of layer {index} are adapted or quantised: only plain ones can be kept out of memory")
+    with ExitStack() as opened:
+        files = {file: opened.enter_context(file.open("rb")).fileno() for file in find_weights(folder)} if folder else {}
+        tables = read_tables(files)
+        stacks: list[Stacks] = [
+            _in_files(mlp.experts, f"model.language_model.layers.{index}.mlp.experts.", tables, files)
+            if folder
+            else _in_memory(mlp.experts, device)
+            for index, mlp in mlps.items()
+        ]
+        cache = ExpertCache(stacks, kept, model.config.num_experts, model.config.num_experts_per_tok, device)
+        weakref.finalize(cache, opened.pop_all().close)
     for layer, mlp in enumerate(mlps.values()):
         mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))
         mlp.experts.apply_experts = partial(_apply_singly, mlp.experts, mlp.experts.apply_experts, cache, layer)
         for name in stacks[layer]:
             delattr(mlp.experts, name)
+    model.set_experts_implementation("eager")
+    model.register_state_dict_pre_hook(_refuse_to_save)
     model.to(device)
     return cache
 
@@ -166,18 +170,13 @@ def _in_memory(experts: Experts, device: torch.device) -> Stacks:
     return {name: MemoryStack(stored.pin_memory() if device.type == "cuda" else stored) for name, stored in found.items()}
 
 
-def _in_files(experts: Experts, prefix: str, folder: Path, files: dict[Path, int]) -> Stacks:
-    """Opens the files that it needs and `files` has not."""
-    tables = read_tables(find_weights(folder))
+def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], files: dict[Path, int]) -> Stacks:
     stacks: Stacks = {}
     for name, parameter in experts.named_parameters():
-        stored = tables.get(f"{prefix}.{name}")
-        found = None if stored is None else (stored.shape, stored.dtype)
-        if stored is None or stored.loaded is not None or found != (tuple(parameter.shape), parameter.dtype):
-            asked = (tuple(parameter.shape), parameter.dtype)
-            raise ValueError(f"{folder} must have {prefix}.{name} as {asked}, in a plain run of bytes, but has {found}")
-        if stored.file not in files:
-            files[stored.file] = os.open(stored.file, os.O_RDONLY)
+        stored = tables.get(prefix + name)
+        asked, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
+        if stored is None or stored.loaded is not None or found != asked:
+            raise ValueError(f"the checkpoint must have {prefix}{name} as {asked}, in a plain run of bytes, but has {found}")
         stacks[name] = FileStack(stored, files[stored.file])
     return stacks
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+import peft
 import psutil
 import pytest
 import torch
@@ -212,8 +213,18 @@ def test_room_is_for_two_experts_at_least(saved, keep):
 
 def test_the_model_must_be_as_its_files_are(saved):
     model = load(saved()).to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"must have model.language_model.layers.0.mlp.experts.gate_up_proj as .*bfloat16.* has .*float32"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint must have model.language_model.layers.0.mlp.experts.gate_up_proj as .*bfloat16.* has .*float32"
+    ):
         offload_experts(model, 0.5, CPU, saved())
+
+
+def test_adapted_experts_are_refused(saved):
+    model = load(saved())
+    config = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], r=2)
+    adapted = peft.get_peft_model(model, config).get_base_model()
+    with pytest.raises(ValueError, match="the experts of layer 0 are adapted or quantised"):
+        offload_experts(adapted, 0.5, CPU)
 
 
 def test_shares_and_dense_checkpoints_are_refused_before_loading(saved, tmp_path):
