@@ -1,8 +1,8 @@
 """Speed of a sparse model against the share of its experts that memory has room for.
 
-The variants take turns, and each reads the same prompt and the same random continuation: so a guess at the next experts cannot gain by
-repetition. `cold`: an expert that is not kept comes from the disk each time, as when memory has no room for the file either; otherwise
-it comes from the page cache of the system.
+The variants read the same prompt and take turns at every token after it; the tokens are random, so that a guess at the next experts cannot
+gain by repetition. A turn ends when nothing is being read any more. `cold`: an expert that is not kept comes from the disk each time, as
+when memory has no room for the file either; otherwise it comes from the system's cache of files.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moe_llava.checkpoints.weights import shape_bytes
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 CPU = torch.device("cpu")
+VARIANTS = [{"ahead": ahead, "cold": cold} for cold in (False, True) for ahead in (True, False)]
 
 
 class ColdStack(FileStack):
@@ -34,75 +35,83 @@ class ColdStack(FileStack):
         os.posix_fadvise(self.descriptor, self.begin(expert), shape_bytes(*self.form), os.POSIX_FADV_DONTNEED)
 
 
-def measure(
-    folder: Path, shares: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 1.0), prompt: int = 64, tokens: int = 32, rounds: int = 3
-) -> dict[str, Any]:
-    """Tokens per second, medians over rounds, for each share: fetching ahead or not, cold or not; and relative to the model in memory.
+class Runner:
+    """A model that reads token after token, and how long each pass took, in seconds. `experts`: None if all are in memory."""
+
+    def __init__(self, model: Any, experts: ExpertCache | None = None):
+        self.model = model
+        self.experts = experts
+        self.seconds: list[float] = []
+        self._past = DynamicCache()
+
+    @torch.inference_mode()
+    def read(self, ids_S: torch.Tensor) -> None:
+        begin = time.perf_counter()
+        self.model(input_ids=ids_S[None], past_key_values=self._past, use_cache=True, logits_to_keep=1)
+        if self.experts is not None:
+            self.experts.settle()
+        self.seconds.append(time.perf_counter() - begin)
+
+    def begin(self) -> None:
+        self.seconds, self._past = [], DynamicCache()
+        if self.experts is not None:
+            self.experts.counts = Counts()
+
+
+def measure(folder: Path, shares: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 1.0), prompt: int = 64, tokens: int = 32) -> dict[str, Any]:
+    """For each share, fetching ahead or not, cold or not: tokens per second of the prompt, and of what is written after it (by the median
+    token); both also `relative` to the model in memory, which takes its turns too; and what was counted.
 
     Args:
         folder: a sparse checkpoint.
-        prompt: tokens that are read at once.
+        prompt: tokens that are read at once. They are read twice, and the second time counts.
         tokens: that are written after them, one at a time.
     """
     config = load_config(folder)
-    generator = torch.Generator().manual_seed(0)
-    ids_S = torch.randint(3, config.text_config.vocab_size, (prompt + tokens,), generator=generator)
+    ids_S = torch.randint(3, config.text_config.vocab_size, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
     ids_S[ids_S == config.image_token_id] = 3
-    whole = MoeLlavaForConditionalGeneration.from_pretrained(folder)
-    whole.set_experts_implementation("eager")
-    curve = [point for share in shares for point in _measure_share(whole, folder, share, ids_S, prompt, rounds)]
-    return {"experts_gb": _expert_bytes(whole) / 1e9, "curve": curve}
+    whole = Runner(_load(folder))
+    size = sum(parameter.nbytes for mlp in whole.model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
+    return {"expert_bytes": size, "curve": [point for share in shares for point in _points(whole, folder, share, ids_S, prompt)]}
 
 
-def _measure_share(whole: Any, folder: Path, share: float, ids_S: torch.Tensor, prompt: int, rounds: int) -> list[dict[str, Any]]:
-    """The whole model takes its turn too: `relative` is to it."""
-    variants = [_variant(folder, share, ahead, cold) for ahead in (True, False) for cold in (True, False)]
-    times: list[list[tuple[float, float]]] = [[] for _ in (whole, *variants)]
-    for _ in range(rounds):
-        times[0].append(_time(whole, ids_S, prompt))
-        for own, (_, model, cache) in zip(times[1:], variants, strict=True):
-            cache.counts = Counts()
-            own.append(_time(model, ids_S, prompt))
-    reference = _speeds(times[0], prompt, len(ids_S))
+def _points(whole: Runner, folder: Path, share: float, ids_S: torch.Tensor, prompt: int) -> list[dict[str, Any]]:
+    runners = [whole, *(_offloaded(folder, share, **variant) for variant in VARIANTS)]
+    for _ in range(2):
+        for runner in runners:
+            runner.begin()
+            runner.read(ids_S[:prompt])
+    for token in ids_S[prompt:, None]:
+        for runner in runners:
+            runner.read(token)
+    reference = _speeds(whole, prompt)
     points = []
-    for own, (settings, _, cache) in zip(times[1:], variants, strict=True):
-        speeds = _speeds(own, prompt, len(ids_S))
-        relative = {name: speeds[name] / reference[name] for name in speeds}
-        points.append(settings | speeds | {"relative": relative, "last_round": asdict(cache.counts)})
+    for variant, runner in zip(VARIANTS, runners[1:], strict=True):
+        assert runner.experts is not None
+        speeds = _speeds(runner, prompt)
+        relative = {name: speed / reference[name] for name, speed in speeds.items()}
+        points.append({"share": share, **variant, **speeds, "relative": relative, "counts": asdict(runner.experts.counts)})
     return points
 
 
-def _variant(folder: Path, share: float, ahead: bool, cold: bool) -> tuple[dict[str, Any], Any, ExpertCache]:
+def _speeds(runner: Runner, prompt: int) -> dict[str, float]:
+    return {"prompt_tokens_per_second": prompt / runner.seconds[0], "tokens_per_second": 1 / median(runner.seconds[1:])}
+
+
+def _load(folder: Path) -> MoeLlavaForConditionalGeneration:
     model = MoeLlavaForConditionalGeneration.from_pretrained(folder)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def _offloaded(folder: Path, share: float, ahead: bool, cold: bool) -> Runner:
+    model = _load(folder)
     cache = offload_experts(model, share, CPU, folder)
     if not ahead:
         cache.likely = 1.0
     if cold:
         cache.stacks = [{name: ColdStack(**vars(stack)) for name, stack in layer.items()} for layer in cache.stacks]
-    return {"share": share, "ahead": ahead, "cold": cold}, model, cache
-
-
-@torch.inference_mode()
-def _time(model: Any, ids_S: torch.Tensor, prompt: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for what comes after it."""
-    cache = DynamicCache()
-    begin = time.perf_counter()
-    model(input_ids=ids_S[None, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    read = time.perf_counter()
-    for token in ids_S[prompt:]:
-        model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
-    return read - begin, time.perf_counter() - read
-
-
-def _speeds(times: list[tuple[float, float]], prompt: int, total: int) -> dict[str, float]:
-    return {
-        "prompt_tokens_per_second": prompt / median(read for read, _ in times),
-        "tokens_per_second": (total - prompt) / median(written for _, written in times),
-    }
-
-
-def _expert_bytes(model: MoeLlavaForConditionalGeneration) -> int:
-    return sum(parameter.nbytes for mlp in model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
+    return Runner(model, cache)
 
 
 def random_checkpoint(

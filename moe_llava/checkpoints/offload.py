@@ -324,6 +324,10 @@ class ExpertCache:
             self._slots[key] = self._free.pop()
         return slot.weights
 
+    def settle(self) -> None:
+        """Returns when nothing is being fetched any more."""
+        wait([slot.coming for slot in self._slots.values() if slot.coming is not None])
+
     def _ask(self, key: Key) -> None:
         slot = self._slots.get(key)
         if slot is None:
