@@ -372,7 +372,7 @@ class ExpertCache:
         layers = len(self.stacks)
         return (layer - self._layer - 1) % layers + 1 + layers * (1 / max(self._chances[layer][expert], 1e-6) - 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _fill(self, slot: Slot, key: Key) -> None:
         """In either thread."""
         layer, expert = key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,14 +51,13 @@ def serve(
 
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)
-                model.to(best_device())
+                model, counts = model.to(best_device()), None
             else:
                 model, processor, cache = load_offloaded(checkpoint, keep_experts)
+                counts = cache.counts
             engine = Engine(model, processor.tokenizer, places, max_waiting, time_limit)
             name = name or Path(checkpoint).resolve().name
-            application = build_app(engine, processor, name, limits, keys, fetcher)
+            application = build_app(engine, processor, name, limits, keys, fetcher, counts)
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
             serve_until_told(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")
-            if keep_experts is not None:
-                print(cache.counts, file=sys.stderr)
