@@ -1,1 +1,1 @@
-"""How fast the package is: each file measures one part, variants side by side."""
+"""Speed and memory, measured side by side: a layer, a model, a training step, generation, a server, loading."""

@@ -114,15 +114,7 @@ def _offloaded(folder: Path, share: float, ahead: bool, cold: bool) -> Runner:
     return Runner(model, cache)
 
 
-def random_checkpoint(
-    folder: Path,
-    alike: bool,
-    width: int = 1024,
-    ffn_width: int = 2048,
-    layers: int = 16,
-    experts: int = 8,
-    dtype: torch.dtype = torch.float32,
-) -> None:
+def random_checkpoint(folder: Path, alike: bool, width: int = 1024, ffn_width: int = 2048, layers: int = 16, experts: int = 8) -> None:
     """Saves a random sparse model of the llama family, with experts in every other layer. Its routers tell nothing of each other: that is
     the worst case for a guess. `alike`: all layers have the same router, and a token keeps most of its experts from layer to layer: that
     is the best case."""
@@ -137,7 +129,7 @@ def random_checkpoint(
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
     config = MoeLlavaConfig(vision_config=vision, text_config=text, num_experts=experts, image_token_index=999)
     torch.manual_seed(0)
-    model = MoeLlavaForConditionalGeneration(config).to(dtype)
+    model = MoeLlavaForConditionalGeneration(config)
     with torch.no_grad():
         # As large as what layers add: a token's state changes little from layer to layer.
         model.get_input_embeddings().weight.normal_()
