@@ -20,11 +20,11 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 
 from moe_llava.checkpoints.load import load_config
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
-from moe_llava.checkpoints.weights import shape_bytes
+from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 CPU = torch.device("cpu")
-VARIANTS = [{"ahead": ahead, "cold": cold} for cold in (False, True) for ahead in (True, False)]
+AHEAD = (True, False)
 
 
 class ColdStack(FileStack):
@@ -70,13 +70,15 @@ def measure(folder: Path, shares: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 1.0
     config = load_config(folder)
     ids_S = torch.randint(3, config.text_config.vocab_size, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
     ids_S[ids_S == config.image_token_id] = 3
-    whole = Runner(_load(folder))
+    whole = Runner(_whole(folder))
     size = sum(parameter.nbytes for mlp in whole.model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
-    return {"expert_bytes": size, "curve": [point for share in shares for point in _points(whole, folder, share, ids_S, prompt)]}
+    cases = [(share, cold) for share in shares for cold in (False, True)]
+    return {"expert_bytes": size, "curve": [point for share, cold in cases for point in _points(whole, folder, share, cold, ids_S, prompt)]}
 
 
-def _points(whole: Runner, folder: Path, share: float, ids_S: torch.Tensor, prompt: int) -> list[dict[str, Any]]:
-    runners = [whole, *(_offloaded(folder, share, **variant) for variant in VARIANTS)]
+def _points(whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor, prompt: int) -> list[dict[str, Any]]:
+    """Cold ones by themselves: what others leave in the system's cache would warm them."""
+    runners = [whole, *(_offloaded(folder, share, ahead, cold) for ahead in AHEAD)]
     for _ in range(2):
         for runner in runners:
             runner.begin()
@@ -86,11 +88,12 @@ def _points(whole: Runner, folder: Path, share: float, ids_S: torch.Tensor, prom
             runner.read(token)
     reference = _speeds(whole, prompt)
     points = []
-    for variant, runner in zip(VARIANTS, runners[1:], strict=True):
+    for ahead, runner in zip(AHEAD, runners[1:], strict=True):
         assert runner.experts is not None
         speeds = _speeds(runner, prompt)
         relative = {name: speed / reference[name] for name, speed in speeds.items()}
-        points.append({"share": share, **variant, **speeds, "relative": relative, "counts": asdict(runner.experts.counts)})
+        counts = asdict(runner.experts.counts)
+        points.append({"share": share, "cold": cold, "ahead": ahead, **speeds, "relative": relative, "counts": counts})
     return points
 
 
@@ -101,6 +104,17 @@ def _speeds(runner: Runner, prompt: int) -> dict[str, float]:
 def _load(folder: Path) -> MoeLlavaForConditionalGeneration:
     model = MoeLlavaForConditionalGeneration.from_pretrained(folder)
     model.set_experts_implementation("eager")
+    return model
+
+
+def _whole(folder: Path) -> MoeLlavaForConditionalGeneration:
+    """Its experts are read, not mapped: pages that somebody maps would stay in the system's cache, and nothing be cold."""
+    model, tables = _load(folder), read_tables(find_weights(folder))
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            tables[name].read_into(values)
+            parameter.data = values
     return model
 
 
