@@ -6,7 +6,7 @@ Unusual here:
   may round by where in memory a matrix begins, and so an expert is put at the same remainder of ALIGNMENT as in a model that
   `from_pretrained` maps from its file.
 - Which experts will be needed next is told from what the router before chose, by running statistics. A wrong guess costs time alone.
-- The thread that runs the model keeps the books, and another only fills slots: so there is no lock. What that has not begun when it is
+- The thread that runs the model keeps the books, and others only fill slots: so there is no lock. What these have not begun when it is
   needed, the first reads itself.
 
 Shapes: T tokens, K experts per token, S = T * K rows, E experts, L MoE layers, D width.
@@ -39,6 +39,7 @@ from moe_llava.model import Experts
 
 ALIGNMENT = 64  # bytes
 LIKELY = 0.5  # what is less likely to be used is not fetched ahead
+READERS = 2  # threads: a disk gives two more than one
 MEMORY = 20  # forward passes, about, that the statistics go back
 
 Key = tuple[int, int]  # the MoE layer, counted from 0, and the expert
@@ -276,7 +277,7 @@ class ExpertCache:
         self._awaited: set[int] = set()  # its experts that have yet to compute
         self._chances: list[list[float]] = []  # [L][E]: of being used when a layer's turn comes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reader = ThreadPoolExecutor(1, "experts")
+        self._reader = ThreadPoolExecutor(READERS, "experts")
 
     @torch.compiler.disable
     def expect(self, layer: int, _: Experts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -374,7 +375,7 @@ class ExpertCache:
 
     @torch.inference_mode()
     def _fill(self, slot: Slot, key: Key) -> None:
-        """In either thread."""
+        """In any of the threads."""
         layer, expert = key
         with self._copying(slot):
             for name, stack in self.stacks[layer].items():
