@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 QUANTISATIONS = {4: "nf4", 8: "int8"}
 
@@ -51,9 +51,10 @@ def chat(
             open_image(path, "the conversation")
 
         # These take seconds, and a mistake is told before.
-        from moe_llava.serving.chat import Conversation, Settings
-        from moe_llava.serving.engine import Engine
-        from moe_llava.serving.terminal import Terminal
+        with heavy_imports():
+            from moe_llava.serving.chat import Conversation, Settings
+            from moe_llava.serving.engine import Engine
+            from moe_llava.serving.terminal import Terminal
 
         model, processor, cache = _load(checkpoint, bits, keep_experts)
         with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import app, user_errors
+from moe_llava.cli.common import app, heavy_imports, user_errors
 
 
 @app.command()
@@ -40,9 +40,10 @@ def upcycle(
         check_checkpoint(dense)
         with new_folder(out) as folder:
             # These take seconds, and a mistake is told before.
-            from moe_llava.checkpoints.load import load_checkpoint
-            from moe_llava.model import MoeLlavaProcessor
-            from moe_llava.model.upcycling import upcycle as make_sparse
+            with heavy_imports():
+                from moe_llava.checkpoints.load import load_checkpoint
+                from moe_llava.model import MoeLlavaProcessor
+                from moe_llava.model.upcycling import upcycle as make_sparse
 
             model, processor = load_checkpoint(dense)
             sparse = make_sparse(
@@ -72,7 +73,8 @@ def convert(
 ) -> None:
     """Turns a published checkpoint, sparse or of stage I or II, into one that this package and transformers load."""
     with user_errors():
-        from moe_llava.checkpoints.convert import convert as run
+        with heavy_imports():
+            from moe_llava.checkpoints.convert import convert as run
 
         for line in [*run(published, out, vision_towers, language_model), f"written to {out}"]:
             print(line)
@@ -89,7 +91,8 @@ def merge(
         from moe_llava.checkpoints.folders import new_folder
 
         with new_folder(out) as folder:
-            from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is told before
+            with heavy_imports():
+                from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is told before
 
             model, processor = run(adapter, base)
             model.save_pretrained(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import app, user_errors
+from moe_llava.cli.common import app, heavy_imports, user_errors
 
 if TYPE_CHECKING:
     from moe_llava.data.check import Report
@@ -55,8 +55,9 @@ def _tokenizer_of(model: str) -> tuple[Any, int]:
 
     check_checkpoint(model)
 
-    from moe_llava.checkpoints.load import load_processor  # takes seconds, and a mistake is told before
-    from moe_llava.data.batches import EmptyImage
+    with heavy_imports():
+        from moe_llava.checkpoints.load import load_processor  # takes seconds, and a mistake is told before
+        from moe_llava.data.batches import EmptyImage
 
     processor = load_processor(model)
     return processor.tokenizer, EmptyImage.of(processor).tokens

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -111,7 +111,8 @@ def evaluate(
             find_benchmark(name)
         check_checkpoint(checkpoint, keep_experts)
 
-        from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
+        with heavy_imports():
+            from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
 
         for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts):
             _print_scores(found)

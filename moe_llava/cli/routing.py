@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, user_errors
+from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -27,9 +27,10 @@ def routes(
         from moe_llava.checkpoints.folders import new_folder
 
         with new_folder(out) as folder:
-            from moe_llava.checkpoints.load import best_device, load_checkpoint
-            from moe_llava.data.store import load_records
-            from moe_llava.routing.routes import write_routes
+            with heavy_imports():
+                from moe_llava.checkpoints.load import best_device, load_checkpoint
+                from moe_llava.data.store import load_records
+                from moe_llava.routing.routes import write_routes
 
             records = load_records(data, images)[:limit]
             model, processor = load_checkpoint(checkpoint)

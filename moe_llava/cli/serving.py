@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -43,11 +43,12 @@ def serve(
             limits = Limits()
             fetcher = Fetcher(allow_image_host, limits) if allow_image_host else None
 
-            from moe_llava.checkpoints.load import best_device, load_checkpoint
-            from moe_llava.checkpoints.offload import load_offloaded
-            from moe_llava.serving.api import build_app
-            from moe_llava.serving.connections import http_server, serve_until_told
-            from moe_llava.serving.engine import Engine
+            with heavy_imports():
+                from moe_llava.checkpoints.load import best_device, load_checkpoint
+                from moe_llava.checkpoints.offload import load_offloaded
+                from moe_llava.serving.api import build_app
+                from moe_llava.serving.connections import http_server, serve_until_told
+                from moe_llava.serving.engine import Engine
 
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)

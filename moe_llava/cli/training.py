@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_llava.cli.common import app, stops, user_errors
+from moe_llava.cli.common import app, heavy_imports, stops, user_errors
 
 if TYPE_CHECKING:
     from moe_llava.training.budget import Budget, StageCost
@@ -29,7 +29,8 @@ def demo(
 
         loaded = load_recipe(recipe or RECIPE, settings)
 
-        from moe_llava.experiments.demo import run_demo  # takes seconds, and a mistake in the recipe is told before
+        with heavy_imports():
+            from moe_llava.experiments.demo import run_demo  # takes seconds, and a mistake in the recipe is told before
 
         run_demo(out, loaded, train_images, test_images)
 
@@ -65,9 +66,10 @@ def train(
 
         loaded = load_recipe(recipe, settings)
 
-        from accelerate import PartialState
+        with heavy_imports():
+            from accelerate import PartialState
 
-        from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
+            from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
 
         run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
@@ -88,7 +90,8 @@ def params(
         if recipe is None:
             read_config(target)  # raises if there is no checkpoint
 
-        from moe_llava.training.budget import survey  # takes seconds, and a mistake is told before
+        with heavy_imports():
+            from moe_llava.training.budget import survey  # takes seconds, and a mistake is told before
 
         budget, training = survey(recipe or target, vision_towers)
         if as_json:

@@ -35,12 +35,12 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
 
 def dispatch(x_TD: Tensor, order: Order) -> Tensor:
     """[S, D]: each token once for each of its experts, sorted by expert."""
-    return _Dispatch.apply(x_TD, order)
+    return _Dispatch.apply(x_TD, order) if torch.is_grad_enabled() else _gather(x_TD, order)
 
 
 def combine(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
     """[T, D]: the sum of what a token's experts made of it, times their weights."""
-    return _Combine.apply(y_SD, weights_TK, order)
+    return _Combine.apply(y_SD, weights_TK, order) if torch.is_grad_enabled() else _weighted_sum(y_SD, weights_TK, order)
 
 
 def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts: list[int], bias_EF: Tensor | None = None) -> Tensor:
@@ -49,15 +49,38 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts: list[int], bias_EF:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_SD, weight_EFD, bias_EF = x_SD.to(dtype), weight_EFD.to(dtype), None if bias_EF is None else bias_EF.to(dtype)
-    return _GroupedLinear.apply(x_SD, weight_EFD, bias_EF, counts)
+    inputs = x_SD, weight_EFD, bias_EF, counts
+    return _GroupedLinear.apply(*inputs) if torch.is_grad_enabled() else _products(*inputs)
+
+
+def _gather(x_TD: Tensor, order: Order) -> Tensor:
+    return x_TD.index_select(0, order.rows // (len(order.rows) // len(x_TD)))
+
+
+def _weighted_sum(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+    choices = zip(order.places.view_as(weights_TK).unbind(1), weights_TK[..., None].unbind(1), strict=True)
+    sum_TD, *others = (y_SD.index_select(0, places_T) * weight_T1 for places_T, weight_T1 in choices)
+    for other_TD in others:
+        sum_TD += other_TD
+    return sum_TD
+
+
+def _products(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, counts: list[int]) -> Tensor:
+    y_SF = x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
+    for expert, rows in _rows_of(counts):
+        if bias_EF is None:
+            torch.mm(x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
+        else:
+            torch.addmm(bias_EF[expert], x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
+    y_SF[sum(counts) :] = 0
+    return y_SF
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: Order) -> Tensor:
-        top_k = len(order.rows) // len(x_TD)
-        ctx.places_TK = order.places.view(-1, top_k)
-        return x_TD.index_select(0, order.rows // top_k)
+        ctx.places_TK = order.places.view(len(x_TD), -1)
+        return _gather(x_TD, order)
 
     @staticmethod
     @once_differentiable
@@ -72,11 +95,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(y_SD, weights_TK, order.rows, order.places)
-        choices = zip(order.places.view_as(weights_TK).unbind(1), weights_TK[..., None].unbind(1), strict=True)
-        sum_TD, *others = (y_SD.index_select(0, places_T) * weight_T1 for places_T, weight_T1 in choices)
-        for other_TD in others:
-            sum_TD += other_TD
-        return sum_TD
+        return _weighted_sum(y_SD, weights_TK, order)
 
     @staticmethod
     @once_differentiable
@@ -93,14 +112,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_SD, weight_EFD)
         ctx.counts = counts
-        y_SF = x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
-        for expert, rows in _rows_of(counts):
-            if bias_EF is None:
-                torch.mm(x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
-            else:
-                torch.addmm(bias_EF[expert], x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
-        y_SF[sum(counts) :] = 0
-        return y_SF
+        return _products(x_SD, weight_EFD, bias_EF, counts)
 
     @staticmethod
     @once_differentiable

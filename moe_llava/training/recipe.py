@@ -131,7 +131,8 @@ class Recipe:
     from. `precision` "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
 
     `on_bad_record`: whether a record that cannot be read stops the run, or is left out; `report_to`: services of transformers' Trainer
-    that draw curves, such as tensorboard, trackio, wandb; `save_total_limit`: the last saves that are kept.
+    that draw curves, such as tensorboard, trackio, wandb; `save_total_limit`: the last saves that are kept; `feature_cache`: a folder in
+    which the tower's features of an image are kept, for epochs, stages and runs to come; None computes them each time.
     """
 
     model: str | Parts
@@ -150,6 +151,7 @@ class Recipe:
     save_steps: int = 500
     save_total_limit: int = 1
     dataloader_workers: int = 0
+    feature_cache: str | None = None
 
 
 def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -262,6 +264,8 @@ def _moe_rules(where: str, moe: Moe) -> list[str]:
 
 def _sharding_rules(recipe: Recipe, sharding: Sharding) -> list[str]:
     problems, num_experts = [], recipe.stage3.moe.num_experts
+    if recipe.feature_cache is not None:
+        problems.append("sharding is set, but so is feature_cache, which asks one process for the whole tower: leave one of them out")
     if any(stage_settings(recipe, number).adapter for number in stages_of(recipe)):
         problems.append("sharding is set, but so is an adapter, whose frozen base every process keeps as a whole: leave one of them out")
     if sharding.fsdp_size < 2:

@@ -6,6 +6,7 @@ dot before its name and holds what is needed to resume; it is renamed when it is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -22,13 +23,14 @@ from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
-from moe_llava.training.adapters import attach, check_adapter, describe_base, write_adapter
+from moe_llava.training.adapters import attach, check_adapter, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
+from moe_llava.training.features import cached_features, check_cache
 from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.saves import Stopped, read_lines, remove_saves, saves, saving, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
-from moe_llava.training.stages import STAGES, choose_parameters
+from moe_llava.training.stages import STAGES, checkpoint_layers, choose_parameters
 from moe_llava.training.start import (
     base_of_stage,
     check_start,
@@ -117,6 +119,8 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
             processor = start_processor(path)
         if adapter:
             check_adapter(adapter, todo[number], structure(recipe, number, path))
+        if recipe.feature_cache:
+            check_cache(recipe.feature_cache, structure(recipe, number, path))
         set_aspect_ratio(processor, settings)
         image_tokens = EmptyImage.of(processor).tokens
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
@@ -161,17 +165,18 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     arguments = training_arguments(recipe, settings, work)
     model, processor = start(recipe, number, name)
     moe_layers = moe_layers_of(recipe, model)
-    if settings.optimisation.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
         console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
         model, counts = attach(model, settings.adapter, name, base_of_stage(recipe, number, name, work))
     else:
         counts = choose_parameters(model, learns, moe_layers)
+    if settings.optimisation.gradient_checkpointing:
+        checkpoint_layers(without_adapter(model))
     console.print(f"[bold]{TITLES[name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(name, console)
     image = EmptyImage.of(processor)
-    with StopWhenAsked() as stop:
+    cache = cached_features(without_adapter(model), recipe.feature_cache) if recipe.feature_cache else contextlib.nullcontext()
+    with StopWhenAsked() as stop, cache:
         trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
             model=model,
             args=arguments,

@@ -51,6 +51,16 @@ def choose_parameters(model: LlavaForConditionalGeneration, stage: str, moe_laye
     return ParameterCount(counts, sum(parameter.numel() for parameter in model.parameters()))
 
 
+def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
+    """Turns gradient checkpointing on, for the layers whose activations a backward pass needs.
+
+    transformers makes what comes out of the embeddings, the tower's too, require a gradient, for the sake of reentrant checkpointing. Then
+    the frozen tower, and all layers below the first that learns, would be computed again and gone through backward, for nothing.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def _parameters_of(model: LlavaForConditionalGeneration, part: str, moe_layers: list[int]) -> list[nn.Parameter]:
     layers: Any = model.model.language_model.layers
     match part:

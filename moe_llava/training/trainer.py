@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
+from moe_llava.model.modeling import next_labels
 from moe_llava.routing.load import expert_counts, expert_shares
 from moe_llava.training.adapters import without_adapter
 from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
@@ -124,8 +125,7 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
-        if sparse:
-            inputs = {**inputs, "output_router_logits": True}
+        inputs = {**inputs, **({"output_router_logits": True} if sparse else only_learnt(inputs["labels"]))}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
             self._watch(outputs, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool())
@@ -206,6 +206,14 @@ class StageTrainer(Trainer):
         for index, layer in enumerate(logs.get("expert_shares", [])):
             numbers |= {f"experts_smallest/{index}": min(layer), f"experts_largest/{index}": max(layer)}
         return numbers
+
+
+def only_learnt(labels_BS: Tensor) -> dict[str, Tensor]:
+    """What makes transformers' own LLaVA compute logits only where a label is predicted, in any row; a sparse one does so by itself, row by
+    row. The loss is the same: it is told the labels of these positions, as they are predicted."""
+    targets_BS = next_labels(labels_BS)
+    learnt = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
+    return {"logits_to_keep": learnt, "shift_labels": targets_BS.index_select(1, learnt)}
 
 
 def peak_memory() -> int:

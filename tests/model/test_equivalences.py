@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PixtralVisionConfig, StaticCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
 from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_config, tiny_dense, tiny_inputs
@@ -115,6 +116,60 @@ def test_gradient_checkpointing_changes_nothing(family):
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], checkpointed[name], msg=name)
+
+
+def loss_of_all_logits(model, inputs: dict, labels: torch.Tensor, **settings) -> torch.Tensor:
+    """The language loss as transformers has it, of the logits of all tokens, and what comes to it."""
+    outputs = model(**inputs, output_router_logits=True)
+    loss = ForCausalLMLoss(outputs.logits, labels, vocab_size=99, **settings)
+    share = (labels[:, 1:] != -100).sum() / settings["num_items_in_batch"] if settings else 1.0
+    return loss + share * model.config.router_aux_loss_coef * outputs.aux_loss
+
+
+@every_family
+@pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": torch.tensor(50)}], ids=["mean", "sum"])
+def test_training_makes_logits_only_where_a_label_is_predicted(family, settings):
+    sparse = shuffled_sparse(family).train()
+    inputs = tiny_inputs(batch=3)
+    labels = labels_of(inputs)
+    labels[0, -4:], labels[1] = -100, -100  # rows with fewer labels, and none
+    widths = []
+    sparse.lm_head.register_forward_hook(lambda _, arguments, output: widths.append(arguments[0].shape[:-1].numel()))
+    found = []
+    for lean in (False, True):
+        sparse.zero_grad()
+        loss = sparse(**inputs, labels=labels, **settings).loss if lean else loss_of_all_logits(sparse, inputs, labels, **settings)
+        loss.backward()
+        found.append((loss, {name: parameter.grad for name, parameter in sparse.named_parameters() if parameter.grad is not None}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert widths == [labels.numel(), int((labels[:, 1:] != -100).sum())]
+
+
+def test_the_logits_of_training_are_those_of_the_tokens_that_predict_a_label():
+    sparse = shuffled_sparse("llama")
+    inputs = tiny_inputs()
+    labels = labels_of(inputs)
+    whole = sparse(**inputs, labels=labels)
+    predicts = torch.cat([labels[:, 1:] != -100, torch.zeros(2, 1, dtype=torch.bool)], dim=1)
+    sparse.train()
+    torch.testing.assert_close(sparse(**inputs, labels=labels).logits, whole.logits[predicts])
+    # Labels that are shifted already are taken as they are, and positions that are asked for too.
+    shifted = labels.roll(-1, dims=1)
+    shifted[:, -1] = -100
+    torch.testing.assert_close(sparse(**inputs, labels=labels, shift_labels=shifted).language_loss, whole.loss)
+    chosen = sparse(**inputs, labels=labels, logits_to_keep=torch.arange(4, 9), shift_labels=shifted[:, 4:9].contiguous())
+    torch.testing.assert_close(chosen.logits, whole.logits[:, 4:9])
+
+
+def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients():
+    """In accumulation, and in several processes: none may be left without a gradient where its neighbours have one."""
+    sparse = shuffled_sparse("llama").train()
+    inputs = tiny_inputs()
+    loss = sparse(**inputs, labels=torch.full_like(inputs["input_ids"], -100), num_items_in_batch=torch.tensor(7)).loss
+    loss.backward()
+    assert loss.item() == 0
+    for name in ("lm_head.weight", "model.language_model.layers.0.mlp.router.weight", "model.multi_modal_projector.linear_1.weight"):
+        assert sparse.get_parameter(name).grad.abs().sum() == 0, name
 
 
 @every_family

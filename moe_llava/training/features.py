@@ -1,0 +1,116 @@
+"""Features of the frozen tower, kept on disk: each image goes through the tower once, whatever epochs, stages and runs come to see it.
+
+Unusual here: while a stage is trained, the tower computes by another `forward`, which is an attribute of that one module. So parameters
+keep their names, a save holds the tower as always, and transformers' LLaVA and ours are served alike.
+
+An entry is a file, named after what its features follow from: a digest of the tower's weights, of how it computes, and of the pixels that
+it is given. So another tower, another way to preprocess, or another picture under an old name finds nothing. An entry is written under
+another name and renamed: processes may share the folder, and what is killed leaves nothing half written under a name that is read.
+
+Shapes: N images, P places, the class token included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from moe_llava.training.recipe import RecipeError
+
+
+def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
+    """Raises RecipeError if `folder` is something else, or if the tower of `model`, which may be on the meta device, computes something new
+    each time."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise RecipeError(f"feature_cache is {folder}, which is no folder")
+    config = model.config.vision_config.to_dict()
+    random = [f"{key} {value}" for key, value in config.items() if "dropout" in key and value]
+    if random:
+        raise RecipeError(f"feature_cache is set, but the tower's features are random while it is trained with: {', '.join(random)}")
+
+
+@contextlib.contextmanager
+def cached_features(model: LlavaForConditionalGeneration, folder: str) -> Iterator[None]:
+    """Meanwhile the tower of `model` takes the features of an image that it has seen before from `folder`, and writes down the others.
+
+    Raises ValueError if the tower learns: its features would not stay what they are.
+    """
+    tower, layers = model.model.vision_tower, model.config.vision_feature_layer
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        raise ValueError(f"the features of a tower that learns cannot be kept in {folder}: leave feature_cache out")
+    tower.forward = FeatureCache(Path(folder), tower, [layers] if isinstance(layers, int) else list(layers))
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+class FeatureCache:
+    """In place of `tower.forward`: the hidden states of `layers`, and nothing else, which is all that a LLaVA asks a tower for."""
+
+    def __init__(self, folder: Path, tower: Any, layers: list[int]):
+        self.folder = folder
+        self.compute = tower.forward
+        self.layers = layers
+        self.states = tower.config.num_hidden_layers + 1
+        self.described = f"{digest(tower.state_dict())} {layers} {tower.config._attn_implementation}"
+
+    @torch.compiler.disable
+    def __call__(self, pixel_values: Tensor, **settings: Any) -> BaseModelOutputWithPooling:
+        """pixel_values: [N, channels, height, width]. Each of `layers` is [N, P, width] among the hidden states; the others are None."""
+        files = self._files(pixel_values)
+        missing = [index for index, file in enumerate(files) if not file.is_file()]
+        entries = [{} if index in missing else _read(file, pixel_values.device) for index, file in enumerate(files)]
+        if missing:
+            computed = self.compute(pixel_values[missing], **settings).hidden_states
+            for row, index in enumerate(missing):
+                entries[index] = {str(layer): computed[layer][row].contiguous() for layer in self.layers}
+                _write(files[index], entries[index])
+        states: list[Any] = [None] * self.states
+        for layer in self.layers:
+            states[layer] = torch.stack([entry[str(layer)] for entry in entries])
+        return BaseModelOutputWithPooling(hidden_states=tuple(states))
+
+    def _files(self, pixel_values: Tensor) -> list[Path]:
+        device = pixel_values.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        tower = hashlib.sha256(f"{self.described} {device} {precision}".encode()).hexdigest()[:16]
+        names = [digest({"pixels": pixels}) for pixels in pixel_values.cpu()]
+        return [self.folder / tower / name[:2] / f"{name}.safetensors" for name in names]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Of names, shapes, types and all values."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _read(file: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        return load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{file} holds no features, though its name says so ({error}): remove it") from error
+
+
+def _write(file: Path, entry: dict[str, Tensor]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{uuid.uuid4().hex}")  # of this process alone
+    try:
+        save_file(entry, partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
