@@ -15,13 +15,20 @@ from moe_llava.checkpoints.families import published_family
 MODEL_TYPES = ("llava", MODEL_TYPE)
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA."""
+def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> None:
+    """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA; with `keep_experts`,
+    unless it is sparse and that a share of its experts, above 0 and at most 1."""
     model_type = read_config(path).get("model_type")
     if published_family(model_type):
         raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
+    if keep_experts is None:
+        return
+    if model_type != MODEL_TYPE:
+        raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
+    if not 0 < keep_experts <= 1:
+        raise CheckpointError(f"the share of experts to keep is {keep_experts:g}, but must be above 0 and at most 1")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

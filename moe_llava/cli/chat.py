@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 QUANTISATIONS = {4: "nf4", 8: "int8"}
 
@@ -28,6 +28,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose conversation form has one")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
+    keep_experts: KeepExperts = None,
 ) -> None:
     """Asks a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
@@ -43,7 +44,9 @@ def chat(
             if bits not in QUANTISATIONS:
                 raise ValueError(f"--bits is {bits}, but must be 4 or 8")
             require("bitsandbytes", "--bits")
-        check_checkpoint(checkpoint)
+            if keep_experts is not None:
+                raise ValueError("--bits and --keep-experts do not go together: quantised layers are made from the whole model")
+        check_checkpoint(checkpoint, keep_experts)
         for path in image or []:
             open_image(path, "the conversation")
 
@@ -53,24 +56,31 @@ def chat(
             from moe_llava.serving.engine import Engine
             from moe_llava.serving.terminal import Terminal
 
-        model, processor = _load(checkpoint, bits)
+        model, processor, cache = _load(checkpoint, bits, keep_experts)
         with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:
             conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
             conversation.add_images(image or [])
             terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json, prompt is None and sys.stdin.isatty())
             if prompt is not None:
                 terminal.ask(prompt)
-            elif not terminal.converse() and not terminal.interactive:
-                raise typer.Exit(1)
+            failed = prompt is None and not terminal.converse() and not terminal.interactive
+        if cache is not None:
+            print(cache.counts, file=sys.stderr)
+        if failed:
+            raise typer.Exit(1)
 
 
-def _load(checkpoint: str, bits: int | None) -> tuple[Any, Any]:
-    """(model on the best device, processor)"""
+def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tuple[Any, Any, Any]:
+    """(model on the best device, processor, cache of experts if not all are kept in memory)"""
     from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
 
+    if keep_experts is not None:
+        from moe_llava.checkpoints.offload import load_offloaded
+
+        return load_offloaded(checkpoint, keep_experts)
     if bits is None:
         model, processor = load_checkpoint(checkpoint)
-        return model.to(best_device()), processor
+        return model.to(best_device()), processor, None
 
     import torch
 
@@ -84,4 +94,4 @@ def _load(checkpoint: str, bits: int | None) -> tuple[Any, Any]:
             shape = f"{layer.in_features} to {layer.out_features}"
             raise ValueError(f"--bits 4 needs widths that are multiples of 64 on a CPU, but {name} is of {shape}: take --bits 8")
     print(describe_quantised(model, kind), file=sys.stderr)
-    return model, processor
+    return model, processor, None

@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
+KeepExperts = Annotated[
+    float | None,
+    typer.Option(help="share of a sparse model's experts that has room in memory; the others wait on disk, or of a GPU in CPU memory"),
+]
 
 
 @contextlib.contextmanager

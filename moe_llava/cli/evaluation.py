@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -95,6 +95,7 @@ def evaluate(
         str | None,
         typer.Option(help="ask under these, too, and tell what each costs: noise,typos:2 is noise at strengths 1 to 5, typos at 2"),
     ] = None,
+    keep_experts: KeepExperts = None,
 ) -> None:
     """Asks a checkpoint the questions of benchmarks and scores its answers. Run again, it goes on where it was stopped."""
     with user_errors():
@@ -108,12 +109,12 @@ def evaluate(
         names = [name.strip() for name in benchmark.split(",")]
         for name in names:
             find_benchmark(name)
-        check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, keep_experts)
 
         with heavy_imports():
             from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
 
-        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations):
+        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts):
             _print_scores(found)
             if "robustness" in found:
                 _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
 
 
 @app.command()
@@ -24,6 +24,7 @@ def serve(
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Without it, none is")
     ] = None,
+    keep_experts: KeepExperts = None,
 ) -> None:
     """Answers OpenAI's chat completions over HTTP, many at once. SIGTERM lets it finish what it has begun."""
     with user_errors():
@@ -32,7 +33,7 @@ def serve(
 
         if not math.isfinite(time_limit):
             raise ValueError(f"--time-limit is {time_limit:g}, but must be finite")
-        check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, keep_experts)
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
             # These take seconds, and a mistake is told before.
@@ -44,14 +45,20 @@ def serve(
 
             with heavy_imports():
                 from moe_llava.checkpoints.load import best_device, load_checkpoint
+                from moe_llava.checkpoints.offload import load_offloaded
                 from moe_llava.serving.api import build_app
                 from moe_llava.serving.connections import http_server, serve_until_told
                 from moe_llava.serving.engine import Engine
 
-            model, processor = load_checkpoint(checkpoint)
-            engine = Engine(model.to(best_device()), processor.tokenizer, places, max_waiting, time_limit)
+            if keep_experts is None:
+                model, processor = load_checkpoint(checkpoint)
+                model, counts = model.to(best_device()), None
+            else:
+                model, processor, cache = load_offloaded(checkpoint, keep_experts)
+                counts = cache.counts
+            engine = Engine(model, processor.tokenizer, places, max_waiting, time_limit)
             name = name or Path(checkpoint).resolve().name
-            application = build_app(engine, processor, name, limits, keys, fetcher)
+            application = build_app(engine, processor, name, limits, keys, fetcher, counts)
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
             serve_until_told(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")

@@ -22,10 +22,11 @@ from rich.console import Console
 
 import moe_llava
 from moe_llava.checkpoints.load import best_device, load_checkpoint
+from moe_llava.checkpoints.offload import load_offloaded
 from moe_llava.evaluation.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
 from moe_llava.evaluation.benchmark import BenchmarkError, Question, Scored, result
 from moe_llava.evaluation.generate import answer
-from moe_llava.evaluation.perturb import KINDS, STRENGTHS, Perturbation
+from moe_llava.evaluation.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.plan import GREEDY, Task, plan_tasks
 from moe_llava.evaluation.progress import show_progress
 from moe_llava.evaluation.robustness import plot_robustness, robustness
@@ -44,14 +45,18 @@ def evaluate(
     limit: int | None,
     console: Console,
     perturbations: Sequence[Perturbation] = (),
+    keep_experts: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields, benchmark after benchmark, what its result.json holds and, as "robustness", what its robustness.json does; nothing in
     processes other than the first. `limit`: only so many questions of each. `perturbations`: to ask under, one at a time, after the
-    questions as they are.
+    questions as they are. `keep_experts`: the share of the experts that has room in memory; None: all.
 
     Raises CheckpointError or BenchmarkError, with all that is wrong with files and folders, before the model is loaded; later, what is
     wrong with an image, or with a score, once everything has been asked.
     """
+    attacks = sorted({perturbation.name for perturbation in perturbations} & set(ADVERSARIAL))
+    if attacks and keep_experts is not None:
+        raise BenchmarkError(f"{' and '.join(attacks)} take the model's gradient, which experts that are not all in memory do not have")
     plans = plan_tasks(checkpoint, names, data, out, limit, perturbations)
     problems: list[str] = []
     with _processes() as (process, processes), contextlib.ExitStack() as stack:
@@ -65,8 +70,11 @@ def evaluate(
         _wait(processes)
         shares = {str(task): _share(_left(task), process, processes) for plan in plans for task in plan}
         if any(shares.values()):
-            model, processor = load_checkpoint(checkpoint)
-            model.to(best_device())
+            if keep_experts is None:
+                model, processor = load_checkpoint(checkpoint)
+                model.to(best_device())
+            else:
+                model, processor, _ = load_offloaded(checkpoint, keep_experts)
             tell_of_capacity(model, console)
         for plan in plans:
             for task in plan:

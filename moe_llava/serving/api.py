@@ -24,6 +24,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from moe_llava.checkpoints.offload import Counts
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.serving import requests, web
 from moe_llava.serving.bodies import Memory, Take, read_body, until_left
@@ -103,9 +104,9 @@ class Form:
 
 
 class Service:
-    """What answers requests needs. `name`: of the model. `fetcher`: None if no URL is fetched."""
+    """What answers requests needs. `name`: of the model. `fetcher`: None if no URL is fetched. `experts`: None if all are in memory."""
 
-    def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits, fetcher: Fetcher | None):
+    def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits, fetcher: Fetcher | None, experts: Counts | None):
         self.engine = engine
         self.name = name
         self.limits = limits
@@ -113,7 +114,7 @@ class Service:
         self.memory = Memory(limits.all_bytes)
         self.parsing = asyncio.Lock()  # what one body unfolds to is bounded, and so that of all
         self.prompts = PromptMaker(processor, limits)
-        self.metrics = Metrics()
+        self.metrics = Metrics(experts)
         self.created = int(time.time())
 
     async def chat_completions(self, client: Request) -> Response:
@@ -243,11 +244,17 @@ def api_error(error: Exception) -> ApiError:
 
 
 def build_app(
-    engine: Engine, processor: Any, name: str, limits: Limits, api_keys: Sequence[str] = (), fetcher: Fetcher | None = None
+    engine: Engine,
+    processor: Any,
+    name: str,
+    limits: Limits,
+    api_keys: Sequence[str] = (),
+    fetcher: Fetcher | None = None,
+    experts: Counts | None = None,
 ) -> FastAPI:
     """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except to /health; without, it has to
-    be on this machine."""
-    service = Service(engine, processor, name, limits, fetcher)
+    be on this machine. `experts`: what is counted of a model whose experts are not all in memory."""
+    service = Service(engine, processor, name, limits, fetcher, experts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

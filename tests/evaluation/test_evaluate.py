@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate, plan
 from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge, writing
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.perturb import parse_perturbations
+from moe_llava.model.upcycling import upcycle
 from tests.conftest import REPOSITORY, refused, run_command
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -311,3 +313,19 @@ def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
     )
     assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in refused(*command)
     assert not (tmp_path / "new").exists()
+
+
+def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
+    """The same answers; attacks need the whole model."""
+    model, processor = load_checkpoint(tiny_base / "base")
+    for part in (upcycle(model), processor):
+        part.save_pretrained(tmp_path / "sparse")
+    answers = []
+    for keep in (None, 0.25):
+        settings = (str(tmp_path / "sparse"), ["digits"], tiny_base / "data", tmp_path / str(keep), 8, 6, Console(quiet=True), [], keep)
+        (found,) = evaluate.evaluate(*settings)
+        answers.append([json.loads(line)["text"] for line in answer_file(tmp_path / str(keep) / "digits").read_text().splitlines()])
+    assert len(answers[0]) == found["questions"] == 6
+    assert answers[0] == answers[1]
+    command = ["evaluate", tmp_path / "sparse", "--benchmark", "digits", "--data", tiny_base / "data", "--out", tmp_path / "out"]
+    assert "pgd take the model's gradient" in refused(*command, "--perturb", "noise,pgd:1", "--keep-experts", "0.5")

@@ -1,0 +1,391 @@
+"""Experts beyond memory: a sparse model computes while most of its experts stay on disk or, beside a CUDA device, in CPU memory.
+
+Unusual here:
+- Single experts come and go, not layers. One cache has room for some of them, whatever their layers.
+- The experts compute as ever, one after another, each as a stack of one: so results are those of the "eager" backend to the bit. Kernels
+  may round by where in memory a matrix begins, and so an expert is put at the same remainder of ALIGNMENT as in a model that
+  `from_pretrained` maps from its file.
+- Which experts will be needed next is told from what the router before chose, by running statistics. A wrong guess costs time alone.
+- The thread that runs the model keeps the books, and others only fill slots: so there is no lock. What these have not begun when it is
+  needed, the first reads itself.
+
+Shapes: T tokens, K experts per token, S = T * K rows, E experts, L MoE layers, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.load import best_device, load_checkpoint
+from moe_llava.checkpoints.published import resolve
+from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables, shape_bytes
+from moe_llava.model import Experts
+
+ALIGNMENT = 64  # bytes
+LIKELY = 0.5  # what is less likely to be used is not fetched ahead
+READERS = 2  # threads: a disk gives two more than one
+MEMORY = 20  # forward passes, about, that the statistics go back
+
+Key = tuple[int, int]  # the MoE layer, counted from 0, and the expert
+
+
+def load_offloaded(path: str | Path, keep: float) -> tuple[LlavaForConditionalGeneration, Any, ExpertCache]:
+    """(model on the best device, processor, cache) from a folder or hub id. The share `keep` of the experts has room on the device; all of
+    them stay in CPU memory or, if the device is the CPU, in the checkpoint's files.
+
+    Raises CheckpointError as `check_checkpoint` does, ValueError as `offload_experts` does.
+    """
+    check_checkpoint(path, keep)
+    device = best_device()
+    # Weights are mapped from their files: what nobody looks at is not read.
+    model, processor = load_checkpoint(path)
+    return model, processor, offload_experts(model, keep, device, resolve(path, True) if device.type == "cpu" else None)
+
+
+def offload_experts(model: Any, keep: float, device: torch.device, folder: Path | None = None) -> ExpertCache:
+    """Takes the experts out of a sparse model on the CPU, and moves the rest of it to `device`. From then on it infers only, in one thread
+    at a time, and cannot be saved.
+
+    Args:
+        keep: the share of all experts, above 0 and at most 1, that has room on the device.
+        folder: of the checkpoint that the model was loaded from, in whose files the experts stay; None: they stay in CPU memory.
+
+    Raises ValueError if `keep` has not room for two experts, if experts cannot go to that device, if they are adapted or quantised, or if
+    the checkpoint has them in another form.
+    """
+    mlps = model.model.sparse_mlps()
+    total = len(mlps) * model.config.num_experts
+    kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
+    if kept < 2:
+        raise ValueError(f"{keep:g} of {total} experts are to be kept, but 2 to {total} must be: one computes while the next comes")
+    if device.type not in (("cpu", "cuda") if folder is None else ("cpu",)):
+        raise ValueError(f"experts go from CPU memory to a CUDA device, and from files to CPU memory, but not to {device} from {folder}")
+    for index, mlp in mlps.items():
+        if not isinstance(mlp.experts, Experts) or any("." in name for name, _ in mlp.experts.named_parameters()):
+            raise ValueError(f"the experts of layer {index} are adapted or quantised: only plain ones can be kept out of memory")
+    with ExitStack() as opened:
+        files = {file: opened.enter_context(file.open("rb")).fileno() for file in find_weights(folder)} if folder else {}
+        tables = read_tables(files)
+        stacks: list[Stacks] = [
+            _in_files(mlp.experts, f"model.language_model.layers.{index}.mlp.experts.", tables, files)
+            if folder
+            else _in_memory(mlp.experts, device)
+            for index, mlp in mlps.items()
+        ]
+        cache = ExpertCache(stacks, kept, model.config.num_experts, model.config.num_experts_per_tok, device)
+        weakref.finalize(cache, opened.pop_all().close)
+    for layer, mlp in enumerate(mlps.values()):
+        mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))
+        mlp.experts.apply_experts = partial(_apply_singly, mlp.experts, mlp.experts.apply_experts, cache, layer)
+        for name in stacks[layer]:
+            delattr(mlp.experts, name)
+    model.set_experts_implementation("eager")
+    model.register_state_dict_pre_hook(_refuse_to_save)
+    model.to(device)
+    return cache
+
+
+def _apply_singly(
+    experts: Experts, apply: Callable[[Tensor, list[int]], Tensor], cache: ExpertCache, layer: int, x_SD: Tensor, counts: list[int]
+) -> Tensor:
+    """As `apply` of all experts, but one after another, each as a stack of one in the place of the stack of all."""
+    y_SD, end = torch.empty_like(x_SD), 0
+    for expert, count in enumerate(counts):
+        begin, end = end, end + count
+        if count:
+            for name, weight in cache.fetched((layer, expert)).items():
+                setattr(experts, name, weight[None])
+            y_SD[begin:end] = apply(x_SD[begin:end], [count])
+    return y_SD
+
+
+def _refuse_to_save(*_: Any) -> None:
+    raise ValueError("the experts of this model are not in memory, so it cannot be saved: copy the checkpoint that it was loaded from")
+
+
+@dataclass(frozen=True)
+class FileStack:
+    """A stacked parameter [E, ...] in an open file: the same one, should another take its name."""
+
+    stored: StoredTensor
+    descriptor: int
+
+    @property
+    def form(self) -> tuple[torch.Size, torch.dtype]:
+        """Of one expert's slice."""
+        return torch.Size(self.stored.shape[1:]), self.stored.dtype
+
+    def begin(self, expert: int) -> int:
+        """Where a slice begins: in the file, and by the remainder of a page's size in memory that the file is mapped to."""
+        return self.stored.offset + expert * shape_bytes(*self.form)
+
+    def read(self, expert: int, out: Tensor) -> None:
+        """Raises CheckpointError if the file has become shorter."""
+        view, offset = out.view(-1).view(torch.uint8).numpy().data, self.begin(expert)
+        while view:
+            count = os.preadv(self.descriptor, [view], offset)
+            if not count:
+                raise CheckpointError(f"{self.stored.file} is truncated: it ends {len(view)} bytes before a tensor does")
+            view, offset = view[count:], offset + count
+
+
+@dataclass(frozen=True)
+class MemoryStack:
+    """A stacked parameter [E, ...] in CPU memory."""
+
+    stored: Tensor
+
+    @property
+    def form(self) -> tuple[torch.Size, torch.dtype]:
+        return self.stored.shape[1:], self.stored.dtype
+
+    def begin(self, expert: int) -> int:
+        return self.stored[expert].data_ptr()
+
+    def read(self, expert: int, out: Tensor) -> None:
+        out.copy_(self.stored[expert], non_blocking=True)
+
+
+Stacks = dict[str, FileStack | MemoryStack]  # of a layer, by their names in its experts
+
+
+def _in_memory(experts: Experts, device: torch.device) -> Stacks:
+    """Pinned if they are to travel: so they do while others compute."""
+    found = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+    return {name: MemoryStack(stored.pin_memory() if device.type == "cuda" else stored) for name, stored in found.items()}
+
+
+def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], files: dict[Path, int]) -> Stacks:
+    stacks: Stacks = {}
+    for name, parameter in experts.named_parameters():
+        stored = tables.get(prefix + name)
+        asked, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
+        if stored is None or stored.loaded is not None or found != asked:
+            raise ValueError(f"the checkpoint must have {prefix}{name} as {asked}, in a plain run of bytes, but has {found}")
+        stacks[name] = FileStack(stored, files[stored.file])
+    return stacks
+
+
+@dataclass
+class Counts:
+    """Of experts that a layer asked for: `hits` were there or on their way, `foreseen` of these because they were fetched ahead; `misses`
+    were not. `ahead`: how many were fetched ahead, of use or not. `bytes_read`: of all that was fetched."""
+
+    hits: int = 0
+    misses: int = 0
+    foreseen: int = 0
+    ahead: int = 0
+    bytes_read: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"experts asked for: {self.hits + self.misses:,}, in memory {self.hits:,}, of which fetched ahead {self.foreseen:,} "
+            f"(of {self.ahead:,}); read {self.bytes_read / 1e6:,.1f} MB"
+        )
+
+
+class RouteStatistics:
+    """What the routers chose, as means over forward passes of which the last MEMORY count most.
+
+    `used_LE`: how often a pass used an expert. `follows_LEE[l, i, j]`: of the tokens that chose i in the MoE layer before l, the share that
+    chose j in l. What comes before the first is the last one, of the pass before: there tokens are compared by their places in the batch.
+    Each pass counts once, however many tokens it has: the thousands of a prompt should not outweigh those that are written after it.
+    """
+
+    def __init__(self, layers: int, experts: int, top_k: int):
+        self.used_LE = torch.full((layers, experts), top_k / experts)
+        self.follows_LEE = torch.full((layers, experts, experts), top_k / experts)
+        self._passes_L = torch.ones(layers)
+        self._passes_LE = torch.ones(layers, experts)
+        self._before_TK: Tensor | None = None
+
+    def observe(self, layer: int, ids_TK: Tensor) -> None:
+        chosen_TE = self._chosen(ids_TK)
+        self.used_LE[layer] += (chosen_TE.amax(0) - self.used_LE[layer]) / (1 + self._passes_L[layer])
+        self._passes_L[layer] = (self._passes_L[layer] + 1).clamp(max=MEMORY)
+        if self._before_TK is not None and self._before_TK.shape == ids_TK.shape:
+            before_TE = self._chosen(self._before_TK)
+            tokens_E = before_TE.sum(0)
+            share_EE = before_TE.T @ chosen_TE / tokens_E.clamp(min=1)[:, None]
+            rate_E = (tokens_E > 0) / (1 + self._passes_LE[layer])
+            self.follows_LEE[layer] += rate_E[:, None] * (share_EE - self.follows_LEE[layer])
+            self._passes_LE[layer] = (self._passes_LE[layer] + (tokens_E > 0)).clamp(max=MEMORY)
+        self._before_TK = ids_TK
+
+    def chances(self, layer: int) -> Tensor:
+        """[E]: how likely each expert of a layer is to be used by the tokens last observed, in the layer before. A token is as likely to
+        choose it as its choice there says that says most for it."""
+        assert self._before_TK is not None
+        chance_TE = self.follows_LEE[layer][self._before_TK].amax(1)
+        return 1 - (1 - chance_TE).prod(0)
+
+    def _chosen(self, ids_TK: Tensor) -> Tensor:
+        """[T, E], 1 where a token chose an expert."""
+        return F.one_hot(ids_TK, self.used_LE.shape[1]).sum(1).float()
+
+
+class Slot:
+    """Room for one expert: `weights` by their names, once `coming` is done. `ahead`: fetched ahead, and not used yet."""
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        self.room = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.weights: dict[str, Tensor] = {}
+        self.coming: Future[None] | None = None
+        self.ahead = False
+        self.left = torch.cuda.Event() if device.type == "cuda" else None  # the computations with what was here before
+
+    def lay_out(self, stacks: Stacks, expert: int) -> None:
+        """Makes `weights` views of the room, each at the remainder of ALIGNMENT that its slice begins at."""
+        end = 0
+        for name, stack in stacks.items():
+            shape, dtype = stack.form
+            begin = end + (stack.begin(expert) - self.room.data_ptr() - end) % ALIGNMENT
+            end = begin + shape_bytes(shape, dtype)
+            self.weights[name] = self.room[begin:end].view(dtype).view(shape)
+
+
+class ExpertCache:
+    """Room for `kept` experts of all layers. The one whose next use is furthest off makes room for another: layers follow each other, and
+    an expert that passes use with probability p is used by every 1/p-th."""
+
+    def __init__(self, stacks: list[Stacks], kept: int, experts: int, top_k: int, device: torch.device):
+        self.counts = Counts()
+        self.likely = LIKELY
+        self.statistics = RouteStatistics(len(stacks), experts, top_k)
+        self.stacks = stacks
+        self._sizes = [sum(shape_bytes(*stack.form) for stack in layer.values()) for layer in stacks]
+        largest = max(self._sizes) + ALIGNMENT * len(stacks[0])
+        self._free = [Slot(largest, device) for _ in range(kept)]
+        self._slots: dict[Key, Slot] = {}
+        self._layer = 0  # that computes
+        self._awaited: set[int] = set()  # its experts that have yet to compute
+        self._chances: list[list[float]] = []  # [L][E]: of being used when a layer's turn comes
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(READERS, "experts")
+
+    @torch.compiler.disable
+    def expect(self, layer: int, _: Experts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Called before a layer's experts compute, with their arguments: begins to fetch those that they need, and those that the next
+        layer is likely to need.
+
+        Raises ValueError if a gradient is wanted.
+        """
+        x_TD, ids_TK = arguments[:2]
+        if torch.is_grad_enabled() and x_TD.requires_grad:
+            raise ValueError(
+                "experts that are not in memory have no gradient: load the whole model to train it, or to take the gradient of its inputs; "
+                "otherwise ask it under torch.no_grad()"
+            )
+        ids_TK = ids_TK.cpu()
+        self.statistics.observe(layer, ids_TK)
+        after = (layer + 1) % len(self.stacks)
+        likely_E = self.statistics.chances(after)
+        self._chances = self.statistics.used_LE.tolist()
+        self._chances[after] = likely_E.tolist()
+        needed = ids_TK.unique().tolist()
+        self._layer, self._awaited = layer, set(needed)
+        for expert in needed:
+            self._ask((layer, expert))
+        for expert in likely_E.argsort(descending=True)[: int((likely_E > self.likely).sum())].tolist():
+            key = (after, expert)
+            if key not in self._slots and self._fetch(key, self._due(key)):
+                self._slots[key].ahead = True
+                self.counts.ahead += 1
+
+    def fetched(self, key: Key) -> dict[str, Tensor]:
+        """The weights of an expert that computes now; waits for them."""
+        self._awaited.discard(key[1])
+        if key not in self._slots:
+            self._fetch(key, -1.0)  # there was no room while others were awaited
+        slot = self._slots[key]
+        if slot.coming is not None:
+            # Free until it is whole: what could not be read is tried again.
+            self._free.append(self._slots.pop(key))
+            if slot.coming.cancel():
+                self._fill(slot, key)
+            else:
+                slot.coming.result()
+            slot.coming = None
+            self._slots[key] = self._free.pop()
+        return slot.weights
+
+    def settle(self) -> None:
+        """Returns when nothing is being fetched any more."""
+        wait([slot.coming for slot in self._slots.values() if slot.coming is not None])
+
+    def _ask(self, key: Key) -> None:
+        slot = self._slots.get(key)
+        if slot is None:
+            self.counts.misses += 1
+            self._fetch(key, 0.0)
+            return
+        self.counts.hits += 1
+        self.counts.foreseen += slot.ahead
+        slot.ahead = False
+
+    def _fetch(self, key: Key, due: float) -> bool:
+        """Begins to fetch an expert, unless that would take the room of one that is due as soon as `due`."""
+        if not self._free:
+            last = max(self._slots, key=self._due)
+            if self._due(last) <= due:
+                return False
+            self._empty(last)
+        slot = self._slots[key] = self._free.pop()
+        slot.lay_out(self.stacks[key[0]], key[1])
+        slot.ahead = False
+        slot.coming = self._reader.submit(self._fill, slot, key)
+        self.counts.bytes_read += self._sizes[key[0]]
+        return True
+
+    def _empty(self, key: Key) -> None:
+        """Frees a slot that nobody writes to any more, and that says when nobody reads it any more."""
+        slot = self._slots.pop(key)
+        if slot.coming is not None:
+            if slot.coming.cancel():
+                self.counts.bytes_read -= self._sizes[key[0]]
+            else:
+                wait([slot.coming])
+        if slot.left is not None:
+            slot.left.record()
+        self._free.append(slot)
+
+    def _due(self, key: Key) -> float:
+        """After how many layers an expert is expected to be used; 0 if the layer that computes awaits it."""
+        layer, expert = key
+        if layer == self._layer and expert in self._awaited:
+            return 0.0
+        layers = len(self.stacks)
+        return (layer - self._layer - 1) % layers + 1 + layers * (1 / max(self._chances[layer][expert], 1e-6) - 1)
+
+    @torch.inference_mode()
+    def _fill(self, slot: Slot, key: Key) -> None:
+        """In any of the threads."""
+        layer, expert = key
+        with self._copying(slot):
+            for name, stack in self.stacks[layer].items():
+                stack.read(expert, slot.weights[name])
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _copying(self, slot: Slot) -> AbstractContextManager[Any]:
+        """On CUDA, copies go beside what computes, but after what still computes with the slot's expert before."""
+        if self._stream is None or slot.left is None:
+            return nullcontext()
+        self._stream.wait_event(slot.left)
+        return torch.cuda.stream(self._stream)
