@@ -2,7 +2,7 @@
 
 Unusual here:
 - Single experts come and go, not layers. One cache has room for some of them, whatever their layers.
-- The experts compute as ever, one after another, each as a stack of one: so results are those of the "eager" backend to the bit. Kernels
+- The experts compute as ever without gradients, one after another: so results are those of the "eager" backend to the bit. Kernels
   may round by where in memory a matrix begins, and so an expert is put at the same remainder of ALIGNMENT as in a model that
   `from_pretrained` maps from its file.
 - Which experts will be needed next is told from what the router before chose, by running statistics. A wrong guess costs time alone.
@@ -92,7 +92,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
         weakref.finalize(cache, opened.pop_all().close)
     for layer, mlp in enumerate(mlps.values()):
         mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))
-        mlp.experts.apply_experts = partial(_apply_singly, mlp.experts, mlp.experts.apply_experts, cache, layer)
+        mlp.experts.each = partial(_fetch, cache, layer)
         for name in stacks[layer]:
             delattr(mlp.experts, name)
     model.set_experts_implementation("eager")
@@ -101,18 +101,9 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     return cache
 
 
-def _apply_singly(
-    experts: Experts, apply: Callable[[Tensor, list[int]], Tensor], cache: ExpertCache, layer: int, x_SD: Tensor, counts: list[int]
-) -> Tensor:
-    """As `apply` of all experts, but one after another, each as a stack of one in the place of the stack of all."""
-    y_SD, end = torch.empty_like(x_SD), 0
-    for expert, count in enumerate(counts):
-        begin, end = end, end + count
-        if count:
-            for name, weight in cache.fetched((layer, expert)).items():
-                setattr(experts, name, weight[None])
-            y_SD[begin:end] = apply(x_SD[begin:end], [count])
-    return y_SD
+def _fetch(cache: ExpertCache, layer: int) -> Callable[[int], dict[str, Tensor]]:
+    """In place of Experts.each: from an expert of the layer to its weights."""
+    return lambda expert: cache.fetched((layer, expert))
 
 
 def _refuse_to_save(*_: Any) -> None:
@@ -284,15 +275,14 @@ class ExpertCache:
         """Called before a layer's experts compute, with their arguments: begins to fetch those that they need, and those that the next
         layer is likely to need.
 
-        Raises ValueError if a gradient is wanted.
+        Raises ValueError if gradients are not switched off.
         """
-        x_TD, ids_TK = arguments[:2]
-        if torch.is_grad_enabled() and x_TD.requires_grad:
+        if torch.is_grad_enabled():
             raise ValueError(
                 "experts that are not in memory have no gradient: load the whole model to train it, or to take the gradient of its inputs; "
                 "otherwise ask it under torch.no_grad()"
             )
-        ids_TK = ids_TK.cpu()
+        ids_TK = arguments[1].cpu()
         self.statistics.observe(layer, ids_TK)
         after = (layer + 1) % len(self.stacks)
         likely_E = self.statistics.chances(after)

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -43,14 +44,24 @@ def combine(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
     return _Combine.apply(y_SD, weights_TK, order) if torch.is_grad_enabled() else _weighted_sum(y_SD, weights_TK, order)
 
 
-def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts: list[int], bias_EF: Tensor | None = None) -> Tensor:
-    """[S, F]: F.linear of each expert's rows with its matrix, under autocast too. Rows that count nowhere become 0."""
+def linear(weights: dict[str, Tensor], x_ND: Tensor, name: str) -> Tensor:
+    """[N, F]: F.linear with the matrix `name` [F, D] and the bias `name`_bias [F], if there is one."""
+    return F.linear(x_ND, weights[name], weights.get(f"{name}_bias"))
+
+
+def grouped_linear(stacks: dict[str, Tensor], counts: list[int], x_SD: Tensor, name: str) -> Tensor:
+    """[S, F]: the same of rows sorted by expert, with matrices [E, F, D] and biases [E, F]. Rows that count nowhere become 0."""
+    inputs: list[Any] = [x_SD, stacks[name], stacks.get(f"{name}_bias")]
     device = x_SD.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_SD, weight_EFD, bias_EF = x_SD.to(dtype), weight_EFD.to(dtype), None if bias_EF is None else bias_EF.to(dtype)
-    inputs = x_SD, weight_EFD, bias_EF, counts
-    return _GroupedLinear.apply(*inputs) if torch.is_grad_enabled() else _products(*inputs)
+        inputs = [None if given is None else given.to(torch.get_autocast_dtype(device)) for given in inputs]
+    return _GroupedLinear.apply(*inputs, counts)
+
+
+def rows_of(counts: list[int]) -> list[tuple[int, slice]]:
+    """The experts that have rows, and which."""
+    borders = pairwise(accumulate(counts, initial=0))
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(borders) if end > start]
 
 
 def _gather(x_TD: Tensor, order: Order) -> Tensor:
@@ -63,17 +74,6 @@ def _weighted_sum(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
     for other_TD in others:
         sum_TD += other_TD
     return sum_TD
-
-
-def _products(x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, counts: list[int]) -> Tensor:
-    y_SF = x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
-    for expert, rows in _rows_of(counts):
-        if bias_EF is None:
-            torch.mm(x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
-        else:
-            torch.addmm(bias_EF[expert], x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
-    y_SF[sum(counts) :] = 0
-    return y_SF
 
 
 class _Dispatch(torch.autograd.Function):
@@ -112,7 +112,14 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_SD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_SD, weight_EFD)
         ctx.counts = counts
-        return _products(x_SD, weight_EFD, bias_EF, counts)
+        y_SF = x_SD.new_empty(len(x_SD), weight_EFD.shape[1])
+        for expert, rows in rows_of(counts):
+            if bias_EF is None:
+                torch.mm(x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
+            else:
+                torch.addmm(bias_EF[expert], x_SD[rows], weight_EFD[expert].t(), out=y_SF[rows])
+        y_SF[sum(counts) :] = 0
+        return y_SF
 
     @staticmethod
     @once_differentiable
@@ -122,7 +129,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x_SD = torch.empty_like(x_SD) if needs_x else None
         grad_weight_EFD = torch.empty_like(weight_EFD) if needs_weight else None
         grad_bias_EF = grad_SF.new_zeros(weight_EFD.shape[:2]) if needs_bias else None
-        for expert, rows in _rows_of(ctx.counts):
+        for expert, rows in rows_of(ctx.counts):
             if grad_x_SD is not None:
                 torch.mm(grad_SF[rows], weight_EFD[expert], out=grad_x_SD[rows])
             if grad_weight_EFD is not None:
@@ -136,9 +143,3 @@ class _GroupedLinear(torch.autograd.Function):
                 if not count:
                     grad_weight_EFD[expert] = 0
         return grad_x_SD, grad_weight_EFD, grad_bias_EF, None
-
-
-def _rows_of(counts: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, and which."""
-    borders = pairwise(accumulate(counts, initial=0))
-    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(borders) if end > start]

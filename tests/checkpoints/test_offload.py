@@ -153,6 +153,7 @@ def test_the_files_may_be_replaced(saved, tmp_path):
     assert torch.equal(model(**tiny_inputs()).logits, whole(**tiny_inputs()).logits)
 
 
+@torch.no_grad()
 def test_what_cannot_be_read_is_tried_again(tmp_path):
     """An error of reading reaches who asked; the next who asks gets the expert, though there is room for no more."""
     file = tmp_path / "experts"

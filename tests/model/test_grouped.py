@@ -49,6 +49,8 @@ def test_values_and_gradients(form, top_k):
     leaves = [x, weights, *experts.parameters()]
     got, expected = experts(x, ids, weights), written_out(experts, x, ids, weights)
     torch.testing.assert_close(got, expected)
+    with torch.no_grad():  # one expert after another
+        torch.testing.assert_close(experts(x, ids, weights), expected)
     upstream = torch.randn_like(got)
     for mine, theirs in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -70,11 +72,14 @@ def test_autocast(form):
     experts = some_experts(form, torch.float32)
     x, ids, weights = some_tokens(2, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        products = grouped_linear(x, experts.down_proj.transpose(1, 2), [9, 0, 0, 0])
+        products = grouped_linear({"up": experts.down_proj.transpose(1, 2)}, [9, 0, 0, 0], x, "up")
         got = experts(x, ids, weights)
+        with torch.no_grad():
+            one_after_another = experts(x, ids, weights)
     assert products.dtype == torch.bfloat16
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, written_out(experts, x, ids, weights), atol=0.05, rtol=0.05)
+    for found in (got, one_after_another):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, written_out(experts, x, ids, weights), atol=0.05, rtol=0.05)
     got.sum().backward()
     assert experts.down_proj.grad.dtype == torch.float32
 
@@ -87,6 +92,8 @@ def test_experts_that_are_elsewhere_add_nothing(form):
     away = ids == 1
     here = experts(x, ids.masked_fill(away, EXPERTS), weights.masked_fill(away, 0.0))
     torch.testing.assert_close(here, written_out(experts, x, ids, weights.masked_fill(away, 0.0)))
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, ids.masked_fill(away, EXPERTS), weights.masked_fill(away, 0.0)), here)
     for gradient in torch.autograd.grad(here.sum(), [x, *experts.parameters()]):
         assert gradient.isfinite().all()
 

@@ -211,17 +211,17 @@ def test_bf16_reaches_the_experts(write_recipe, monkeypatch):
     from moe_llava.model.moe import GatedExperts
 
     seen = set()
-    plain = GatedExperts.apply_experts
+    plain = GatedExperts.ffn
 
-    def spy(self, x, counts):
-        y = plain(self, x, counts)
+    def spy(self, x, linear):
+        y = plain(self, x, linear)
         if torch.is_grad_enabled():  # upcycling compares the experts with their FFN, in the weights' type
             seen.add(y.dtype)
         return y
 
     file = write_recipe(precision="bf16")
     train(load_recipe(file), [1, 2], resume=False, console=QUIET)
-    monkeypatch.setattr(GatedExperts, "apply_experts", spy)
+    monkeypatch.setattr(GatedExperts, "ffn", spy)
     train(load_recipe(file), [3], resume=False, console=QUIET)
     assert seen == {torch.bfloat16}
 
