@@ -185,6 +185,7 @@ class SlowStack(MemoryStack):
         super().read(expert, out)
 
 
+@torch.no_grad()
 def test_a_slot_is_not_given_away_while_it_is_written_to():
     """There is room for two, and the first of three is still being read when the last is asked for."""
     values = torch.randn(3, 16)
