@@ -17,7 +17,7 @@ from tests.e2e.test_cli import SMALL
 README = "README.md"
 PARTS = {
     "training": ("training", "data", "adapters", "digits", "checkpoints", "variants"),
-    "evaluation": ("evaluation", "robustness", "routing", "experiments", "serving", "customising"),
+    "evaluation": ("evaluation", "robustness", "routing", "experiments", "serving", "performance", "customising"),
 }
 # What makes each command small enough for a test; "make" targets stand for the command behind them.
 SMALLER = {
@@ -30,6 +30,7 @@ SMALLER = {
         for key, value in (("max_steps", 2), ("batch_size", 8), ("per_device_batch_size", 4))
         for argument in ("--set", f"stage1.optimisation.{key}={value}")
     ],
+    "bench": ["--rounds", "1"],
     "chat": ["--max-new-tokens", "4"],
     "check": [],
     "convert": [],
