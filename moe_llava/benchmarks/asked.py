@@ -13,6 +13,8 @@ PHASES = (FORWARD, BOTH)
 LAYER_SIZES = ("640x2048x5632", "1024x512x1408", "2048x256x704", "1x2048x5632")  # tokens, width, FFN width; the last is decoding
 MODEL_SIZES = ("tiny", "digits", "middle", "wide", "phi2")  # pairs.py says what they are
 
+SHARES = (0.125, 0.25, 0.5, 0.75)  # of the experts, that are kept in memory
+
 
 class BenchError(ValueError):
     """What was asked for cannot be measured, or would say nothing, as the variants do not compute the same."""
@@ -63,3 +65,9 @@ def check_file(file: Path | None) -> None:
     """Raises BenchError if no report can be written there."""
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         raise BenchError(f"--json is {file}, but must name a file in a folder that exists")
+
+
+def check_share(share: float) -> None:
+    """Raises BenchError if it is none of the experts, or more than all."""
+    if not 0 < share <= 1:
+        raise BenchError(f"--keep is {share:g}, but must be above 0 and at most 1")

@@ -8,23 +8,30 @@ when memory has no room for the file either; otherwise it comes from the system'
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 
+from moe_llava.benchmarks.asked import BenchError
+from moe_llava.benchmarks.measure import Timings, conditions, summary
 from moe_llava.checkpoints.load import load_config
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
+from moe_llava.evaluation.progress import show_progress
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 CPU = torch.device("cpu")
-AHEAD = (True, False)
+PROMPT = 64  # tokens that are read at once
+WHOLE, AHEAD, NEEDED = "all in memory", "fetched ahead", "fetched when needed"
+ALIKE = "alike"
+ROUTERS = ("independent", ALIKE)  # of random checkpoints
 
 
 class ColdStack(FileStack):
@@ -36,69 +43,81 @@ class ColdStack(FileStack):
 
 
 class Runner:
-    """A model that reads token after token, and how long each pass took, in seconds. `experts`: None if all are in memory."""
+    """A model that reads token after token, and how long each pass took, by the clock and on processors. `experts`: None if all are in
+    memory."""
 
     def __init__(self, model: Any, experts: ExpertCache | None = None):
         self.model = model
         self.experts = experts
         self.seconds: list[float] = []
+        self.processor: list[float] = []
         self._past = DynamicCache()
 
     @torch.inference_mode()
     def read(self, ids_S: torch.Tensor) -> None:
-        begin = time.perf_counter()
+        processor, begin = time.process_time(), time.perf_counter()
         self.model(input_ids=ids_S[None], past_key_values=self._past, use_cache=True, logits_to_keep=1)
         if self.experts is not None:
             self.experts.settle()
         self.seconds.append(time.perf_counter() - begin)
+        self.processor.append(time.process_time() - processor)
 
     def begin(self) -> None:
-        self.seconds, self._past = [], DynamicCache()
+        self.seconds, self.processor, self._past = [], [], DynamicCache()
         if self.experts is not None:
             self.experts.counts = Counts()
 
 
-def measure(folder: Path, shares: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 1.0), prompt: int = 64, tokens: int = 32) -> dict[str, Any]:
-    """For each share, fetching ahead or not, cold or not: tokens per second of the prompt, and of what is written after it (by the median
-    token); both also `relative` to the model in memory, which takes its turns too; and what was counted.
+def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int, console: Console) -> dict[str, Any]:
+    """For each share of the experts of a sparse checkpoint, their files cold or not: `tokens` that are written one at a time after a prompt
+    of PROMPT, whose ratio is told by itself. Without a checkpoint, of two random ones, whose routers are the worst and the best to guess.
 
-    Args:
-        folder: a sparse checkpoint.
-        prompt: tokens that are read at once. They are read twice, and the second time counts.
-        tokens: that are written after them, one at a time.
+    Raises ValueError as `offload_experts` does, and BenchError if the checkpoint is dense.
     """
+    report: dict[str, Any] = {"bench": "offload", "conditions": conditions(CPU, "as stored"), "rounds": tokens, "cases": []}
+    with tempfile.TemporaryDirectory() as made:
+        folders = {checkpoint.name: checkpoint} if checkpoint else {name: Path(made) / name for name in ROUTERS}
+        for name, folder in folders.items():
+            if checkpoint is None:
+                random_checkpoint(folder, alike=name == ALIKE)
+            report["cases"] += _cases(name, folder, shares, tokens, console)
+    return report
+
+
+def _cases(name: str, folder: Path, shares: Sequence[float], tokens: int, console: Console) -> list[dict[str, Any]]:
     config = load_config(folder)
-    ids_S = torch.randint(3, config.text_config.vocab_size, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
+    if not isinstance(config, MoeLlavaConfig):
+        raise BenchError(f"checkpoint {folder} is dense: it has no experts of which a share could be kept")
+    ids_S = torch.randint(3, config.text_config.vocab_size, (PROMPT + tokens,), generator=torch.Generator().manual_seed(0))
     ids_S[ids_S == config.image_token_id] = 3
     whole = Runner(_whole(folder))
-    size = sum(parameter.nbytes for mlp in whole.model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
-    cases = [(share, cold) for share in shares for cold in (False, True)]
-    return {"expert_bytes": size, "curve": [point for share, cold in cases for point in _points(whole, folder, share, cold, ids_S, prompt)]}
+    cases = []
+    with show_progress(f"experts of {name}", 2 * len(shares), console) as advance:
+        for share in shares:
+            for cold in (False, True):
+                labels = {"model": name, "kept": f"{share:g}", "files": "cold" if cold else "in the system's cache"}
+                cases.append({"labels": labels, "limit": WHOLE, "variants": _variants(whole, folder, share, cold, ids_S)})
+                advance(1)
+    return cases
 
 
-def _points(whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor, prompt: int) -> list[dict[str, Any]]:
+def _variants(whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor) -> dict[str, dict[str, Any]]:
     """Cold ones by themselves: what others leave in the system's cache would warm them."""
-    runners = [whole, *(_offloaded(folder, share, ahead, cold) for ahead in AHEAD)]
-    for _ in range(2):
-        for runner in runners:
+    runners = {WHOLE: whole, AHEAD: _offloaded(folder, share, True, cold), NEEDED: _offloaded(folder, share, False, cold)}
+    for _ in range(2):  # the second time counts
+        for runner in runners.values():
             runner.begin()
-            runner.read(ids_S[:prompt])
-    for token in ids_S[prompt:, None]:
-        for runner in runners:
+            runner.read(ids_S[:PROMPT])
+    for token in ids_S[PROMPT:, None]:
+        for runner in runners.values():
             runner.read(token)
-    reference = _speeds(whole, prompt)
-    points = []
-    for ahead, runner in zip(AHEAD, runners[1:], strict=True):
-        assert runner.experts is not None
-        speeds = _speeds(runner, prompt)
-        relative = {name: speed / reference[name] for name, speed in speeds.items()}
-        counts = asdict(runner.experts.counts)
-        points.append({"share": share, "cold": cold, "ahead": ahead, **speeds, "relative": relative, "counts": counts})
-    return points
-
-
-def _speeds(runner: Runner, prompt: int) -> dict[str, float]:
-    return {"prompt_tokens_per_second": prompt / runner.seconds[0], "tokens_per_second": 1 / median(runner.seconds[1:])}
+    told = summary({name: Timings(runner.seconds[1:], runner.processor[1:]) for name, runner in runners.items()}, WHOLE, CPU)
+    for name, runner in runners.items():
+        told[name]["prompt_ratio"] = runner.seconds[0] / whole.seconds[0]
+        if runner.experts is not None:
+            counts = runner.experts.counts
+            told[name] |= {"hits": counts.hits / (counts.hits + counts.misses), "counts": asdict(counts)}
+    return told
 
 
 def _load(folder: Path) -> MoeLlavaForConditionalGeneration:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_llava.benchmarks.asked import DTYPES, LAYER_SIZES, MODEL_SIZES, PHASES, BenchError, check_file, check_names, parse_size
+from moe_llava.benchmarks.asked import (
+    DTYPES,
+    LAYER_SIZES,
+    MODEL_SIZES,
+    PHASES,
+    SHARES,
+    BenchError,
+    check_file,
+    check_names,
+    check_share,
+    parse_size,
+)
 from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
 
 if TYPE_CHECKING:
@@ -169,6 +180,28 @@ def load(
             from moe_llava.benchmarks.load import bench_load
 
         _tell(bench_load(checkpoint, image, question, rounds, _console()), as_json)
+
+
+@bench.command()
+def offload(
+    checkpoint: Annotated[Path | None, typer.Argument(help="a sparse checkpoint folder; default: two random ones of 2 GB")] = None,
+    keep: Annotated[list[float], typer.Option(help="the share of the experts in memory; may be given several times")] = list(SHARES),  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=1, help="that are written, one at a time")] = 32,
+    as_json: JsonFile = None,
+) -> None:
+    """A token's time against the share of the experts that memory has room for, the others on disk."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+
+        check_file(as_json)
+        for share in keep:
+            check_share(share)
+            if checkpoint is not None:
+                check_checkpoint(checkpoint, share)
+
+        from moe_llava.benchmarks.offload import bench_offload
+
+        _tell(bench_offload(checkpoint, keep, tokens, _console()), as_json)
 
 
 def _dtypes(names: list[str], file: Path | None) -> list[torch.dtype]:

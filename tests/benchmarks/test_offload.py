@@ -1,17 +1,27 @@
 """The curve of speed against memory kept, in small."""
 
-from moe_llava.benchmarks.offload import measure, random_checkpoint
+import json
+
+from moe_llava.benchmarks.offload import AHEAD, NEEDED, WHOLE, random_checkpoint
+from tests.cli.test_chat import run_here
 
 
-def test_every_share_is_measured_four_times_over(tmp_path):
-    random_checkpoint(tmp_path, alike=True, width=64, ffn_width=96, layers=4, experts=4)
-    found = measure(tmp_path, shares=(0.5, 1.0), prompt=6, tokens=8)
-    assert found["expert_bytes"] == 2 * 4 * 3 * 64 * 96 * 4
-    cases = [(share, cold, ahead) for share in (0.5, 1.0) for cold in (False, True) for ahead in (True, False)]
-    assert [(point["share"], point["cold"], point["ahead"]) for point in found["curve"]] == cases
-    for point in found["curve"]:
-        counts = point["counts"]
-        assert point["tokens_per_second"] > 0
-        assert point["relative"]["prompt_tokens_per_second"] > 0
-        assert (counts["ahead"] > 0) == (point["ahead"] and point["share"] < 1)
-        assert (counts["bytes_read"] == 0) == (point["share"] == 1)  # all was read with the first prompt, which does not count
+def test_every_share_is_measured_both_ways_and_cold_too(tmp_path):
+    random_checkpoint(tmp_path / "model", alike=True, width=64, ffn_width=96, layers=4, experts=4)
+    done = run_here(
+        "bench", "offload", tmp_path / "model", "--keep", "0.5", "--keep", "1", "--tokens", "8", "--json", tmp_path / "found.json"
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["conditions"]["torch"]
+    cases = [(kept, files) for kept in ("0.5", "1") for files in ("in the system's cache", "cold")]
+    assert [(case["labels"]["kept"], case["labels"]["files"]) for case in found["cases"]] == cases
+    for case in found["cases"]:
+        all_kept = case["labels"]["kept"] == "1"
+        assert case["variants"].keys() == {WHOLE, AHEAD, NEEDED}
+        for name in (AHEAD, NEEDED):
+            one = case["variants"][name]
+            assert one["ratio"]["median"] > 0
+            assert one["prompt_ratio"] > 0
+            assert (one["counts"]["ahead"] > 0) == (name == AHEAD and not all_kept)
+            assert (one["counts"]["bytes_read"] == 0) == all_kept  # all was read with the first prompt, which does not count
