@@ -19,10 +19,11 @@ from torch.autograd.function import once_differentiable
 
 
 class Order(NamedTuple):
-    """`rows` [S]: row t * K + k is token t's, for its choice k; here they stand sorted by expert. `places` [S]: where each went. `counts`:
-    rows of each expert; rows of experts that are elsewhere come last, and count nowhere."""
+    """`rows` [S]: row t * K + k is token t's, for its choice k; here they stand sorted by expert. `tokens` [S]: t of each. `places` [T, K]:
+    where each went. `counts`: rows of each expert; rows of experts that are elsewhere come last, and count nowhere."""
 
     rows: Tensor
+    tokens: Tensor
     places: Tensor
     counts: list[int]
 
@@ -31,12 +32,12 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     ids_S = ids_TK.reshape(-1)
     rows = ids_S.argsort(stable=True)
     places = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-    return Order(rows, places, ids_S.bincount(minlength=num_experts)[:num_experts].tolist())
+    return Order(rows, rows // ids_TK.shape[1], places.view_as(ids_TK), ids_S.bincount(minlength=num_experts)[:num_experts].tolist())
 
 
 def dispatch(x_TD: Tensor, order: Order) -> Tensor:
     """[S, D]: each token once for each of its experts, sorted by expert."""
-    return _Dispatch.apply(x_TD, order) if torch.is_grad_enabled() else _gather(x_TD, order)
+    return _Dispatch.apply(x_TD, order) if torch.is_grad_enabled() else x_TD.index_select(0, order.tokens)
 
 
 def combine(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
@@ -64,12 +65,8 @@ def rows_of(counts: list[int]) -> list[tuple[int, slice]]:
     return [(expert, slice(start, end)) for expert, (start, end) in enumerate(borders) if end > start]
 
 
-def _gather(x_TD: Tensor, order: Order) -> Tensor:
-    return x_TD.index_select(0, order.rows // (len(order.rows) // len(x_TD)))
-
-
 def _weighted_sum(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
-    choices = zip(order.places.view_as(weights_TK).unbind(1), weights_TK[..., None].unbind(1), strict=True)
+    choices = zip(order.places.unbind(1), weights_TK[..., None].unbind(1), strict=True)
     sum_TD, *others = (y_SD.index_select(0, places_T) * weight_T1 for places_T, weight_T1 in choices)
     for other_TD in others:
         sum_TD += other_TD
@@ -79,8 +76,8 @@ def _weighted_sum(y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: Order) -> Tensor:
-        ctx.places_TK = order.places.view(len(x_TD), -1)
-        return _gather(x_TD, order)
+        ctx.places_TK = order.places
+        return x_TD.index_select(0, order.tokens)
 
     @staticmethod
     @once_differentiable
@@ -94,17 +91,18 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
-        ctx.save_for_backward(y_SD, weights_TK, order.rows, order.places)
+        ctx.save_for_backward(y_SD, weights_TK)
+        ctx.order = order
         return _weighted_sum(y_SD, weights_TK, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        y_SD, weights_TK, rows, places = ctx.saved_tensors
-        grad_SD = grad_TD.index_select(0, rows // weights_TK.shape[1])
+        y_SD, weights_TK = ctx.saved_tensors
+        grad_SD = grad_TD.index_select(0, ctx.order.tokens)
         grad_weights_S = (y_SD * grad_SD).sum(-1)
-        grad_SD *= weights_TK.reshape(-1).index_select(0, rows)[:, None]
-        return grad_SD.to(y_SD.dtype), grad_weights_S.index_select(0, places).view_as(weights_TK).to(weights_TK.dtype), None
+        grad_SD *= weights_TK.reshape(-1).index_select(0, ctx.order.rows)[:, None]
+        return grad_SD.to(y_SD.dtype), grad_weights_S[ctx.order.places].to(weights_TK.dtype), None
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -98,6 +98,14 @@ def test_experts_that_are_elsewhere_add_nothing(form):
         assert gradient.isfinite().all()
 
 
+@both_forms
+def test_no_tokens(form):
+    experts, (x, ids, weights) = some_experts(form), (given[:0] for given in some_tokens(2))
+    assert experts(x, ids, weights).shape == (0, WIDTH)
+    with torch.no_grad():
+        assert experts(x, ids, weights).shape == (0, WIDTH)
+
+
 def test_there_and_back_again():
     ids = torch.tensor([[3, 1], [1, 0], [3, 0]])
     order = sort_by_expert(ids, 4)
