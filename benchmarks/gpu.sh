@@ -4,13 +4,15 @@
 # OUT gets a JSON file of each part. Each has a time limit of its own, and one that fails does not stop the others; then the status is 1.
 # PYTHON names the interpreter, if it is not python3.
 set -u
-cd "$(dirname "$0")/.."
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${2:---tiny}" != --tiny ]; then
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ $1 == -* ]] || [ "${2:---tiny}" != --tiny ]; then
     echo "usage: benchmarks/gpu.sh OUT [--tiny]" >&2
     exit 2
 fi
-out=$1
+python=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}: set PYTHON" >&2; exit 2; }
+python=$(realpath -s "$python")
+out=$(realpath -m "$1")
 mkdir -p "$out" || exit 2
+cd "$(dirname "$0")/.."
 failed=()
 export COLUMNS=160
 
@@ -18,7 +20,7 @@ part() { # NAME SECONDS ARGUMENTS...
     local name=$1 seconds=$2
     shift 2
     echo "== $name: bench $*"
-    timeout "$seconds" "${PYTHON:-python3}" -m moe_llava.cli bench "$@" --json "$out/$name.json" || failed+=("$name (status $?)")
+    timeout "$seconds" "$python" -m moe_llava.cli bench "$@" --json "$out/$name.json" || failed+=("$name (status $?)")
 }
 
 sizes() { # of a layer, for numbers of tokens: WIDTHxFFN TOKENS...

@@ -13,6 +13,7 @@ PHASES = (FORWARD, BOTH)
 LAYER_SIZES = ("640x2048x5632", "1024x512x1408", "2048x256x704", "1x2048x5632")  # tokens, width, FFN width; the last is decoding
 MODEL_SIZES = ("tiny", "digits", "middle", "wide", "phi2")  # pairs.py says what they are
 
+MULTIPLE = 8  # of numbers of two bytes: grouped_mm takes rows of a multiple of 16 bytes
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of the experts, that are kept in memory
 
 
@@ -51,6 +52,8 @@ def parse_size(text: str, experts: int, top_k: int) -> LayerSize:
     if not 1 <= top_k <= experts:
         raise BenchError(f"--top-k is {top_k}, but must lie in 1..--experts={experts}")
     tokens, width, ffn_width = (int(number) for number in text.split("x"))
+    if width % MULTIPLE or ffn_width % MULTIPLE:
+        raise BenchError(f"--size is {text}, but both widths must be multiples of {MULTIPLE}, for grouped_mm")
     return LayerSize(tokens, width, ffn_width, experts, top_k)
 
 

@@ -1,7 +1,7 @@
 """What it takes to begin: the memory and time of loading a checkpoint, and the time of `moe-llava chat` from its start to the answer.
 
-The limits: reading the same weights by safetensors alone; a process that imports torch and transformers' Llava, and ends. Every weight is
-read once after loading: what is mapped from a file takes memory and time only then.
+The limits: reading the same weights by safetensors alone; a process that imports torch and transformers' LLaVA as one does, and ends. Every
+weight is read once after loading: what is mapped from a file takes memory and time only then.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import begin_peak, compare, conditions, in_child, peak_memory, summary
-from moe_llava.checkpoints.load import load_checkpoint, load_config, load_on_meta, load_processor
+from moe_llava.checkpoints.load import load_checkpoint, load_on_meta, load_processor
 from moe_llava.evaluation.progress import show_progress
 
 READ, LOAD = "safetensors alone", "load_checkpoint"
-IMPORT, CHAT = "import torch, transformers.models.llava", "moe-llava chat"
+IMPORT, CHAT = "import torch, transformers' LLaVA", "moe-llava chat"
 CPU = torch.device("cpu")  # where checkpoints are loaded to
 ANSWER_TOKENS = 8
 
@@ -37,7 +37,7 @@ def bench_load(checkpoint: Path, image: Path | None, question: str, rounds: int,
 
     Raises CheckpointError as `load_checkpoint`, and BenchError if the folder has no safetensors files or `chat` fails.
     """
-    config = load_config(checkpoint)
+    config = load_checkpoint(checkpoint)[0].config  # what is wrong with it is told by name
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise BenchError(f"checkpoint {checkpoint} has no safetensors files, whose reading would be the limit")

@@ -118,7 +118,7 @@ def batch_of(model: LlavaForConditionalGeneration, rows: int, tokens: int) -> di
     vision = config.vision_config
     image_tokens = (vision.image_size // vision.patch_size) ** 2
     if rows < 1 or tokens <= image_tokens:
-        raise BenchError(f"a batch of {rows} rows of {tokens} tokens: it needs at least 1, and an image alone takes {image_tokens}")
+        raise BenchError(f"a batch of {rows} rows of {tokens} tokens, but it needs 1 and {image_tokens + 1}: an image takes {image_tokens}")
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, config.text_config.vocab_size - 1, (rows, tokens), generator=generator)
     ids = torch.where(ids == config.image_token_id, 2, ids)

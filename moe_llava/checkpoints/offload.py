@@ -97,6 +97,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
             delattr(mlp.experts, name)
     model.set_experts_implementation("eager")
     model.register_state_dict_pre_hook(_refuse_to_save)
+    model.save_pretrained = _refuse_to_save  # before it writes anything
     model.to(device)
     return cache
 
@@ -106,7 +107,7 @@ def _fetch(cache: ExpertCache, layer: int) -> Callable[[int], dict[str, Tensor]]
     return lambda expert: cache.fetched((layer, expert))
 
 
-def _refuse_to_save(*_: Any) -> None:
+def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError("the experts of this model are not in memory, so it cannot be saved: copy the checkpoint that it was loaded from")
 
 
@@ -168,7 +169,10 @@ def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], fi
         stored = tables.get(prefix + name)
         asked, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
         if stored is None or stored.loaded is not None or found != asked:
-            raise ValueError(f"the checkpoint must have {prefix}{name} as {asked}, in a plain run of bytes, but has {found}")
+            raise ValueError(
+                f"the checkpoint must have {prefix}{name} as {asked}, in a plain run of bytes, but has {found}: experts are read as they "
+                "are stored. Load the whole model, or save it anew"
+            )
         stacks[name] = FileStack(stored, files[stored.file])
     return stacks
 
@@ -271,12 +275,14 @@ class ExpertCache:
         self._reader = ThreadPoolExecutor(READERS, "experts")
 
     @torch.compiler.disable
-    def expect(self, layer: int, _: Experts, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    def expect(self, layer: int, experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         """Called before a layer's experts compute, with their arguments: begins to fetch those that they need, and those that the next
         layer is likely to need.
 
-        Raises ValueError if gradients are not switched off.
+        Raises ValueError if gradients are not switched off, or another backend was asked for.
         """
+        if experts.config._experts_implementation != "eager":
+            raise ValueError(f"experts that are not in memory compute by the backend eager, not {experts.config._experts_implementation}")
         if torch.is_grad_enabled():
             raise ValueError(
                 "experts that are not in memory have no gradient: load the whole model to train it, or to take the gradient of its inputs; "

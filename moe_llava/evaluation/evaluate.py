@@ -56,7 +56,7 @@ def evaluate(
     """
     attacks = sorted({perturbation.name for perturbation in perturbations} & set(ADVERSARIAL))
     if attacks and keep_experts is not None:
-        raise BenchmarkError(f"{' and '.join(attacks)} take the model's gradient, which experts that are not all in memory do not have")
+        raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, which experts that are not all in memory do not have")
     plans = plan_tasks(checkpoint, names, data, out, limit, perturbations)
     problems: list[str] = []
     with _processes() as (process, processes), contextlib.ExitStack() as stack:

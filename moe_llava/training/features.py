@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,12 @@ from moe_llava.training.recipe import RecipeError
 
 
 def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
-    """Raises RecipeError if `folder` is something else, or if the tower of `model`, which may be on the meta device, computes something new
-    each time."""
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise RecipeError(f"feature_cache is {folder}, which is no folder")
+    """Makes the folder. Raises RecipeError if that cannot be done, or if the tower of `model`, which may be on the meta device, computes
+    something new each time."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"feature_cache is {folder}, which is no folder and cannot become one: {error.strerror}") from error
     config = model.config.vision_config.to_dict()
     random = [f"{key} {value}" for key, value in config.items() if "dropout" in key and value]
     if random:
@@ -62,9 +65,11 @@ class FeatureCache:
     def __init__(self, folder: Path, tower: Any, layers: list[int]):
         self.folder = folder
         self.compute = tower.forward
-        self.layers = layers
         self.states = tower.config.num_hidden_layers + 1
-        self.described = f"{digest(tower.state_dict())} {layers} {tower.config._attn_implementation}"
+        self.layers = sorted({layer % self.states for layer in layers})  # -1 is the last
+        settings = {key: value for key, value in tower.config.to_dict().items() if key != "_name_or_path"}
+        how = f"{json.dumps(settings, sort_keys=True, default=str)} {self.layers} {tower.config._attn_implementation}"
+        self.described = f"{digest(tower.state_dict())} {how}"
 
     @torch.compiler.disable
     def __call__(self, pixel_values: Tensor, **settings: Any) -> BaseModelOutputWithPooling:

@@ -28,7 +28,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "labels", "variants"),
     [
-        (["layer", "--size", "16x8x12", "--phase", "forward", "--no-growth"], {"TxDxF": "16x8x12"}, {"dense", "ours", "ours, grouped_mm"}),
+        (["layer", "--size", "16x8x16", "--phase", "forward", "--no-growth"], {"TxDxF": "16x8x16"}, {"dense", "ours", "ours, grouped_mm"}),
         (["model", "--size", "tiny"], {"size": "tiny", "rows": 2, "tokens": 48}, {"dense", "sparse"}),
     ],
 )
@@ -77,7 +77,7 @@ def test_mistakes_are_told(tiny_base, tmp_path):  # noqa: F811
     assert "--dtype is 'int8', but must be one of float32" in refused("bench", "model", "--dtype", "int8")
     assert "must name a file in a folder that exists" in refused("bench", "model", "--json", tmp_path / "none" / "report.json")
     assert "base is dense, but what is compared is a sparse model" in refused("bench", "generate", tiny_base / "base")
-    assert "an image alone takes 36" in refused("bench", "model", "--size", "tiny", "--tokens", "36")
+    assert "but it needs 1 and 37: an image takes 36" in refused("bench", "model", "--size", "tiny", "--tokens", "36")
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_rows_begin_with_an_image():
         assert not is_image[:, 36:].any()
         assert model(**batch).logits.shape == (3, 40, 99)
         assert (labels_of(batch) != -100).sum(dim=1).tolist() == [10, 10, 10]
-        with pytest.raises(BenchError, match="2 rows of 36 tokens: it needs at least 1, and an image alone takes 36"):
+        with pytest.raises(BenchError, match="2 rows of 36 tokens, but it needs 1 and 37: an image takes 36"):
             batch_of(model, 2, 36)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import peft
 import psutil
@@ -22,6 +23,7 @@ from tests.conftest import tiny_config, tiny_inputs
 from tests.model.test_equivalences import shuffled_sparse
 
 CPU = torch.device("cpu")
+EAGER = SimpleNamespace(config=SimpleNamespace(_experts_implementation="eager"))
 WRITE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 
@@ -164,12 +166,12 @@ def test_what_cannot_be_read_is_tried_again(tmp_path):
         cache = ExpertCache([{"weight": stack}], kept=2, experts=3, top_k=1, device=CPU)
         ask = (torch.ones(1), torch.tensor([[2]]), None)
         for _ in range(3):
-            cache.expect(0, None, ask)
+            cache.expect(0, EAGER, ask)
             with pytest.raises(CheckpointError, match="experts is truncated: it ends 8 bytes before a tensor does"):
                 cache.fetched((0, 2))
         file.write_bytes(values.numpy().tobytes())
         for expert in (2, 0, 1):
-            cache.expect(0, None, (torch.ones(1), torch.tensor([[expert]]), None))
+            cache.expect(0, EAGER, (torch.ones(1), torch.tensor([[expert]]), None))
             assert torch.equal(cache.fetched((0, expert))["weight"], values[expert])
 
 
@@ -191,7 +193,7 @@ def test_a_slot_is_not_given_away_while_it_is_written_to():
     values = torch.randn(3, 16)
     cache = ExpertCache([{"weight": SlowStack(values)}], kept=2, experts=3, top_k=1, device=CPU)
     for expert in range(3):
-        cache.expect(0, None, (torch.ones(1), torch.tensor([[expert]]), None))
+        cache.expect(0, EAGER, (torch.ones(1), torch.tensor([[expert]]), None))
         assert SlowStack.begun.wait(10)
     weights = cache.fetched((0, 2))["weight"]
     time.sleep(0.2)
@@ -205,6 +207,10 @@ def test_it_only_infers(saved, tmp_path):
         model(**tiny_inputs())
     with pytest.raises(ValueError, match="cannot be saved: copy the checkpoint"):
         model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(ValueError, match="by the backend eager, not grouped_mm"), torch.no_grad():
+        model(**tiny_inputs())
 
 
 @pytest.mark.parametrize("keep", [0.0625, -1.0, 1.1, float("nan")])

@@ -98,6 +98,13 @@ def test_experts_that_are_elsewhere_add_nothing(form):
         assert gradient.isfinite().all()
 
 
+def test_there_is_no_second_derivative():
+    experts = some_experts(GatedExperts)
+    x, ids, weights = some_tokens(2)
+    with pytest.raises(RuntimeError, match="loop over experts has no second derivative"):
+        torch.autograd.grad(experts(x, ids, weights).sum(), x, create_graph=True)
+
+
 @both_forms
 def test_no_tokens(form):
     experts, (x, ids, weights) = some_experts(form), (given[:0] for given in some_tokens(2))

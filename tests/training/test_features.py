@@ -1,5 +1,6 @@
 """Features of the tower on disk: nothing changes but that images are looked at once."""
 
+import copy
 import shutil
 
 import pytest
@@ -75,7 +76,7 @@ def test_runs_end_as_without_and_the_next_stage_computes_nothing(write_recipe, t
     assert seen[1] < seen[0]
 
 
-@pytest.mark.parametrize("layers", [-2, [1, -1]])
+@pytest.mark.parametrize("layers", [-2, [1, -1], [2, -1]])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @torch.no_grad()
 def test_features_are_those_of_the_tower(model, tmp_path, looked_at, layers, strategy):
@@ -114,6 +115,13 @@ def test_another_picture_tower_or_precision_is_computed_anew(model, tmp_path, lo
     model.model.vision_tower.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
     assert not torch.equal(look(model, pixels, tmp_path), before)
     assert len(seen) == 4
+    config = copy.deepcopy(model.config)
+    config.vision_config.hidden_act = "relu"  # the same weights, and another tower
+    other = type(model)(config).requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    seen = looked_at(other)
+    assert not torch.equal(look(other, pixels, tmp_path), look(model, pixels, tmp_path))
+    assert len(seen) == 1
 
 
 def test_what_is_killed_leaves_nothing_half_written(model, tmp_path, monkeypatch):
