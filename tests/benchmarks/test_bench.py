@@ -74,6 +74,9 @@ def test_a_checkpoint_is_what_generates(sparse):
 
 def test_mistakes_are_told(tiny_base, tmp_path):  # noqa: F811
     assert "--size is 'tinny', but must be one of tiny, digits" in refused("bench", "train", "--size", "tinny")
+    assert "both widths must be multiples of 8" in refused("bench", "layer", "--size", "65x33x48")
+    assert "a checkpoint has its own size" in refused("bench", "generate", tiny_base / "base", "--size", "tiny")
+    assert "--keep is 1.5, but must be above 0 and at most 1" in refused("bench", "offload", "--keep", "1.5")
     assert "--dtype is 'int8', but must be one of float32" in refused("bench", "model", "--dtype", "int8")
     assert "must name a file in a folder that exists" in refused("bench", "model", "--json", tmp_path / "none" / "report.json")
     assert "base is dense, but what is compared is a sparse model" in refused("bench", "generate", tiny_base / "base")
