@@ -328,4 +328,4 @@ def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
     assert len(answers[0]) == found["questions"] == 6
     assert answers[0] == answers[1]
     command = ["evaluate", tmp_path / "sparse", "--benchmark", "digits", "--data", tiny_base / "data", "--out", tmp_path / "out"]
-    assert "pgd take the model's gradient" in refused(*command, "--perturb", "noise,pgd:1", "--keep-experts", "0.5")
+    assert "pgd need the model's gradient" in refused(*command, "--perturb", "noise,pgd:1", "--keep-experts", "0.5")
