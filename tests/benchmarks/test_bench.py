@@ -10,6 +10,7 @@ import torch
 
 from moe_llava import upcycle
 from moe_llava.benchmarks.generate import models_of, write
+from moe_llava.benchmarks.load import IMPORT, READ
 from moe_llava.benchmarks.pairs import DENSE, SPARSE, batch_of
 from moe_llava.checkpoints.load import load_checkpoint
 from tests.conftest import REPOSITORY, refused, run_here
@@ -89,7 +90,7 @@ def test_loading(sparse, tmp_path):
     done = run_here("bench", "load", sparse, "--rounds", "1", "--json", file)
     assert done.exit_code == 0, done.output
     report = json.loads(file.read_text())
-    assert [case["limit"] for case in report["cases"]] == ["safetensors alone", "import torch, transformers.models.llava"]
+    assert [case["limit"] for case in report["cases"]] == [READ, IMPORT]
     memory = report["memory"]
     assert memory["weights"] == (sparse / "model.safetensors").stat().st_size
     assert memory["ratio"] == (memory["peak"] - memory["baseline"]) / memory["weights"]
