@@ -68,9 +68,3 @@ def check_file(file: Path | None) -> None:
     """Raises BenchError if no report can be written there."""
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         raise BenchError(f"--json is {file}, but must name a file in a folder that exists")
-
-
-def check_share(share: float) -> None:
-    """Raises BenchError if it is none of the experts, or more than all."""
-    if not 0 < share <= 1:
-        raise BenchError(f"--keep is {share:g}, but must be above 0 and at most 1")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.benchmarks.asked import BenchError
-from moe_llava.benchmarks.measure import Timings, bench_device, compare, conditions, spread, summary
+from moe_llava.benchmarks.measure import Timings, begin_report, bench_device, compare, dtype_names, spread, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, SPARSE, batch_of, build
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.evaluation.progress import show_progress
@@ -38,13 +38,8 @@ def bench_generate(
     """
     device = bench_device()
     models = models_of(checkpoint, size, dtype, device)
-    report: dict[str, Any] = {
-        "bench": "generate",
-        "conditions": conditions(device, str(dtype).removeprefix("torch.")),
-        "rounds": rounds,
-        "cases": [],
-        "notes": ["tokens/s: of all rows together, reading the prompts included"],
-    }
+    report = begin_report("generate", device, dtype_names(dtype), rounds)
+    report["notes"] = ["tokens/s: of all rows together, reading the prompts included"]
     with show_progress("generation", len(rows) * rounds, console) as advance:
         for number in rows:
             calls: dict[str, Callable[[], object]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_llava.benchmarks.asked import BOTH, FORWARD, LayerSize
 from moe_llava.benchmarks.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, output_of, random_weights
-from moe_llava.benchmarks.measure import Timings, begin_peak, bench_device, compare, conditions, peak_memory, ratios, summary
+from moe_llava.benchmarks.measure import Timings, begin_peak, begin_report, bench_device, compare, dtype_names, peak_memory, ratios, summary
 from moe_llava.evaluation.progress import show_progress
 
 GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
@@ -32,13 +32,8 @@ def bench_layer(
     Raises BenchError if a variant does not compute the same as float64.
     """
     device = bench_device()
-    report: dict[str, Any] = {
-        "bench": "layer",
-        "conditions": conditions(device, ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-        "rounds": rounds,
-        "cases": [],
-        "notes": [],
-    }
+    report = begin_report("layer", device, dtype_names(*dtypes), rounds)
+    report["notes"] = []
     cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
     grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
     total = sum(len(asked) for _, _, asked in cases) + len(grown)
@@ -59,7 +54,7 @@ def bench_layer(
 
 
 def _labels(size: LayerSize, dtype: torch.dtype, phase: str) -> dict[str, str]:
-    return {"TxDxF": str(size), "experts": f"{size.top_k} of {size.experts}", "dtype": str(dtype).removeprefix("torch."), "phase": phase}
+    return {"TxDxF": str(size), "experts": f"{size.top_k} of {size.experts}", "dtype": dtype_names(dtype), "phase": phase}
 
 
 def _calls(

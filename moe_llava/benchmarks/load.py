@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_llava.benchmarks.asked import BenchError
-from moe_llava.benchmarks.measure import begin_peak, compare, conditions, in_child, peak_memory, summary
+from moe_llava.benchmarks.measure import begin_peak, begin_report, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.checkpoints.load import load_checkpoint, load_on_meta, load_processor
 from moe_llava.evaluation.progress import show_progress
 
@@ -41,12 +41,7 @@ def bench_load(checkpoint: Path, image: Path | None, question: str, rounds: int,
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise BenchError(f"checkpoint {checkpoint} has no safetensors files, whose reading would be the limit")
-    report: dict[str, Any] = {
-        "bench": "load",
-        "conditions": conditions(CPU, str(config.dtype).removeprefix("torch.")),
-        "rounds": rounds,
-        "cases": [],
-    }
+    report = begin_report("load", CPU, dtype_names(config.dtype), rounds)
     with tempfile.TemporaryDirectory() as folder, show_progress("loading", 2 * rounds + 1, console) as advance:
         if image is None:
             image = Path(folder) / "grey.png"

@@ -127,6 +127,15 @@ def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -
     }
 
 
+def begin_report(bench: str, device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
+    """What every report has, with no cases yet."""
+    return {"bench": bench, "conditions": conditions(device, dtype), "rounds": rounds, "cases": []}
+
+
+def dtype_names(*dtypes: torch.dtype) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def in_child(function: Callable[..., Result], *arguments: object) -> Result:
     """What `function`, of a module's top level, returns in a new process of its own, whose peak memory is its own too."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from moe_llava.benchmarks.measure import bench_device, compare, conditions, summary
+from moe_llava.benchmarks.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, batch_of, pair
 from moe_llava.evaluation.progress import show_progress
 
@@ -23,12 +23,7 @@ def bench_model(
     Raises BenchError as `batch_of` does.
     """
     device, sizes = bench_device(), [SIZES[name] for name in names]
-    report: dict[str, Any] = {
-        "bench": "model",
-        "conditions": conditions(device, ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-        "rounds": rounds,
-        "cases": [],
-    }
+    report = begin_report("model", device, dtype_names(*dtypes), rounds)
     with show_progress("models", len(sizes) * len(dtypes) * rounds, console) as advance:
         for name, size in zip(names, sizes, strict=True):
             for dtype in dtypes:
@@ -37,7 +32,7 @@ def bench_model(
                 batches = {which: batch_of(model, *asked) for which, model in models.items()}
                 calls: dict[str, Callable[[], object]] = {which: partial(_read, model, batches[which]) for which, model in models.items()}
                 told = summary(compare(calls, rounds, device, advance), DENSE, device)
-                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": str(dtype).removeprefix("torch.")}
+                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)}
                 report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
     return report
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 
 from moe_llava.benchmarks.asked import BenchError
-from moe_llava.benchmarks.measure import Timings, conditions, summary
+from moe_llava.benchmarks.measure import Timings, begin_report, summary
 from moe_llava.checkpoints.load import load_config
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
@@ -74,7 +74,7 @@ def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int,
 
     Raises ValueError as `offload_experts` does, and BenchError if the checkpoint is dense.
     """
-    report: dict[str, Any] = {"bench": "offload", "conditions": conditions(CPU, "as stored"), "rounds": tokens, "cases": []}
+    report = begin_report("offload", CPU, "as stored", tokens)
     with tempfile.TemporaryDirectory() as made:
         folders = {checkpoint.name: checkpoint} if checkpoint else {name: Path(made) / name for name in ROUTERS}
         for name, folder in folders.items():

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_llava.benchmarks.asked import BenchError
-from moe_llava.benchmarks.measure import bench_device, conditions, ratios, spread
+from moe_llava.benchmarks.measure import bench_device, conditions, dtype_names, ratios, spread
 from moe_llava.benchmarks.tables import print_conditions
 from moe_llava.checkpoints.load import load_config
 from moe_llava.digits.dataset import write_dataset
@@ -64,7 +64,7 @@ def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, cons
     Raises CheckpointError as `load_config`, and BenchError if the server does not start, breaks off an answer, or answers differently in
     company.
     """
-    dtype = str(load_config(checkpoint).dtype).removeprefix("torch.")
+    dtype = dtype_names(load_config(checkpoint).dtype)
     report: dict[str, Any] = {
         "bench": "serve",
         "conditions": conditions(bench_device(), dtype, ("fastapi", "uvicorn")),

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.benchmarks.measure import begin_peak, bench_device, compare, conditions, in_child, peak_memory, summary
+from moe_llava.benchmarks.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
 from moe_llava.evaluation.progress import show_progress
 from moe_llava.training.stages import choose_parameters
@@ -39,13 +39,8 @@ def bench_train(
     Raises BenchError as `batch_of` does.
     """
     device, sizes = bench_device(), [SIZES[name] for name in names]
-    report: dict[str, Any] = {
-        "bench": "train",
-        "conditions": conditions(device, ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-        "rounds": rounds,
-        "cases": [],
-        "notes": ["peak MB: of a process of its own, beyond what it takes before the model is built"],
-    }
+    report = begin_report("train", device, dtype_names(*dtypes), rounds)
+    report["notes"] = ["peak MB: of a process of its own, beyond what it takes before the model is built"]
     total = len(names) * len(dtypes) * (rounds + 2) + (2 if wide else 0)
     with show_progress("training steps", total, console) as advance:
         for name, size in zip(names, sizes, strict=True):
@@ -57,7 +52,7 @@ def bench_train(
                 told = summary(compare(calls, rounds, device, advance), DENSE, device)
                 calls.clear()
                 _add_memory(told, DENSE, name, dtype, asked, advance)
-                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": str(dtype).removeprefix("torch.")}
+                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)}
                 report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
         if wide:
             size = SIZES[wide]

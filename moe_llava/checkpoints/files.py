@@ -27,8 +27,13 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> Non
         return
     if model_type != MODEL_TYPE:
         raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
-    if not 0 < keep_experts <= 1:
-        raise CheckpointError(f"the share of experts to keep is {keep_experts:g}, but must be above 0 and at most 1")
+    check_share("the share of experts to keep", keep_experts)
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises CheckpointError unless it is above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise CheckpointError(f"{name} is {share:g}, but must be above 0 and at most 1")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

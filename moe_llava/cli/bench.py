@@ -16,7 +16,6 @@ from moe_llava.benchmarks.asked import (
     BenchError,
     check_file,
     check_names,
-    check_share,
     parse_size,
 )
 from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
@@ -194,15 +193,16 @@ def offload(
 ) -> None:
     """A token's time against the share of the experts that memory has room for, the others on disk."""
     with user_errors():
-        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.checkpoints.files import check_checkpoint, check_share
 
         check_file(as_json)
         for share in keep:
-            check_share(share)
+            check_share("--keep", share)
             if checkpoint is not None:
                 check_checkpoint(checkpoint, share)
 
-        from moe_llava.benchmarks.offload import bench_offload
+        with heavy_imports():
+            from moe_llava.benchmarks.offload import bench_offload
 
         _tell(bench_offload(checkpoint, keep, tokens, _console()), as_json)
 
