@@ -171,7 +171,7 @@ def load(
     """Memory and time of loading a checkpoint, and the time of `chat` from its start to the answer."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.data.records import open_image
+        from moe_llava.common.images import open_image
 
         check_file(as_json)
         check_checkpoint(checkpoint)

@@ -33,7 +33,7 @@ def chat(
     """Asks a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.data.records import open_image
+        from moe_llava.common.images import open_image
         from moe_llava.serving.requests import check_sampling
         from moe_llava.training.parsing import require
 

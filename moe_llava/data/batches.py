@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
 from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within, render
-from moe_llava.data.records import DataError, Record, open_image
+from moe_llava.data.records import Record
 
 
 class ConversationDataset(Dataset):

@@ -13,9 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
 from moe_llava.data.encode import encode_within
 from moe_llava.data.files import read_items
-from moe_llava.data.records import DataError, Record, open_image, parse_record
+from moe_llava.data.records import Record, parse_record
 
 
 @dataclass

@@ -19,7 +19,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from moe_llava.data.records import FORMS, IMAGE_TOKEN, DataError, Record, role_and_text, split_system
+from moe_llava.common.errors import DataError
+from moe_llava.data.records import FORMS, IMAGE_TOKEN, Record, role_and_text, split_system
 from moe_llava.data.templates import TEMPLATES, chat_template
 
 IMAGE_INDEX = -200

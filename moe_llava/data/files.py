@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from moe_llava.data.records import DataError
+from moe_llava.common.errors import DataError
 
 CHUNK = 1 << 20  # characters
 

@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 
-from moe_llava.data.records import IMAGE_KEYS, DataError, StoredImage
+from moe_llava.common.errors import DataError
+from moe_llava.data.records import IMAGE_KEYS, StoredImage
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-from PIL import Image
+from moe_llava.common.errors import DataError
 
 IMAGE_TOKEN = "<image>"
 IMAGE_KEYS = ("image", "images")
@@ -22,10 +22,6 @@ FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
     ("messages", ("role", "content"), ("user", "assistant")),
 )
-
-
-class DataError(ValueError):
-    """Something is wrong with a data file; the message names file, record, value and rule."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +73,6 @@ def content_parts(text: str) -> list[dict[str, str]]:
         if piece.strip():
             parts.append({"type": "text", "text": piece.strip()})
     return parts
-
-
-class ImageSource(Protocol):
-    """An image that is no file of its own; its name is what `str` gives."""
-
-    def open(self) -> BinaryIO: ...
-
-
-def open_image(image: Path | ImageSource, source: str, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Decodes an image to RGB; of one of `formats`, as Pillow names them, where they are given. Raises DataError, naming `source`, if that
-    cannot be done."""
-    try:
-        with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file, formats=formats) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise missing_image(source, image) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} names the image {image}, which cannot be decoded: {error}") from error
-
-
-def missing_image(source: str, image: Path | ImageSource) -> DataError:
-    return DataError(f"{source} names the image {image}, which does not exist")
 
 
 def parse_record(source: str, item: Any, images: Path) -> Record:

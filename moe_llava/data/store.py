@@ -21,8 +21,10 @@ from datasets.exceptions import DatasetGenerationError
 from rich.console import Console
 from rich.progress import track
 
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import missing_image
 from moe_llava.data.files import read_items
-from moe_llava.data.records import DataError, Record, StoredImage, missing_image, parse_record
+from moe_llava.data.records import Record, StoredImage, parse_record
 
 MOST_SHOWN = 20
 FORMAT = 2  # of the table; raise it when a change to reading makes tables of before wrong

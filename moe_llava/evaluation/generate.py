@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moe_llava.data.records import IMAGE_TOKEN, content_parts, open_image
+from moe_llava.common.images import open_image
+from moe_llava.data.records import IMAGE_TOKEN, content_parts
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question

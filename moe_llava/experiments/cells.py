@@ -26,8 +26,8 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
+from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
-from moe_llava.data.records import DataError
 from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.calibration import calibration, yes_or_no, yes_probabilities
 from moe_llava.evaluation.evaluate import evaluate

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
-from moe_llava.data.records import DataError
+from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
+from moe_llava.common.errors import DataError
 from moe_llava.data.batches import ConversationDataset
-from moe_llava.data.records import DataError, Record
+from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
 from moe_llava.routing.plots import plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
 from moe_llava.routing.statistics import RoutingStatistics

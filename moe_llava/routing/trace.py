@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encode import IGNORE_INDEX
-from moe_llava.data.records import DataError, Record
+from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
 from moe_llava.routing.tokens import IMAGE, SPECIAL, TEXT, RoutingError, image_places
 

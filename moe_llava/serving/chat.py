@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from moe_llava.data.records import check_characters, open_image
+from moe_llava.common.images import open_image
+from moe_llava.data.records import check_characters
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.trace import Trace, trace_answer
 from moe_llava.serving.engine import Engine

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch import Tensor
 
-from moe_llava.data.records import DataError, open_image
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
 from moe_llava.serving.form import ConversationForm, FormError
 from moe_llava.serving.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
 

@@ -19,8 +19,8 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
+from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
-from moe_llava.data.records import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import Records, joined, load_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, without_adapter, write_adapter

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_llava.data.records import DataError
+from moe_llava.common.errors import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels

@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 from moe_llava import upcycle
+from moe_llava.common.errors import DataError
 from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset, EmptyImage
-from moe_llava.data.records import DataError, Record
+from moe_llava.data.records import Record
 from moe_llava.digits.base import build_base
 from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_dense
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from moe_llava.common.errors import DataError
 from moe_llava.data.encode import encode_record
-from moe_llava.data.records import DataError
 
 RECORDED = ["phi__bytebpe", "v1__llama_fast", "plain__bytebpe"]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
 from moe_llava.data import files, store
 from moe_llava.data.check import check_data
 from moe_llava.data.files import read_items
-from moe_llava.data.records import DataError, open_image
 from moe_llava.data.store import joined, load_records, weighted
 
 ITEMS = [

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
-from moe_llava.data.records import open_image
+from moe_llava.common.images import open_image
 
 
 @pytest.mark.parametrize("pad", ["pad", "nopad"])

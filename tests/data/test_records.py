@@ -5,7 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from moe_llava.data.records import DataError, content_parts, open_image
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
+from moe_llava.data.records import content_parts
 from moe_llava.data.store import load_records, weighted
 
 

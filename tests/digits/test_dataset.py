@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from moe_llava.data.records import open_image
+from moe_llava.common.images import open_image
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import WEIGHTS, build_base, image_processor, pixel_values
 from moe_llava.digits.dataset import write_dataset

@@ -8,7 +8,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import DataError, open_image
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import open_image
 from moe_llava.evaluation import generate
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question

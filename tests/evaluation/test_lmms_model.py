@@ -16,7 +16,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import MODEL_REGISTRY_V2
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import open_image
+from moe_llava.common.images import open_image
 from moe_llava.evaluation import generate, lmms_model
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.benchmarks import digits_world

@@ -17,7 +17,7 @@ from transformers import (
 
 from moe_llava import trace_routing, upcycle
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.data.records import DataError
+from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
 from moe_llava.routing.tokens import IMAGE, SPECIAL, TEXT, RoutingError, image_places
 from moe_llava.routing.trace import Trace, trace_records

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from moe_llava.data.records import DataError
+from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
 from moe_llava.evaluation.benchmarks import digits_world
 from moe_llava.evaluation.generate import prompt_inputs

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_llava.data.records import DataError, parse_record
+from moe_llava.common.errors import DataError
+from moe_llava.data.records import parse_record
 from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, read_json, share, take
 from moe_llava.evaluation.means import detection
 from moe_llava.evaluation.statistics import bootstrap_mean
