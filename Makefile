@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint docs
 
 demo: .venv/installed
 	$(BIN)/moe-llava demo
@@ -20,6 +20,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Broken links and docstrings that cannot be parsed fail the build.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What lmms-eval imports to run a task. All that it requires is a hundred packages, and a torchvision that may be of another build than torch.
 LMMS_EVAL := evaluate loguru pytablewriter pytz sacrebleu tenacity
