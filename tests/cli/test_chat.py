@@ -159,7 +159,8 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and finite, and top_p above 0 and at most 1, but they are -1"),
+        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and at most 2, and top_p above 0 and .* they are -1 and 1"),
+        (["--temperature", "2.1"], "but they are 2.1 and 1"),
         (["--temperature", "inf"], "but they are inf and 1"),
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
