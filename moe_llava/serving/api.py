@@ -168,7 +168,7 @@ class Service:
             return await run_in_threadpool(parse, body, self.limits, answered)
 
     async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> Fetched:
-        urls = [url for url in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
+        urls = [url for url, _ in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
         return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
 
     def _request(self, asked: ChatCompletionRequest, fetched: Fetched) -> tuple[Form, requests.Request]:

@@ -236,5 +236,11 @@ def parts_of(content: str | list[TextPart | ImagePart]) -> list[TextPart | Image
     return [TextPart(content)] if isinstance(content, str) else content
 
 
-def image_urls(messages: list[Message]) -> list[str]:
-    return [part.url for message in messages for part in parts_of(message.content) if isinstance(part, ImagePart)]
+def image_urls(messages: list[Message]) -> list[tuple[str, str]]:
+    """Return the URL of each image in order, and its place in the body, by which messages name it."""
+    return [
+        (part.url, f"messages.{number}.content.{place}.image_url")
+        for number, message in enumerate(messages)
+        for place, part in enumerate(parts_of(message.content))
+        if isinstance(part, ImagePart)
+    ]

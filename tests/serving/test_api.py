@@ -298,6 +298,19 @@ def test_malformed_requests_are_refused_in_openai_s_form(url, name):
     assert post(url, {"model": "tiny", "messages": [user()], "max_tokens": 1})[0] == 200
 
 
+@pytest.mark.parametrize("name", ["a URL", "a file", "no base64", "no image", "half an image", "a bomb", "a large image"])
+def test_an_image_that_is_not_taken_is_named_by_its_place(url, name):
+    (message,) = MALFORMED[name][0]["messages"]
+    messages = [
+        user([text_part("here"), image_part()]),
+        {"role": "assistant", "content": "left"},
+        user([image_part(), *message["content"]]),
+    ]
+    status, _, told = post(url, {"model": "tiny", "messages": messages})
+    assert_told(status, 400, told)
+    assert "messages.2.content.1.image_url" in json.loads(told)["error"]["message"]
+
+
 def test_other_ways_in_are_closed(url):
     body = {"model": "tiny", "messages": [user()]}
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
