@@ -23,7 +23,7 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer, in tokens; default: 512, or what there is room for")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, answers vary")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, up to 2, answers vary")] = 0.0,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that together have this probability")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose conversation form has one")] = None,
