@@ -42,7 +42,7 @@ Conversation = tuple[list[int], Tensor | None, int]  # ids, pixels, where the la
 
 
 def add_page(app: FastAPI) -> None:
-    """The page's files, for everybody."""
+    """Serve the page's files, which need no key."""
     for file in sorted(file for file in FILES.iterdir() if file.suffix in KINDS):
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
         app.get(path)(_sending(file.read_bytes(), KINDS[file.suffix]))

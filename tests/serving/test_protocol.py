@@ -9,7 +9,8 @@ from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
-from moe_llava.serving.protocol import HONOURED, ApiError, ImagePart, Limits, Message, TextPart, parse
+from moe_llava.serving.protocol import HONOURED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
+from tests.conftest import REPOSITORY
 
 USER = {"role": "user", "content": "which ?"}
 URL = "data:image/png;base64,AAAA"
@@ -66,6 +67,11 @@ def test_every_field_of_the_client_is_known():
     """A field that a later client has more is decided here, and not by accident."""
     fields = {**typing.get_type_hints(CompletionCreateParamsNonStreaming), **typing.get_type_hints(CompletionCreateParamsStreaming)}
     assert set(fields) == set(ASKS) | set(HONOURED)
+
+
+def test_the_documents_name_every_field():
+    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    assert [name for name in [*HONOURED, *WITHOUT_EFFECT] if f"`{name}`" not in text] == ["model", "messages", "stream", "stream_options"]
 
 
 @pytest.mark.parametrize("name", [*ASKS, *HONOURED, "chat_template", "best_of"])

@@ -81,8 +81,9 @@ function send() {
   if (!known || running || reading || nothingToSend()) return;
   const images = pending.length + turns.filter(answered).reduce((sum, turn) => sum + turn.images.length, 0);
   if (images > known.images) {
+    const most = known.images === 1 ? "1 picture" : `${known.images} pictures`;
     element("composer-problem").textContent =
-      `The server takes ${known.images} ${known.images === 1 ? "picture" : "pictures"} in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
+      `The server takes ${most} in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
     return;
   }
   const turn = { question, images: pending };
