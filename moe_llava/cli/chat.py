@@ -23,14 +23,14 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer, in tokens; default: 512, or what there is room for")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, answers vary")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, up to 2, answers vary")] = 0.0,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that together have this probability")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")] = None,
-    system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose conversation form has one")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="makes answers at a temperature above 0 repeatable")] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose chat template has one")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Asks a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
+    """Ask a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image

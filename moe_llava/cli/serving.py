@@ -18,15 +18,15 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8000,
     name: Annotated[str | None, typer.Option(help="the model's name for clients; default: the folder's")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="a file with a key per line, one of which a client has to send")] = None,
-    places: Annotated[int, typer.Option(min=1, help="answers that are written at once")] = 8,
+    places: Annotated[int, typer.Option(min=1, help="answers that are generated at once")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a place; more are refused")] = 32,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, waiting among them")] = 300.0,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, including the time it waits for a place")] = 300.0,
     allow_image_host: Annotated[
-        list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Without it, none is")
+        list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Default: none")
     ] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Answers OpenAI's chat completions over HTTP, many at once. SIGTERM lets it finish what it has begun."""
+    """Serve OpenAI's chat completions over HTTP, many at once, and a page to chat with. SIGTERM lets it finish what it has begun."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.serving.listen import listener, read_keys

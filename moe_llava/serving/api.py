@@ -168,22 +168,21 @@ class Service:
             return await run_in_threadpool(parse, body, self.limits, answered)
 
     async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> Fetched:
-        urls = [url for url in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
+        urls = [url for url, _ in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
         return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
 
     def _request(self, asked: ChatCompletionRequest, fetched: Fetched) -> tuple[Form, requests.Request]:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        form = Form(bool(asked.stream), usage, bool(asked.logprobs))
+        form = Form(asked.stream, asked.stream_options.include_usage, asked.logprobs)
         ids, pixels = self.prompts.make(asked.messages, fetched)
         return form, requests.Request(
             input_ids=ids,
             max_new_tokens=asked.longest() or self.engine.room(len(ids), self.limits.new_tokens),
             pixel_values=pixels,
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
             seed=asked.seed,
-            stop=asked.stops(),
-            top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            stop=asked.stop,
+            top_logprobs=asked.top_logprobs if asked.logprobs else None,
         )
 
 
@@ -252,8 +251,8 @@ def build_app(
     fetcher: Fetcher | None = None,
     experts: Counts | None = None,
 ) -> FastAPI:
-    """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except to /health; without, it has to
-    be on this machine. `experts`: what is counted of a model whose experts are not all in memory."""
+    """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except for /health and the page's files;
+    without, it has to be on this machine. `experts`: what is counted of a model whose experts are not all in memory."""
     service = Service(engine, processor, name, limits, fetcher, experts)
 
     @asynccontextmanager
@@ -262,9 +261,10 @@ def build_app(
         await run_in_threadpool(engine.close)
 
     # No pages about the interface: they would load scripts from elsewhere.
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    everywhere = [] if api_keys else [Depends(check_host)]
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, dependencies=everywhere)
     app.get("/health")(health)
-    guarded = APIRouter(dependencies=[Depends(client_check(api_keys))])
+    guarded = APIRouter(dependencies=[Depends(key_check(api_keys))] if api_keys else [])
     guarded.get("/metrics")(service.metrics_page)
     guarded.get("/v1/models")(service.models)
     guarded.post("/v1/chat/completions")(service.chat_completions)
@@ -277,18 +277,22 @@ def build_app(
     return app
 
 
-def client_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
-    """What raises ApiError for a client that may not come in."""
+async def check_host(client: Request) -> None:
+    """Raise ApiError for a client that reaches the server by a name that may be another machine's, on whatever path."""
+    name = HOST.fullmatch(client.headers.get("host", ""))
+    if not (name and is_loopback(name[1].strip("[]").lower())):
+        raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
+
+
+def key_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+    """Return what raises ApiError for a client that sends none of `api_keys`."""
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     async def check(client: Request) -> None:
-        name = HOST.fullmatch(client.headers.get("host", ""))
-        if not digests and not (name and is_loopback(name[1].strip("[]").lower())):
-            raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
         kind, _, key = client.headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()
         found = [hmac.compare_digest(given, digest) for digest in digests]  # each is compared: the time tells nothing
-        if digests and not (kind.lower() == "bearer" and any(found)):
+        if not (kind.lower() == "bearer" and any(found)):
             raise ApiError(
                 401, "send an API key: Authorization: Bearer KEY", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )

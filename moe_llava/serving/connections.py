@@ -74,6 +74,10 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "this is no request of HTTP/1.1, or its headers are too long"))
 
+    def _should_upgrade(self) -> bool:
+        """Answer a request for a web socket as any other, without a line in the log that advises to install one."""
+        return False
+
     def _within(self, seconds: float, otherwise: Callable[[], None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -95,9 +99,12 @@ class Connection(H11Protocol):
             return
         content = json.dumps(error.body()).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"} | error.headers
-        for event in (h11.Response(status_code=error.status, headers=list(headers.items())), h11.Data(data=content), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
-        self.transport.write_eof()
+        events = (h11.Response(status_code=error.status, headers=list(headers.items())), h11.Data(data=content), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone already, and nobody is left to tell
+            self.transport.abort()
 
 
 class OneLength:

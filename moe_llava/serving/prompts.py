@@ -52,8 +52,8 @@ class PromptMaker:
 
         Raises ApiError (400) if an image cannot be taken, or the conversation form has no place for what was said.
         """
-        places = ((url, f"image {number}") for number, url in enumerate(image_urls(messages)))
-        sent = [SentImage(fetched[url], place) if url in fetched else self._sent(url, place) for url, place in places]
+        urls = image_urls(messages)
+        sent = [SentImage(fetched[url], place) if url in fetched else self._sent(url, place) for url, place in urls]
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         with self._lock:
             self._check_sizes(sent)

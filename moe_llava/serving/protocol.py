@@ -1,18 +1,21 @@
 """The part of OpenAI's chat completions that this server speaks. Whatever else a client asks for is refused by name, not passed over.
 
-Unusual here: the body is parsed by pydantic's own parser, which bounds nesting and takes neither halves of characters nor NaN.
+Unusual here: the body is parsed by pydantic's JSON parser, which bounds nesting and takes no halves of characters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
-from moe_llava.serving.requests import LONGEST
+from moe_llava.serving.fields import FieldError, Read, boolean, by_kind, fields, items, label, labels, number, one_of, only, text, whole
+from moe_llava.serving.requests import LONGEST, MOST_TEMPERATURE
 
 MOST_STOPS = 4
+MOST_WHOLE = 2**31 - 1
 MOST_TOLD = 500  # characters of a message: what a client sent comes back in part only
 RETRY_AFTER = 2  # seconds
 LEFT = 499  # the status that some servers log for a client that did not wait
@@ -57,105 +60,152 @@ class Limits:
     fetch_seconds: float = 20.0
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
+@dataclass(frozen=True)
+class TextPart:
     text: str
 
 
-class ImageUrl(Strict):
-    """`detail` has no effect: every image makes as many tokens."""
-
+@dataclass(frozen=True)
+class ImagePart:
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
+@dataclass(frozen=True)
+class Message:
+    role: str  # "system", "user" or "assistant"
+    content: str | list[TextPart | ImagePart]
 
 
-class SystemMessage(Strict):
-    role: Literal["system"]
-    content: str | list[TextPart]
-
-
-class UserMessage(Strict):
-    role: Literal["user"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-
-
-class AssistantMessage(Strict):
-    """`refusal` comes back from clients that send on what they got."""
-
-    role: Literal["assistant"]
-    content: str | list[TextPart]
-    refusal: None = None
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
-
-
-class StreamOptions(Strict):
+@dataclass(frozen=True)
+class StreamOptions:
     include_usage: bool = False
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
-class ChatCompletionRequest(Strict):
-    """Fields with one value are those that clients send by default. `user` has no effect."""
-
+@dataclass(frozen=True)
+class ChatCompletionRequest:
     model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: int | None = Field(None, ge=1, le=1)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    response_format: ResponseFormat | None = None
-    user: str | None = None
-
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: bool = False
+    top_logprobs: int = 0
 
     def longest(self) -> int | None:
-        """The longest answer that is asked for, in tokens."""
+        """Return the longest answer that is asked for, in tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+def _text_part(found: Any, place: str) -> TextPart:
+    return TextPart(fields(found, place, {"type": text, "text": text}, ("text",), {})["text"])
+
+
+def _image_part(found: Any, place: str) -> ImagePart:
+    return ImagePart(fields(found, place, {"type": text, "image_url": _image_url}, ("image_url",), {})["image_url"])
+
+
+def _image_url(found: Any, place: str) -> str:
+    # `detail` has no effect: every image makes as many tokens.
+    return fields(found, place, {"url": text}, ("url",), {"detail": one_of("auto", "low", "high")})["url"]
+
+
+def _content(parts: Mapping[str, Read[Any]]) -> Read[Any]:
+    read_list = items(by_kind("type", parts), "a text or a list of parts")
+    return lambda found, place: found if isinstance(found, str) else read_list(found, place)
+
+
+def _message(content: Read[Any], dropped: Mapping[str, Read[None]]) -> Read[Message]:
+    kept = {"role": text, "content": content}
+    return lambda found, place: Message(**fields(found, place, kept, ("content",), dropped))
+
+
+def _stop(found: Any, place: str) -> tuple[str, ...]:
+    stops = [found] if isinstance(found, str) else found
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(stop, str) and 1 <= len(stop) <= 200 for stop in stops):
+        raise FieldError(place, f"takes up to {MOST_STOPS} strings of 1 to 200 characters")
+    return tuple(stops)
+
+
+def _stream_options(found: Any, place: str) -> StreamOptions:
+    return StreamOptions(**fields(found, place, {"include_usage": boolean}, (), {"include_obfuscation": only(False)}))
+
+
+TEXTS = _content({"text": _text_part})
+MESSAGE = by_kind(
+    "role",
+    {
+        "system": _message(TEXTS, {}),
+        "user": _message(_content({"text": _text_part, "image_url": _image_part}), {}),
+        "assistant": _message(TEXTS, {"annotations": only([]), "tool_calls": only([])}),  # clients send on what they got
+    },
+)
+HONOURED: dict[str, Read[Any]] = {
+    "model": text,
+    "messages": items(MESSAGE, "a list of messages"),
+    "max_tokens": whole(1, MOST_WHOLE),
+    "max_completion_tokens": whole(1, MOST_WHOLE),
+    "temperature": number(0, MOST_TEMPERATURE),
+    "top_p": number(0, 1, above=True),
+    "seed": whole(-(2**63), 2**63 - 1),
+    "stop": _stop,
+    "stream": boolean,
+    "stream_options": _stream_options,
+    "logprobs": boolean,
+    "top_logprobs": whole(0, 20),
+}
+# OpenAI's fields that have no effect here, with the values that ask for nothing. null does so in every field.
+WITHOUT_EFFECT: dict[str, Read[None]] = {
+    "frequency_penalty": only(0),
+    "function_call": only("none", "auto"),
+    "functions": only([]),
+    "logit_bias": only({}),
+    "metadata": labels,
+    "modalities": only(["text"]),
+    "n": only(1),
+    "parallel_tool_calls": only(False, True),
+    "presence_penalty": only(0),
+    "prompt_cache_key": label,
+    "prompt_cache_options": only({}, {"mode": "implicit"}),
+    "prompt_cache_retention": only("in_memory"),
+    "reasoning_effort": only("none"),
+    "response_format": only({"type": "text"}),
+    "safety_identifier": label,
+    "service_tier": only("auto", "default"),
+    "store": only(False),
+    "tool_choice": only("none", "auto"),
+    "tools": only([]),
+    "user": label,
+    "verbosity": only("medium"),
+}
+
+
 def parse(body: bytes | bytearray, limits: Limits, answered: bool = False) -> ChatCompletionRequest:
-    """`answered`: whether the last message is to be an answer, and not a question. Raises ApiError (400), which names the field and the
-    rule."""
+    """Return what a body asks for. `answered`: the last message must be an answer, and not a question.
+
+    Raises ApiError (400), which names the field and the rule.
+    """
     # A value of two bytes takes some hundred when it is parsed.
     if sum(map(body.count, b",:[{")) > limits.marks:
         raise ApiError(400, f"the body has more than {limits.marks} commas, colons and opening brackets")
     try:
-        asked = ChatCompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{place or 'the body'}: {first['msg']}", place[:100] or None) from error
+        content = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body: must be JSON, but: {error}") from error
+    try:
+        asked = ChatCompletionRequest(**fields(content, "", HONOURED, ("model", "messages"), WITHOUT_EFFECT))
+    except FieldError as error:
+        raise ApiError(400, str(error), error.place[:100] or None) from error
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
-        raise ApiError(400, "give one of max_tokens and max_completion_tokens", "max_tokens")
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream to be true", "stream_options")
-    if len(asked.stops()) > MOST_STOPS or not all(1 <= len(stop) <= 200 for stop in asked.stops()):
-        raise ApiError(400, f"stop takes up to {MOST_STOPS} strings of 1 to 200 characters", "stop")
+        raise ApiError(400, "max_tokens: give one of max_tokens and max_completion_tokens", "max_tokens")
+    if asked.top_logprobs and not asked.logprobs:
+        raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
+    if asked.stream_options.include_usage and not asked.stream:
+        raise ApiError(400, "stream_options.include_usage: needs stream to be true", "stream_options.include_usage")
     _check_messages(asked, limits, answered)
     return asked
 
@@ -178,12 +228,19 @@ def _check_messages(asked: ChatCompletionRequest, limits: Limits, answered: bool
     if characters > limits.characters:
         raise ApiError(400, f"{characters} characters of text, but at most {limits.characters} are taken", "messages")
     if not any(isinstance(part, ImagePart) or part.text.strip() for part in parts_of(asked.messages[-1].content)):
-        raise ApiError(400, "the last message is empty", "messages")
+        place = f"messages.{len(asked.messages) - 1}.content"
+        raise ApiError(400, f"{place}: the last message is empty", place)
 
 
-def parts_of(content: str | list[Any]) -> list[TextPart | ImagePart]:
-    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+def parts_of(content: str | list[TextPart | ImagePart]) -> list[TextPart | ImagePart]:
+    return [TextPart(content)] if isinstance(content, str) else content
 
 
-def image_urls(messages: list[Message]) -> list[str]:
-    return [part.image_url.url for message in messages for part in parts_of(message.content) if isinstance(part, ImagePart)]
+def image_urls(messages: list[Message]) -> list[tuple[str, str]]:
+    """Return the URL of each image in order, and its place in the body, by which messages name it."""
+    return [
+        (part.url, f"messages.{number}.content.{place}.image_url")
+        for number, message in enumerate(messages)
+        for place, part in enumerate(parts_of(message.content))
+        if isinstance(part, ImagePart)
+    ]

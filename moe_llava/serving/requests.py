@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 512  # tokens of an answer, where nothing is said
+MOST_TEMPERATURE = 2.0  # as with OpenAI
 
 
 class RequestError(ValueError):
@@ -19,8 +19,8 @@ class RequestError(ValueError):
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raises RequestError. Logits divided by less than 0.001 would be no numbers any more."""
-    if not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
-        rule = "temperature must be 0 or at least 0.001, and finite, and top_p above 0 and at most 1"
+    if not (temperature == 0 or 0.001 <= temperature <= MOST_TEMPERATURE) or not 0 < top_p <= 1:
+        rule = f"temperature must be 0 or at least 0.001, and at most {MOST_TEMPERATURE:g}, and top_p above 0 and at most 1"
         raise RequestError(f"{rule}, but they are {temperature:g} and {top_p:g}")
 
 

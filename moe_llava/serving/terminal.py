@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from moe_llava.serving.chat import Conversation, Turn
+from moe_llava.serving.completion import Completer
 
 COMMANDS = {
     "/image": ("FILE ...", "adds images, which belong to the next question"),
@@ -51,6 +52,8 @@ class Terminal:
 
     def ask(self, question: str) -> None:
         """Asks, and shows the answer as it comes, or as one JSON object. Raises as Conversation.ask does."""
+        if self.interactive and not self.conversation.turns and not self.conversation.waiting:
+            self._tell("no image comes with this question; /image FILE adds one")
         self._show(self.conversation.ask(question))
 
     def converse(self) -> bool:
@@ -64,7 +67,7 @@ class Terminal:
                 self._take(line)
             except (ValueError, OSError, RuntimeError) as error:  # the last: of torch, such as too little memory
                 right = False
-                self._tell(f"error: {error}", "red")
+                self._tell(f"error: {_plain(error)}", "red")
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
@@ -77,7 +80,9 @@ class Terminal:
             yield from (line.strip() for line in sys.stdin if line.strip())
             return
         with contextlib.suppress(ImportError):  # Windows edits lines by itself
-            import readline  # noqa: F401  `input` has history and keys by it
+            import readline  # `input` has history and keys by it
+
+            Completer(readline, list(COMMANDS), ("/image", "/save")).install()
         self._tell(f"{self.name}. /image FILE adds an image, /help shows what else there is.")
         while True:
             try:
@@ -124,7 +129,8 @@ class Terminal:
         else:
             print(flush=True)
         if self.interactive and turn.finish_reason != "stop":
-            self._tell("stopped" if turn.finish_reason == "interrupted" else f"cut off after {len(turn.tokens)} tokens")
+            length = "1 token" if len(turn.tokens) == 1 else f"{len(turn.tokens)} tokens"
+            self._tell("stopped" if turn.finish_reason == "interrupted" else f"cut off after {length}")
         return None
 
     def _write(self, pieces: Iterator[str]) -> None:
@@ -142,7 +148,7 @@ class Terminal:
                 print(piece, end="", flush=True)
 
     def _image(self, rest: str) -> None:
-        paths = [Path(rest).expanduser()] if Path(rest).expanduser().is_file() else [Path(part).expanduser() for part in shlex.split(rest)]
+        paths = [_path(rest)] if _path(rest).is_file() else [_path(word) for word in _words(rest)]
         if not paths:
             raise ValueError("/image needs a file, or several")
         self.conversation.add_images(paths)
@@ -171,9 +177,9 @@ class Terminal:
 
     def _save(self, rest: str) -> None:
         """A file that this conversation was written to may be written again, as it grows; no other."""
-        file = Path(" ".join(shlex.split(rest)) if rest[:1] in ("'", '"') else rest).expanduser()
         if not rest:
             raise ValueError("/save needs a file")
+        file = _path(" ".join(_words(rest)) if rest[:1] in ("'", '"') else rest)
         text = json.dumps([self.conversation.record(self.name)], indent=1, ensure_ascii=False) + "\n"
         try:
             with file.open("w" if file.resolve() in self._saved else "x", encoding="utf-8") as opened:
@@ -204,6 +210,26 @@ class Growing:
         for line in console.render_lines(_markdown(self.text), options.update(height=None))[1 - options.size.height :]:
             yield from line
             yield Segment.line()
+
+
+def _words(text: str) -> list[str]:
+    """Split file names as a shell does."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text} has a quotation mark that is not closed, or ends with a backslash") from error
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: the home folder that ~ stands for is not known") from error
+
+
+def _plain(error: Exception) -> str:
+    """Return the message of an error, without the system's number."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _markdown(text: str) -> Markdown:

@@ -7,6 +7,7 @@ needs no key to be read, as there is nothing in it: all that it shows it asks fo
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from moe_llava.serving.bodies import until_left
 from moe_llava.serving.prompts import PromptMaker
 from moe_llava.serving.protocol import LEFT, ApiError, ChatCompletionRequest, Message
 
+logger = logging.getLogger(__name__)
+
 FILES = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -39,7 +42,7 @@ Conversation = tuple[list[int], Tensor | None, int]  # ids, pixels, where the la
 
 
 def add_page(app: FastAPI) -> None:
-    """The page's files, for everybody."""
+    """Serve the page's files, which need no key."""
     for file in sorted(file for file in FILES.iterdir() if file.suffix in KINDS):
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
         app.get(path)(_sending(file.read_bytes(), KINDS[file.suffix]))
@@ -100,17 +103,18 @@ class Routes:
     async def _done(self, client: Request, work: Callable[[Any, Any], Trace]) -> Trace:
         """What `work` returns, unless the client leaves before. Raises what ended it."""
         loop = asyncio.get_running_loop()
-        results: asyncio.Queue[Trace | Exception] = asyncio.Queue()
-        cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(results.put_nowait, result))
-        watching = asyncio.create_task(_leaves(client, results))
+        done: asyncio.Future[Trace] = loop.create_future()
+        cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
+        watching = asyncio.create_task(until_left(client))
         try:
-            result = await results.get()
+            await asyncio.wait((done, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                done.cancel()
+                raise ApiError(LEFT, "the client left")  # nobody reads it
+            return done.result()
         finally:
             watching.cancel()
             cancel()
-        if isinstance(result, Exception):
-            raise result
-        return result
 
     def _told(self, trace: Trace, pixels: Tensor | None) -> dict[str, Any]:
         colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
@@ -127,10 +131,15 @@ class Routes:
         }
 
 
-async def _leaves(client: Request, results: asyncio.Queue[Any]) -> None:
-    """Waits until the client leaves, and makes that a result."""
-    await until_left(client)
-    results.put_nowait(ApiError(LEFT, "the client left"))  # nobody reads it
+def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
+    """Hand over what came of the work. Log an error that nobody waits for any more."""
+    if not isinstance(result, Exception):
+        if not done.cancelled():
+            done.set_result(result)
+    elif done.cancelled():
+        logger.error("tracing failed after its client had left", exc_info=result)
+    else:
+        done.set_exception(result)
 
 
 def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:

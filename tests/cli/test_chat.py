@@ -89,10 +89,16 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
     """Nothing but answers on standard output; what is wrong is told, and does not end the conversation."""
     spaced = tmp_path / "a red 7.png"
     shutil.copy(image, spaced)
+    text = tmp_path / "notes.md"
+    text.write_text("where ?")
     saved = tmp_path / "said.json"
     lines = [
         "/image none.png",
         f"/image {'a' * 300}",
+        f"/image '{spaced}",
+        f"/image {text}",
+        "/image file\\",
+        '/save "said.json',
         "/save ~nobody-is-called-so/said.json",
         f"/image {spaced}",
         f"/image '{spaced}' {image}",
@@ -117,10 +123,14 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
     found = objects(done)
     assert [(each["question"], len(each["images"])) for each in found] == [(ASKED, 3), ("how many digits are there ?", 0), ("where ?", 0)]
     errors = re.findall("error: (.*)", done.stderr)
+    assert errors.pop(3).startswith(f"the conversation names the image {text}, which cannot be decoded: ")
     assert errors == [
         "the conversation names the image none.png, which does not exist",
-        f"[Errno 36] File name too long: '{'a' * 300}'",
-        "Could not determine home directory.",
+        f"{'a' * 300}: File name too long",
+        f"'{spaced} has a quotation mark that is not closed, or ends with a backslash",
+        "file\\ has a quotation mark that is not closed, or ends with a backslash",
+        '"said.json has a quotation mark that is not closed, or ends with a backslash',
+        "~nobody-is-called-so/said.json: the home folder that ~ stands for is not known",
         "layer 2 has no experts; those that have are 1, 3",
         "/rotes is no command; did you mean /routes?",
         "nothing has been asked yet",
@@ -159,7 +169,8 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and finite, and top_p above 0 and at most 1, but they are -1"),
+        (["--temperature", "-1"], "temperature must be 0 or at least 0.001, and at most 2, and top_p above 0 and .* they are -1 and 1"),
+        (["--temperature", "2.1"], "but they are 2.1 and 1"),
         (["--temperature", "inf"], "but they are inf and 1"),
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
@@ -252,7 +263,7 @@ def test_a_terminal(typist, image, tmp_path):
     typist.type("half a question\x03")
     typist.sees("/quit or Ctrl-D ends")
     typist.sees(prompt)
-    typist.type(f"/image {image}\n")
+    typist.type(f"/im\t{image.parent}/{image.name[:-2]}\t\n")
     typist.sees("48 x 48")
     typist.sees(prompt)
     typist.type(f"{ASKED}\n")
@@ -272,6 +283,14 @@ def test_a_terminal(typist, image, tmp_path):
     typist.sees(prompt)
     typist.type(f"/save {saved}\n")
     typist.sees(f"written to {saved}")
+    typist.sees(prompt)
+    typist.type("/new\n")
+    typist.sees(prompt)
+    typist.type(f"{ASKED}\n")
+    typist.sees("no image comes with this question; /image FILE adds one")
+    typist.sees(r"\n.*[a-z]{2,} ")
+    typist.type("\x03")
+    typist.sees("stopped")
     typist.sees(prompt)
     typist.type("\x04")
     assert typist.ends() == 0

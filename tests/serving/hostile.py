@@ -216,9 +216,7 @@ def by_hand():
     for field in (
         "tools",
         "functions",
-        "logit_bias",
         "audio",
-        "metadata",
         "store",
         "chat_template_kwargs",
         "guided_json",

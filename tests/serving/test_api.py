@@ -110,6 +110,26 @@ def test_a_conversation_goes_as_it_does_in_chat(served, client):
             messages += [reply.choices[0].message.model_dump(exclude_none=True), user("how many digits are there ?")]
 
 
+def test_histories_of_the_client_s_own_making(client):
+    """What came back is sent on as the client's library keeps it, whole, parsed or streamed, with every field that says nothing."""
+    asked = {"model": "tiny", "messages": [user()], "temperature": 0}
+    asked["stop"] = complete(client, [user()]).choices[0].message.content.split(" ")[3]  # else the client calls it unfinished
+    whole = client.chat.completions.create(**asked).choices[0].message
+    parsed = client.chat.completions.parse(**asked).choices[0].message
+    with client.chat.completions.stream(**asked) as events:
+        list(events)
+    streamed = events.get_final_completion().choices[0].message
+    kept = [message.model_dump(exclude_none=brief) for message in (whole, parsed, streamed) for brief in (False, True)]
+    assert len({message["content"] for message in kept}) == 1
+    question = user("how many digits are there ?") | {"name": None}
+    nothing = {"tools": [], "logit_bias": {}, "functions": [], "tool_choice": "auto", "response_format": {"type": "text"}, "store": False}
+    replies = {
+        complete(client, [user(), message, question], **nothing, extra_body={"audio": None}).choices[0].message.content
+        for message in [*kept, whole]
+    }
+    assert len(replies) == 1
+
+
 def test_a_stream_is_the_whole_in_pieces(client):
     messages = [user([image_part(), text_part("what is on the left ?"), image_part()])]
     whole = complete(client, messages)
@@ -278,6 +298,19 @@ def test_malformed_requests_are_refused_in_openai_s_form(url, name):
     assert post(url, {"model": "tiny", "messages": [user()], "max_tokens": 1})[0] == 200
 
 
+@pytest.mark.parametrize("name", ["a URL", "a file", "no base64", "no image", "half an image", "a bomb", "a large image"])
+def test_an_image_that_is_not_taken_is_named_by_its_place(url, name):
+    (message,) = MALFORMED[name][0]["messages"]
+    messages = [
+        user([text_part("here"), image_part()]),
+        {"role": "assistant", "content": "left"},
+        user([image_part(), *message["content"]]),
+    ]
+    status, _, told = post(url, {"model": "tiny", "messages": messages})
+    assert_told(status, 400, told)
+    assert "messages.2.content.1.image_url" in json.loads(told)["error"]["message"]
+
+
 def test_other_ways_in_are_closed(url):
     body = {"model": "tiny", "messages": [user()]}
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
@@ -285,13 +318,18 @@ def test_other_ways_in_are_closed(url):
     for path, method, expected in (("/v1/nothing", "POST", 404), ("/docs", "GET", 404), ("/v1/chat/completions", "PUT", 405)):
         status, _, told = post(url, body, path=path, method=method)
         assert_told(status, expected, told)
-    status, _, told = post(url, body, {"Host": "elsewhere.example"})  # a name that leads here
-    assert_told(status, 403, told)
-    for name in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:9"):
-        assert post(url, b"", {"Host": name}, path="/v1/models", method="GET")[0] == 200
     status, headers, _ = post(url, body, {"Origin": "http://elsewhere.example"})
     assert status == 200
     assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/page/chat.js", "/page/settings", "/metrics", "/v1/models"])
+def test_without_keys_every_path_is_this_machine_s_alone(url, path):
+    for name in ("elsewhere.example", "localhost.elsewhere.example", "192.0.2.7:8000"):  # that lead here
+        status, _, told = post(url, b"", {"Host": name}, path=path, method="GET")
+        assert_told(status, 403, told)
+    for name in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:9"):
+        assert post(url, b"", {"Host": name}, path=path, method="GET")[0] == 200
 
 
 def test_keys(served):
@@ -303,7 +341,8 @@ def test_keys(served):
                 complete(client_of(url, key), [user()])
         for path in ("/v1/models", "/metrics"):
             assert post(url, b"", path=path, method="GET")[0] == 401
-        assert post(url, b"", path="/health", method="GET")[0] == 200
+        for path in ("/health", "/", "/page/chat.js"):  # whatever name leads here
+            assert post(url, b"", {"Host": "models.example.org"}, path=path, method="GET")[0] == 200
 
 
 def test_who_comes_when_the_queue_is_full_is_told_to_try_again(endless):

@@ -1,6 +1,7 @@
 """How many connections there are, and how long; how the server ends."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -90,6 +91,35 @@ def test_beyond_so_many_connections_one_is_told_to_try_again(url):
         assert json.loads(body)["error"]["code"] == "too_many_connections"
         assert int(headers["Retry-After"]) > 0
     eventually(lambda: post(url, b"", path="/health", method="GET")[0] == 200)
+
+
+@pytest.fixture
+def log():
+    """Lines that the server logs, of its own and of the libraries below it."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("asyncio", "uvicorn.error", "moe_llava")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_clients_that_are_refused_and_have_gone_leave_no_trace_in_the_log(url, log):
+    for _ in range(20):  # of whom most are too many
+        with connect(url) as client:
+            client.sendall(b"this is no HTTP\r\n\r\n")
+    eventually(lambda: post(url, b"", path="/health", method="GET")[0] == 200)
+    assert set(log) == {"Invalid HTTP request received."}
+
+
+@pytest.mark.parametrize("kind", ["websocket", "h2c", "TLS/1.0"])
+def test_a_request_for_another_protocol_is_answered_as_any(url, log, kind):
+    with connect(url) as client:
+        client.sendall(head(None, "/health", "GET", f"Upgrade: {kind}\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"))
+        assert told(client)[0] == 200
+    assert log == []
 
 
 def test_bodies_are_bounded_together(url):

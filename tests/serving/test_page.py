@@ -148,6 +148,33 @@ def check_routes(browser, found):
     assert text_of(browser, "#detail").startswith("row 2, column 3")
 
 
+def test_send_waits_for_something_to_send(browser, url, files):
+    """A question or a picture; the box for the question speaks of a picture once there is one. Examples are questions like any other."""
+    open_page(browser, url)
+    state = "[document.querySelector('#send').disabled, document.querySelector('#question').placeholder]"
+    assert browser.run(state) == [True, "Ask a question"]
+    browser.write("#question", "  ")
+    assert browser.run(state) == [True, "Ask a question"]
+    browser.choose("#files", files[0])
+    browser.until("document.querySelectorAll('.thumbnail').length === 1")
+    assert browser.run(state) == [False, "Ask about the picture"]
+    browser.choose("#files", files[1])
+    browser.until("document.querySelectorAll('.thumbnail').length === 2")
+    assert browser.run(state) == [False, "Ask about the pictures"]
+    for _ in files:
+        browser.click(".thumbnail button")
+    assert browser.run(state) == [True, "Ask a question"]
+    browser.click("#examples button:nth-child(2)")
+    assert browser.run("document.querySelector('#question').value") == "What is on the left?"
+    assert browser.run(state) == [False, "Ask a question"]
+    assert browser.run("document.activeElement.id") == "question"
+    browser.click("#send")
+    assert answered(browser)[0]
+    assert text_of(browser, ".question") == "What is on the left?"
+    assert browser.run(f"[...{state}, document.querySelector('#examples').checkVisibility()]") == [True, "Ask a question", False]
+    assert troubles(browser, url) == []
+
+
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_pictures_come_by_drop_and_paste(browser, url, files, way):
     open_page(browser, url)
@@ -183,7 +210,7 @@ def test_stop_and_regenerate(browser, slow):
         press_button(browser, ".answer", "Regenerate")
         (other,) = answered(browser)
         assert other != " ".join(stopped.split(" ")[:8])
-        assert "as long as it may be" in text_of(browser, ".answer")
+        assert "reached its longest length" in text_of(browser, ".answer")
         browser.click("#new")
         assert browser.run("document.querySelectorAll('article').length") == 0
         assert troubles(browser, url) == []
@@ -244,7 +271,7 @@ def test_a_new_conversation_begins_with_nothing(browser, sparse, files):
         ask(browser, QUESTION, files[0])
         answered(browser)
         ask(browser, QUESTION, files[1])
-        assert "takes 1 pictures in a conversation, and this would be 2" in text_of(browser, "#composer-problem")
+        assert "takes 1 picture in a conversation, and this would be 2" in text_of(browser, "#composer-problem")
         browser.click("#new")
         assert browser.run("document.querySelectorAll('article, .thumbnail').length") == 0
         assert text_of(browser, "#composer-problem") == ""

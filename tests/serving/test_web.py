@@ -7,6 +7,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from io import BytesIO
+from threading import Event
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from tests.serving.conftest import server
 from tests.serving.test_api import assert_told, client_of, complete, eventually, image_part, metric, picture, post, text_part, user
 from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
+
+JSON = {"Content-Type": "application/json"}
 
 
 def answer(text):
@@ -141,11 +144,11 @@ def test_text_alone(url):
         ({"messages": [answer("red")]}, "assistant the last"),
         ({"messages": [{"role": "system", "content": "a"}]}, "assistant the last"),
         ({"messages": [user(), answer(" ")]}, "the last message is empty"),
-        ({"messages": [user(), answer([image_part()])]}, "content"),
+        ({"messages": [user(), answer([image_part()])]}, "messages.1.content.0.type: must be text, but"),
         ({"messages": [user([image_part()] * 9), answer("red")]}, "9 images, but at most 8"),
         ({"messages": [user([image_part("http://127.0.0.1:9/a.png")]), answer("red")]}, "data: URL"),
         ({"messages": [user(), answer("red " * 600)]}, "but the model takes"),
-        ({"messages": [user(), answer("red")], "tools": []}, "tools"),
+        ({"messages": [user(), answer("red")], "tools": [{}]}, "tools"),
         ({"messages": [user(), answer("red")], "model": "gpt"}, "the model is 'tiny'"),
     ],
 )
@@ -217,6 +220,28 @@ def test_a_full_queue_and_too_long_a_wait(slow):
         assert answered.result()[0] == 504
 
 
+def test_what_fails_for_a_client_that_has_left_is_logged(sparse, monkeypatch, caplog):
+    """Nobody is told of it otherwise."""
+    model, processor = sparse
+    begun, left = Event(), Event()
+
+    def trace(*_):
+        begun.set()
+        assert left.wait(20)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(web, "trace_answer", trace)
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        leaving = HTTPConnection(url.removeprefix("http://"))
+        leaving.request("POST", "/routes", json.dumps({"model": "tiny", "messages": [user(), answer("red")]}), JSON)
+        assert begun.wait(20)
+        leaving.close()
+        eventually(lambda: metric(url, 'requests_total{outcome="499"}') == 1)
+        left.set()
+        eventually(lambda: "tracing failed after its client had left" in caplog.messages)
+    assert "out of memory" in caplog.text
+
+
 def test_who_leaves_is_not_traced_for(slow, monkeypatch):
     model, processor, asked, traced = slow
     calls = []
@@ -225,7 +250,7 @@ def test_who_leaves_is_not_traced_for(slow, monkeypatch):
         answered = pool.submit(post, url, asked | {"max_tokens": 2})
         eventually(lambda: metric(url, "requests_running") == 1)
         leaving = HTTPConnection(url.removeprefix("http://"))
-        leaving.request("POST", "/routes", json.dumps(traced), {"Content-Type": "application/json"})
+        leaving.request("POST", "/routes", json.dumps(traced), JSON)
         eventually(lambda: metric(url, "requests_waiting") == 1)
         leaving.close()
         assert answered.result()[0] == 200

@@ -74,13 +74,16 @@ function plain(error) {
   return "Something on this page went wrong; the browser's console says what.";
 }
 
+const nothingToSend = () => !element("question").value.trim() && !pending.length;
+
 function send() {
   const question = element("question").value.trim();
-  if (!known || running || reading || (!question && !pending.length)) return;
+  if (!known || running || reading || nothingToSend()) return;
   const images = pending.length + turns.filter(answered).reduce((sum, turn) => sum + turn.images.length, 0);
   if (images > known.images) {
+    const most = known.images === 1 ? "1 picture" : `${known.images} pictures`;
     element("composer-problem").textContent =
-      `The server takes ${known.images} pictures in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
+      `The server takes ${most} in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
     return;
   }
   const turn = { question, images: pending };
@@ -136,7 +139,9 @@ function drawButtons() {
   element("messages").setAttribute("aria-busy", running !== null); // hides the buttons of all turns
   element("send").hidden = running !== null;
   element("stop").hidden = running === null;
-  element("send").disabled = !known || reading > 0;
+  element("send").disabled = !known || reading > 0 || nothingToSend();
+  const pictures = pending.length + turns.reduce((sum, turn) => sum + turn.images.length, 0);
+  element("question").placeholder = pictures === 0 ? "Ask a question" : `Ask about the ${pictures === 1 ? "picture" : "pictures"}`;
   element("new").disabled = turns.length === 0;
   for (const button of document.querySelectorAll(".edit .strong")) button.disabled = running !== null;
 }
@@ -164,7 +169,7 @@ function drawAnswer(turn) {
   if (turn.state === DONE && !turn.answer.trim()) place.append(make("p", "The model answered with nothing.", "quiet"));
   if (turn.state === STOPPED) place.append(make("p", "stopped", "quiet"));
   if (!answered(turn)) place.append(make("p", "It got no answer, and the model does not read it again.", "quiet if-followed"));
-  if (turn.shortened) place.append(make("p", "as long as it may be; more is possible in the settings", "quiet"));
+  if (turn.shortened) place.append(make("p", "The answer reached its longest length, which the settings can raise.", "quiet"));
   if (turn.state === FAILED) place.append(make("p", turn.problem, "problem"));
   const again = makeButton(turn.state === FAILED ? "Try again" : "Regenerate", () => askAgain(turn));
   again.className = "if-last";
@@ -261,6 +266,7 @@ function drawThumbnails() {
     if (image.smaller) holder.append(make("small", "scaled down"));
     return holder;
   }));
+  drawButtons();
 }
 
 function clearPending() {
@@ -314,7 +320,14 @@ element("key-form").onsubmit = event => {
 };
 element("composer").onsubmit = event => { event.preventDefault(); send(); };
 element("question").onkeydown = event => submitOnEnter(event, element("composer"));
-element("question").oninput = fitQuestion;
+element("question").oninput = () => { fitQuestion(); drawButtons(); };
+for (const example of document.querySelectorAll("#examples button")) {
+  example.onclick = () => {
+    element("question").value = example.textContent;
+    element("question").oninput();
+    element("question").focus();
+  };
+}
 element("attach").onclick = () => element("files").click();
 element("files").onchange = () => { add([...element("files").files]); element("files").value = ""; };
 element("stop").onclick = () => running?.abort();

@@ -15,7 +15,7 @@ export function show(found) {
   routes = found;
   layer = Math.min(layer, routes.layers.length - 1);
   picked = null;
-  element("experts-note").textContent = "The colour and number of a patch or word are those of its first expert in a layer. Touch one to see more.";
+  element("experts-note").textContent = "The colour and number of a patch or word are those of its first expert in this layer.";
   element("experts-view").hidden = false;
   layOutLayers();
   element("pictures").replaceChildren(...routes.images.map(layOutImage));
@@ -113,7 +113,7 @@ function drawDetail() {
   const detail = element("detail");
   detail.classList.toggle("empty", picked === null);
   if (picked === null) {
-    detail.replaceChildren(make("p", "Point at a patch or a word, or tap it.", "quiet"));
+    detail.replaceChildren(make("p", "Point at a patch or a word, or tap it, to see all of its experts.", "quiet"));
     return;
   }
   const { part, token, name } = picked, bar = make("div", "", "bar");
