@@ -213,7 +213,7 @@ def _appending(passes: list[_Pass], name: str) -> Any:
 
 def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: Any) -> Parts:
     """Return what a router that chooses one expert returns if it chooses two. Raises RoutingError if it cannot."""
-    twin = copy.copy(module)  # shares the weights; the model's own router is not touched
+    twin: Any = copy.copy(module)  # shares the weights; the model's own router is not touched
     twin.top_k = 2
     parts = _parts(router, twin.forward(*arguments, **keywords))
     if parts[1].shape[1] != 2:
@@ -248,7 +248,7 @@ def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:
     recorders = []
     for one in declared if isinstance(declared, list | tuple) else [declared]:
         if isinstance(one, str):
-            one = OutputRecorder(target_class=None, class_name=one)  # type: ignore[arg-type]
+            one = OutputRecorder(target_class=None, class_name=one)
         recorders.append(one if isinstance(one, OutputRecorder) else OutputRecorder(target_class=one))
     return recorders
 
