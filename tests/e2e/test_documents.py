@@ -5,10 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from importlib.metadata import metadata
 
 from moe_llava.cli import app
 from moe_llava.cli.bench import bench
