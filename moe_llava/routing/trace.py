@@ -42,11 +42,13 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices
 
 @dataclass(frozen=True)
 class _Pass:
-    """The output of one router in one forward pass. `evidence`: what shows its rule, the same output for at least two experts."""
+    """The output of one router in one forward pass. `evidence`: what shows its rule, the same output for at least two experts. `ours`: it
+    reports what it dropped, as routers of this package do."""
 
     router: str
     output: Parts
     evidence: Parts
+    ours: bool
 
 
 Recorded = dict[int, list[_Pass]]
@@ -206,7 +208,7 @@ def _appending(passes: list[_Pass], name: str) -> Any:
         evidence = parts
         if parts[1].shape[1] == 1 and parts[0].shape[1] > 1:
             evidence = _with_two_experts(router, module, arguments, keywords)
-        passes.append(_Pass(router, parts, evidence))
+        passes.append(_Pass(router, parts, evidence, ours=_reports_drops(output)))
 
     return append
 
@@ -279,10 +281,12 @@ def _parts(router: str, output: Any) -> Parts:
             f"the router {router} returned shapes {shapes}, but to be traced it must return logits [T, E], weights [T, K] and expert "
             "indices [T, K]"
         )
-    # Our own routers report what they dropped; others drop nothing.
-    drops = shapes[3:4] == [ids] and found[3].dtype == torch.bool
-    dropped = found[3] if drops else torch.zeros_like(found[2], dtype=torch.bool)
+    dropped = found[3] if _reports_drops(found) else torch.zeros_like(found[2], dtype=torch.bool)
     return found[0].detach(), found[1].detach(), found[2].detach(), dropped.detach()
+
+
+def _reports_drops(output: tuple[Any, ...]) -> bool:
+    return len(output) > 3 and isinstance(output[3], Tensor) and output[3].dtype == torch.bool and output[3].shape == output[2].shape
 
 
 def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
@@ -293,7 +297,10 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
         routers = sorted({one.router for one in passes})
         if len(routers) > 1:
             raise RoutingError(f"layer {index} has several routers, {' and '.join(routers)}, but a trace holds one for each layer")
-        _check_softmax(routers, *_joined(index, [one.evidence for one in passes], mask_BS))
+        evidence = _joined(index, [one.evidence for one in passes], mask_BS)
+        _check_softmax(routers[0], *evidence)
+        if evidence[0].shape[1] > 1 and (evidence[0] == evidence[0][:, :1]).all() and not passes[0].ours:
+            raise RoutingError(f"the router {routers[0]} gives all experts the same logit, so how it weighs experts is not known")
         layers.append(_joined(index, [one.output for one in passes], mask_BS))
     logits_LTE, weights_LTK, ids_LTK, dropped_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(4))
     probs_LTE, weights_LTK = logits_LTE.float().softmax(dim=-1), weights_LTK.float()
@@ -312,7 +319,7 @@ def _joined(layer: int, passes: Sequence[Parts], mask_BS: Tensor) -> list[Tensor
     return [part.cpu()[mask_BS] for part in parts]  # layers may stand on several devices
 
 
-def _check_softmax(routers: Sequence[str], logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> None:
+def _check_softmax(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> None:
     """Raises RoutingError unless the weights, divided by their sum, are the softmax of the logits, divided by its sum over the same
     experts."""
     close = max(CLOSE.get(part.dtype, 0) for part in (logits_TE, weights_TK))
@@ -320,7 +327,7 @@ def _check_softmax(routers: Sequence[str], logits_TE: Tensor, weights_TK: Tensor
     expected_TK, found_TK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_TK, weights_TK.float()))
     if not torch.allclose(expected_TK, found_TK, rtol=0, atol=close):
         raise RoutingError(
-            f"the routers do not weigh experts by the softmax of their logits, so their probabilities are not known: {routers[0]}"
+            f"the routers do not weigh experts by the softmax of their logits, so their probabilities are not known: {router}"
         )
 
 

@@ -72,6 +72,18 @@ def test_routers_with_another_rule_than_softmax_are_refused(family, spread, expe
         trace_routing(model, {"input_ids": torch.randint(3, 97, (2, 7))})
 
 
+def test_a_router_without_an_opinion_shows_no_rule():
+    """With the same logit for every expert, a sigmoid and a softmax give the same weights. The rule of our own routers is known."""
+    for model, inputs in ((SIGMOIDS["glm4-moe"](), {"input_ids": torch.randint(3, 97, (2, 7))}), (tiny_sparse(), tiny_inputs())):
+        for router in find_routers(model).values():
+            nn.init.zeros_(router.weight)
+        if isinstance(model, Glm4MoeForCausalLM):
+            with pytest.raises(RoutingError, match=r"layers.1.mlp.gate \(\w+\) gives all experts the same logit"):
+                trace_routing(model.eval(), inputs)
+        else:
+            assert (trace_routing(model, inputs).probs_LTE == 0.25).all()
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_one_expert_for_each_token_by_softmax(norm):
     """With weight 1 or its probability; the check leaves the routers as they were."""
