@@ -14,8 +14,8 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import Timings, begin_report, bench_device, compare, dtype_names, spread, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, SPARSE, batch_of, build
+from moe_llava.benchmarks.running import show_cases
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.evaluation.progress import show_progress
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 TEXT_TOKENS = 12  # of a prompt, after its image
@@ -40,20 +40,20 @@ def bench_generate(
     models = models_of(checkpoint, size, dtype, device)
     report = begin_report("generate", device, dtype_names(dtype), rounds)
     report["notes"] = ["tokens/s: of all rows together, reading the prompts included"]
-    with show_progress("generation", len(rows) * rounds, console) as advance:
+    with show_cases(report, len(rows), console) as running:
         for number in rows:
+            running.begin({"model": checkpoint or size, "rows": number, "new tokens": new_tokens})
             calls: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
                 prompt = batch_of(model, number, _image_tokens(model) + TEXT_TOKENS)
                 calls[name] = partial(write, model, prompt, new_tokens, {})
                 if compiled:
                     calls[name + STATIC] = partial(write, model, prompt, new_tokens, {"cache_implementation": "static"})
-            timings = compare(calls, rounds, device, advance)
+            timings = compare(calls, rounds, device, running)
             told = summary(timings, DENSE, device)
             for name, one in told.items():
                 one["tokens_per_second"] = _rates(timings[name], number * new_tokens)
-            labels = {"model": checkpoint or size, "rows": number, "new tokens": new_tokens}
-            report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
+            running.end(DENSE, told)
     return report
 
 

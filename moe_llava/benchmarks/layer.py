@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_llava.benchmarks.asked import BOTH, FORWARD, LayerSize
 from moe_llava.benchmarks.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, output_of, random_weights
 from moe_llava.benchmarks.measure import Timings, begin_peak, begin_report, bench_device, compare, dtype_names, peak_memory, ratios, summary
-from moe_llava.evaluation.progress import show_progress
+from moe_llava.benchmarks.running import show_cases
 
 GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
 GROWTH_WAYS = {OURS: None, f"{OURS}, grouped_mm": "grouped_mm"}
@@ -37,19 +37,22 @@ def bench_layer(
     cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
     grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
     total = sum(len(asked) for _, _, asked in cases) + len(grown)
-    with show_progress("layers", total * rounds, console) as advance:
+    with show_cases(report, total, console) as running:
         for size, dtype, asked in cases:
             variants, notes = layer_variants(size, dtype, device)
             report["notes"] += [note for note in notes if note not in report["notes"]]
             found = errors(size, variants, dtype, device, backward=BOTH in asked)
             for phase in asked:
+                running.begin(_labels(size, dtype, phase))
                 calls = _calls(variants, size, dtype, phase, device)
-                told = _told(calls, size, phase, rounds, device, dtype, advance)
+                told = _told(calls, size, phase, rounds, device, dtype, running)
                 for name, error in found.items():
                     told[name]["error"] = error
-                report["cases"].append({"labels": _labels(size, dtype, phase), "limit": DENSE, "variants": told})
+                running.end(DENSE, told)
         for dtype, phase in grown:
-            report["cases"].append(_growth(dtype, phase, rounds, device, advance))
+            experts = f"{GROWTH.top_k} of {GROWTH_EXPERTS[0]} to {GROWTH_EXPERTS[-1]}"
+            running.begin(_labels(GROWTH, dtype, phase) | {"experts": experts})
+            running.end(DENSE, _growth(dtype, phase, rounds, device, running))
     return report
 
 
@@ -110,7 +113,7 @@ def _memory_of(call: Callable[[], object], device: torch.device) -> int:
     return peak_memory(device) - before
 
 
-def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, advance: Callable[[int], None]) -> dict[str, Any]:
+def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, advance: Callable[[int], None]) -> dict[str, dict[str, Any]]:
     """The same tokens through layers with more and more experts, of which each token takes as many: the arithmetic stays the same."""
     sizes = {experts: LayerSize(GROWTH.tokens, GROWTH.width, GROWTH.ffn_width, experts, GROWTH.top_k) for experts in GROWTH_EXPERTS}
     variants = {DENSE: dense_layer(GROWTH, dtype, device)}
@@ -123,8 +126,7 @@ def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, a
     for way in GROWTH_WAYS:
         for experts in GROWTH_EXPERTS:
             told[f"{way}, {experts} experts"]["growth"] = growth_of(timings, way, experts)
-    labels = _labels(GROWTH, dtype, phase) | {"experts": f"{GROWTH.top_k} of {GROWTH_EXPERTS[0]} to {GROWTH_EXPERTS[-1]}"}
-    return {"labels": labels, "limit": DENSE, "variants": told}
+    return told
 
 
 def growth_of(timings: dict[str, Timings], way: str, experts: int) -> dict[str, float]:

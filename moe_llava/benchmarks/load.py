@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import begin_peak, begin_report, compare, dtype_names, in_child, peak_memory, summary
+from moe_llava.benchmarks.running import show_cases
 from moe_llava.checkpoints.load import load_checkpoint, load_on_meta, load_processor
-from moe_llava.evaluation.progress import show_progress
 
 READ, LOAD = "safetensors alone", "load_checkpoint"
 IMPORT, CHAT = "import torch, transformers' LLaVA", "moe-llava chat"
@@ -42,24 +42,25 @@ def bench_load(checkpoint: Path, image: Path | None, question: str, rounds: int,
     if not files:
         raise BenchError(f"checkpoint {checkpoint} has no safetensors files, whose reading would be the limit")
     report = begin_report("load", CPU, dtype_names(config.dtype), rounds)
-    with tempfile.TemporaryDirectory() as folder, show_progress("loading", 2 * rounds + 1, console) as advance:
+    with tempfile.TemporaryDirectory() as folder, show_cases(report, 2, console) as running:
         if image is None:
             image = Path(folder) / "grey.png"
             Image.new("RGB", (64, 64), "grey").save(image)
+        running.begin({"checkpoint": str(checkpoint)})
         loading: dict[str, Callable[[], object]] = {READ: partial(_read_files, files), LOAD: partial(_load, checkpoint)}
-        told = summary(compare(loading, rounds, CPU, advance), READ, CPU)
+        told = summary(compare(loading, rounds, CPU, running), READ, CPU)
         weights = sum(file.stat().st_size for file in files)
         memory = report["memory"] = {"weights": weights, **in_child(_memory_of_loading, checkpoint)}
         memory["ratio"] = (memory["peak"] - memory["baseline"]) / weights
-        advance(1)
-        report["cases"].append({"labels": {"checkpoint": str(checkpoint)}, "limit": READ, "variants": told})
+        running.end(READ, told)
+        running.begin({"from": "start", "to": "end of the process"})
         chat = [sys.executable, "-m", "moe_llava.cli", "chat", str(checkpoint), "--image", str(image), question]
         starting: dict[str, Callable[[], object]] = {
             IMPORT: partial(_run, [sys.executable, "-c", "import torch, transformers.models.llava.modeling_llava"]),
             CHAT: partial(_run, [*chat, "--max-new-tokens", str(ANSWER_TOKENS)]),
         }
-        told = summary(compare(starting, rounds, CPU, advance, warm_up=1), IMPORT, CPU)
-        report["cases"].append({"labels": {"from": "start", "to": "end of the process"}, "limit": IMPORT, "variants": told})
+        told = summary(compare(starting, rounds, CPU, running, warm_up=1), IMPORT, CPU)
+        running.end(IMPORT, told)
     report["notes"] = [
         f"loading takes {memory['ratio']:.2f} x its weights ({weights / 1e6:,.1f} MB) at most, beyond {memory['baseline'] / 1e6:,.0f} MB "
         "of what is imported"

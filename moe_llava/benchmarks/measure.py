@@ -41,6 +41,14 @@ class Timings:
     processor: list[float]
 
 
+class CutShort(KeyboardInterrupt):
+    """Ctrl-C between the first round and the last. `timings`: of the rounds that are complete."""
+
+    def __init__(self, timings: dict[str, Timings]):
+        super().__init__()
+        self.timings = timings
+
+
 def bench_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,7 +60,10 @@ def compare(
     advance: Callable[[int], None],
     warm_up: int = WARM_UP,
 ) -> dict[str, Timings]:
-    """Lets the variants take turns for `rounds` rounds, after `warm_up` calls of each; `advance` is called after each round."""
+    """Let the variants take turns for `rounds` rounds, after `warm_up` calls of each; `advance` is called after each round.
+
+    Raises CutShort at Ctrl-C, if a round is complete.
+    """
     repeats = {}
     for name, call in variants.items():
         for _ in range(warm_up - 1):
@@ -60,8 +71,12 @@ def compare(
         repeats[name] = max(1, math.ceil(TURN / max(_turn(call, 1, device)[0], 1e-9)))
     timings = {name: Timings([], []) for name in variants}
     for number in range(rounds):
-        for name in list(variants)[:: -1 if number % 2 else 1]:
-            seconds, processor = _turn(variants[name], repeats[name], device)
+        order = list(variants)[:: -1 if number % 2 else 1]
+        try:
+            turns = {name: _turn(variants[name], repeats[name], device) for name in order}
+        except KeyboardInterrupt:
+            raise CutShort(timings) if number else KeyboardInterrupt from None
+        for name, (seconds, processor) in turns.items():
             timings[name].seconds.append(seconds)
             timings[name].processor.append(processor)
         advance(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_llava.benchmarks.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, batch_of, pair
-from moe_llava.evaluation.progress import show_progress
+from moe_llava.benchmarks.running import show_cases
 
 
 def bench_model(
@@ -24,16 +24,15 @@ def bench_model(
     """
     device, sizes = bench_device(), [SIZES[name] for name in names]
     report = begin_report("model", device, dtype_names(*dtypes), rounds)
-    with show_progress("models", len(sizes) * len(dtypes) * rounds, console) as advance:
+    with show_cases(report, len(sizes) * len(dtypes), console) as running:
         for name, size in zip(names, sizes, strict=True):
             for dtype in dtypes:
                 models = pair(size, dtype, device)
                 asked = rows or size.rows, tokens or size.tokens
+                running.begin({"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)})
                 batches = {which: batch_of(model, *asked) for which, model in models.items()}
                 calls: dict[str, Callable[[], object]] = {which: partial(_read, model, batches[which]) for which, model in models.items()}
-                told = summary(compare(calls, rounds, device, advance), DENSE, device)
-                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)}
-                report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
+                running.end(DENSE, summary(compare(calls, rounds, device, running), DENSE, device))
     return report
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import Timings, begin_report, summary
+from moe_llava.benchmarks.running import Cases, show_cases
 from moe_llava.checkpoints.load import load_config
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
-from moe_llava.evaluation.progress import show_progress
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 
 CPU = torch.device("cpu")
@@ -75,33 +75,34 @@ def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int,
     Raises ValueError as `offload_experts` does, and BenchError if the checkpoint is dense.
     """
     report = begin_report("offload", CPU, "as stored", tokens)
-    with tempfile.TemporaryDirectory() as made:
+    total = 2 * len(shares) * (1 if checkpoint else len(ROUTERS))
+    with tempfile.TemporaryDirectory() as made, show_cases(report, total, console) as running:
         folders = {checkpoint.name: checkpoint} if checkpoint else {name: Path(made) / name for name in ROUTERS}
         for name, folder in folders.items():
             if checkpoint is None:
                 random_checkpoint(folder, alike=name == ALIKE)
-            report["cases"] += _cases(name, folder, shares, tokens, console)
+            _measure(name, folder, shares, running)
     return report
 
 
-def _cases(name: str, folder: Path, shares: Sequence[float], tokens: int, console: Console) -> list[dict[str, Any]]:
+def _measure(name: str, folder: Path, shares: Sequence[float], running: Cases) -> None:
     config = load_config(folder)
     if not isinstance(config, MoeLlavaConfig):
         raise BenchError(f"checkpoint {folder} is dense: it has no experts of which a share could be kept")
-    ids_S = torch.randint(3, config.text_config.vocab_size, (PROMPT + tokens,), generator=torch.Generator().manual_seed(0))
+    ids_S = torch.randint(
+        3, config.text_config.vocab_size, (PROMPT + running.report["rounds"],), generator=torch.Generator().manual_seed(0)
+    )
     ids_S[ids_S == config.image_token_id] = 3
     whole = Runner(_whole(folder))
-    cases = []
-    with show_progress(f"experts of {name}", 2 * len(shares), console) as advance:
-        for share in shares:
-            for cold in (False, True):
-                labels = {"model": name, "kept": f"{share:g}", "files": "cold" if cold else "in the system's cache"}
-                cases.append({"labels": labels, "limit": WHOLE, "variants": _variants(whole, folder, share, cold, ids_S)})
-                advance(1)
-    return cases
+    for share in shares:
+        for cold in (False, True):
+            running.begin({"model": name, "kept": f"{share:g}", "files": "cold" if cold else "in the system's cache"})
+            running.end(WHOLE, _variants(whole, folder, share, cold, ids_S, running))
 
 
-def _variants(whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor) -> dict[str, dict[str, Any]]:
+def _variants(
+    whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor, advance: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
     """Cold ones by themselves: what others leave in the system's cache would warm them."""
     runners = {WHOLE: whole, AHEAD: _offloaded(folder, share, True, cold), NEEDED: _offloaded(folder, share, False, cold)}
     for _ in range(2):  # the second time counts
@@ -111,6 +112,7 @@ def _variants(whole: Runner, folder: Path, share: float, cold: bool, ids_S: torc
     for token in ids_S[PROMPT:, None]:
         for runner in runners.values():
             runner.read(token)
+        advance(1)
     told = summary({name: Timings(runner.seconds[1:], runner.processor[1:]) for name, runner in runners.items()}, WHOLE, CPU)
     for name, runner in runners.items():
         told[name]["prompt_ratio"] = runner.seconds[0] / whole.seconds[0]

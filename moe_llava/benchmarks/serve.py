@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import bench_device, conditions, dtype_names, ratios, spread
-from moe_llava.benchmarks.tables import print_conditions
+from moe_llava.benchmarks.running import Interrupted
+from moe_llava.benchmarks.tables import print_conditions, print_table
 from moe_llava.checkpoints.load import load_config
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation.benchmark import Question
@@ -77,15 +77,21 @@ def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, cons
         bodies = workloads(Path(folder), {name: size * (rounds + 1) for name, size in sizes.items()})
         with server(checkpoint, clients) as (process, port):
             for name, size in sizes.items():
-                passes = []
-                for number in range(rounds + 1):
-                    asked = bodies[name][number * size : (number + 1) * size]
-                    pair = {}
-                    for at_once in (1, clients) if number % 2 else (clients, 1):
-                        pair[at_once] = ask_all(process, port, asked, at_once)
-                    check_same(name, pair[1], pair[clients])
-                    passes.append((pair[1], pair[clients]))
-                    advance(1)
+                passes: list[tuple[Pass, Pass]] = []
+                try:
+                    for number in range(rounds + 1):
+                        asked = bodies[name][number * size : (number + 1) * size]
+                        pair = {}
+                        for at_once in (1, clients) if number % 2 else (clients, 1):
+                            pair[at_once] = ask_all(process, port, asked, at_once)
+                        check_same(name, pair[1], pair[clients])
+                        passes.append((pair[1], pair[clients]))
+                        advance(1)
+                except KeyboardInterrupt:
+                    running = len(report["workloads"]) + 1
+                    if passes[1:]:
+                        report["workloads"][name] = summary(passes[1:])
+                    raise Interrupted(report, running, len(sizes)) from None
                 report["workloads"][name] = summary(passes[1:])
     return report
 
@@ -207,9 +213,8 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def print_serving(report: dict[str, Any], console: Console) -> None:
     print_conditions(report, console)
-    table = Table("answers", "asked", "requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    keys: dict[str, list[str]] = {"answers": [], "asked": []}
+    columns: dict[str, list[str]] = {name: [] for name in ("requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")}
     for name, found in report["workloads"].items():
         for way, asked in (("alone", "one after another"), ("together", f"{report['clients']} at once")):
             one = found[way]
@@ -217,8 +222,11 @@ def print_serving(report: dict[str, Any], console: Console) -> None:
                 one[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request")
             )
             times = [f"{one[key]['median']:.1f}, {one[key]['p99']:.1f}" for key in ("first_token_ms", "next_token_ms")]
-            table.add_row(name, asked, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}")
-    console.print(table)
+            for cells, cell in zip(keys.values(), (name, asked), strict=True):
+                cells.append(cell)
+            for cells, cell in zip(columns.values(), (f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"), strict=True):
+                cells.append(cell)
+    print_table("", keys, columns, console)
     for name, found in report["workloads"].items():
         ratio, work = found["ratio"], found["processor_time_ratio"]
         console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,42 @@ def write_report(report: dict[str, Any], file: Path | None) -> None:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
-    """Of a report with `cases`, each with labels, a limit, and what is known of its variants."""
-    print_conditions(report, console)
-    for case in report["cases"]:
-        known = [key for key in COLUMNS if any(key in one for one in case["variants"].values())]
-        title = ", ".join(f"{label} {value}" for label, value in case["labels"].items())
-        table = Table("variant", *(COLUMNS[key][0] for key in known), title=title, title_justify="left")
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, one in case["variants"].items():
-            shown = f"{name} (limit)" if name == case["limit"] else name
-            table.add_row(shown, *(_cell(one[key], key) if key in one else "" for key in known))
+def print_case(case: dict[str, Any], console: Console) -> None:
+    """Of a report: a case with labels, a limit, and what is known of its variants."""
+    title = ", ".join(f"{label} {value}" for label, value in case["labels"].items())
+    names = [f"{name} (limit)" if name == case["limit"] else name for name in case["variants"]]
+    known = [key for key in COLUMNS if any(key in one for one in case["variants"].values())]
+    columns = {COLUMNS[key][0]: [_cell(one[key], key) if key in one else "" for one in case["variants"].values()] for key in known}
+    print_table(title, {"variant": names}, columns, console)
+
+
+def print_table(title: str, keys: dict[str, list[str]], columns: dict[str, list[str]], console: Console) -> None:
+    """Print columns, header -> cells, beside those of `keys`. What is too wide for the console is divided: headers between words, then the
+    table, each part of which has the keys."""
+    everything = keys | columns
+    widths = {header: max(map(len, [header, *cells])) for header, cells in everything.items()}
+    if _outer(widths.values()) > console.width:
+        widths |= {header: max(map(len, [*header.split(), *cells])) for header, cells in columns.items()}
+    parts = [dict(keys)]
+    for header, cells in columns.items():
+        if len(parts[-1]) > len(keys) and _outer(widths[name] for name in [*parts[-1], header]) > console.width:
+            parts.append(dict(keys))
+        parts[-1][header] = cells
+    for part in parts:
+        table = Table(title=title if part is parts[0] else None, title_justify="left")
+        for header in part:
+            table.add_column(header, justify="left" if header in keys else "right", width=widths[header])
+        for row in zip(*part.values(), strict=True):
+            table.add_row(*row)
         console.print(table)
+
+
+def _outer(widths: Iterable[int]) -> int:
+    """The width of a table with columns of these widths: each has a border and two blanks."""
+    return sum(width + 3 for width in widths) + 1
+
+
+def print_notes(report: dict[str, Any], console: Console) -> None:
     for note in report.get("notes", []):
         console.print(note, highlight=False, soft_wrap=True)
 

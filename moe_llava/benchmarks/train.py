@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from moe_llava.benchmarks.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.benchmarks.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
-from moe_llava.evaluation.progress import show_progress
+from moe_llava.benchmarks.running import show_cases
 from moe_llava.training.stages import choose_parameters
 from moe_llava.training.trainer import only_learnt
 
@@ -41,25 +41,24 @@ def bench_train(
     device, sizes = bench_device(), [SIZES[name] for name in names]
     report = begin_report("train", device, dtype_names(*dtypes), rounds)
     report["notes"] = ["peak MB: of a process of its own, beyond what it takes before the model is built"]
-    total = len(names) * len(dtypes) * (rounds + 2) + (2 if wide else 0)
-    with show_progress("training steps", total, console) as advance:
+    with show_cases(report, len(names) * len(dtypes) + bool(wide), console) as running:
         for name, size in zip(names, sizes, strict=True):
             for dtype in dtypes:
                 asked = rows or size.rows, tokens or size.tokens
+                running.begin({"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)})
                 calls: dict[str, Callable[[], object]] = {
                     which: step_of(*learner(name, which, dtype, device, *asked), dtype) for which in (DENSE, SPARSE)
                 }
-                told = summary(compare(calls, rounds, device, advance), DENSE, device)
+                told = summary(compare(calls, rounds, device, running), DENSE, device)
                 calls.clear()
-                _add_memory(told, DENSE, name, dtype, asked, advance)
-                labels = {"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)}
-                report["cases"].append({"labels": labels, "limit": DENSE, "variants": told})
+                _add_memory(told, DENSE, name, dtype, asked)
+                running.end(DENSE, told)
         if wide:
             size = SIZES[wide]
+            running.begin({"size": wide, "rows": size.rows, "tokens": size.tokens, "dtype": "float32"})
             compared: dict[str, dict[str, Any]] = {ALL_LOGITS: {}, SPARSE: {}}
-            _add_memory(compared, ALL_LOGITS, wide, torch.float32, (size.rows, size.tokens), advance)
-            labels = {"size": wide, "rows": size.rows, "tokens": size.tokens, "dtype": "float32"}
-            report["cases"].append({"labels": labels, "limit": ALL_LOGITS, "variants": compared})
+            _add_memory(compared, ALL_LOGITS, wide, torch.float32, (size.rows, size.tokens))
+            running.end(ALL_LOGITS, compared)
     return report
 
 
@@ -103,12 +102,9 @@ def loss_of_all_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Te
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
-def _add_memory(
-    told: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, asked: tuple[int, int], advance: Callable[[int], None]
-) -> None:
+def _add_memory(told: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, asked: tuple[int, int]) -> None:
     for which, one in told.items():
         one["memory"] = in_child(_memory_of_steps, name, which, dtype, *asked)
-        advance(1)
     for one in told.values():
         one["memory_ratio"] = one["memory"] / told[limit]["memory"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +61,7 @@ def layer(
         with heavy_imports():
             from moe_llava.benchmarks.layer import bench_layer
 
-        _tell(bench_layer(sizes, dtypes, [name for name in PHASES if name in phase], rounds, growth, _console()), as_json)
+        _measure(lambda: bench_layer(sizes, dtypes, [name for name in PHASES if name in phase], rounds, growth, _console()), as_json)
 
 
 @bench.command()
@@ -78,7 +81,7 @@ def model(
         with heavy_imports():
             from moe_llava.benchmarks.model import bench_model
 
-        _tell(bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
+        _measure(lambda: bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
 
 
 @bench.command()
@@ -99,7 +102,7 @@ def train(
         with heavy_imports():
             from moe_llava.benchmarks.train import bench_train
 
-        _tell(bench_train(size, dtypes, rows, tokens, rounds, "wide" if logits else None, _console()), as_json)
+        _measure(lambda: bench_train(size, dtypes, rows, tokens, rounds, "wide" if logits else None, _console()), as_json)
 
 
 @bench.command()
@@ -128,7 +131,7 @@ def generate(
         with heavy_imports():
             from moe_llava.benchmarks.generate import bench_generate
 
-        _tell(bench_generate(checkpoint, size, chosen, rows, new_tokens, rounds, compiled, _console()), as_json)
+        _measure(lambda: bench_generate(checkpoint, size, chosen, rows, new_tokens, rounds, compiled, _console()), as_json)
 
 
 @bench.command()
@@ -148,16 +151,13 @@ def serve(
         check_file(as_json)
         check_checkpoint(checkpoint)
         if find_spec("psutil") is None:
-            raise BenchError("bench serve needs psutil, which is not installed: pip install 'moe-llava[bench]'")
+            raise BenchError("bench serve needs psutil, which is not installed: pip install -e '.[bench]'")
 
         with heavy_imports():
             from moe_llava.benchmarks.serve import bench_serve, print_serving
-            from moe_llava.benchmarks.tables import write_report
 
         console = _console()
-        report = bench_serve(checkpoint, clients, rounds, questions, console)
-        write_report(report, as_json)
-        print_serving(report, console)
+        _measure(lambda: bench_serve(checkpoint, clients, rounds, questions, console), as_json, print_serving)
 
 
 @bench.command()
@@ -181,7 +181,7 @@ def load(
         with heavy_imports():
             from moe_llava.benchmarks.load import bench_load
 
-        _tell(bench_load(checkpoint, image, question, rounds, _console()), as_json)
+        _measure(lambda: bench_load(checkpoint, image, question, rounds, _console()), as_json)
 
 
 @bench.command()
@@ -204,7 +204,7 @@ def offload(
         with heavy_imports():
             from moe_llava.benchmarks.offload import bench_offload
 
-        _tell(bench_offload(checkpoint, keep, tokens, _console()), as_json)
+        _measure(lambda: bench_offload(checkpoint, keep, tokens, _console()), as_json)
 
 
 def _dtypes(names: list[str], file: Path | None) -> list[torch.dtype]:
@@ -223,8 +223,19 @@ def _console() -> Any:
     return Console()
 
 
-def _tell(report: dict[str, Any], file: Path | None) -> None:
-    from moe_llava.benchmarks.tables import print_report, write_report
+def _measure(measure: Callable[[], dict[str, Any]], file: Path | None, show: Callable[[dict[str, Any], Any], None] | None = None) -> None:
+    """Write a report and print what has not been printed while it was measured: its notes, if not what `show` prints. Ctrl-C keeps what was
+    measured until then."""
+    from moe_llava.benchmarks.running import Interrupted
+    from moe_llava.benchmarks.tables import print_notes, write_report
 
+    stopped = None
+    try:
+        report = measure()
+    except Interrupted as interrupted:
+        report, stopped = interrupted.report, interrupted
     write_report(report, file)
-    print_report(report, _console())
+    (show or print_notes)(report, _console())
+    if stopped is not None:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT)

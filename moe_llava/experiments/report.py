@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from moe_llava.routing.plots import as_data, data_url, plot_expert_load
 from moe_llava.training.saves import write_whole
@@ -17,14 +20,10 @@ from moe_llava.training.saves import write_whole
 mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
-LABELS = {
-    "stage1": "stage I: projector",
-    "stage2": "stage II: language model",
-    "dense": "stage III: dense control",
-    "sparse": "stage III: sparse",
-}
+LABELS = {"stage1": "stage I", "stage2": "stage II", "dense": "stage III, dense", "sparse": "stage III, sparse"}
 COLOURS = {"stage1": "#BBBBBB", "stage2": "#56B4E9", "dense": "#E69F00", "sparse": "#009E73"}
 SHEET_PICTURES = 12
+NARROW = 4.6  # inches, of a chart on a telephone
 
 
 def write_report(
@@ -41,10 +40,10 @@ def write_report(
         experts=routing["experts"],
         top_k=routing["top_k"],
         plots={
-            "accuracy": as_data(plot_accuracy(results)),
-            "existence": as_data(plot_existence(results)),
-            "losses": as_data(plot_losses(logs)),
-            "load": as_data(plot_expert_load(routing)),
+            "accuracy": _both(plot_accuracy, results),
+            "existence": _both(plot_existence, results),
+            "losses": _both(plot_losses, logs),
+            "load": _both(plot_expert_load, routing),
         },
         sheet=sheet(answered["sparse"]),
         chat_command=chat_command,
@@ -54,45 +53,59 @@ def write_report(
     return path
 
 
-def plot_accuracy(results: dict[str, Any]) -> Figure:
+def _both(plot: Callable[[Any, bool], Figure], data: Any) -> dict[str, str]:
+    """Return a chart for a wide page and for a telephone, on which the labels of the wide one could not be read."""
+    return {"wide": as_data(plot(data, False)), "narrow": as_data(plot(data, True))}
+
+
+def plot_accuracy(results: dict[str, Any], narrow: bool) -> Figure:
     families = list(results["accuracy"]["sparse"])
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(LABELS)
-    for number, (name, label) in enumerate(LABELS.items()):
-        scores = [results["accuracy"][name][family] for family in families]
-        means = np.array([score["mean"] for score in scores])
-        errors = np.array([[score["mean"] - score["low"], score["high"] - score["mean"]] for score in scores]).T.clip(min=0)
-        places = np.arange(len(families)) + (number - (len(LABELS) - 1) / 2) * width
-        axis.bar(places, means, width * 0.92, yerr=errors, color=COLOURS[name], label=label, error_kw={"linewidth": 0.9, "alpha": 0.7})
-    axis.set_xticks(range(len(families)), families)
-    axis.set_ylim(0, 1.02)
-    axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
-    axis.grid(axis="y", alpha=0.25)
-    figure.legend(loc="outside upper center", ncols=len(LABELS), frameon=False)
+    rows = math.ceil(len(families) / 4) if narrow else 1
+    figure = Figure(figsize=(NARROW, 1.7 * rows + 0.6) if narrow else (9, 3.6), layout="constrained")
+    for axis, part in zip(figure.subplots(rows, squeeze=False).flat, np.array_split(families, rows), strict=True):
+        for name, places, width in _bars(len(part)):
+            scores = [results["accuracy"][name][family] for family in part]
+            means = np.array([score["mean"] for score in scores])
+            errors = np.array([[score["mean"] - score["low"], score["high"] - score["mean"]] for score in scores]).T.clip(min=0)
+            axis.bar(places, means, width, yerr=errors, color=COLOURS[name], error_kw={"linewidth": 0.9, "alpha": 0.7})
+        axis.set_xticks(range(len(part)), part)
+        axis.set_ylim(0, 1.02)
+        axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
+        axis.grid(axis="y", alpha=0.25)
+    _name_stages(figure, narrow)
     return figure
 
 
-def plot_existence(results: dict[str, Any]) -> Figure:
+def plot_existence(results: dict[str, Any], narrow: bool) -> Figure:
     kinds = list(results["existence"]["sparse"])
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(NARROW, 3.0) if narrow else (9, 2.8), layout="constrained")
     axis = figure.subplots()
-    width = 0.8 / len(LABELS)
-    for number, (name, label) in enumerate(LABELS.items()):
-        places = np.arange(len(kinds)) + (number - (len(LABELS) - 1) / 2) * width
-        bars = axis.bar(places, [results["existence"][name][kind]["f1"] for kind in kinds], width * 0.92, color=COLOURS[name], label=label)
-        axis.bar_label(bars, fmt="{:.2f}", fontsize=8)
+    for name, places, width in _bars(len(kinds)):
+        bars = axis.bar(places, [results["existence"][name][kind]["f1"] for kind in kinds], width, color=COLOURS[name])
+        axis.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=2, rotation=90 if narrow else 0)
     axis.set_xticks(range(len(kinds)), kinds)
-    axis.set_ylim(0, 1.1)
+    axis.set_ylim(0, 1.3 if narrow else 1.1)
     axis.set_ylabel("F1")
-    figure.legend(loc="outside upper center", ncols=len(LABELS), frameon=False)
+    _name_stages(figure, narrow)
     return figure
 
 
-def plot_losses(logs: dict[str, list[dict[str, Any]]]) -> Figure:
+def _bars(groups: int) -> Iterator[tuple[str, np.ndarray, float]]:
+    """(checkpoint, places of its bars, their width), side by side in each group."""
+    width = 0.8 / len(LABELS)
+    for number, name in enumerate(LABELS):
+        yield name, np.arange(groups) + (number - (len(LABELS) - 1) / 2) * width, width * 0.92
+
+
+def _name_stages(figure: Figure, narrow: bool) -> None:
+    handles = [Patch(color=COLOURS[name], label=label) for name, label in LABELS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2 if narrow else len(LABELS), frameon=False)
+
+
+def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:
     """Language loss over the steps of each stage; the balance loss of the sparse one beside it."""
-    figure = Figure(figsize=(9, 2.7), layout="constrained")
-    axes = figure.subplots(1, 4)
+    figure = Figure(figsize=(NARROW, 4.4) if narrow else (9, 2.7), layout="constrained")
+    axes = figure.subplots(*((2, 2) if narrow else (1, 4))).flat
     for axis, names, title in zip(axes, (["stage1"], ["stage2"], ["dense", "sparse"]), ("stage I", "stage II", "stage III"), strict=False):
         for name in names:
             lines = [line for line in logs[name] if "loss" in line]

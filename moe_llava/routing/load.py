@@ -5,6 +5,9 @@ Shapes: T tokens, E experts, K experts per token, L MoE layers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,3 +24,13 @@ def expert_counts(router_logits: tuple[Tensor, ...], top_k: int, token_mask_T: T
 def expert_shares(counts_LE: Tensor) -> Tensor:
     """[L, E]: counts as shares of each layer's assignments; 0 where there were none."""
     return counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def whole_percents(shares_E: Sequence[float]) -> list[int]:
+    """Shares that add up to 1 as whole percents that add up to 100; the largest remainders are rounded up. All 0 stays 0."""
+    percents = [100 * share for share in shares_E]
+    whole = [math.floor(percent) for percent in percents]
+    by_remainder = sorted(range(len(percents)), key=lambda place: whole[place] - percents[place])
+    for place in by_remainder[: round(sum(percents)) - sum(whole)]:
+        whole[place] += 1
+    return whole

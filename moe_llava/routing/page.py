@@ -54,7 +54,6 @@ def write_page(
         "experts": summary["experts"],
         "topK": summary["top_k"],
         "layers": summary["layers"],
-        "load": summary["load"],
         "colours": colours,
         "inks": [ink(colour) for colour in colours],
         "kinds": KINDS,

@@ -18,6 +18,7 @@ from matplotlib.colors import TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moe_llava.routing.load import whole_percents
 from moe_llava.routing.tokens import IMAGE
 from moe_llava.routing.trace import Trace
 
@@ -39,22 +40,23 @@ def ink(colour: str) -> str:
     return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
 
 
-def plot_expert_load(summary: dict[str, Any]) -> Figure:
-    """For all, image and text tokens side by side, the share of each expert in every MoE layer; dashed lines where even shares would
-    end."""
+def plot_expert_load(summary: dict[str, Any], narrow: bool = False) -> Figure:
+    """For all, image and text tokens, the share of each expert in every MoE layer; dashed lines where even shares would end. `narrow`:
+    below each other, for a telephone."""
     layers, experts = summary["layers"], summary["experts"]
     counts = {name: np.array(summary[name], dtype=float) for name in ("image", "text")}
-    figure = Figure(figsize=(11, 0.5 * len(layers) + 1.5), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    height = 0.5 * len(layers) + 1.5
+    figure = Figure(figsize=(4.6, 2.6 * height) if narrow else (11, height), layout="constrained")
+    axes = figure.subplots(*((3, 1) if narrow else (1, 3)), sharey=True)
     for axis, (name, counts_LE) in zip(axes, {"all": counts["image"] + counts["text"], **counts}.items(), strict=True):
         shares_LE = counts_LE / counts_LE.sum(axis=1, keepdims=True).clip(min=1)
+        percents_EL = np.array([whole_percents(shares_E) for shares_E in shares_LE.tolist()]).T
         left = np.zeros(len(layers))
-        for expert, share in enumerate(shares_LE.T):
+        for expert, (share, percents) in enumerate(zip(shares_LE.T, percents_EL, strict=True)):
             colour = expert_colour(expert)
             bars = axis.barh(range(len(layers)), share, left=left, color=colour, height=0.84)
-            axis.bar_label(
-                bars, [f"{value:.0%}" if value > 0.09 else "" for value in share], label_type="center", color=ink(colour), fontsize=9
-            )
+            labels = [f"{percent}%" if percent >= 10 else "" for percent in percents]
+            axis.bar_label(bars, labels, label_type="center", color=ink(colour), fontsize=9)
             left += share
         for border in range(1, experts):
             axis.axvline(border / experts, color="black", linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)

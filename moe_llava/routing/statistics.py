@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_llava.routing.load import expert_shares
 from moe_llava.routing.pathways import TokenSample, top_pathways
-from moe_llava.routing.tokens import IMAGE, RoutingError
+from moe_llava.routing.tokens import IMAGE, KINDS, MEDIA, RoutingError
 from moe_llava.routing.trace import Trace
 
 MODALITIES = ("image", "text")
@@ -35,8 +35,11 @@ class RoutingStatistics:
     def add(self, trace: Trace, groups: Sequence[str] | None = None) -> None:
         """`groups`: of each row of the trace, such as the family of its question.
 
-        Raises RoutingError if the trace has other layers or experts than those before.
+        Raises RoutingError if the trace has other layers or experts than those before, or tokens of a video or audio.
         """
+        others = sorted({KINDS[kind] for kind in trace.kinds_T.tolist() if kind in MEDIA and kind != IMAGE})
+        if others:
+            raise RoutingError(f"the trace has {' and '.join(others)} tokens, but statistics compare image tokens with text")
         if not self.layers:
             self._start(trace)
         if (trace.layers, trace.probs_LTE.shape[-1], trace.ids_LTK.shape[-1]) != (self.layers, self.experts, self.top_k):

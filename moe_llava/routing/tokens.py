@@ -1,4 +1,4 @@
-"""What kind of token it is, and where in its image.
+"""The kind of each token, and the place of an image's tokens in their image.
 
 Shapes: B rows of a batch, S sequence, N images of the batch.
 """
@@ -6,18 +6,41 @@ Shapes: B rows of a batch, S sequence, N images of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TEXT, SPECIAL, IMAGE = range(3)
-KINDS = ("text", "special", "image")
+TEXT, SPECIAL, IMAGE, VIDEO, AUDIO = range(5)  # saved traces hold these numbers
+KINDS = ("text", "special", "image", "video", "audio")
+MEDIA = (IMAGE, VIDEO, AUDIO)  # their tokens are placeholders, which have no text
+# A processor's output -> the kind of its placeholders.
+INPUTS = {"pixel_values": IMAGE, "pixel_values_videos": VIDEO, "input_features": AUDIO, "input_values": AUDIO}
 
 
 class RoutingError(ValueError):
     """A model whose routers cannot be read, or a file that is no trace; the message names it."""
+
+
+def placeholder_kinds(config: Any, inputs: Collection[str]) -> dict[int, int]:
+    """Return the kind of each placeholder that a model's configuration names: token id -> IMAGE, VIDEO or AUDIO.
+
+    Raises RoutingError if `inputs`, the names of the model's inputs, hold a medium whose placeholder the configuration does not name: its
+    tokens would count as text.
+    """
+    kinds = {}
+    for kind in MEDIA:
+        fields = (f"{KINDS[kind]}_token_id", f"{KINDS[kind]}_token_index")
+        token = next((getattr(config, field) for field in fields if getattr(config, field, None) is not None), None)
+        if token is not None:
+            kinds[token] = kind
+        given = [name for name in inputs if INPUTS.get(name) == kind]
+        if token is None and given:
+            raise RoutingError(
+                f"found {given[0]} in the inputs, but the model's configuration has no {fields[0]}, by which to find its tokens"
+            )
+    return kinds
 
 
 def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: B rows of a batch, S sequence, T tokens of all rows without padding, L M
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,18 +24,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
-from moe_llava.routing.tokens import IMAGE, SPECIAL, TEXT, RoutingError, image_places
+from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
 
 FORMAT = "moe-llava-trace-1"
-CLOSE = 0.02  # weights may be in half precision
+# How far weights, divided by their sum, may be from those of a softmax: rounding, but not another rule with small logits.
+CLOSE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-Recorded = dict[int, list[tuple[Tensor, ...]]]
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices, dropped
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The output of one router in one forward pass. `evidence`: what shows its rule, the same output for at least two experts. `ours`: it
+    reports what it dropped, as routers of this package do."""
+
+    router: str
+    output: Parts
+    evidence: Parts
+    ours: bool
+
+
+Recorded = dict[int, list[_Pass]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +60,10 @@ class Trace:
 
     `probs_LTE`: softmax of the router's logits, float32. `ids_LTK`: the chosen experts, in order of falling probability, and
     `weights_LTK` theirs, of which those in `dropped_LTK`, which found their expert full, are 0.
-    `token_ids_T`, `rows_T`: the token, and the row that it stands in. `kinds_T`: TEXT, SPECIAL or IMAGE. `answer_T`: whether it belongs to
+    `token_ids_T`, `rows_T`: the token, and the row that it stands in. `kinds_T`: an index of KINDS. `answer_T`: whether it belongs to
     an answer, of the model or, in a record, to be learnt; the rest is prompt. `places_T3`: of an image's token the image in its row, and
-    the row and column of its patch; -1 where there is none, as for a class token.
-    `layers`: indices of the MoE layers. `pieces`: each token as text, if a tokenizer was given; "" for an image's.
+    the row and column of its patch; -1 where there is none, as for a class token or a video.
+    `layers`: indices of the MoE layers. `pieces`: each token as text, if a tokenizer was given; "" for a placeholder.
     """
 
     probs_LTE: Tensor
@@ -102,7 +119,7 @@ def _tensor_names() -> list[str]:
 
 def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: Any = None, max_new_tokens: int | None = None) -> Trace:
     """The routes of `inputs`, as a processor or tokenizer makes them: of one forward pass, or, with `max_new_tokens`, of a greedy answer,
-    too, except for its last token, which the model never reads.
+    too, except for its last token, which the model never reads. An answer needs rows that are padded on the left.
 
     Args:
         inputs: `input_ids` and what else the model takes. `labels`, if there are any, say which tokens are answers (those that are not
@@ -110,16 +127,19 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         tokenizer: whose special tokens count as such, and whose pieces are kept. Without it, special are those that the model's
             configuration names: beginning, end and padding.
 
-    Raises RoutingError if the model has no routers, or such as cannot be read, or the places of its images cannot be told.
+    Raises RoutingError if the model has no routers, or such as cannot be read; if the tokens of an image, a video or audio cannot be told
+    from text, or an image's places are not known; and if an answer is to follow padding.
     """
     given = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if "input_ids" not in given:
         raise RoutingError(f"found {', '.join(given)} in the inputs, but no input_ids, which tell image from text")
     labels_BS = given.pop("labels", None)
     ids_BS = given["input_ids"]
+    if max_new_tokens is not None:
+        given["attention_mask"] = _generation_mask(model, given)
     mask_BS = given.get("attention_mask", torch.ones_like(ids_BS)).bool()
     answer_BS = torch.zeros_like(mask_BS) if labels_BS is None else labels_BS != IGNORE_INDEX
-    image_id = getattr(model.config, "image_token_id", None)  # a language model without images has none
+    placeholders = placeholder_kinds(model.config, given)
     with _recording(model) as recorded, torch.no_grad():
         if max_new_tokens is None:
             model(**given, use_cache=False, logits_to_keep=1)
@@ -128,10 +148,10 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
             mask_BS, answer_BS = torch.cat([mask_BS, new_BS], dim=1), torch.cat([answer_BS, new_BS], dim=1)
     ids_BS, mask_BS, answer_BS = ids_BS.cpu(), mask_BS.cpu(), answer_BS.cpu()
     routes = _stack(recorded, mask_BS)
-    is_image_BS = (ids_BS == image_id) & mask_BS if image_id is not None else torch.zeros_like(mask_BS)
     kinds_BS = torch.full_like(ids_BS, TEXT, dtype=torch.uint8)
     kinds_BS[torch.isin(ids_BS, torch.tensor(sorted(_special_ids(model, tokenizer)), dtype=ids_BS.dtype))] = SPECIAL
-    kinds_BS[is_image_BS] = IMAGE
+    for token, kind in placeholders.items():
+        kinds_BS[ids_BS == token] = kind
     token_ids_T, kinds_T = ids_BS[mask_BS], kinds_BS[mask_BS]
     return Trace(
         **routes,
@@ -139,7 +159,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         rows_T=mask_BS.nonzero()[:, 0],
         kinds_T=kinds_T,
         answer_T=answer_BS[mask_BS],
-        places_T3=image_places(is_image_BS, inputs, model.config)[mask_BS],
+        places_T3=image_places((kinds_BS == IMAGE) & mask_BS, inputs, model.config)[mask_BS],
         layers=tuple(sorted(recorded)),
         pieces=None if tokenizer is None else _pieces(tokenizer, token_ids_T, kinds_T),
     )
@@ -173,32 +193,73 @@ def _recording(model: PreTrainedModel) -> Iterator[Recorded]:
     handles = []
     try:
         for name, router in find_routers(model).items():
-            outputs = recorded.setdefault(_layer_index(name), [])
-            handles.append(router.register_forward_hook(_appending(outputs, name)))
+            passes = recorded.setdefault(_layer_index(name), [])
+            handles.append(router.register_forward_hook(_appending(passes, name), with_kwargs=True))
         yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _appending(outputs: list[tuple[Tensor, ...]], name: str) -> Any:
-    def append(module: nn.Module, arguments: Any, output: Any) -> None:
-        _check_output(name, module, output)
-        outputs.append(tuple(value.detach() for value in output))
+def _appending(passes: list[_Pass], name: str) -> Any:
+    def append(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        router = f"{name} ({type(module).__name__})"
+        parts = _parts(router, output)
+        evidence = parts
+        if parts[1].shape[1] == 1 and parts[0].shape[1] > 1:
+            evidence = _with_two_experts(router, module, arguments, keywords)
+        passes.append(_Pass(router, parts, evidence, ours=_reports_drops(output)))
 
     return append
 
 
+def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: Any) -> Parts:
+    """Return what a router that chooses one expert returns if it chooses two. Raises RoutingError if it cannot."""
+    twin: Any = copy.copy(module)  # shares the weights; the model's own router is not touched
+    twin.top_k = 2
+    parts = _parts(router, twin.forward(*arguments, **keywords))
+    if parts[1].shape[1] != 2:
+        raise RoutingError(
+            f"the router {router} chooses one expert, and does not choose two by `top_k`, so how it weighs experts is not known"
+        )
+    return parts
+
+
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> router, in the order of layers. Raises RoutingError if there is none."""
-    recorders = [
-        (module._can_record_outputs or {}).get("router_logits") for module in model.modules() if isinstance(module, PreTrainedModel)
+    scopes = [
+        (f"{prefix}." if prefix else "", recorder)
+        for prefix, part in model.named_modules()
+        if isinstance(part, PreTrainedModel)
+        for recorder in _recorders(part)
     ]
-    classes = tuple({recorder.target_class for recorder in recorders if recorder is not None})
-    found = {name: module for name, module in model.named_modules() if isinstance(module, classes)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if any(name.startswith(prefix) and _is_recorded(name, module, recorder) for prefix, recorder in scopes)
+    }
     if not found:
         raise RoutingError(f"{type(model).__name__} has no routers: it is dense, or transformers does not record its router_logits")
     return found
+
+
+def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:
+    """Return what a model declares as the sources of its router_logits. transformers accepts a recorder, a class, the end of a module's
+    name, or a list of these."""
+    declared = model._can_record_outputs.get("router_logits", []) if isinstance(model._can_record_outputs, Mapping) else []
+    recorders = []
+    for one in declared if isinstance(declared, list | tuple) else [declared]:
+        if isinstance(one, str):
+            one = OutputRecorder(target_class=None, class_name=one)
+        recorders.append(one if isinstance(one, OutputRecorder) else OutputRecorder(target_class=one))
+    return recorders
+
+
+def _is_recorded(name: str, module: nn.Module, recorder: OutputRecorder) -> bool:
+    by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
+    by_name = recorder.class_name is not None and name.endswith(recorder.class_name)
+    within = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
+    return (by_class or by_name) and within
 
 
 def _layer_index(name: str) -> int:
@@ -208,44 +269,85 @@ def _layer_index(name: str) -> int:
     return number
 
 
-def _check_output(name: str, router: nn.Module, output: Any) -> None:
-    """Raises RoutingError unless a router returned logits [T, E], weights [T, K] and expert indices [T, K]."""
-    shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple) else []
-    if (
-        len(shapes) < 3
-        or any(len(shape) != 2 for shape in shapes)
-        or shapes[1] != shapes[2]
-        or shapes[0][1] < shapes[1][1]
-        or output[2].is_floating_point()
-    ):
+def _parts(router: str, output: Any) -> Parts:
+    """Return the four parts of a router's output. Raises RoutingError unless it begins with logits [T, E], weights [T, K] and expert
+    indices [T, K]."""
+    found = output if isinstance(output, tuple) else (output,)
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else None for value in found]
+    logits, weights, ids = [*shapes, None, None, None][:3]
+    well_formed = logits and ids and len(logits) == len(ids) == 2 and weights == ids and logits[1] >= ids[1]
+    if not well_formed or found[2].is_floating_point():
         raise RoutingError(
-            f"the router {name} ({type(router).__name__}) returned shapes {shapes}, but to be traced it must return logits [T, E], "
-            "weights [T, K] and expert indices [T, K]"
+            f"the router {router} returned shapes {shapes}, but to be traced it must return logits [T, E], weights [T, K] and expert "
+            "indices [T, K]"
         )
+    dropped = found[3] if _reports_drops(found) else torch.zeros_like(found[2], dtype=torch.bool)
+    return found[0].detach(), found[1].detach(), found[2].detach(), dropped.detach()
+
+
+def _reports_drops(output: tuple[Any, ...]) -> bool:
+    return len(output) > 3 and isinstance(output[3], Tensor) and output[3].dtype == torch.bool and output[3].shape == output[2].shape
 
 
 def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
-    """The fields of a Trace that a router gives, of the tokens in the mask. Raises RoutingError if passes do not add up to them, or the
-    weights do not come from a softmax."""
-    rows, length = mask_BS.shape
+    """The fields of a Trace that a router gives, of the tokens in the mask. Raises RoutingError if passes do not add up to them, a layer
+    has several routers, or the weights do not come from a softmax."""
     layers = []
-    for index, outputs in sorted(recorded.items()):
-        # A pass reads the next tokens of every row.
-        parts = [torch.cat([out[part].view(rows, -1, out[part].shape[-1]) for out in outputs], dim=1) for part in range(len(outputs[0]))]
-        if parts[0].shape[1] != length:
-            raise RoutingError(f"the router of layer {index} saw {parts[0].shape[1]} tokens in a row of {length}")
-        layers.append([part.cpu()[mask_BS] for part in parts])  # layers may stand on several devices
-    logits_LTE, weights_LTK, ids_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(3))
-    # Our own routers say what they dropped; others drop nothing.
-    dropped_LTK = torch.stack([layer[3] if len(layer) > 3 else torch.zeros_like(layer[2]) for layer in layers]).bool()
+    for index, passes in sorted(recorded.items()):
+        routers = sorted({one.router for one in passes})
+        if len(routers) > 1:
+            raise RoutingError(f"layer {index} has several routers, {' and '.join(routers)}, but a trace holds one for each layer")
+        evidence = _joined(index, [one.evidence for one in passes], mask_BS)
+        _check_softmax(routers[0], *evidence)
+        if evidence[0].shape[1] > 1 and (evidence[0] == evidence[0][:, :1]).all() and not passes[0].ours:
+            raise RoutingError(f"the router {routers[0]} gives all experts the same logit, so how it weighs experts is not known")
+        layers.append(_joined(index, [one.output for one in passes], mask_BS))
+    logits_LTE, weights_LTK, ids_LTK, dropped_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(4))
     probs_LTE, weights_LTK = logits_LTE.float().softmax(dim=-1), weights_LTK.float()
     order_LTK = probs_LTE.gather(-1, ids_LTK).argsort(dim=-1, descending=True, stable=True)  # not every router sorts them
     ids_LTK, weights_LTK, dropped_LTK = (part.gather(-1, order_LTK) for part in (ids_LTK, weights_LTK, dropped_LTK))
-    chosen_LTK = probs_LTE.gather(-1, ids_LTK).masked_fill(dropped_LTK, 0.0)
-    expected_LTK, found_LTK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_LTK, weights_LTK))
-    if not torch.allclose(expected_LTK, found_LTK, atol=CLOSE):
-        raise RoutingError("the routers do not weigh experts by the softmax of their logits, so their probabilities are not known")
     return {"probs_LTE": probs_LTE, "ids_LTK": ids_LTK, "weights_LTK": weights_LTK, "dropped_LTK": dropped_LTK}
+
+
+def _joined(layer: int, passes: Sequence[Parts], mask_BS: Tensor) -> list[Tensor]:
+    """The four parts of the tokens in the mask: [T, E] or [T, K]. A pass reads the next tokens of every row."""
+    rows, length = mask_BS.shape
+    parts = [torch.cat([part.view(rows, -1, part.shape[-1]) for part in found], dim=1) for found in zip(*passes, strict=True)]
+    seen = parts[0].shape[1] if parts else 0
+    if seen != length:
+        raise RoutingError(f"the router of layer {layer} saw {seen} tokens in a row of {length}")
+    return [part.cpu()[mask_BS] for part in parts]  # layers may stand on several devices
+
+
+def _check_softmax(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> None:
+    """Raises RoutingError unless the weights, divided by their sum, are the softmax of the logits, divided by its sum over the same
+    experts."""
+    close = max(CLOSE.get(part.dtype, 0) for part in (logits_TE, weights_TK))
+    chosen_TK = logits_TE.float().softmax(dim=-1).gather(-1, ids_TK).masked_fill(dropped_TK, 0.0)
+    expected_TK, found_TK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_TK, weights_TK.float()))
+    if not torch.allclose(expected_TK, found_TK, rtol=0, atol=close):
+        raise RoutingError(
+            f"the routers do not weigh experts by the softmax of their logits, so their probabilities are not known: {router}"
+        )
+
+
+def _generation_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the attention mask of the prompts; without one in the inputs, padding tokens are masked, as generate() does.
+
+    Raises RoutingError if padding ends a row: what is generated would follow it.
+    """
+    mask_BS: Tensor | None = inputs.get("attention_mask")
+    if mask_BS is None:
+        pad = model.generation_config.pad_token_id
+        is_padding = pad is not None and pad not in end_tokens(model)
+        mask_BS = inputs["input_ids"] != pad if is_padding else torch.ones_like(inputs["input_ids"])
+    padded = (mask_BS[:, -1] == 0).nonzero().flatten().tolist()
+    if padded:
+        raise RoutingError(
+            f"rows {', '.join(map(str, padded))} of the inputs end with padding, which an answer must not follow: pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return mask_BS.long()
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -266,5 +368,5 @@ def _special_ids(model: PreTrainedModel, tokenizer: Any) -> Collection[int]:
 
 def _pieces(tokenizer: Any, token_ids_T: Tensor, kinds_T: Tensor) -> tuple[str, ...]:
     return tuple(
-        "" if kind == IMAGE else tokenizer.decode([token]) for token, kind in zip(token_ids_T.tolist(), kinds_T.tolist(), strict=True)
+        "" if kind in MEDIA else tokenizer.decode([token]) for token, kind in zip(token_ids_T.tolist(), kinds_T.tolist(), strict=True)
     )

@@ -34,7 +34,7 @@ def listener(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises ServeError if that cannot be, or what serves is not installed."""
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise ServeError(f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ServeError(f"serving needs {' and '.join(missing)}: pip install -e '.[serve]'")
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

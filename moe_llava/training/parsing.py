@@ -21,7 +21,7 @@ class RecipeError(ValueError):
 def require(package: str, what: str) -> None:
     """Raises RecipeError if `package` is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise RecipeError(f"{what} needs {package}, which is not installed: pip install 'moe-llava[adapters]'")
+        raise RecipeError(f"{what} needs {package}, which is not installed: pip install -e '.[adapters]'")
 
 
 def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 import filecmp
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
+from moe_llava import upcycle
 from moe_llava.common.images import open_image
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import WEIGHTS, build_base, image_processor, pixel_values
-from moe_llava.digits.dataset import write_dataset
-from moe_llava.digits.questions import FAMILIES
+from moe_llava.digits.dataset import QUESTIONS_PER_IMAGE, _test_questions, write_dataset
+from moe_llava.digits.questions import FAMILIES, sample_questions, vocabulary
+from moe_llava.digits.scenes import render, sample_scene
+from moe_llava.digits.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_quick_pixels_are_the_image_processors(folder):
 
 def test_the_base_is_the_shipped_parts():
     model, processor = build_base()
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 8e6
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) == pytest.approx(5.4e6, rel=0.02)
     assert model.config.image_token_id == processor.image_token_id
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert torch.equal(build_base()[0].model.multi_modal_projector.linear_1.weight, model.model.multi_modal_projector.linear_1.weight)
@@ -79,3 +84,29 @@ def test_the_tower_reads_unseen_handwriting():
     model = CLIPModel(tower_config())
     model.vision_model.load_state_dict(build_base()[0].model.vision_tower.state_dict())
     assert probe_tower(model) >= 0.9
+
+
+def test_the_base_made_sparse_computes_the_same():
+    """In float32 to 1e-5 of the largest logit, with the shipped weights on a real scene."""
+    dense, processor = build_base()
+    generator = random.Random(0)
+    scene = sample_scene(generator)
+    inputs = processor(text="<image> describe the image . " + scene.caption, images=render(scene, generator, "test"), return_tensors="pt")
+    with torch.no_grad():
+        expected = dense.eval()(**inputs).logits
+        found = upcycle(dense).eval()(**inputs).logits
+    assert expected.dtype == torch.float32
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_the_page_says_of_the_questions():
+    """docs/digits.md gives these shares of the whole data set."""
+    generator = random.Random(0)
+    scenes = [sample_scene(generator) for _ in range(3000)]
+    drawn = [sample_questions(scene, generator, QUESTIONS_PER_IMAGE) for scene in scenes]
+    assert np.mean([any(question.family == "caption" for question in questions) for questions in drawn]) == pytest.approx(0.37, abs=0.03)
+    for questions, share in ((drawn, 0.47), ([_test_questions(scene, generator) for scene in scenes], 0.73)):
+        answers = [question.answer for asked in questions for question in asked if question.family == "existence"]
+        assert np.mean([answer == "no" for answer in answers]) == pytest.approx(share, abs=0.03)
+    assert len(vocabulary()) == 64
+    assert len(build_tokenizer()) == 71

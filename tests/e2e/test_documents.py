@@ -5,12 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from moe_llava.cli import app
+from moe_llava.cli.bench import bench
+from moe_llava.evaluation.benchmark import NAMES
 from tests.checkpoints import tiny_published
 from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY
@@ -115,3 +119,25 @@ def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (file.parent / target).exists(), target
+
+
+def test_the_readme_lists_every_benchmark_and_every_command():
+    """What it says of the paper's table is counted."""
+    text = (REPOSITORY / README).read_text(encoding="utf-8")
+    beyond = {"mmbench-cn", "seed-bench", "mmmu", "digits"}
+    assert len(NAMES.keys() - beyond) == 10
+    assert "The ten benchmarks of the paper's tables**, and MMBench-CN, SEED-Bench, MMMU and the digits" in text
+    listed = set(re.findall(r"^\| `moe-llava ([\w-]+)", text, re.MULTILINE))
+    verbs = {(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands}
+    assert listed == (verbs | {"bench"}) - {"benchmarks"}  # which is named where its list is needed
+    assert "`moe-llava benchmarks`" in text
+    measured = set(re.findall(r"`(\w+)`", re.search(r"^\| `moe-llava bench layer` (.*)", text, re.MULTILINE)[1]))
+    assert measured | {"layer"} == {command.callback.__name__ for command in bench.registered_commands}
+
+
+def test_what_is_to_be_installed_is_installed_from_a_checkout():
+    """The package is in no index."""
+    texts = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / README, *(REPOSITORY / "moe_llava").rglob("*.py")]
+    assert [str(file) for file in texts if re.search(r"pip install\b.*moe-llava\[", file.read_text(encoding="utf-8"))] == []
+    named = {name for file in texts for name in re.findall(r"pip install -e '\.\[(\w+)\]'", file.read_text(encoding="utf-8"))}
+    assert named == set(metadata("moe-llava").get_all("Provides-Extra")) - {"dev"}

@@ -72,6 +72,10 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
         assert all(line in panel for line in told), (told, panel)
         shown = browser.run("[...document.querySelectorAll('.grid button')].map(button => Number(button.textContent))")
         assert shown == trace.ids_LTK[1, trace.places_T3[:, 0] == 0, 0].tolist()
+        legend = browser.run("[...document.querySelectorAll('#legend span')].map(entry => entry.textContent)")
+        taken = trace.ids_LTK[1].flatten().bincount(minlength=trace.probs_LTE.shape[-1]).tolist()
+        assert legend == [f"expert {expert}: {number}" for expert, number in enumerate(taken)]  # of this conversation alone
+        assert browser.run("document.querySelector('#legend b').textContent") == "Tokens of this conversation in layer 3"
         browser.click("#answer button:nth-child(1)")
         first = trace.answer_T.tolist().index(True)
         assert browser.run("document.querySelector('#panel h3').innerText").startswith(f"“{trace.pieces[first].strip()}”")

@@ -1,12 +1,12 @@
 """A trace says what the routers did, of every token and nothing else, and leaves the model as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -19,14 +19,12 @@ from moe_llava import trace_routing, upcycle
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
-from moe_llava.routing.tokens import IMAGE, SPECIAL, TEXT, RoutingError, image_places
+from moe_llava.routing.statistics import RoutingStatistics
+from moe_llava.routing.tokens import AUDIO, IMAGE, SPECIAL, TEXT, VIDEO, RoutingError, image_places, placeholder_kinds
 from moe_llava.routing.trace import Trace, trace_records
 from tests.conftest import IMAGE_TOKENS, tiny_dense, tiny_inputs
+from tests.routing.tiny_models import TEXT_MODEL, tiny_sparse
 from tests.training.conftest import tiny_base  # noqa: F401
-
-
-def tiny_sparse(**settings):
-    return upcycle(tiny_dense("llama"), **{"moe_layers": [1, 3], "num_experts": 4, "num_experts_per_tok": 2, **settings}).eval()
 
 
 def padded_inputs():
@@ -158,23 +156,6 @@ def test_saved_and_loaded(tmp_path):
         Trace.load(tmp_path / "weights")
 
 
-TEXT_MODEL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -198,60 +179,87 @@ def test_other_sparse_language_models(make, dtype):
         assert torch.allclose(whole.probs_LTE[layer], logits_TE.float().softmax(-1), atol=1e-5 if dtype is torch.float32 else 0.02)
 
 
-def test_qwen3_vl_moe():
+def tiny_qwen3_vl_moe():
     text = {**TEXT_MODEL, "num_experts": 5, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
     vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
     torch.manual_seed(0)
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)).eval()
-    patches = 4 * 6
-    ids = torch.tensor([[5, 92, *[90] * (patches // 4), 93, 6, 7]])
-    inputs = {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == 90).int(),
-        "pixel_values": torch.randn(patches, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 6]]),
-    }
-    trace = trace_routing(model, inputs, max_new_tokens=3)
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)).eval()
+
+
+def media_inputs(ids, images=(), videos=()):
+    """What Qwen3-VL's processor makes; `images` and `videos` are grids (frames, rows, columns) of patches."""
+    ids = torch.tensor([ids])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == 90).int() + 2 * (ids == 91).int()}
+    for name, grids, pixels in (("image", images, "pixel_values"), ("video", videos, "pixel_values_videos")):
+        if grids:
+            inputs[f"{name}_grid_thw"] = torch.tensor(grids)
+            inputs[pixels] = torch.randn(sum(torch.tensor(grid).prod() for grid in grids), 3 * 2 * 4 * 4)
+    return inputs
+
+
+def test_qwen3_vl_moe():
+    trace = trace_routing(tiny_qwen3_vl_moe(), media_inputs([5, 92, *[90] * 6, 93, 6, 7], images=[(1, 4, 6)]), max_new_tokens=3)
     assert trace.layers == (0, 1, 2)
     assert trace.places_T3[2:8].tolist() == [[0, row, column] for row in range(2) for column in range(3)]
     assert trace.kinds_T[:11].tolist() == [TEXT] * 2 + [IMAGE] * 6 + [TEXT] * 3
     assert int(trace.answer_T.sum()) == len(trace.token_ids_T) - 11
 
 
-def test_what_cannot_be_traced_is_refused():
-    with pytest.raises(RoutingError, match="LlavaForConditionalGeneration has no routers"):
-        trace_routing(tiny_dense("llama"), tiny_inputs())
-    with pytest.raises(RoutingError, match="found pixel_values in the inputs, but no input_ids"):
-        trace_routing(tiny_sparse(), {"pixel_values": torch.zeros(1)})
-    model = tiny_sparse()
-    router = model.model.language_model.layers[1].mlp.router
-    compute = router.forward
-    router.forward = lambda *given: compute(*given)[::-1]
-    with pytest.raises(RoutingError, match=r"layers.1.mlp.router \(Router\) returned shapes"):
-        trace_routing(model, tiny_inputs())
+@pytest.mark.parametrize("max_new_tokens", [None, 3])
+def test_a_video_is_no_text(max_new_tokens):
+    """Two frames, each between start and end, and an image of its own; the video's patches have no place."""
+    frame = [92, *[91] * 2, 93]
+    ids = [5, *frame, *frame, 6, 92, *[90] * 4, 93, 7]
+    inputs = media_inputs(ids, images=[(1, 4, 4)], videos=[(2, 4, 2)])
+    trace = trace_routing(tiny_qwen3_vl_moe(), inputs, max_new_tokens=max_new_tokens)
+    kinds = [{90: IMAGE, 91: VIDEO}.get(token, TEXT) for token in ids]
+    assert trace.kinds_T[: len(ids)].tolist() == kinds
+    assert trace.places_T3[trace.kinds_T == IMAGE].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+    assert (trace.places_T3[trace.kinds_T != IMAGE] == -1).all()
+    with pytest.raises(RoutingError, match="the trace has video tokens, but statistics compare image tokens with text"):
+        RoutingStatistics().add(trace)
 
 
-def test_routers_with_another_rule_than_softmax_are_refused():
-    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    groups = {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**TEXT_MODEL, **heads, **groups, "num_key_value_heads": 4, "head_dim": 4})).eval()
-    with pytest.raises(RoutingError, match="do not weigh experts by the softmax"):
-        trace_routing(model, {"input_ids": torch.randint(3, 97, (2, 7))})
+@pytest.mark.parametrize(
+    ("fields", "inputs", "expected"),
+    [
+        ({"image_token_id": 7}, ["pixel_values"], {7: IMAGE}),
+        ({"image_token_index": 7, "audio_token_index": 8}, ["pixel_values"], {7: IMAGE, 8: AUDIO}),
+        ({"image_token_id": None, "image_token_index": 7, "video_token_id": 9}, [], {7: IMAGE, 9: VIDEO}),
+        ({}, [], {}),
+        ({}, ["pixel_values"], "found pixel_values in the inputs, but the model's configuration has no image_token_id"),
+        ({"image_token_id": 7}, ["pixel_values_videos"], "found pixel_values_videos in the inputs, but .* no video_token_id"),
+        ({"image_token_id": 7}, ["input_features"], "found input_features in the inputs, but .* no audio_token_id"),
+    ],
+)
+def test_placeholders_are_those_of_the_configuration(fields, inputs, expected):
+    config = SimpleNamespace(**fields)
+    if isinstance(expected, dict):
+        assert placeholder_kinds(config, ["input_ids", *inputs]) == expected
+    else:
+        with pytest.raises(RoutingError, match=expected):
+            placeholder_kinds(config, ["input_ids", *inputs])
 
 
-def test_experts_come_in_order_of_probability():
-    """Also from a router that lists them in another order."""
-    model, inputs = tiny_sparse(), tiny_inputs()
-    expected = trace_routing(model, inputs)
-    router = model.model.language_model.layers[1].mlp.router
-    compute = router.forward
-    router.forward = lambda *given: tuple(value if place == 0 else value.flip(-1) for place, value in enumerate(compute(*given)))
-    found = trace_routing(model, inputs)
-    assert torch.equal(found.ids_LTK, expected.ids_LTK)
-    assert torch.equal(found.weights_LTK[0], expected.weights_LTK[0])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_an_answer_after_padding_is_refused(with_mask):
+    """Padded on the left, a row gives the trace that it gives alone; on the right, generate() would answer the padding."""
+    model = MixtralForCausalLM(MixtralConfig(**TEXT_MODEL, num_local_experts=5)).eval()
+    row = torch.randint(3, 97, (5,), generator=torch.Generator().manual_seed(0))
+    left, right = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
+    left[0], right[0] = 5, 5
+    left[1, 3:], right[1, :5] = row, row
+    masks = [{"attention_mask": (ids != 0).long()} if with_mask else {} for ids in (left, right)]
+    padded = trace_routing(model, {"input_ids": left, **masks[0]}, max_new_tokens=4).row(1)
+    alone = trace_routing(model, {"input_ids": row[None]}, max_new_tokens=4)
+    assert padded.token_ids_T.tolist() == alone.token_ids_T.tolist()
+    assert torch.allclose(padded.probs_LTE, alone.probs_LTE, atol=1e-5)
+    with pytest.raises(RoutingError, match=r"rows 1 of the inputs end with padding, .* pad on the left"):
+        trace_routing(model, {"input_ids": right, **masks[1]}, max_new_tokens=4)
+    # One forward pass does not mind: attention looks back only.
+    assert trace_routing(model, {"input_ids": right, "attention_mask": (right != 0).long()}).row(1).token_ids_T.tolist() == row.tolist()
 
 
 @pytest.fixture

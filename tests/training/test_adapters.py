@@ -340,7 +340,7 @@ def test_what_only_the_model_tells(write_recipe, tmp_path, monkeypatch):
     for package in ("peft", "bitsandbytes"):
         with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", lambda name, gone=package: None if name == gone else find(name))
-            with pytest.raises(RecipeError, match=rf"needs {package}, which is not installed: pip install 'moe-llava\[adapters\]'"):
+            with pytest.raises(RecipeError, match=rf"needs {package}, which is not installed: pip install -e '\.\[adapters\]'"):
                 train(recipe, [1, 2, 3], resume=False, console=QUIET)
     assert not (tmp_path / "run").exists()
 
