@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.checkpoints.files import read_json
+from moe_llava.checkpoints.files import check_pointers, read_json
 
 # A folder's weights are the first of these that it has. An index names the shards.
 WEIGHT_FILES = (
@@ -35,8 +35,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -90,8 +94,14 @@ def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def find_weights(folder: Path) -> list[Path]:
     """The weight files of `folder`, shards in order.
 
-    Raises CheckpointError if there are none, or a shard that the index names is missing.
+    Raises CheckpointError if there are none, if a shard that the index names is missing, or if Git LFS left pointers in their place.
     """
+    files = _weight_files(folder)
+    check_pointers(files)
+    return files
+
+
+def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         file = folder / name
         if not file.is_file():

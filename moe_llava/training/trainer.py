@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
@@ -149,7 +150,7 @@ class StageTrainer(Trainer):
         if without_adapter(self.model) is not self.model:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        saved = load_model(resume_from_checkpoint, self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
