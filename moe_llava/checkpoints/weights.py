@@ -7,6 +7,7 @@ more memory than the weights it makes. Pickles are read with `weights_only=True`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -132,6 +133,17 @@ def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} holds {min(twice)}, which {tables[min(twice)].file} holds too")
         tables |= table
     return tables
+
+
+def weights_digest(files: Iterable[Path]) -> str:
+    """Return the SHA-256 of the tensors in `files`: of names, types, shapes and values, however they are shared out among files."""
+    digest = hashlib.sha256()
+    for name, stored in sorted(read_tables(files).items()):
+        values = torch.empty(stored.shape, dtype=stored.dtype)
+        stored.read_into(values)
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)}".encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _safetensors_table(file: Path) -> dict[str, StoredTensor]:
