@@ -20,9 +20,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> None:
+def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
     """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA; with `keep_experts`,
-    unless it is sparse and that a share of its experts, above 0 and at most 1."""
+    unless it is sparse and that a share of its experts, above 0 and at most 1; with either, unless its weights are not quantised."""
     check_no_adapter(Path(path))
     content = read_config(path)
     model_type = content.get("model_type")
@@ -32,6 +32,8 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> Non
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
     check_quantisation(content, path)
+    if (plain or keep_experts is not None) and quantisation_method(content):
+        raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: take the model as it was before")
     if keep_experts is None:
         return
     if model_type != MODEL_TYPE:

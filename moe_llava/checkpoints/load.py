@@ -23,12 +23,13 @@ from transformers import (
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.families import UNUSED
-from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
+from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method
 from moe_llava.checkpoints.processors import complete_processor
-from moe_llava.checkpoints.weights import find_weights, read_tables
+from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
 
 # Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
 _KEEPING = ("dtype", "device_map", "quantization_config", "distributed_config")
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -46,6 +47,19 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
 
     Raises CheckpointError as `check_checkpoint` and `load_strictly` do.
     """
+    model_class, config, others = _parts_of(path, settings)
+    return load_strictly(model_class, path, config, f"checkpoint {path}", dtype=dtype, **others)
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise CheckpointError as `load_model` would for a folder's weights, without reading them."""
+    model_class, config, _ = _parts_of(path, {})
+    if Path(path).is_dir():
+        _check_without_data(model_class, Path(path), config, f"checkpoint {path}", {})
+
+
+def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaConfig, dict[str, Any]]:
+    """Return (class, configuration, the settings that are no fields of it) of a folder or hub id."""
     check_checkpoint(path)
     fields = {key: value for key, value in settings.items() if key not in _KEEPING}
     try:
@@ -53,8 +67,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
     others |= {key: value for key, value in settings.items() if key in _KEEPING}
-    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    return load_strictly(model_class, path, config, f"checkpoint {path}", dtype=dtype, **others)
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, others
 
 
 def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **settings: Any) -> Any:
@@ -66,34 +79,37 @@ def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **
 
     Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
     """
-    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    packed = Path(path).is_dir() and quantisation_method(read_json(Path(path) / "config.json")) is not None
     try:
         if Path(path).is_dir():
-            kept = {key: value for key, value in settings.items() if key not in _KEEPING}
-            _check_without_data(model_class, Path(path), config, name, packed, kept)
-        model, report = model_class.from_pretrained(path, config=config, **settings)
+            _check_without_data(model_class, Path(path), config, name, {key: settings[key] for key in settings.keys() - set(_KEEPING)})
+        model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
     except (OSError, RuntimeError, SafetensorError) as error:
-        hint = "; the scales of quantised weights may be missing" if packed else ""
-        raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line(error)}{hint}") from error
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
     check_report(model, report, name, {})
     if "distributed_config" not in settings:
         _check_tied(model, name)
     return model
 
 
-def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, packed: bool, settings: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the weights in `folder` are those that the model has. `packed`: they are quantised, so their shapes say
-    nothing, and only missing names are found."""
+def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
+    these only what is missing is found."""
     tables = read_tables(find_weights(folder))
     stored = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tables.items()}
-    config = copy.deepcopy(config)
+    packed, config = quantisation_method(config.to_dict()) is not None, copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
-    model, report = model_class.from_pretrained(None, config=config, state_dict=stored, device_map="meta", **settings)
+    model, report = model_class.from_pretrained(None, config=config, state_dict=stored, device_map="meta", **_REPORT, **settings)
     if packed:
-        report |= {"unexpected_keys": set(), "mismatched_keys": set()}
+        report |= {"missing_keys": report["missing_keys"] | _missing_scales(tables), "unexpected_keys": set(), "mismatched_keys": set()}
     check_report(model, report, name, stored)
+
+
+def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
+    """Return the names of the scales that bitsandbytes stores beside each quantised weight and that `tables` lacks."""
+    four_bits = {f"{key}.absmax" for key, tensor in tables.items() if key.endswith(".weight") and tensor.dtype == torch.uint8}
+    eight_bits = {f"{key.removesuffix('weight')}SCB" for key, tensor in tables.items() if tensor.dtype == torch.int8}
+    return (four_bits | eight_bits) - tables.keys()
 
 
 def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor]) -> None:
@@ -103,7 +119,7 @@ def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str
     if not (report["missing_keys"] or unexpected or report["mismatched_keys"]):
         return
     asked = model.state_dict()
-    problems = [f"missing: {key} {list(asked[key].shape)}" for key in sorted(report["missing_keys"])]
+    problems = [f"missing: {key}" + (f" {list(asked[key].shape)}" if key in asked else "") for key in sorted(report["missing_keys"])]
     problems += [f"unexpected: {key}" + (f" {list(stored[key].shape)}" if key in stored else "") for key in sorted(unexpected)]
     problems += [
         f"misshapen: {key} is {list(found)}, but the configuration asks for {list(wanted)}"

@@ -101,6 +101,8 @@ def _complete_features(processor: LlavaProcessor, config: LlavaConfig, said: dic
         if lacking:
             raise CheckpointError(f"it does not say {', '.join(lacking)}, and a tower of the type {vision.model_type!r} is not known")
         return
+    if lacking:
+        lacking.append("num_additional_image_tokens")  # of which older versions wrote their default, 0, and never asked for it
     for name, value in zip(FEATURE_SETTINGS, (vision.patch_size, strategy, extra_tokens(vision)), strict=True):
         if name in lacking:
             setattr(processor, name, value)

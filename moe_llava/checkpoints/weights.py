@@ -142,7 +142,7 @@ def weights_digest(files: Iterable[Path]) -> str:
         values = torch.empty(stored.shape, dtype=stored.dtype)
         stored.read_into(values)
         digest.update(f"{name} {stored.dtype} {list(stored.shape)}".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy())
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
-from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_pointers, read_json
+from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_checkpoint, check_no_adapter, check_pointers, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
@@ -73,6 +73,8 @@ def _plain(value: Any) -> Any:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings of an adapter folder. Raises CheckpointError if it is none."""
+    if (Path(folder) / "non_lora_trainables.bin").is_file():
+        check_no_adapter(Path(folder))  # which tells what to do with one of the original code
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"adapter {folder} is not a folder with {ADAPTER_CONFIG}")
     return read_json(Path(folder) / ADAPTER_CONFIG)
@@ -307,6 +309,7 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
     require("peft", f"adapter {folder}")
     path = str(base or base_of(folder))
     read_config(folder)
+    check_checkpoint(path, plain=True)
     check_base(folder, path)
     return _merged(folder, path, dtype)
 
