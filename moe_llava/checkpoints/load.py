@@ -84,7 +84,7 @@ def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **
             _check_without_data(model_class, Path(path), config, name, {key: settings[key] for key in settings.keys() - set(_KEEPING)})
         model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
     check_report(model, report, name, {})
     if "distributed_config" not in settings:
         _check_tied(model, name)
@@ -94,7 +94,10 @@ def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **
 def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any]) -> None:
     """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
     these only what is missing is found."""
-    tables = read_tables(find_weights(folder))
+    try:
+        tables = read_tables(find_weights(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     stored = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tables.items()}
     packed, config = quantisation_method(config.to_dict()) is not None, copy.deepcopy(config)
     for part in (config, config.get_text_config()):
