@@ -23,7 +23,6 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
     """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA; with `keep_experts`,
     unless it is sparse and that a share of its experts, above 0 and at most 1; with either, unless its weights are not quantised."""
-    check_no_adapter(Path(path))
     content = read_config(path)
     model_type = content.get("model_type")
     check_no_other_llava(content, path)
@@ -93,8 +92,9 @@ def check_share(name: str, share: float) -> None:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json of a folder or hub id. Raises CheckpointError if there is none."""
+    """The config.json of a folder or hub id. Raises CheckpointError if there is none, or if the folder is that of an adapter."""
     folder = Path(path)
+    check_no_adapter(folder)
     if folder.is_dir():
         return read_json(folder / "config.json")
     if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
