@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
-from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_checkpoint, check_no_adapter, check_pointers, read_json
+from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
@@ -309,13 +309,14 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
     require("peft", f"adapter {folder}")
     path = str(base or base_of(folder))
     read_config(folder)
-    check_checkpoint(path, plain=True)
     check_base(folder, path)
     return _merged(folder, path, dtype)
 
 
 def _merged(folder: str | Path, base: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     model, processor = load_checkpoint(base, dtype=dtype)
+    if getattr(model.config, "quantization_config", None):
+        raise CheckpointError(f"the weights of {base} are quantised, but must be plain to take an adapter: take the model as it was before")
     try:
         return load_adapter(model, folder, base).merge_and_unload(safe_merge=True), processor
     except (ValueError, RuntimeError) as error:
