@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 from moe_llava.benchmarks.asked import BenchError
 from moe_llava.benchmarks.measure import Timings, begin_report, summary
 from moe_llava.benchmarks.running import Cases, show_cases
-from moe_llava.checkpoints.load import load_config
+from moe_llava.checkpoints.load import load_config, load_model
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
@@ -123,7 +123,7 @@ def _variants(
 
 
 def _load(folder: Path) -> MoeLlavaForConditionalGeneration:
-    model = MoeLlavaForConditionalGeneration.from_pretrained(folder)
+    model = load_model(folder)
     model.set_experts_implementation("eager")
     return model
 

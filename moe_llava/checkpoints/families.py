@@ -107,10 +107,11 @@ EXPERT = "deepspeed_moe.experts.deepspeed_experts.{}"
 RESIDUAL = "mlp"
 COEFFICIENT = "coefficient"
 
-# Stored, and used by nothing: what it is -> the names.
+# What a checkpoint may hold although nothing uses it: the reason -> the names, here and there. All else that is left over is an error.
 UNUSED = {
-    "constants that are computed": re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)"),
+    "constants that are computed": re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"),
     "the pooling head of a SigLIP tower, which comes after the layer that the features are taken from": re.compile(
-        rf".*\.{re.escape(TOWER)}\.head\..*"
+        r"(.*\.(vision_model|vision_tower)\.)?head\..*"
     ),
+    "the text half of a CLIP or SigLIP": re.compile(r"text_model\..*|logit_scale|logit_bias|(text|visual)_projection\.weight"),
 }

@@ -3,31 +3,86 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants
 
 from moe_llava._registration import MODEL_TYPE
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import published_family
 
 MODEL_TYPES = ("llava", MODEL_TYPE)
+ADAPTER_CONFIG = "adapter_config.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> None:
+def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
     """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA; with `keep_experts`,
-    unless it is sparse and that a share of its experts, above 0 and at most 1."""
-    model_type = read_config(path).get("model_type")
+    unless it is sparse and that a share of its experts, above 0 and at most 1; with either, unless its weights are not quantised."""
+    content = read_config(path)
+    model_type = content.get("model_type")
+    check_no_other_llava(content, path)
     if published_family(model_type):
         raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
+    check_quantisation(content, path)
+    if (plain or keep_experts is not None) and quantisation_method(content):
+        raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: take the model as it was before")
     if keep_experts is None:
         return
     if model_type != MODEL_TYPE:
         raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
     check_share("the share of experts to keep", keep_experts)
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises CheckpointError if `folder` holds an adapter (LoRA) instead of a model."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if (folder / "non_lora_trainables.bin").is_file():
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter of the original code: merge it into its base there (merge_lora_weights.py), "
+            "and then use `moe-llava convert`"
+        )
+    raise CheckpointError(f"{folder} is an adapter, not a whole model: add it to its base with `moe-llava merge`")
+
+
+def check_no_other_llava(content: dict[str, Any], path: str | Path) -> None:
+    """Raises CheckpointError if a config.json is one of the original LLaVA code, which is neither that of MoE-LLaVA nor transformers'."""
+    if "mm_vision_tower" in content and "mm_image_tower" not in content and "vision_config" not in content:
+        raise CheckpointError(
+            f"the config.json of {path} names its tower as mm_vision_tower, as the original LLaVA code does: this layout is not read. "
+            "Convert it with transformers' convert_llava_weights_to_hf.py, or take a checkpoint in transformers' layout (llava-hf)"
+        )
+
+
+def check_quantisation(content: dict[str, Any], path: str | Path) -> None:
+    """Raises CheckpointError if the weights that a config.json describes are quantised, unless by bitsandbytes, which is installed."""
+    method = quantisation_method(content)
+    if method is None:
+        return
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"the config.json of {path} says that its weights are quantised by {method}: "
+            "only plain weights and those of bitsandbytes can be loaded"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise CheckpointError(f"the weights of {path} are quantised by bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def quantisation_method(content: dict[str, Any]) -> str | None:
+    """The method by which the weights that a config.json describes are quantised; None if they are not."""
+    for part in (content, content.get("text_config") or {}):
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
+            old_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+            return "bitsandbytes" if old_bitsandbytes else str(settings.get("quant_method"))
+    return None
 
 
 def check_share(name: str, share: float) -> None:
@@ -37,22 +92,39 @@ def check_share(name: str, share: float) -> None:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json of a folder or hub id. Raises CheckpointError if there is none."""
+    """The config.json of a folder or hub id. Raises CheckpointError if there is none, or if the folder is that of an adapter."""
     folder = Path(path)
+    check_no_adapter(folder)
     if folder.is_dir():
         return read_json(folder / "config.json")
     if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
         raise CheckpointError(f"checkpoint {path} is not a folder")
+    return read_json(hub_file(str(path), "config.json"))
+
+
+def hub_file(name: str, file: str) -> Path:
+    """A file of a hub id, fetched unless it is here.
+
+    Raises CheckpointError if the hub does not give it, or if the hub's cache cannot be used.
+    """
     try:
-        return read_json(Path(huggingface_hub.hf_hub_download(str(path), "config.json")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: it is no folder, and the hub did not give it") from error
+        if huggingface_hub.try_to_load_from_cache(name, file) is None:
+            # Asks once. The download itself would try for half a minute to reach a hub that is not there.
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return Path(huggingface_hub.hf_hub_download(name, file))
+    except Exception as error:  # what the client's HTTP library raises differs from version to version
+        if isinstance(error, OSError) and error.filename is not None:
+            raise CheckpointError(f"the hub's cache, {constants.HF_HOME} (HF_HOME), cannot be used: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {name} cannot be loaded: it is no folder, and the hub did not give it: {first_line(error)}"
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Raises CheckpointError if `file` is missing or holds no JSON object."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent} has no {file.name}")
+    check_pointers([file])
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -60,3 +132,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(content).__name__}")
     return content
+
+
+def check_pointers(files: Iterable[Path]) -> None:
+    """Raises CheckpointError, naming the files, if Git LFS left pointers where `files` should be."""
+    pointers = []
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                pointers.append(file)
+    if pointers:
+        names = ", ".join(file.name for file in pointers)
+        raise CheckpointError(
+            f"{pointers[0].parent} holds Git LFS pointers instead of files: {names}; fetch the files themselves with `git lfs pull`"
+        )

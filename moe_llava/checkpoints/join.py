@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -33,7 +32,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family
-from moe_llava.checkpoints.files import read_config
+from moe_llava.checkpoints.files import quantisation_method, read_config
+from moe_llava.checkpoints.load import load_strictly
 from moe_llava.checkpoints.processors import image_processor, make_processor, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, resolve
 from moe_llava.checkpoints.settings import build_config, describes_llava, extra_tokens, find_tower, llava_settings, text_config
@@ -119,6 +119,10 @@ def language_config(name: str) -> tuple[PreTrainedConfig, Family | None]:
             f"the language model {name} is a model with a vision tower already ({model_type}): "
             "a LLaVA is named as `model` itself, without vision_tower"
         )
+    if quantisation_method(content):
+        raise CheckpointError(
+            f"the language model {name} is quantised by {quantisation_method(content)}: a LLaVA is joined from plain weights"
+        )
     if model_type in FAMILIES and model_type not in CONFIG_MAPPING:
         return text_config(FAMILIES[model_type], content, Path(name, "config.json")), FAMILIES[model_type]
     try:
@@ -132,17 +136,11 @@ def language_config(name: str) -> tuple[PreTrainedConfig, Family | None]:
 
 def _language_weights(name: str, config: LlavaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name in the LLaVA -> tensor, of a language model's backbone and head."""
-    _, family = language_config(name)
+    text, family = language_config(name)
     if family is not None:
         return _published_weights(name, family, config, dtype)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
-    try:
-        model, report = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the weights of the language model {name} cannot be loaded: {first_line(error)}") from error
-    if report["missing_keys"]:
-        missing = "\n  ".join(sorted(report["missing_keys"]))
-        raise CheckpointError(f"the language model {name} lacks weights that its config.json describes:\n  {missing}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    model = load_strictly(model_class, name, text, f"the language model {name}", dtype=dtype)
     state = {_BACKBONE + key: tensor for key, tensor in model.base_model.state_dict().items()}
     return state if config.tie_word_embeddings else state | {f"{_HEAD}weight": model.get_output_embeddings().weight.data}
 

@@ -1,40 +1,165 @@
-"""Loads a dense or sparse LLaVA folder with its processor, and says clearly what is wrong with a folder that is none."""
+"""Load a dense or sparse LLaVA folder with its processor, or report what is wrong with the folder.
+
+Unusual here: before a folder is loaded, its weights are loaded without their data. This costs no memory, and compares every name and
+shape, also where the load itself does not: of layers that it quantises or shards. So random weights are never used in silence.
+"""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
+from moe_llava.checkpoints.families import UNUSED
+from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method
+from moe_llava.checkpoints.processors import complete_processor
+from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
+
+# Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
+_KEEPING = ("dtype", "device_map", "quantization_config", "distributed_config")
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
-    """(model in evaluation mode, processor) from a folder or hub id; `settings` go to `from_pretrained`, fields of the configuration
-    among them.
+    """Return (model in evaluation mode, processor) of a folder or hub id.
 
-    Raises CheckpointError as `check_checkpoint` does.
+    Raises CheckpointError as `load_model` and `load_processor` do.
     """
     processor = load_processor(path)
+    return load_model(path, dtype, **settings), processor
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> LlavaForConditionalGeneration:
+    """Return the model of a folder or hub id, in evaluation mode; `settings` go to `from_pretrained`, fields of the configuration among
+    them.
+
+    Raises CheckpointError as `check_checkpoint` and `load_strictly` do.
+    """
+    model_class, config, others = _parts_of(path, settings)
+    return load_strictly(model_class, path, config, f"checkpoint {path}", dtype=dtype, **others)
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise CheckpointError as `load_model` would for a folder's weights, without reading them."""
+    model_class, config, _ = _parts_of(path, {})
+    if Path(path).is_dir():
+        _check_without_data(model_class, Path(path), config, f"checkpoint {path}", {})
+
+
+def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaConfig, dict[str, Any]]:
+    """Return (class, configuration, the settings that are no fields of it) of a folder or hub id."""
+    check_checkpoint(path)
+    fields = {key: value for key, value in settings.items() if key not in _KEEPING}
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings), processor
-    except (OSError, SafetensorError) as error:
+        config, others = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
+    others |= {key: value for key, value in settings.items() if key in _KEEPING}
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, others
+
+
+def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **settings: Any) -> Any:
+    """Return a model of `model_class`, with `config`, in evaluation mode, with all its weights from a folder or hub id.
+
+    Args:
+        name: of the checkpoint, for errors.
+        settings: for `from_pretrained`.
+
+    Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
+    """
+    try:
+        if Path(path).is_dir():
+            _check_without_data(model_class, Path(path), config, name, {key: settings[key] for key in settings.keys() - set(_KEEPING)})
+        model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
+    check_report(model, report, name, {})
+    if "distributed_config" not in settings:
+        _check_tied(model, name)
+    return model
+
+
+def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
+    these only what is missing is found."""
+    try:
+        tables = read_tables(find_weights(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
+    stored = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tables.items()}
+    packed, config = quantisation_method(config.to_dict()) is not None, copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    model, report = model_class.from_pretrained(None, config=config, state_dict=stored, device_map="meta", **_REPORT, **settings)
+    if packed:
+        report |= {"missing_keys": report["missing_keys"] | _missing_scales(tables), "unexpected_keys": set(), "mismatched_keys": set()}
+    check_report(model, report, name, stored)
+
+
+def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
+    """Return the names of the scales that bitsandbytes stores beside each quantised weight and that `tables` lacks."""
+    four_bits = {f"{key}.absmax" for key, tensor in tables.items() if key.endswith(".weight") and tensor.dtype == torch.uint8}
+    eight_bits = {f"{key.removesuffix('weight')}SCB" for key, tensor in tables.items() if tensor.dtype == torch.int8}
+    return (four_bits | eight_bits) - tables.keys()
+
+
+def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless `report`, of loading `model` with `output_loading_info`, says that every weight came from the checkpoint
+    `name`, and every weight of the checkpoint, of which `stored` may tell the shapes, was used."""
+    unexpected = [key for key in report["unexpected_keys"] if not any(pattern.fullmatch(key) for pattern in UNUSED.values())]
+    if not (report["missing_keys"] or unexpected or report["mismatched_keys"]):
+        return
+    asked = model.state_dict()
+    problems = [f"missing: {key}" + (f" {list(asked[key].shape)}" if key in asked else "") for key in sorted(report["missing_keys"])]
+    problems += [f"unexpected: {key}" + (f" {list(stored[key].shape)}" if key in stored else "") for key in sorted(unexpected)]
+    problems += [
+        f"misshapen: {key} is {list(found)}, but the configuration asks for {list(wanted)}"
+        for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    raise CheckpointError(f"{name} does not hold the weights that its config.json describes:\n  {listed(problems)}")
+
+
+def _check_tied(model: Any, name: str) -> None:
+    """Raise CheckpointError if the checkpoint holds two different tables where the configuration has one. transformers would load both, but
+    what is made of the model would lose the second."""
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        raise CheckpointError(
+            f"the config.json of {name} has tie_word_embeddings true, but the head that is stored differs from the embedding table: "
+            "correct the one that is wrong"
+        )
 
 
 def load_processor(path: str | Path) -> Any:
-    """The processor of a folder or hub id. Raises CheckpointError as `check_checkpoint` does, or if there is none."""
-    check_checkpoint(path)
-    if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
-        raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
+    """Return the processor of a folder or hub id. What an older one does not say is taken from the configuration; it pads on the left, as
+    generation needs it.
+
+    Raises CheckpointError as `check_checkpoint` does, if there is no processor, or one that does not fit the configuration.
+    """
+    config = load_config(path)
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "tokenizer_config.json").is_file():
+            raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
+        check_pointers(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt"))
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
+        complete_processor(processor, config, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
+    return processor
 
 
 def best_device() -> torch.device:

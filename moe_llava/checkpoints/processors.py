@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.families import TOWERS
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
+
+# What tells how many placeholders an image gets.
+FEATURE_SETTINGS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
 def image_processor(tower: str, pad: bool) -> LlavaImageProcessorPil:
@@ -66,6 +71,48 @@ def make_processor(
         "chat_template": tokenizer.chat_template,
     }
     return MoeLlavaProcessor(**arguments) if isinstance(config, MoeLlavaConfig) else LlavaProcessor(**arguments)
+
+
+def complete_processor(processor: Any, config: LlavaConfig, path: str | Path) -> None:
+    """Take from `config` what the files of a LlavaProcessor, loaded from `path`, do not say, and make its tokenizer pad on the left.
+
+    Raises CheckpointError if that cannot be known, or if what the files say gives an image other features than the model makes.
+    """
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if not isinstance(processor, LlavaProcessor):
+        return
+    said, _ = type(processor).get_processor_dict(path)
+    _complete_features(processor, config, said)
+    if said.get("image_token") is None and processor.image_token not in tokenizer.get_vocab():
+        token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        if token is None:
+            raise CheckpointError(
+                f"it does not say its image_token, and no token has the image_token_id {config.image_token_id} of config.json"
+            )
+        processor.image_token, processor.image_token_id = token, config.image_token_id
+
+
+def _complete_features(processor: LlavaProcessor, config: LlavaConfig, said: dict[str, Any]) -> None:
+    """The same for the settings that tell how many placeholders an image gets. Only of the known towers, the configuration tells them."""
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    lacking = [name for name in FEATURE_SETTINGS if said.get(name) is None]
+    if vision.model_type not in TOWERS:
+        if lacking:
+            raise CheckpointError(f"it does not say {', '.join(lacking)}, and a tower of the type {vision.model_type!r} is not known")
+        return
+    if lacking:
+        lacking.append("num_additional_image_tokens")  # of which older versions wrote their default, 0, and never asked for it
+    for name, value in zip(FEATURE_SETTINGS, (vision.patch_size, strategy, extra_tokens(vision)), strict=True):
+        if name in lacking:
+            setattr(processor, name, value)
+    number = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    if (processor.patch_size, number) != (vision.patch_size, extra_tokens(vision) - (strategy == "default")):
+        found = ", ".join(f"{name} {getattr(processor, name)!r}" for name in FEATURE_SETTINGS)
+        raise CheckpointError(
+            f"it has {found}, but by its config.json they are {vision.patch_size}, {strategy!r}, {extra_tokens(vision)}: "
+            "an image would get another number of placeholders than it has features"
+        )
 
 
 def set_token_ids(

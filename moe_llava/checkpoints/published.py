@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_MAPPING,
@@ -31,7 +30,8 @@ from transformers import (
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family, published_family
-from moe_llava.checkpoints.files import read_json
+from moe_llava.checkpoints.files import check_no_adapter, check_no_other_llava, check_quantisation, hub_file, read_json
+from moe_llava.checkpoints.load import load_strictly
 from moe_llava.checkpoints.settings import (
     build_config,
     check_language_model,
@@ -132,6 +132,7 @@ def look_at(
     Raises CheckpointError as `load_published` does.
     """
     folder = resolve(path, with_weights)
+    check_no_adapter(folder)
     has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
     projector = folder / PROJECTOR_FILE if Path(path).name == PROJECTOR_FILE or not has_weights else None
     if projector is not None and not projector.is_file():
@@ -141,6 +142,8 @@ def look_at(
     language_folder = folder if projector is None else None if language_model is None else resolve(language_model, with_weights)
     file = folder / "config.json"
     settings = read_json(file)
+    check_no_other_llava(settings, path)
+    check_quantisation(settings, path)
     model_type = settings.get("model_type")
     found = published_family(model_type)
     if model_type == MoeLlavaConfig.model_type or (model_type == "llava" and "vision_config" in settings):
@@ -239,16 +242,7 @@ def _load_projector(published: Published, dtype: torch.dtype | None) -> LlavaFor
 def load_tower(tower: str, vision_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The vision tower in a folder or hub id, which may hold a whole CLIP or SigLIP. Raises CheckpointError if its weights are not all
     there."""
-    try:
-        model, report = MODEL_MAPPING[type(vision_config)].from_pretrained(
-            tower, config=vision_config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the weights of the vision tower {tower} cannot be loaded: {first_line(error)}") from error
-    if report["missing_keys"]:
-        missing = "\n  ".join(sorted(report["missing_keys"]))
-        raise CheckpointError(f"the vision tower in {tower} lacks weights that its config.json describes:\n  {missing}")
-    return model
+    return load_strictly(MODEL_MAPPING[type(vision_config)], tower, vision_config, f"the vision tower {tower}", dtype=dtype)
 
 
 def _grow(config: LlavaConfig, state: dict[str, Tensor]) -> None:
@@ -279,6 +273,7 @@ def resolve(path: str | Path, with_weights: bool) -> Path:
         return folder.parent
     if len(folder.parts) != 2 or folder.is_absolute():
         raise CheckpointError(f"checkpoint {path} is not a folder")
+    hub_file(str(path), "config.json")  # asks once, where the download would try for long
     try:
         return Path(snapshot_download(str(path), allow_patterns=_SETTINGS + _WEIGHTS if with_weights else _SETTINGS))
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedCo
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import TOWERS, Family
-from moe_llava.checkpoints.files import read_json
+from moe_llava.checkpoints.files import read_config, read_json
 
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # With a SigLIP tower, which has no class token, "patch" takes off the first patch. The published models were trained so.
@@ -42,6 +42,7 @@ def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTra
             raise CheckpointError(f"the vision tower {name} is in none of {', '.join(map(str, places))}")
         tower = str(found[0])
     try:
+        read_config(tower)
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -7,6 +7,7 @@ more memory than the weights it makes. Pickles are read with `weights_only=True`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.checkpoints.files import read_json
+from moe_llava.checkpoints.files import check_pointers, read_json
 
 # A folder's weights are the first of these that it has. An index names the shards.
 WEIGHT_FILES = (
@@ -35,8 +36,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -90,8 +95,14 @@ def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def find_weights(folder: Path) -> list[Path]:
     """The weight files of `folder`, shards in order.
 
-    Raises CheckpointError if there are none, or a shard that the index names is missing.
+    Raises CheckpointError if there are none, if a shard that the index names is missing, or if Git LFS left pointers in their place.
     """
+    files = _weight_files(folder)
+    check_pointers(files)
+    return files
+
+
+def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         file = folder / name
         if not file.is_file():
@@ -122,6 +133,17 @@ def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} holds {min(twice)}, which {tables[min(twice)].file} holds too")
         tables |= table
     return tables
+
+
+def weights_digest(files: Iterable[Path]) -> str:
+    """Return the SHA-256 of the tensors in `files`: of names, types, shapes and values, however they are shared out among files."""
+    digest = hashlib.sha256()
+    for name, stored in sorted(read_tables(files).items()):
+        values = torch.empty(stored.shape, dtype=stored.dtype)
+        stored.read_into(values)
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)}".encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _safetensors_table(file: Path) -> dict[str, StoredTensor]:

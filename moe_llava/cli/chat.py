@@ -46,7 +46,7 @@ def chat(
             require("bitsandbytes", "--bits")
             if keep_experts is not None:
                 raise ValueError("--bits and --keep-experts do not go together: quantised layers are made from the whole model")
-        check_checkpoint(checkpoint, keep_experts)
+        check_checkpoint(checkpoint, keep_experts, plain=bits is not None)
         for path in image or []:
             open_image(path, "the conversation")
 

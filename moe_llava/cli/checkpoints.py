@@ -37,7 +37,7 @@ def upcycle(
             if not re.fullmatch(r"\d+(,\d+)*", moe_layers):
                 raise ValueError(f"--moe-layers is {moe_layers!r}, but must be a name, or indices with commas between: 0,2,4")
             layers = [int(index) for index in moe_layers.split(",")]
-        check_checkpoint(dense)
+        check_checkpoint(dense, plain=True)
         with new_folder(out) as folder:
             # These take seconds, and a mistake is told before.
             with heavy_imports():

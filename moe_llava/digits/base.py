@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from moe_llava.checkpoints.load import load_strictly
 from moe_llava.digits.scenes import CANVAS
 from moe_llava.digits.tokenizer import build_tokenizer
 
@@ -19,8 +20,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def build_base(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """(dense LLaVA in float32, processor): the shipped tower and language model behind a projector with a seeded random start."""
-    tower = CLIPVisionModel.from_pretrained(WEIGHTS / "tower", dtype=torch.float32)
-    language_model = LlamaForCausalLM.from_pretrained(WEIGHTS / "language_model", dtype=torch.float32)
+    tower, language_model = (
+        load_strictly(kind, folder, kind.config_class.from_pretrained(folder), str(folder), dtype=torch.float32)
+        for kind, folder in ((CLIPVisionModel, WEIGHTS / "tower"), (LlamaForCausalLM, WEIGHTS / "language_model"))
+    )
     tokenizer = build_tokenizer()
     config = LlavaConfig(
         vision_config=tower.config,

@@ -128,7 +128,7 @@ def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pai
     for step, progress in steps_with_progress(steps, "tower"):
         scenes = [sample_scene(rng, digits_allowed(progress)) for _ in range(pairs)]
         scenes += [sibling(scene, rng) for scene in scenes]
-        text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, return_tensors="pt")
+        text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, padding_side="right", return_tensors="pt")
         pixels = pixel_values([render(scene, rng, "train") for scene in scenes]).bfloat16()
         logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels).logits_per_image.float()
         # The same caption may come twice; then both images are right for both.

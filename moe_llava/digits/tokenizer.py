@@ -37,6 +37,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         extra_special_tokens={"image_token": IMAGE},
         chat_template=CHAT_TEMPLATE,
+        padding_side="left",  # as batched generation needs it; training pads by itself
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
 from moe_llava.common.errors import DataError
@@ -186,9 +185,11 @@ def first_layers(out: Path, checkpoint: str, number: int) -> Path:
         config = load_config(checkpoint)
         if number > config.text_config.num_hidden_layers:
             raise ExperimentError(f"{checkpoint} has {config.text_config.num_hidden_layers} layers, but the first {number} are asked for")
-        config.text_config.num_hidden_layers = number
-        AutoModelForImageTextToText.from_pretrained(checkpoint, config=config).save_pretrained(folder)
-        load_processor(checkpoint).save_pretrained(folder)
+        model, processor = load_checkpoint(checkpoint)
+        model.model.language_model.layers = model.model.language_model.layers[:number]
+        model.config.text_config.num_hidden_layers = number
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     make_once(out / "models" / f"layers-{number}", write)
     return out / "models" / f"layers-{number}"

@@ -1,7 +1,7 @@
 """Adapters: LoRA, as PEFT does it, on parts of a frozen language model, which may be quantised by bitsandbytes.
 
 An adapter is a small folder in PEFT's own form: adapter_config.json, which names its base (a complete checkpoint), and
-adapter_model.safetensors, which holds what was learnt.
+adapter_model.safetensors, which holds what was learnt. base.json has the digest and the MoE settings of the base that it was trained on.
 
 Unusual here:
 - Every name that PEFT is given is that of a layer of the language model: a bare `q_proj` would also hit the vision tower.
@@ -14,6 +14,7 @@ Unusual here:
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import warnings
@@ -26,15 +27,20 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.checkpoints.files import read_json
-from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.model import Experts, Router
+from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
+from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
+from moe_llava.checkpoints.load import load_checkpoint, load_config
+from moe_llava.checkpoints.published import resolve
+from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
+from moe_llava.model import Experts, MoeLlavaConfig, Router
 from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.stages import STAGES, ParameterCount
 
-CONFIG = "adapter_config.json"
+BASE = "base.json"  # in an adapter's folder: what its base was
+# Fields of a sparse base's configuration that change what it computes.
+MOE = ("num_experts", "num_experts_per_tok", "moe_layer_indices", "norm_topk_prob", "capacity_factor", "use_residual", "routing")
+logger = logging.getLogger(__name__)
 LAYERS = "model.language_model.layers"
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # stacked experts are no linear layers
 
@@ -57,6 +63,7 @@ def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGenera
         ]
         if changed:
             raise RecipeError(f"{stage}.adapter.continue_from is {adapter.continue_from}, which has {'; '.join(changed)}")
+        check_base(adapter.continue_from, base_of(adapter.continue_from))
 
 
 def _plain(value: Any) -> Any:
@@ -66,16 +73,20 @@ def _plain(value: Any) -> Any:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings of an adapter folder. Raises CheckpointError if it is none."""
-    if not (Path(folder) / CONFIG).is_file():
-        raise CheckpointError(f"adapter {folder} is not a folder with {CONFIG}")
-    return read_json(Path(folder) / CONFIG)
+    if (Path(folder) / "non_lora_trainables.bin").is_file():
+        check_no_adapter(Path(folder))  # which tells what to do with one of the original code
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"adapter {folder} is not a folder with {ADAPTER_CONFIG}")
+    return read_json(Path(folder) / ADAPTER_CONFIG)
 
 
 def base_of(folder: str | Path) -> str:
     """The checkpoint that an adapter belongs to. Raises CheckpointError if the folder is no adapter, or does not say."""
     base = read_config(folder).get("base_model_name_or_path")
     if not base:
-        raise CheckpointError(f"the {CONFIG} of {folder} has no base_model_name_or_path: name the checkpoint it belongs to (--base)")
+        raise CheckpointError(
+            f"the {ADAPTER_CONFIG} of {folder} has no base_model_name_or_path: name the checkpoint it belongs to (--base)"
+        )
     return str(base)
 
 
@@ -177,13 +188,12 @@ def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, b
 
     Raises RecipeError as `lora_config` does.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     config = lora_config(model, adapter, stage)
     total = model.num_parameters()
     if adapter.continue_from:
-        adapted = PeftModel.from_pretrained(model, adapter.continue_from, is_trainable=True)
-        check_loaded(adapted, adapter.continue_from)
+        adapted = load_adapter(model, adapter.continue_from, str(base), is_trainable=True)
     else:
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
@@ -209,15 +219,71 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def check_loaded(adapted: Any, folder: str | Path) -> None:
+def load_adapter(model: LlavaForConditionalGeneration, folder: str | Path, base: str, is_trainable: bool = False) -> Any:
+    """Return a PeftModel: `model`, which was loaded from `base`, with the adapter in `folder`.
+
+    Raises CheckpointError, listing names and shapes, if the adapter's tensors are not those that it has on this base.
+    """
+    from peft import PeftModel
+
+    stored_tensors(folder)  # a damaged file is named before PEFT reads it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing and misshapen tensors: the check below makes them an error
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"adapter {folder} does not fit {base}: {first_line(error)}") from error
+    check_loaded(adapted, folder, base)
+    return adapted
+
+
+def check_loaded(adapted: Any, folder: str | Path, base: str) -> None:
     """Raises CheckpointError unless the tensors of an adapter folder are just those that `adapted` has: PEFT would pass over the others."""
     from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
 
-    has, saved = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys(), load_peft_weights(str(folder), device="cpu").keys()
-    alone = has ^ saved
-    if alone:
-        raise CheckpointError(f"adapter {folder} does not fit its base: {len(alone)} tensors, {min(alone)} among them, are in only one")
+    wanted = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+    saved = stored_tensors(folder)
+    problems = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - saved.keys())]
+    problems += [f"unexpected: {name} {saved[name]}" for name in sorted(saved.keys() - wanted.keys())]
+    problems += [
+        f"misshapen: {name} is {saved[name]}, but on this base must be {wanted[name]}"
+        for name in sorted(wanted.keys() & saved.keys())
+        if wanted[name] != saved[name]
+    ]
+    if problems:
+        raise CheckpointError(f"adapter {folder} does not fit its base {base}:\n  {listed(problems)}")
+
+
+def stored_tensors(folder: str | Path) -> dict[str, list[int]]:
+    """Return the names and shapes of an adapter folder's tensors. Raises CheckpointError if its file is missing or damaged."""
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+    if not files:
+        raise CheckpointError(f"adapter {folder} has no weights; looked for {', '.join(names)}")
+    check_pointers(files)
+    return {name: list(stored.shape) for name, stored in read_tables(files[:1]).items()}
+
+
+def describe_weights(base: str | Path) -> dict[str, Any]:
+    """Return what tells one base from another: the digest of its weights, and its MoE settings."""
+    config = load_config(base)
+    moe = {name: getattr(config, name) for name in MOE} if isinstance(config, MoeLlavaConfig) else {}
+    return {"weights": weights_digest(find_weights(resolve(base, with_weights=True))), "moe": moe}
+
+
+def check_base(folder: str | Path, base: str | Path) -> None:
+    """Raises CheckpointError if the adapter in `folder` was trained on another base than `base`; logs a warning if it does not say."""
+    if not (Path(folder) / BASE).is_file():
+        logger.warning("adapter %s does not say which weights it was trained on: only names and shapes are compared with %s", folder, base)
+        return
+    trained, found = read_json(Path(folder) / BASE), describe_weights(base)
+    if trained.get("moe") != found["moe"]:
+        raise CheckpointError(f"adapter {folder} does not fit {base}, whose MoE settings are {found['moe']}, but were {trained.get('moe')}")
+    if trained.get("weights") != found["weights"]:
+        raise CheckpointError(
+            f"adapter {folder} does not fit {base}: it was trained on other weights (their digest is {found['weights'][:12]}, "
+            f"but was {str(trained.get('weights'))[:12]})"
+        )
 
 
 def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
@@ -225,8 +291,9 @@ def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaFor
     will be when the stage is finished."""
     adapted.save_pretrained(folder)
     config = read_config(folder) | {"base_model_name_or_path": later}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return merge(folder, base, torch.float32)[0]
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / BASE).write_text(json.dumps(describe_weights(base), indent=2), encoding="utf-8")
+    return _merged(folder, base, torch.float32)[0]
 
 
 def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -240,18 +307,19 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
     Raises RecipeError if PEFT is not installed; CheckpointError if there is no adapter or no base, or if they do not fit.
     """
     require("peft", f"adapter {folder}")
-    from peft import PeftModel
-
-    path = base or base_of(folder)
+    path = str(base or base_of(folder))
     read_config(folder)
-    model, processor = load_checkpoint(path, dtype=dtype)
+    check_base(folder, path)
+    return _merged(folder, path, dtype)
+
+
+def _merged(folder: str | Path, base: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    model, processor = load_checkpoint(base, dtype=dtype)
+    if getattr(model.config, "quantization_config", None):
+        raise CheckpointError(f"the weights of {base} are quantised, but must be plain to take an adapter: take the model as it was before")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors: the next line makes it an error
-            adapted = PeftModel.from_pretrained(model, str(folder))
-        check_loaded(adapted, folder)
-        return adapted.merge_and_unload(safe_merge=True), processor
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"adapter {folder} does not fit {path}: {first_line(error)}") from error
+        return load_adapter(model, folder, base).merge_and_unload(safe_merge=True), processor
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"adapter {folder} cannot be merged into {base}: {first_line(error)}") from error

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainingArguments
 from transformers.utils.versions import require_version
 
-from moe_llava.checkpoints.load import load_checkpoint, load_config
+from moe_llava.checkpoints.load import load_checkpoint, load_config, load_model
 from moe_llava.model import MoeLlavaConfig
 from moe_llava.training.recipe import Recipe, RecipeError, Sharding
 from moe_llava.training.trainer import StageTrainer
@@ -130,9 +130,7 @@ class ShardedTrainer(StageTrainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = AutoModelForImageTextToText.from_pretrained(
-            resume_from_checkpoint, dtype=self.model.dtype, distributed_config=self.model.config.distributed_config
-        )
+        saved = load_model(resume_from_checkpoint, self.model.dtype, distributed_config=self.model.config.distributed_config)
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
                 mine.to_local().copy_(theirs.to_local())

@@ -12,9 +12,10 @@ from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.folders import new_folder
 from moe_llava.checkpoints.join import join, joined_processor
-from moe_llava.checkpoints.load import load_checkpoint, load_config, load_processor
+from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_config, load_processor
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of, load_base
@@ -44,6 +45,9 @@ def check_start(recipe: Recipe, number: int, path: str | Parts) -> None:
     """Raises CheckpointError, RecipeError or ValueError now if a stage cannot start from `path`, or stage III could not make it sparse."""
     if path == str(Path(recipe.output) / f"stage{number - 1}") and not Path(path).is_dir():
         raise CheckpointError(f"stage {number} starts from {path}, which does not exist: run stage {number - 1} first")
+    if isinstance(path, str):
+        check_checkpoint(path, plain=True)
+        check_weights(path)
     model = start_on_meta(path)
     if not isinstance(model, MoeLlavaForConditionalGeneration):
         on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))

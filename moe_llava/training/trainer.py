@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.load import expert_counts, expert_shares
-from moe_llava.training.adapters import without_adapter
+from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
@@ -148,8 +149,9 @@ class StageTrainer(Trainer):
         would warn and go on with the weights of the first step. Of an adapter it reads them well."""
         if without_adapter(self.model) is not self.model:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_loaded(self.model, resume_from_checkpoint, "the stage's")
             return
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        saved = load_model(resume_from_checkpoint, self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -1,7 +1,16 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.join import language_config
+from tests.conftest import REPOSITORY, refused
 
 
 @pytest.mark.parametrize(
@@ -24,3 +33,74 @@ def test_no_folder_at_all(tmp_path):
         check_checkpoint(tmp_path / "none")
     with pytest.raises(CheckpointError, match="it is no folder, and the hub did not give it"):
         check_checkpoint("owner/name")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "https://nowhere/at"])
+def test_a_hub_that_is_not_there_is_asked_once(name):
+    """The hub's client by itself tries for half a minute. Here nothing listens."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    del environment["HF_HUB_OFFLINE"]
+    began = time.monotonic()
+    code = f"from moe_llava.checkpoints.files import read_config; read_config({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert time.monotonic() - began < 8
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"moe_llava.checkpoints.errors.CheckpointError: checkpoint {name} ")
+    assert "Retrying" not in done.stderr
+
+
+def test_a_recipe_of_parts_that_are_not_here():
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    del environment["HF_HUB_OFFLINE"]
+    began = time.monotonic()
+    command = [Path(sys.executable).parent / "moe-llava", "params", "recipes/phi2-2.7b.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert time.monotonic() - began < 20
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the language model microsoft/phi-2 is not found: ")
+    assert "Connection refused" in done.stderr
+
+
+def test_an_unusable_cache_of_the_hub_is_named(tmp_path):
+    (tmp_path / "home").write_text("a file")
+    code = "from moe_llava.checkpoints.files import read_config; read_config('owner/name')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert f"the hub's cache, {tmp_path / 'home'} (HF_HOME), cannot be used: [Errno 20] Not a directory" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", [None, "text_config"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "a_new_one"])
+def test_quantised_by_what_is_not_loaded(tmp_path, method, key, place):
+    content = {key: {"quant_method": method, "bits": 4}}
+    content = {"model_type": "llava", "vision_config": {}, **({place: content} if place else content)}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for arguments in (("chat", tmp_path, "hi"), ("params", tmp_path), ("upcycle", tmp_path, tmp_path / "out"), ("serve", tmp_path)):
+        assert f"the config.json of {tmp_path} says that its weights are quantised by {method}: only plain" in refused(*arguments)
+
+
+def test_a_language_model_that_is_quantised(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(CheckpointError, match=f"the language model {tmp_path} is quantised by bitsandbytes: a LLaVA is joined from plain"):
+        language_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("model_type", "verb"), [("llava", "chat"), ("llava_llama", "chat"), ("llava_llama", "convert")])
+def test_the_layout_of_the_original_llava_is_named(tmp_path, model_type, verb):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": "openai/clip", "vocab_size": 9}))
+    assert f"{tmp_path} names its tower as mm_vision_tower, as the original LLaVA code does" in refused(verb, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [("chat", "hello"), ("convert", "{out}"), ("upcycle", "{out}"), ("params",)])
+def test_adapters_are_called_adapters(tmp_path, arguments):
+    """Those of the original code hold a config.json of the whole model, ours do not."""
+    verb, *rest = (argument.format(out=tmp_path / "out") for argument in arguments)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    assert f"{folder} is an adapter, not a whole model: add it to its base with `moe-llava merge`" in refused(verb, folder, *rest)
+    (folder / "non_lora_trainables.bin").write_bytes(b"")
+    (folder / "config.json").write_text('{"model_type": "moe_llava_phi"}')
+    assert f"{folder} is a LoRA adapter of the original code" in refused(verb, folder, *rest)
+    assert f"{folder} is a LoRA adapter of the original code" in refused("merge", folder, tmp_path / "out")

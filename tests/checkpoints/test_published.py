@@ -369,7 +369,7 @@ def test_a_folder_without_weights_or_configuration(write, towers, tmp_path):
         load_published(tmp_path, towers)
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_published(tmp_path / "none" / "at" / "all", towers)
-    with pytest.raises(CheckpointError, match="is not a folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="is no folder, and the hub did not give it"):
         load_published("nobody/nothing", towers)
 
 
@@ -401,14 +401,14 @@ def test_a_tower_without_all_its_weights(write, towers, tmp_path):
     copy = tiny.write_towers(tmp_path / "copy")
     weights = load_file(copy / tiny.CLIP / "model.safetensors")
     save_file({name: weights[name] for name in list(weights)[3:]}, copy / tiny.CLIP / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks weights that its config"):
+    with pytest.raises(CheckpointError, match=r"does not hold the weights .*\n  missing: embeddings.class_embedding \[16\]"):
         load_published(folder, copy)
     weights = {name: tensor[:1].clone() for name, tensor in weights.items()}
     save_file(weights, copy / tiny.CLIP / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"misshapen: .*class_embedding is \[1\], but the configuration asks for \[16\]"):
         load_published(folder, copy)
     (copy / tiny.CLIP / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"the weights of the vision tower .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"clip-tiny has no weights; looked for"):
         load_published(folder, copy)
 
 
