@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.processors import with_portable_template
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
@@ -27,12 +28,15 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **setti
 
 
 def load_processor(path: str | Path) -> Any:
-    """The processor of a folder or hub id. Raises CheckpointError as `check_checkpoint` does, or if there is none."""
+    """The processor of a folder or hub id, with a chat template that takes strings and lists of parts alike.
+
+    Raises CheckpointError as `check_checkpoint` does, or if there is none.
+    """
     check_checkpoint(path)
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
     try:
-        return AutoProcessor.from_pretrained(path)
+        return with_portable_template(AutoProcessor.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
 

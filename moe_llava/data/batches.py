@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
-from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within, render
+from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within
 from moe_llava.data.records import Record
+from moe_llava.data.rendering import check_template
 
 
 class ConversationDataset(Dataset):
@@ -38,8 +39,7 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         if processor.tokenizer.pad_token_id is None:
             raise DataError("the tokenizer has no pad token, which batches are padded with")
-        turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
-        render(turns, processor.tokenizer, template)  # raises if answers cannot be told from the rest
+        check_template(processor.tokenizer, template)
 
     def __len__(self) -> int:
         return len(self.records)
