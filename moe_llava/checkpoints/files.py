@@ -13,6 +13,7 @@ from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import published_family
 
 MODEL_TYPES = ("llava", MODEL_TYPE)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> None:
@@ -28,6 +29,16 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None) -> Non
     if model_type != MODEL_TYPE:
         raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
     check_share("the share of experts to keep", keep_experts)
+
+
+def is_text_model(path: str | Path) -> bool:
+    """Whether a folder or hub id is a language model without a vision tower, or a folder with a tokenizer alone."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    content = read_config(path)
+    model_type = content.get("model_type")
+    return not (model_type in MODEL_TYPES or published_family(model_type) or "vision_config" in content)
 
 
 def check_share(name: str, share: float) -> None:

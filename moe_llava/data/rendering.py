@@ -83,11 +83,10 @@ def check_template(tokenizer: Any, template: str | None) -> None:
     render([{"role": role, "content": "x"} for role in ("user", "assistant") * 2], tokenizer, template)
 
 
-def check_prompt(processor: Any) -> None:
-    """Raises DataError if the processor's chat template cannot ask about an image: its placeholder must come out once, before the text."""
+def check_prompt(tokenizer: Any, image: str) -> None:
+    """Raises DataError if the tokenizer's chat template cannot ask about an image: `image` must come out once, before the text."""
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}]
-    jinja, image = own_template(processor), processor.image_token
-    text, _ = rendered(question, jinja, add_generation_prompt=True, **special_tokens(processor.tokenizer))
+    text, _ = rendered(question, own_template(tokenizer), add_generation_prompt=True, **special_tokens(tokenizer))
     if text.count(image) != 1 or text.count(MARK) != 1 or text.index(image) > text.index(MARK):
         raise DataError(
             f"the model's own chat template cannot ask about an image: of a question with one it makes {text.replace(MARK, '...')!r}, "

@@ -128,7 +128,7 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
         set_aspect_ratio(processor, settings)
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
         check_zero(training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number])))
-        check_prompt(processor)
+        check_prompt(processor.tokenizer, processor.image_token)
         processors[number] = processor
     problems: list[str] = []
     data = {name: load_data(recipe, number, processors[number], problems) for number, name in todo.items()}
