@@ -89,8 +89,11 @@ class EmptyImage:
         return cls(pixels, image_tokens(processor, pixels), processor.image_token_id)
 
     def add_to(self, batch: dict[str, Tensor]) -> None:
-        """Puts it after the end of the first row, outside the labels, and outside the attention mask, or as one more packed sample."""
+        """Puts it after the end of the first row, outside the labels, and outside the attention mask, or as one more packed sample: that
+        has no attention mask, so a `token_mask` tells the routers' losses and capacities of it."""
         rows = batch["input_ids"].shape[0]
+        if "position_ids" in batch:
+            batch["token_mask"] = torch.ones_like(batch["input_ids"])
         added = {name: torch.full((rows, self.tokens), fill) for name, fill in _PADDING.items() if name in batch}
         added["input_ids"][0] = self.token_id  # one image, one row of placeholders
         if "position_ids" in batch:
@@ -100,7 +103,7 @@ class EmptyImage:
         batch["pixel_values"] = self.pixels
 
 
-_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class StageTrainer(Trainer):
         if self.skip_bad_records:
             self._skip(problems)
         for batch in batches:
-            mask = batch.get("attention_mask")
+            mask = batch.get("attention_mask", batch.get("token_mask"))
             self._add("places", torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device))
             tokens = self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
             self._add("tokens", tokens)
@@ -127,9 +127,12 @@ class StageTrainer(Trainer):
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
         inputs = {**inputs, **({"output_router_logits": True} if sparse else only_learnt(inputs["labels"]))}
+        mask = inputs.get("attention_mask", inputs.get("token_mask"))
+        if not sparse:
+            inputs.pop("token_mask", None)  # for routers alone
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
-            self._watch(outputs, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool())
+            self._watch(outputs, (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool())
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
