@@ -37,6 +37,7 @@ def check(
     counts: dict[str, float] = {
         "records": report.records,
         "text_only": report.text_only,
+        "image_as_text": report.image_as_text,
         "images": report.images,
         "problems": len(report.problems),
     }

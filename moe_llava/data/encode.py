@@ -6,7 +6,7 @@ tokenized piece by piece, as the original code does. A token is learnt if it end
 Unusual here:
 - An image is -200 in the ids until a model's own placeholder takes its place; inside an answer it is -200 in the labels, too, and is no
   more learnt than outside.
-- The tokenizer alone decides about a beginning-of-sequence token, once.
+- A beginning-of-sequence token stands once, whether the tokenizer adds it, the template writes it, or both do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.records import FORMS, IMAGE_TOKEN, Record, check_media, image_names, role_and_text, split_system
-from moe_llava.data.rendering import MARK, Message, Span, render
+from moe_llava.data.rendering import MARK, Message, Span, adds_beginning, render
 
 IMAGE_INDEX = -200
 IGNORE_INDEX = -100
@@ -92,7 +92,7 @@ def _encode_messages(
     text, answers = render(messages, tokenizer, template)
     ids, labels, start = [], [], 0
     # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
-    begin = int(_with_true_offsets(tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id])
+    begin = int(adds_beginning(tokenizer))
     for number, piece in enumerate(text.split(IMAGE_TOKEN) if has_images else [text]):
         if number:
             ids += [IMAGE_INDEX] * image_tokens

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.rendering import MARK, Message, rendered, special_tokens
+from moe_llava.data.rendering import MARK, Message, adds_beginning, rendered, special_tokens
 
 _SYSTEM, _ASKED, _ANSWERED = (MARK + name for name in ("system", "asked", "answered"))
 _TEXT = (
@@ -51,9 +51,8 @@ def portable(jinja: str, tokenizer: Any, image: str) -> str:
         tried = (prelude.replace("CHANGED", changed).replace("CONTENT", content) + "{{- '' }}" + jinja for changed, content in ways)
         both = (True, False)
         found = next((made for made in tried if all(_takes(made, special, image, parts) for parts in both)), jinja)
-    begin = tokenizer.bos_token
-    if begin and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id] and not _said([_user(_ASKED)], found, special).startswith(begin):
-        found = f"{{{{- {json.dumps(begin)} }}}}{found}"
+    if adds_beginning(tokenizer) and not _said([_user(_ASKED)], found, special).startswith(tokenizer.bos_token):
+        found = f"{{{{- {json.dumps(tokenizer.bos_token)} }}}}{found}"
     return found
 
 

@@ -66,7 +66,8 @@ def render(messages: list[Message], tokenizer: Any, template: str | None) -> tup
     Raises DataError if the tokenizer has no chat template, or one that refuses the messages or does not build a conversation turn by turn.
     """
     if template is not None:
-        return rendered(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token="")  # the tokenizer adds it
+        begin = "" if adds_beginning(tokenizer) else tokenizer.bos_token or ""
+        return rendered(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token=begin)
     jinja, special = own_template(tokenizer), special_tokens(tokenizer)
     end = end_of_turn(tokenizer, jinja)
     if not _GENERATION.search(jinja):
@@ -81,6 +82,12 @@ def render(messages: list[Message], tokenizer: Any, template: str | None) -> tup
 def check_template(tokenizer: Any, template: str | None) -> None:
     """Raises DataError if the answers of a conversation in this template cannot be told from the rest."""
     render([{"role": role, "content": "x"} for role in ("user", "assistant") * 2], tokenizer, template)
+
+
+@lru_cache(maxsize=8)
+def adds_beginning(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its beginning-of-sequence token before every text."""
+    return tokenizer.bos_token is not None and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]
 
 
 def check_prompt(tokenizer: Any, image: str) -> None:

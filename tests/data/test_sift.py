@@ -130,6 +130,8 @@ def test_what_the_original_code_reads_is_trained_on(folder, write_recipe):  # no
         assert all(map(math.isfinite, losses))
         assert not (stage / "skipped.jsonl").exists()
     assert [len(record.turns) for record in load_records(data["file"], folder)] == [1, 1, 2, 1, 2, 1, 1]
+    report = check_data(data["file"], folder)
+    assert (report.problems, report.text_only, report.image_as_text) == ([], 5, 1)
 
 
 @pytest.mark.parametrize(
