@@ -198,4 +198,4 @@ def joined(parts: Iterable[Records]) -> Records:
         places.append(part.places + np.array([len(tables), 0]))
         tables += part.tables
         problems += part.problems
-    return Records(tables, np.concatenate(places), problems)
+    return Records(tables, np.concatenate(places), list(dict.fromkeys(problems)))

@@ -230,7 +230,7 @@ def write_skipped(work: Path, problems: list[str], console: Console) -> None:
     later = [line for line in read_lines(work / SKIPPED) if line["step"]]
     lines = [{"step": 0, "problem": problem} for problem in problems] + later
     write_whole(work / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
-    console.print(f"{len(problems):,} bad records are left out, named in {SKIPPED}:", highlight=False, soft_wrap=True)
+    console.print(f"bad records left out: {len(problems):,}, named in {SKIPPED}", highlight=False, soft_wrap=True)
     for line in [*problems[:MOST_NAMED], *(["..."] if len(problems) > MOST_NAMED else [])]:
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 

@@ -87,7 +87,7 @@ def test_every_kind_of_bad_record_is_left_out_counted_and_logged(folder, strict_
     for message in BAD:
         assert sum(bool(re.search(message, line["problem"])) for line in lines) == 1, message
     assert "8 records" in printed
-    assert f"{len(BAD)} bad records are left out, named in skipped.jsonl" in printed
+    assert f"bad records left out: {len(BAD)}, named in skipped.jsonl" in printed
     assert lines[0]["problem"] in printed
     assert [line["skipped"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == [0] * 3  # none of those that a step sees
     assert json.loads((stage / "records.json").read_text())["records"] == 8
