@@ -9,8 +9,9 @@ from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, 
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.data.answers import end_of_turn
 from moe_llava.data.portable import portable
-from moe_llava.data.rendering import end_of_turn, own_template
+from moe_llava.data.rendering import own_template
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 

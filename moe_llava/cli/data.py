@@ -63,9 +63,10 @@ def _tokenizer_of(model: str, template: str | None) -> tuple[Any, int]:
     with heavy_imports():  # takes seconds, and a mistake is told before
         from moe_llava.checkpoints.join import language_tokenizer
         from moe_llava.checkpoints.load import load_processor
+        from moe_llava.data.answers import check_template
         from moe_llava.data.batches import EmptyImage
         from moe_llava.data.records import IMAGE_TOKEN
-        from moe_llava.data.rendering import check_prompt, check_template
+        from moe_llava.data.rendering import check_prompt
 
     if text_model:
         tokenizer, image, tokens = language_tokenizer(model, own_template=template is None), IMAGE_TOKEN, 1

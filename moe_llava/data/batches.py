@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
+from moe_llava.data.answers import check_template
 from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within
 from moe_llava.data.records import Record
-from moe_llava.data.rendering import check_template
 
 
 class ConversationDataset(Dataset):

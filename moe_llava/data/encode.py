@@ -20,8 +20,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moe_llava.common.errors import DataError
+from moe_llava.data.answers import placeholder, render
 from moe_llava.data.records import FORMS, IMAGE_TOKEN, Record, check_media, image_names, role_and_text, split_system
-from moe_llava.data.rendering import MARK, Message, Span, adds_beginning, render
+from moe_llava.data.rendering import MARK, Message, Span, adds_beginning
 
 IMAGE_INDEX = -200
 IGNORE_INDEX = -100
@@ -64,7 +65,8 @@ def encode_within(
 def check_form(record: Record, tokenizer: Any, template: str | None) -> None:
     """Raises DataError, naming the record, if the chat template refuses it. No token is counted."""
     with _named(record):
-        render(_messages(record, template)[0], tokenizer, template)
+        messages, has_images = _messages(record, template)
+        render(messages, tokenizer, template, has_images)
 
 
 def _encode_whole(
@@ -89,18 +91,23 @@ def _named(record: Record | Mapping[str, Any]) -> Iterator[None]:
 def _encode_messages(
     messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, image_tokens: int
 ) -> dict[str, list[int]]:
-    text, answers = render(messages, tokenizer, template)
+    text, answers = render(messages, tokenizer, template, has_images)
+    image = placeholder(tokenizer, template)
+    pieces = text.split(image) if has_images else [text]
+    wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages) if has_images else 0
+    if template is None and len(pieces) - 1 != wanted:
+        raise DataError(f"the chat template makes {len(pieces) - 1} {image} of {wanted} images")
     ids, labels, start = [], [], 0
     # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
     begin = int(adds_beginning(tokenizer))
-    for number, piece in enumerate(text.split(IMAGE_TOKEN) if has_images else [text]):
+    for number, piece in enumerate(pieces):
         if number:
             ids += [IMAGE_INDEX] * image_tokens
             labels += [IMAGE_INDEX if _learnt(start, answers) else IGNORE_INDEX] * image_tokens
         piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
         ids += piece_ids[begin if number else 0 :]
         labels += piece_labels[begin if number else 0 :]
-        start += len(piece) + len(IMAGE_TOKEN)
+        start += len(piece) + len(image)
     return {"input_ids": ids, "labels": labels}
 
 

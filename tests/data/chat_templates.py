@@ -107,6 +107,11 @@ TEMPLATES = {
     "llama 3.1": (LLAMA_3_1, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
     "gemma 2": (GEMMA_2, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
     "gemma 3": (GEMMA_3, ("<start_of_turn>", "<end_of_turn>", "<start_of_image>"), "<end_of_turn>"),
+    "gemma 3 with the placeholder here": (
+        GEMMA_3.replace("<start_of_image>", "<image>"),
+        ("<start_of_turn>", "<end_of_turn>"),
+        "<end_of_turn>",
+    ),
     "mistral": (MISTRAL, ("[INST]", "[/INST]"), EOS),
     "phi 3": (PHI_3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "zephyr": (ZEPHYR, ("<|user|>", "<|assistant|>"), EOS),

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from moe_llava.common.errors import DataError
+from moe_llava.data.answers import render
 from moe_llava.data.encode import encode_record
 from moe_llava.data.portable import portable
 from moe_llava.data.rendering import check_prompt
@@ -68,14 +69,15 @@ def test_what_is_asked_is_how_what_was_learnt_begins(model):
     roles = {"human": "user", "gpt": "assistant"}
     strings = [{"role": roles[role], "content": text} for role, text in TALK]
     lists = [{"role": roles[role], "content": parts(text)} for role, text in TALK]
-    whole = tokenizer.apply_chat_template(strings, tokenize=False)
-    assert tokenizer.apply_chat_template(lists, tokenize=False).split() == whole.split()
+    text, _ = render(strings, tokenizer, None, has_images=True)
     processor = LlavaProcessor(LlavaImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
     for turns in (1, 3):
-        prompt = processor.apply_chat_template(lists[:turns], add_generation_prompt=True)
-        assert prompt.count("<image>") == 1
-        assert prompt.index("<image>") < prompt.index("What is it?")
-        assert "".join(whole.split()).startswith("".join(prompt.split()))
+        for messages in (lists, strings):
+            prompt = processor.apply_chat_template(messages[:turns], add_generation_prompt=True)
+            assert prompt.count("<image>") == 1
+            assert prompt.index("<image>") < prompt.index("What is it?")
+            assert messages is strings or text.startswith(prompt)
+            assert "".join(text.split()).startswith("".join(prompt.split()))
     check_prompt(tokenizer, "<image>")
 
 
