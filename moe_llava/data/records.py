@@ -122,7 +122,7 @@ def image_names(item: Mapping[str, Any]) -> list[Any]:
 def check_media(source: str, item: Mapping[str, Any]) -> None:
     """Raises DataError, naming `source`, if a record has a video or audio, which nothing here reads."""
     for key in MEDIA_KEYS:
-        if not _is_empty(item.get(key)):
+        if key in item and not _is_empty(item[key]):
             raise DataError(f"{source} has {str(item[key])[:60]} as {key!r}, but models here read text and images alone")
 
 
@@ -160,12 +160,17 @@ def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, li
                 raise DataError(f"{place} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
             if number % 2 and has_images and IMAGE_TOKEN in text:
                 raise DataError(f"{place} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
-            other = None if number % 2 else _MEDIA.search(text) or ("</" not in text and _MEDIA_LINE.search(text))
-            if other:
-                raise DataError(f"{place} has {other[0].strip()}, but models here read text and images alone")
+            if number % 2 == 0 and ("<video>" in text or "<audio>" in text):
+                _check_media_text(place, text)
             values.append(text)
         return system, values + [""] * (len(values) % 2)
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
+
+
+def _check_media_text(place: str, text: str) -> None:
+    found = _MEDIA.search(text) or ("</" not in text and _MEDIA_LINE.search(text))
+    if found:
+        raise DataError(f"{place} has {found[0].strip()}, but models here read text and images alone")
 
 
 def split_system(item: Any, turns: Any, role_key: str, text_key: str) -> tuple[Any, Any]:

@@ -27,19 +27,21 @@ def sift(records: Records, stage: int, tokenizer: Any, template: str | None, ima
     for index in np.flatnonzero(images * image_tokens >= (max_length or np.inf)).tolist():
         size = images[index] * image_tokens
         problems[index] = f"{records[index].source} has images of {size} tokens, but stage{stage}.max_length is {max_length}"
-    left = np.setdiff1d(np.arange(len(records)), list(problems))
-    return records.without(dict(sorted((problems | _refused(records, left, tokenizer, template)).items())))
+    left = np.ones(len(records), bool)
+    left[list(problems)] = False
+    refused = _refused(records, np.flatnonzero(left), tokenizer, template)
+    return records.without(dict(sorted((problems | refused).items())))
 
 
 def _refused(records: Records, indices: np.ndarray, tokenizer: Any, template: str | None) -> dict[int, str]:
     """Index -> what is wrong with a record that the chat template refuses. Templates refuse system prompts or numbers of turns, so the
     first of each shape is rendered, and the others only if that is refused: rendering a million takes minutes."""
     problems = {}
-    _, firsts, shapes = np.unique(records.shapes()[indices], axis=0, return_index=True, return_inverse=True)
+    _, firsts, shapes = np.unique(records.shapes()[indices], return_index=True, return_inverse=True)
     for shape, first in enumerate(firsts.tolist()):
         if _refusal(records, int(indices[first]), tokenizer, template) is None:
             continue
-        for index in indices[shapes.ravel() == shape].tolist():
+        for index in indices[shapes == shape].tolist():
             problem = _refusal(records, index, tokenizer, template)
             if problem is not None:
                 problems[index] = problem

@@ -71,10 +71,10 @@ class Records(Sequence[Record]):
         return Records(self.tables, kept, list(dict.fromkeys([*self.problems, *problems.values()])))
 
     def shapes(self) -> np.ndarray:
-        """[N, 3] what a conversation form sees of each: whether there is a system prompt, the number of turns, whether there are images."""
-        system = self._column(lambda table: pc.not_equal(table.data.column("system"), "").to_numpy().astype(np.int64))
+        """[N] what a chat template sees of each, as one number: how many turns, whether a system prompt, whether images."""
+        system = self._column(lambda table: pc.not_equal(table.data.column("system"), "").to_numpy())
         turns = self._column(lambda table: np.asarray(pc.list_value_length(table.data.column("turns"))))
-        return np.stack([system, turns, self.image_counts() > 0], axis=1)
+        return turns * 4 + system * 2 + (self.image_counts() > 0)
 
     def lengths(self, image_tokens: int) -> np.ndarray:
         """[N] what each takes in tokens, about: a token for four characters, and `image_tokens` for an image."""
