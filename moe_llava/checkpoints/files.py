@@ -18,6 +18,7 @@ from moe_llava.checkpoints.families import published_family
 MODEL_TYPES = ("llava", MODEL_TYPE)
 ADAPTER_CONFIG = "adapter_config.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
@@ -83,6 +84,16 @@ def quantisation_method(content: dict[str, Any]) -> str | None:
             old_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
             return "bitsandbytes" if old_bitsandbytes else str(settings.get("quant_method"))
     return None
+
+
+def is_text_model(path: str | Path) -> bool:
+    """Whether a folder or hub id is a language model without a vision tower, or a folder with a tokenizer alone."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    content = read_config(path)
+    model_type = content.get("model_type")
+    return not (model_type in MODEL_TYPES or published_family(model_type) or "vision_config" in content)
 
 
 def check_share(name: str, share: float) -> None:

@@ -12,6 +12,7 @@ Unusual here:
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,23 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family
-from moe_llava.checkpoints.files import quantisation_method, read_config
+from moe_llava.checkpoints.files import quantisation_method, read_config, read_json
 from moe_llava.checkpoints.load import load_strictly
 from moe_llava.checkpoints.processors import image_processor, make_processor, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, resolve
 from moe_llava.checkpoints.settings import build_config, describes_llava, extra_tokens, find_tower, llava_settings, text_config
 from moe_llava.checkpoints.tokenization import load_tokenizer
 from moe_llava.checkpoints.weights import find_weights, read_tables
+from moe_llava.data import rendering
+from moe_llava.data.portable import portable
+from moe_llava.data.templates import IMAGE_TOKEN
 
 TEXT_LENGTH = 2048  # tokens at which text alone is cut, if the tokenizer does not say less (paper, table of training settings)
 _BACKBONE, _HEAD = "model.language_model.", "lm_head."
@@ -77,6 +82,23 @@ def joined_processor(language_model: str, vision_tower: str, template: str | Non
     processor = make_processor(config, image_processor(vision_tower, pad=False), tokenizer, template, language_model)
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, TEXT_LENGTH)
     return processor
+
+
+def language_tokenizer(name: str, own_template: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer of a language model, or a tokenizer alone, as a joined LLaVA gets it, but for the image's placeholder; with
+    `own_template`, with its own chat template.
+
+    Raises CheckpointError if there is none, DataError if the chat template is to be used and cannot be.
+    """
+    folder = resolve(name, with_weights=False)
+    vocab_size = read_json(folder / "config.json").get("vocab_size") if (folder / "config.json").is_file() else None
+    tokenizer = load_tokenizer(folder, vocab_size or sys.maxsize)
+    if tokenizer is None:
+        raise CheckpointError(f"{name} has no tokenizer files")
+    if own_template:
+        tokenizer.chat_template = portable(rendering.own_template(tokenizer), tokenizer, IMAGE_TOKEN)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, TEXT_LENGTH)
+    return tokenizer
 
 
 def join(

@@ -24,7 +24,7 @@ from transformers import (
 from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.families import UNUSED
 from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method
-from moe_llava.checkpoints.processors import complete_processor
+from moe_llava.checkpoints.processors import complete_processor, with_portable_template
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
 
 # Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
@@ -144,7 +144,7 @@ def _check_tied(model: Any, name: str) -> None:
 
 def load_processor(path: str | Path) -> Any:
     """Return the processor of a folder or hub id. What an older one does not say is taken from the configuration; it pads on the left, as
-    generation needs it.
+    generation needs it, and its chat template takes strings and lists of parts alike.
 
     Raises CheckpointError as `check_checkpoint` does, if there is no processor, or one that does not fit the configuration.
     """
@@ -157,9 +157,9 @@ def load_processor(path: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(path)
         complete_processor(processor, config, path)
+        return with_portable_template(processor)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
-    return processor
 
 
 def best_device() -> torch.device:

@@ -11,6 +11,9 @@ from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import TOWERS
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.data.answers import end_of_turn
+from moe_llava.data.portable import portable
+from moe_llava.data.rendering import own_template
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 
@@ -55,9 +58,9 @@ def make_processor(
         raise CheckpointError(
             f"the tokenizer in {source} does not know {TEMPLATES[template].end}, which ends an answer in the conversation form {template!r}"
         )
-    jinja = tokenizer.chat_template if template is None else chat_template(template, image)
-    if not jinja:
+    if template is None and not tokenizer.chat_template:
         raise CheckpointError(f"the tokenizer in {source} has no chat template: name a conversation form, one of {', '.join(TEMPLATES)}")
+    jinja = portable(own_template(tokenizer) if template is None else chat_template(template, image), tokenizer, IMAGE_TOKEN)
     image_token_id = config.image_token_id
     if isinstance(config, MoeLlavaConfig):
         image_token_id = max(image_token_id, highest_id(tokenizer) + 1)
@@ -115,15 +118,23 @@ def _complete_features(processor: LlavaProcessor, config: LlavaConfig, said: dic
         )
 
 
+def with_portable_template(processor: LlavaProcessor) -> LlavaProcessor:
+    """The same processor, whose chat template takes strings and lists of parts, in the processor and in its tokenizer."""
+    source = processor if processor.chat_template else processor.tokenizer
+    if source.chat_template:
+        jinja = portable(own_template(source), processor.tokenizer, processor.image_token)
+        processor.chat_template = processor.tokenizer.chat_template = jinja
+    return processor
+
+
 def set_token_ids(
     generation: GenerationConfig, config: LlavaConfig, processor: LlavaProcessor, template: str | None, vocab_size: int
 ) -> None:
-    """Which ids end an answer (the tokenizer's end of text, and what ends an answer in the form `template`), pad, and are never
-    generated. `vocab_size`: of the language model as it was published."""
+    """Which ids end an answer (the tokenizer's end of text, and what ends an answer in the form `template`, or in the processor's chat
+    template), pad, and are never generated. `vocab_size`: of the language model as it was published."""
     tokenizer = processor.tokenizer
-    ends = {tokenizer.eos_token_id} - {None}
-    if template is not None:
-        ends.add(tokenizer.convert_tokens_to_ids(TEMPLATES[template].end.strip()))
+    end = end_of_turn(tokenizer, tokenizer.chat_template) if template is None else TEMPLATES[template].end
+    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(end.strip())} - {None}
     generation.eos_token_id = sorted(token for token in ends if token < vocab_size) or generation.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = no_tokens(config, vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def check(
     data: Annotated[Path, typer.Argument(help="a JSON list, JSON lines, or a folder of `datasets`")],
     images: Annotated[Path, typer.Option(help="folder that its image names are relative to")] = Path("."),
-    model: Annotated[str | None, typer.Option(help="a checkpoint, to count tokens with its tokenizer: a folder, or a hub id")] = None,
+    model: Annotated[str | None, typer.Option(help="a LLaVA, a language model or a tokenizer, to count tokens with")] = None,
     template: Annotated[str | None, typer.Option(help="a conversation form, such as phi or plain; default: the tokenizer's own")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens beyond which a record is cut")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="to tell how much of a batch would be padding")] = 32,
@@ -31,11 +32,12 @@ def check(
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
-        tokenizer, image_tokens = (None, 1) if model is None else _tokenizer_of(model)
+        tokenizer, image_tokens = (None, 1) if model is None else _tokenizer_of(model, template)
         report = check_data(data, images, tokenizer, template, image_tokens, max_length)
     counts: dict[str, float] = {
         "records": report.records,
         "text_only": report.text_only,
+        "image_as_text": report.image_as_text,
         "images": report.images,
         "problems": len(report.problems),
     }
@@ -49,18 +51,33 @@ def check(
         raise typer.Exit(1)
 
 
-def _tokenizer_of(model: str) -> tuple[Any, int]:
-    """A checkpoint's tokenizer, and how many tokens an image takes."""
-    from moe_llava.checkpoints.files import check_checkpoint
+def _tokenizer_of(model: str, template: str | None) -> tuple[Any, int]:
+    """A model's tokenizer, and how many tokens an image takes: one, where there is no vision tower yet. Raises DataError if the chat
+    template that is to be used cannot be."""
+    from moe_llava.checkpoints.files import check_checkpoint, is_text_model
 
-    check_checkpoint(model)
+    text_model = is_text_model(model)
+    if not text_model:
+        check_checkpoint(model)
 
-    with heavy_imports():
-        from moe_llava.checkpoints.load import load_processor  # takes seconds, and a mistake is told before
+    with heavy_imports():  # takes seconds, and a mistake is told before
+        from moe_llava.checkpoints.join import language_tokenizer
+        from moe_llava.checkpoints.load import load_processor
+        from moe_llava.data.answers import check_template
         from moe_llava.data.batches import EmptyImage
+        from moe_llava.data.records import IMAGE_TOKEN
+        from moe_llava.data.rendering import check_prompt
 
-    processor = load_processor(model)
-    return processor.tokenizer, EmptyImage.of(processor).tokens
+    if text_model:
+        tokenizer, image, tokens = language_tokenizer(model, own_template=template is None), IMAGE_TOKEN, 1
+        print(f"{model} has no vision tower: an image counts as one token", file=sys.stderr)
+    else:
+        processor = load_processor(model)
+        tokenizer, image, tokens = processor.tokenizer, processor.image_token, EmptyImage.of(processor).tokens
+    check_template(tokenizer, template)
+    if template is None:
+        check_prompt(tokenizer, image)
+    return tokenizer, tokens
 
 
 def _print_check(report: Report, counts: dict[str, float]) -> None:

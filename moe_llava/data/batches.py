@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
-from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within, render
+from moe_llava.data.answers import check_template
+from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within
 from moe_llava.data.records import Record
 
 
@@ -38,8 +39,7 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         if processor.tokenizer.pad_token_id is None:
             raise DataError("the tokenizer has no pad token, which batches are padded with")
-        turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
-        render(turns, processor.tokenizer, template)  # raises if answers cannot be told from the rest
+        check_template(processor.tokenizer, template)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -89,8 +89,11 @@ class EmptyImage:
         return cls(pixels, image_tokens(processor, pixels), processor.image_token_id)
 
     def add_to(self, batch: dict[str, Tensor]) -> None:
-        """Puts it after the end of the first row, outside the labels, and outside the attention mask, or as one more packed sample."""
+        """Puts it after the end of the first row, outside the labels, and outside the attention mask, or as one more packed sample: that
+        has no attention mask, so a `token_mask` tells the routers' losses and capacities of it."""
         rows = batch["input_ids"].shape[0]
+        if "position_ids" in batch:
+            batch["token_mask"] = torch.ones_like(batch["input_ids"])
         added = {name: torch.full((rows, self.tokens), fill) for name, fill in _PADDING.items() if name in batch}
         added["input_ids"][0] = self.token_id  # one image, one row of placeholders
         if "position_ids" in batch:
@@ -100,7 +103,7 @@ class EmptyImage:
         batch["pixel_values"] = self.pixels
 
 
-_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,18 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
 from moe_llava.data.encode import encode_within
 from moe_llava.data.files import read_items
-from moe_llava.data.records import Record, parse_record
+from moe_llava.data.records import IMAGE_TOKEN, Record, parse_record
 
 
 @dataclass
 class Report:
-    """`problems`: (where, what). `lengths`: of each sound record, in tokens, with its images. `cut`: how many of them the limit cuts.
-    Lengths and cuts need a tokenizer."""
+    """`image_as_text`: records without an image whose text has `<image>`. `problems`: (where, what). `lengths`: of each sound record,
+    in tokens, with its images. `cut`: how many of them the limit cuts. Lengths and cuts need a tokenizer."""
 
     records: int = 0
     images: int = 0
     text_only: int = 0
+    image_as_text: int = 0
     problems: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     learnt: int = 0
@@ -75,6 +76,7 @@ def check_data(
             if tokenizer is not None:
                 _measure(report, record, tokenizer, template, image_tokens, max_length)
             report.text_only += not record.images
+            report.image_as_text += not record.images and any(IMAGE_TOKEN in text for turn in record.turns for text in turn)
         except DataError as error:
             report.problems.append(str(error))
     report.images = len(seen)

@@ -6,29 +6,27 @@ tokenized piece by piece, as the original code does. A token is learnt if it end
 Unusual here:
 - An image is -200 in the ids until a model's own placeholder takes its place; inside an answer it is -200 in the labels, too, and is no
   more learnt than outside.
-- The tokenizer alone decides about a beginning-of-sequence token, once.
+- A beginning-of-sequence token stands once, whether the tokenizer adds it, the template writes it, or both do.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.records import FORMS, IMAGE_TOKEN, Record, role_and_text, split_system
-from moe_llava.data.templates import TEMPLATES, chat_template
+from moe_llava.data.answers import placeholder, render
+from moe_llava.data.records import FORMS, IMAGE_TOKEN, Record, check_media, image_names, role_and_text, split_system
+from moe_llava.data.rendering import MARK, Message, Span, adds_beginning
 
 IMAGE_INDEX = -200
 IGNORE_INDEX = -100
 LONGEST_RUN = 16
-
-Message = dict[str, Any]
-Span = tuple[int, int]
 
 
 def encode_record(
@@ -37,8 +35,8 @@ def encode_record(
     """`input_ids` and `labels` of a record, of equal length.
 
     Args:
-        record: a Record, or a record as it stands in a file, of either form; `<image>` in its text means an image if it has `image` or
-            `images`.
+        record: a Record, or a record as it stands in a file, of either form; `<image>` in its text means an image if it names one in
+            `image` or `images`, and is text elsewhere.
         template: a conversation form, a key of TEMPLATES; None takes the tokenizer's own chat template.
         image_tokens: how many -200 stand for an image.
 
@@ -64,36 +62,52 @@ def encode_within(
     return kept, kept is not whole
 
 
+def check_form(record: Record, tokenizer: Any, template: str | None) -> None:
+    """Raises DataError, naming the record, if the chat template refuses it. No token is counted."""
+    with _named(record):
+        messages, has_images = _messages(record, template)
+        render(messages, tokenizer, template, has_images)
+
+
 def _encode_whole(
     record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, image_tokens: int
 ) -> tuple[dict[str, list[int]], int | None]:
     """(ids and labels of all of a record, where the tokenizer's model ends text alone)"""
-    try:
-        messages, has_images = _messages(record)
-        has_images = has_images or template == "plain"
+    with _named(record):
+        messages, has_images = _messages(record, template)
         whole = _encode_messages(messages, has_images, tokenizer, template, image_tokens)
+    return whole, None if has_images else tokenizer.model_max_length
+
+
+@contextmanager
+def _named(record: Record | Mapping[str, Any]) -> Iterator[None]:
+    """Puts the record's place before what is wrong with it."""
+    try:
+        yield
     except DataError as error:
         raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
-    return whole, None if has_images else tokenizer.model_max_length
 
 
 def _encode_messages(
     messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, image_tokens: int
 ) -> dict[str, list[int]]:
-    if template == "plain":
-        _check_caption(messages)
-    text, answers = render(messages, tokenizer, template)
+    text, answers = render(messages, tokenizer, template, has_images)
+    image = placeholder(tokenizer, template)
+    pieces = text.split(image) if has_images else [text]
+    wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages) if has_images else 0
+    if template is None and len(pieces) - 1 != wanted:
+        raise DataError(f"the chat template makes {len(pieces) - 1} {image} of {wanted} images")
     ids, labels, start = [], [], 0
     # Every piece is tokenized as if it were a text of its own: what the tokenizer begins each with belongs to the first.
-    begin = int(_with_true_offsets(tokenizer).encode("").ids[:1] == [tokenizer.bos_token_id])
-    for number, piece in enumerate(text.split(IMAGE_TOKEN) if has_images else [text]):
+    begin = int(adds_beginning(tokenizer))
+    for number, piece in enumerate(pieces):
         if number:
             ids += [IMAGE_INDEX] * image_tokens
             labels += [IMAGE_INDEX if _learnt(start, answers) else IGNORE_INDEX] * image_tokens
         piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
         ids += piece_ids[begin if number else 0 :]
         labels += piece_labels[begin if number else 0 :]
-        start += len(piece) + len(IMAGE_TOKEN)
+        start += len(piece) + len(image)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -118,51 +132,6 @@ def _learnt(end: int, answers: list[Span]) -> bool:
     return any(low < end <= high for low, high in answers)
 
 
-def render(messages: list[Message], tokenizer: Any, template: str | None) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the [start, end) of each answer in it, its end token included.
-
-    Raises DataError if the tokenizer has no chat template, or one that does not build a conversation turn by turn.
-    """
-    if template is None:
-        jinja = tokenizer.chat_template
-        if not jinja:
-            raise DataError(f"the tokenizer has no chat template: name one of {', '.join(TEMPLATES)}")
-        special = tokenizer.special_tokens_map
-    else:
-        jinja, special = chat_template(template), {"bos_token": ""}  # the tokenizer adds it
-    if re.search(r"\{%-?\s*generation\s*-?%\}", jinja):
-        texts, spans = _rendered(messages, jinja, return_assistant_tokens_mask=True, **special)
-        return texts[0], [(low, high) for low, high in spans[0]]
-    return _render_by_turns(messages, jinja, special)
-
-
-def _render_by_turns(messages: list[Message], jinja: str, special: dict[str, Any]) -> tuple[str, list[Span]]:
-    """For a template that does not mark its answers: an answer is what a turn adds to the prompt for it."""
-
-    def written(count: int, prompt: bool) -> str:
-        return _rendered(messages[:count], jinja, add_generation_prompt=prompt, **special)[0][0]
-
-    whole, answers = written(len(messages), False), []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt, answered = written(index, True), written(index + 1, False)
-        if not (answered.startswith(prompt) and whole.startswith(answered)) or (answered == prompt and message["content"]):
-            raise DataError(
-                "the tokenizer's chat template does not add turn to turn, and has no {% generation %} blocks, so its answers cannot be "
-                f"told from the rest: name one of {', '.join(TEMPLATES)}"
-            )
-        answers.append((len(prompt), len(answered)))
-    return whole, answers
-
-
-def _rendered(messages: list[Message], jinja: str, **settings: Any) -> tuple[list[str], list[list[list[int]]]]:
-    """([text], [[[start, end) of each answer]]), the latter if `return_assistant_tokens_mask` asks for it."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # takes a second, and reading a file needs none of it
-
-    return render_jinja_template([messages], chat_template=jinja, **settings)
-
-
 def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids and labels of a text that begins at `start` of the whole."""
     encoded = _with_true_offsets(tokenizer).encode(text)
@@ -176,19 +145,27 @@ def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) ->
 
 @lru_cache(maxsize=4)
 def _with_true_offsets(tokenizer: Any) -> Tokenizer:
-    """Byte-level tokenizers report their tokens without the white space in them."""
+    """Byte-level tokenizers report their tokens without the white space in them. And to this one `<image>` is text: where it means an
+    image, texts are cut there. Its token keeps its id, by which others may be counted, under a name that is in no text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
+    names = {token: MARK + token for token in (IMAGE_TOKEN, getattr(tokenizer, "image_token", None)) if token}
+    for added in state["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, dict):
+        vocab |= {name: vocab.pop(token) for token, name in names.items() if token in vocab}
     text = json.dumps(state["post_processor"]).replace('"trim_offsets": true', '"trim_offsets": false')
     return Tokenizer.from_str(json.dumps({**state, "post_processor": json.loads(text)}))
 
 
-def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
+def _messages(record: Record | Mapping[str, Any], template: str | None) -> tuple[list[Message], bool]:
     """(messages as chat templates take them, whether `<image>` means an image)"""
     if isinstance(record, Record):
         turns = [turn for question, answer in record.turns for turn in (("user", question), ("assistant", answer))]
         system, has_images = record.system, bool(record.images)
     else:
+        check_media("the record", record)
         system, turns, has_images = _raw_turns(record)
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
@@ -197,6 +174,10 @@ def _messages(record: Record | Mapping[str, Any]) -> tuple[list[Message], bool]:
             raise DataError(f"turn {number} is by the {role}, but user and assistant must take turns, user first")
     if not turns:
         raise DataError("the conversation has no question")
+    if template == "plain":
+        if len(turns) != 2 or IMAGE_TOKEN not in turns[0][1] or not (has_images or isinstance(record, Mapping)):
+            raise DataError(f"the form 'plain' takes one question with {IMAGE_TOKEN} and its caption, but found {len(turns)} turns")
+        has_images = True
     first = [("system", system)] if system else []
     return [{"role": role, "content": text} for role, text in first + turns], has_images
 
@@ -214,7 +195,7 @@ def _raw_turns(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], b
             if role not in names or text is None:
                 raise DataError(f"turn {number} must be a text from one of {', '.join(roles)}, but is {str(turn)[:60]}")
             turns.append((names[role], _cut_run(text)))
-        return system, turns, "image" in record or bool(record.get("images"))
+        return system, turns, bool(image_names(record))
     raise DataError(f"the record has neither {' nor '.join(repr(key) for key, *_ in FORMS)}")
 
 
@@ -224,8 +205,3 @@ def _cut_run(text: str) -> str:
     run = IMAGE_TOKEN * text.count(IMAGE_TOKEN)
     longest = IMAGE_TOKEN * LONGEST_RUN
     return text.replace(run, longest).strip() if text.startswith(longest) and len(run) > len(longest) else text
-
-
-def _check_caption(messages: list[Message]) -> None:
-    if len(messages) != 2 or IMAGE_TOKEN not in messages[0]["content"]:
-        raise DataError(f"the form 'plain' takes one question with {IMAGE_TOKEN} and its caption, but found {len(messages)} turns")

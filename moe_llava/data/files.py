@@ -13,11 +13,12 @@ from typing import Any, TextIO
 from moe_llava.common.errors import DataError
 
 CHUNK = 1 << 20  # characters
+BOM = b"\xef\xbb\xbf"
 
 
 def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
     """(where it stands, the record as it stands there) of a `datasets` folder or Parquet file, a JSON list, or JSON lines, which a file is
-    that does not begin with `[`. Images in rows become StoredImages.
+    that does not begin with `[`. Images in rows become StoredImages; a line that cannot be read is a DataError in the place of its record.
 
     Raises DataError if there is nothing, or something else.
     """
@@ -31,10 +32,10 @@ def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"data file {file} does not exist")
     found = 0
     try:
-        with file.open(encoding="utf-8-sig") as opened:
-            start = opened.read(CHUNK).lstrip()[:1]
-            opened.seek(0)
-            items = _numbered(file, _JsonList(file, opened)) if start == "[" else _read_lines(file, opened)
+        with file.open("rb") as binary, file.open(encoding="utf-8-sig") as opened:
+            start = binary.read(CHUNK).removeprefix(BOM).lstrip()[:1].decode("ascii", "replace")
+            binary.seek(0)
+            items = _numbered(file, _JsonList(file, opened)) if start == "[" else _read_lines(file, binary)
             for found, item in enumerate(items, start=1):  # noqa: B007
                 yield item
     except UnicodeDecodeError as error:
@@ -47,14 +48,22 @@ def _numbered(file: Path, items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     yield from ((f"record {index} of {file}", item) for index, item in enumerate(items))
 
 
-def _read_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _read_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    """Raises the first line's error if no line can be read: the file is something else."""
+    first, some = None, False
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix(BOM) if number == 1 else line
         if not line.strip():
             continue
+        item: Any
         try:
-            yield f"line {number} of {file}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file} is neither a JSON list nor JSON lines: line {number}: {error}") from error
+            item, some = json.loads(line.decode("utf-8")), True
+        except (ValueError, RecursionError) as error:
+            item = DataError(f"{file} is neither a JSON list nor JSON lines: line {number}: {error}")
+            first = first or item
+        yield f"line {number} of {file}", item
+    if first and not some:
+        raise first
 
 
 class _JsonList:
@@ -79,6 +88,8 @@ class _JsonList:
                 if self._read_on():  # perhaps it goes on beyond what was read
                     continue
                 raise self._error(error.msg, place) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists within lists
+                raise self._error(str(error), self.passed + self.at) from error
             self.at = end
             yield item
             if self._next() == "]":

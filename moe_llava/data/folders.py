@@ -23,10 +23,9 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     for batch in table.with_format("arrow").iter(1000):
         rows = batch.drop_columns(stored).to_pylist()
         for key in stored:
-            single = isinstance(table.features[key], datasets.Image)
-            numbers = pc.cast(pc.is_valid(batch[key]), "int64") if single else pc.fill_null(pc.list_value_length(batch[key]), 0)
-            for place, number in enumerate(numbers.to_pylist()):
-                rows[place][key] = [StoredImage(folder, row + place, index) for index in range(number)]
+            for place, there in enumerate(_images_there(batch[key], isinstance(table.features[key], datasets.Image))):
+                images = [StoredImage(folder, row + place, index) if given else None for index, given in enumerate(there)]
+                rows[place][key] = images if any(there) else []
         for item in rows:
             yield f"row {row} of {folder}", {key: value for key, value in item.items() if value is not None}
             row += 1
@@ -34,11 +33,23 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{folder} must hold at least one record, but its table is empty")
 
 
+def _images_there(column: Any, single: bool) -> list[list[bool]]:
+    """For each row of a table's column whether each of its images has bytes or a path, without reading the bytes."""
+    images = column if single else pc.list_flatten(column)
+    rows = range(len(column)) if single else pc.list_parent_indices(column).to_pylist()
+    named = pc.fill_null(pc.greater(pc.utf8_length(pc.struct_field(images, "path")), 0), False)
+    given = pc.or_(pc.is_valid(pc.struct_field(images, "bytes")), named)
+    there: list[list[bool]] = [[] for _ in range(len(column))]
+    for row, value in zip(rows, given.to_pylist(), strict=True):
+        there[row].append(value)
+    return there
+
+
 def image_values(folder: Path, row: int) -> list[dict[str, Any]]:
     """`bytes`, or else `path`, of each image in a row."""
     values = open_folder(folder)[row]
-    value = next(values[key] for key in IMAGE_KEYS if values.get(key) is not None)
-    return value if isinstance(value, list) else [value]
+    columns = [values[key] if isinstance(values[key], list) else [values[key]] for key in IMAGE_KEYS if values.get(key)]
+    return next(column for column in columns if any(image and (image["bytes"] is not None or image["path"]) for image in column))
 
 
 def _holds_images(feature: Any) -> bool:

@@ -8,6 +8,8 @@ In the second, content may also be a list of parts: {"type": "image"} and {"type
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +19,11 @@ from moe_llava.common.errors import DataError
 
 IMAGE_TOKEN = "<image>"
 IMAGE_KEYS = ("image", "images")
+MEDIA_KEYS = ("video", "videos", "audio", "audios")
+NO_NAME = ("", "none", "null", "nan")  # what stands for no file name in tables that became JSON
+# Placeholders of other media begin or end a question, or have a line of their own. In a sentence such a tag may be HTML that is meant.
+_MEDIA = re.compile(r"\A\s*<(video|audio)>|<(video|audio)>\s*\Z")
+_MEDIA_LINE = re.compile(r"^[ \t]*<(video|audio)>[ \t]*$", re.MULTILINE)
 # key of the turns, (key of a turn's role, of its text), the roles
 FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
@@ -59,7 +66,8 @@ class Record:
         if self.system:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for question, answer in self.turns:
-            messages.append({"role": "user", "content": content_parts(question)})
+            parts = content_parts(question) if self.images else [{"type": "text", "text": question}]
+            messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
@@ -76,24 +84,52 @@ def content_parts(text: str) -> list[dict[str, str]]:
 
 
 def parse_record(source: str, item: Any, images: Path) -> Record:
-    """Whether its images exist is not looked at.
+    """Whether its images exist is not looked at. `item` is what `read_items` gives: a DataError where nothing could be read.
+
+    An answer may be empty, a question at the end have none, and an answer before the first question is dropped, as in the original code.
+    `<image>` is text in a record that names no image.
 
     Raises DataError, naming `source` and the rule, for the first thing wrong with a record.
     """
-    system, values = _turns(source, item)
+    if isinstance(item, DataError):
+        raise item
+    if not isinstance(item, dict):
+        raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
+    check_media(source, item)
+    names = image_names(item)
+    if not all(isinstance(name, (str, StoredImage)) and not _is_empty(name) for name in names):
+        found = names[0] if len(names) == 1 else names
+        raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(found)[:60]}")
+    has_images = bool(names) or any(item.get(key) not in (None, []) for key in IMAGE_KEYS)  # a name may be there, and empty
+    system, values = _turns(source, item, has_images)
     if not "".join([system, *values]).isascii():
         check_characters(source, [system, *values])
-    names: Any = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, (str, StoredImage)) for name in names):
-        raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(names)[:60]}")
-    found = sum(value.count(IMAGE_TOKEN) for value in values)
-    if found != len(names):
-        raise DataError(f"found {found} image tokens in {source} but {len(names)} images")
+    number = sum(value.count(IMAGE_TOKEN) for value in values)
+    if has_images and number != len(names):
+        raise DataError(f"found {number} image tokens in {source} but {len(names)} images")
     places = tuple(images / name if isinstance(name, str) else name for name in names)
     turns = tuple(zip(values[::2], values[1::2], strict=True))
     known = {key for key, *_ in FORMS} | {*IMAGE_KEYS, "system"}
     return Record(source, turns, places, {key: value for key, value in item.items() if key not in known}, system)
+
+
+def image_names(item: Mapping[str, Any]) -> list[Any]:
+    """Return what a record has as images, of its first key that is not empty."""
+    names: Any = next((item[key] for key in IMAGE_KEYS if not _is_empty(item.get(key))), [])
+    return names if isinstance(names, list) else [names]
+
+
+def check_media(source: str, item: Mapping[str, Any]) -> None:
+    """Raises DataError, naming `source`, if a record has a video or audio, which nothing here reads."""
+    for key in MEDIA_KEYS:
+        if key in item and not _is_empty(item[key]):
+            raise DataError(f"{source} has {str(item[key])[:60]} as {key!r}, but models here read text and images alone")
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in NO_NAME)
 
 
 def check_characters(source: str, texts: list[str]) -> None:
@@ -105,28 +141,36 @@ def check_characters(source: str, texts: list[str]) -> None:
             raise DataError(f"{source} holds half of a character, {text[error.start : error.end]!a}, which is no text") from error
 
 
-def _turns(source: str, item: Any) -> tuple[str, list[str]]:
+def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, list[str]]:
     """(system prompt, texts of a record, questions and answers in turn)."""
     for key, (role_key, text_key), roles in FORMS:
-        if not isinstance(item, dict) or key not in item:
+        if key not in item:
             continue
         system, turns = split_system(item, item[key], role_key, text_key)
-        if not isinstance(system, str) or IMAGE_TOKEN in system:
+        if not isinstance(system, str) or (has_images and IMAGE_TOKEN in system):
             raise DataError(f"{source} must have a text without {IMAGE_TOKEN} as its system prompt, but has {str(system)[:60]}")
-        if not isinstance(turns, list) or not turns or len(turns) % 2:
+        if not isinstance(turns, list) or len(turns) < 2:
             raise DataError(f"{source} must have {key!r}, a list of {roles[0]} and {roles[1]} turns in pairs, but has {str(turns)[:60]}")
+        begin = int(len(turns) > 2 and role_and_text(turns[0], role_key, text_key)[0] == roles[1])
         values = []
-        for number, turn in enumerate(turns):
+        for number, turn in enumerate(turns[begin:]):
             role, text = role_and_text(turn, role_key, text_key)
+            place = f"turn {number + begin} of {source}"
             if role != roles[number % 2] or text is None:
-                raise DataError(f"turn {number} of {source} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
-            if number % 2 and not text.strip():
-                raise DataError(f"turn {number} of {source} is an empty answer: nothing to learn from")
-            if number % 2 and IMAGE_TOKEN in text:
-                raise DataError(f"turn {number} of {source} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
+                raise DataError(f"{place} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
+            if number % 2 and has_images and IMAGE_TOKEN in text:
+                raise DataError(f"{place} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
+            if number % 2 == 0 and ("<video>" in text or "<audio>" in text):
+                _check_media_text(place, text)
             values.append(text)
-        return system, values
+        return system, values + [""] * (len(values) % 2)
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
+
+
+def _check_media_text(place: str, text: str) -> None:
+    found = _MEDIA.search(text) or ("</" not in text and _MEDIA_LINE.search(text))
+    if found:
+        raise DataError(f"{place} has {found[0].strip()}, but models here read text and images alone")
 
 
 def split_system(item: Any, turns: Any, role_key: str, text_key: str) -> tuple[Any, Any]:

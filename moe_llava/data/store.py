@@ -27,7 +27,7 @@ from moe_llava.data.files import read_items
 from moe_llava.data.records import Record, StoredImage, parse_record
 
 MOST_SHOWN = 20
-FORMAT = 2  # of the table; raise it when a change to reading makes tables of before wrong
+FORMAT = 3  # of the table; raise it when a change to reading makes tables of before wrong
 _COLUMNS = datasets.Features(
     {
         "source": datasets.Value("string"),
@@ -36,16 +36,19 @@ _COLUMNS = datasets.Features(
         "images": datasets.List(datasets.Value("string")),  # names as in the file; empty for an image that stands in the row itself
         "extra": datasets.Value("string"),  # JSON
         "characters": datasets.Value("int64"),
+        "problem": datasets.Value("string"),  # what is wrong with the record, of which nothing else is kept then; empty if nothing is
     }
 )
 
 
 class Records(Sequence[Record]):
-    """`tables`: (table, its file, the folder that its image names are relative to). `places` [N, 2]: table and row of each record."""
+    """`tables`: (table, its file, the folder that its image names are relative to). `places` [N, 2]: table and row of each record.
+    `problems`: what is wrong with those that were left out, a line for each."""
 
-    def __init__(self, tables: list[tuple[datasets.Dataset, Path, Path]], places: np.ndarray):
+    def __init__(self, tables: list[tuple[datasets.Dataset, Path, Path]], places: np.ndarray, problems: Sequence[str] = ()):
         self.tables = tables
         self.places = places
+        self.problems = list(problems)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -56,10 +59,22 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
         if isinstance(index, slice):
-            return Records(self.tables, self.places[index])
+            return Records(self.tables, self.places[index], self.problems)
         number, row = self.places[index].tolist()
         table, file, images = self.tables[number]
         return _record(table[row], row, file, images)
+
+    def without(self, problems: dict[int, str]) -> Records:
+        """Those at other indices than the keys of `problems`, which say what is wrong with the record there."""
+        kept = np.delete(self.places, list(problems), axis=0)
+        # A record may stand here several times.
+        return Records(self.tables, kept, list(dict.fromkeys([*self.problems, *problems.values()])))
+
+    def shapes(self) -> np.ndarray:
+        """[N] what a chat template sees of each, as one number: how many turns, whether a system prompt, whether images."""
+        system = self._column(lambda table: pc.not_equal(table.data.column("system"), "").to_numpy())
+        turns = self._column(lambda table: np.asarray(pc.list_value_length(table.data.column("turns"))))
+        return turns * 4 + system * 2 + (self.image_counts() > 0)
 
     def lengths(self, image_tokens: int) -> np.ndarray:
         """[N] what each takes in tokens, about: a token for four characters, and `image_tokens` for an image."""
@@ -91,11 +106,18 @@ def _record(row: dict[str, Any], number: int, file: Path, images: Path) -> Recor
 
 
 def load_records(file: str | Path, images: str | Path) -> Records:
-    """Reads `file`, a JSON list, JSON lines or a `datasets` folder, and checks every record; image names are relative to the folder
-    `images`.
+    """As `read_records`. Raises DataError also, with all problems, if there is one with any record."""
+    records = read_records(file, images)
+    check_problems(records, file)
+    return records
 
-    Raises DataError, with all problems: file missing or none of these, a record without conversation, roles out of order, more or fewer
-    `<image>` than images, an image that is missing.
+
+def read_records(file: str | Path, images: str | Path) -> Records:
+    """Reads `file`, a JSON list, JSON lines or a `datasets` folder, and checks every record; image names are relative to the folder
+    `images`. A record without conversation, roles out of order, more or fewer `<image>` than images, an image that is missing: what is bad
+    is left out, and named in `problems`.
+
+    Raises DataError if the file is missing or none of these.
     """
     file = Path(file)
     parts = sorted(part for part in file.rglob("*") if part.is_file()) if file.is_dir() else [file] if file.is_file() else []
@@ -108,21 +130,29 @@ def load_records(file: str | Path, images: str | Path) -> Records:
         if isinstance(error.__cause__, (DataError, OSError)):
             raise error.__cause__ from None
         raise
-    records = Records([(table, file, Path(images))], np.stack([np.zeros(len(table), np.int64), np.arange(len(table))], axis=1))
-    _raise_all(file, missing_images(records))
-    return records
+    places = np.stack([np.zeros(len(table), np.int64), np.arange(len(table))], axis=1)
+    records = Records([(table, file, Path(images))], places)
+    bad = np.flatnonzero(pc.not_equal(table.data.column("problem"), "").to_numpy()).tolist()
+    problems = {row: table[row]["problem"] for row in bad} | _missing_images(table, Path(images))
+    return records.without(dict(sorted(problems.items())))
+
+
+def check_problems(records: Records, file: str | Path) -> None:
+    """Raises DataError with the problems of `file`'s records, if there are any."""
+    more = len(records.problems) - MOST_SHOWN
+    rest = [f"and {more} more: `moe-llava check {file} --images DIR` shows all"] if more > 0 else []
+    if records.problems:
+        raise DataError("\n  ".join(records.problems[:MOST_SHOWN] + rest))
 
 
 def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str, Any]]:
     """Rows of the table; all arguments together are what it is kept under."""
-    problems = []
     console = Console(stderr=True)
     for source, item in track(read_items(file), f"reading {file}", console=console, transient=True, disable=not console.is_terminal):
         try:
-            record = parse_record(source, item, Path())
+            record, problem = parse_record(source, item, Path()), ""
         except DataError as error:
-            problems.append(str(error))
-            continue
+            record, problem = Record(source, ()), str(error)
         values = [text for turn in record.turns for text in turn]
         yield {
             "source": source,
@@ -131,27 +161,21 @@ def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str
             "images": [str(image) if isinstance(image, Path) else "" for image in record.images],
             "extra": json.dumps(record.extra, default=str),
             "characters": len(record.system) + sum(map(len, values)),
+            "problem": problem,
         }
-    _raise_all(Path(file), problems)
 
 
-def _raise_all(file: Path, problems: list[str]) -> None:
-    if problems:
-        more = len(problems) - MOST_SHOWN
-        rest = [f"and {more} more: `moe-llava check {file} --images DIR` shows all"] if more > 0 else []
-        raise DataError("\n  ".join(problems[:MOST_SHOWN] + rest))
-
-
-def missing_images(records: Records) -> list[str]:
-    """A line for each image file that is not there. Folders are listed once each: that is quicker than to ask for each file."""
-    problems = []
-    for table, _, images in records.tables:
-        names = pc.unique(pc.list_flatten(table.data.column("images"))).to_pylist()
-        listed = {folder: _names_in(images / folder) for folder in {os.path.dirname(name) for name in names}}
-        missing = {name for name in names if name and os.path.basename(name) not in listed[os.path.dirname(name)]}
-        if missing:
-            rows = zip(table["source"], table["images"], strict=True)
-            problems += [str(missing_image(source, images / name)) for source, row in rows for name in row if name in missing]
+def _missing_images(table: datasets.Dataset, images: Path) -> dict[int, str]:
+    """Row -> what is wrong with a record of which an image file is not there. Folders are listed once each: that is quicker than to look
+    for each file."""
+    names = pc.unique(pc.list_flatten(table.data.column("images"))).to_pylist()
+    listed = {folder: _names_in(images / folder) for folder in {os.path.dirname(name) for name in names}}
+    missing = {name for name in names if name and os.path.basename(name) not in listed[os.path.dirname(name)]}
+    problems = {}
+    for row, record_names in enumerate(table["images"] if missing else ()):
+        name = next((name for name in record_names if name in missing), None)
+        if name is not None:
+            problems[row] = str(missing_image(table[row]["source"], images / name))
     return problems
 
 
@@ -163,14 +187,15 @@ def weighted(records: Records, weight: float, seed: int) -> Records:
     """`records` as often as `weight` says; of its fraction, so many of them, drawn without repetition and kept in order."""
     times, fraction = divmod(weight, 1)
     drawn = random.Random(seed).sample(range(len(records)), round(fraction * len(records)))
-    return Records(records.tables, np.concatenate([records.places] * int(times) + [records.places[sorted(drawn)]]))
+    return Records(records.tables, np.concatenate([records.places] * int(times) + [records.places[sorted(drawn)]]), records.problems)
 
 
 def joined(parts: Iterable[Records]) -> Records:
     """All records of `parts`, one after the other."""
     tables: list[tuple[datasets.Dataset, Path, Path]] = []
-    places = []
+    places, problems = [], []
     for part in parts:
         places.append(part.places + np.array([len(tables), 0]))
         tables += part.tables
-    return Records(tables, np.concatenate(places))
+        problems += part.problems
+    return Records(tables, np.concatenate(places), list(dict.fromkeys(problems)))

@@ -4,8 +4,8 @@
     What is this? ASSISTANT: A cat.<|endoftext|>USER: Sure? ASSISTANT: Yes.<|endoftext|>
 
 Most of them read so; they differ in what ends an answer, and in whether the beginning-of-sequence token comes first. "llama_2" is Llama
-2's own form; "chatml" is that of many models since, here without a default system prompt, because some tokenizers' own template cannot
-be built turn by turn; "plain", of stage I, is an image and its caption.
+2's own form, "llama_3" and "gemma" are those of Llama 3 and of Gemma 1 to 3; "chatml" is that of many models since, here without a default
+system prompt, because some tokenizers' own template cannot be built turn by turn; "plain", of stage I, is an image and its caption.
 """
 
 from __future__ import annotations
@@ -68,6 +68,30 @@ _PLAIN = _TEXT + (
     "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}"
     "{%- endif -%}{%- endfor -%}"
 )
+# Gemma 3's: Gemma 1 and 2 write the same, and refuse a system prompt, which Gemma 3 puts before the first question.
+_GEMMA = _TEXT + (
+    "{{- BOS -}}"
+    "{%- set system = text(messages[0]['content']) + '\n\n' if messages[0]['role'] == 'system' else '' -%}"
+    "{%- for message in messages | rejectattr('role', 'equalto', 'system') -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<start_of_turn>user\n' + (system if loop.first else '') + text(message['content']) | trim + END + '\n' -}}"
+    "{{- '<start_of_turn>model\n' -}}"
+    "{%- elif text(message['content']) -%}"
+    "{%- generation -%}{{- text(message['content']) | trim + END -}}{%- endgeneration -%}{{- '\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+_LLAMA_3 = _TEXT + (
+    "{{- BOS -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] != 'assistant' -%}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + text(message['content']) | trim + END -}}"
+    "{%- if message['role'] == 'user' -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"
+    "{%- elif text(message['content']) -%}"
+    "{%- generation -%}{{- text(message['content']) | trim + END -}}{%- endgeneration -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
 _CHATML = _TEXT + (
     "{%- for message in messages -%}"
     "{%- if message['role'] != 'assistant' -%}"
@@ -99,6 +123,8 @@ TEMPLATES = {
     "minicpm": Template("</s>", bos=True),
     "v1": Template("</s>", bos=True),
     "llama_2": Template(" </s>", bos=True, system=LLAMA_2_SYSTEM, jinja=_LLAMA_2),
+    "llama_3": Template("<|eot_id|>", bos=True, jinja=_LLAMA_3),
+    "gemma": Template("<end_of_turn>", bos=True, jinja=_GEMMA),
     "chatml": Template("<|im_end|>", jinja=_CHATML),
     "plain": Template("\n", jinja=_PLAIN),
 }

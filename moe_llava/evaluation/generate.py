@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_llava.common.images import open_image
 from moe_llava.data.records import IMAGE_TOKEN, content_parts
+from moe_llava.data.rendering import REFUSALS
 from moe_llava.evaluation.attack import attacked_pixels
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
@@ -180,11 +181,15 @@ def _text(model: Any, tokenizer: Any, tokens: list[int]) -> str:
 
 
 def prompt_text(processor: Any, question: Question) -> str:
-    """The question as the model's conversation form has it. Raises BenchmarkError if that has more or fewer images than the question."""
+    """The question as the model's conversation form has it. Raises BenchmarkError if that refuses it, or has more or fewer images than the
+    question."""
     parts = content_parts(question.prompt)
     if IMAGE_TOKEN not in question.prompt:
         parts = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": question.prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    except REFUSALS as error:
+        raise BenchmarkError(f"the model's conversation form refuses question {question.id}: {error}") from error
     found = text.count(processor.image_token)
     if found != len(question.images):
         raise BenchmarkError(f"question {question.id} has {found} {processor.image_token} in its prompt and {len(question.images)} images")

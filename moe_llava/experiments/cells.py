@@ -26,7 +26,7 @@ from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
 from moe_llava.common.errors import DataError
-from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
+from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.evaluation.benchmark import Question
 from moe_llava.evaluation.calibration import calibration, yes_or_no, yes_probabilities
 from moe_llava.evaluation.evaluate import evaluate
@@ -203,7 +203,7 @@ def evolved(recipe: Recipe, dense: str, out: Path) -> Path:
         processor = load_processor(dense)
         set_aspect_ratio(processor, settings)
         problems: list[str] = []
-        records = load_data(recipe, 3, EmptyImage.of(processor).tokens, problems)
+        records = load_data(recipe, 3, processor, problems)
         dataset = ConversationDataset(records, processor, settings.template, settings.max_length)
         rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
         problems += [row["problem"] for row in rows if "problem" in row]

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
+
+from moe_llava.data.rendering import REFUSALS
 
 
 class FormError(ValueError):
@@ -32,7 +33,7 @@ class ConversationForm:
         """
         try:
             text = self._processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
-        except TemplateError as error:
+        except REFUSALS as error:
             raise FormError(f"the model's conversation form refuses them: {error}") from error
         if text.count(self._processor.image_token) != len(images):
             raise FormError("the model's conversation form has no place for the images")

@@ -21,8 +21,10 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
+from moe_llava.data.rendering import check_prompt
 from moe_llava.data.sampling import GroupedSampler
-from moe_llava.data.store import Records, joined, load_records, weighted
+from moe_llava.data.sift import sift
+from moe_llava.data.store import Records, check_problems, joined, read_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.features import cached_features, check_cache
@@ -44,9 +46,10 @@ from moe_llava.training.start import (
     write_recipe,
 )
 from moe_llava.training.stopping import StopWhenAsked
-from moe_llava.training.trainer import StageTrainer
+from moe_llava.training.trainer import SKIPPED, StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
+MOST_NAMED = 3  # bad records, on the console
 RECORDS = "records.json"  # of a stage's folder: which records it is trained on
 TITLES = {
     "stage1": "stage I, the projector",
@@ -110,6 +113,7 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
 
 def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
     """Raises what `train` promises for all stages to come; returns the records of each."""
+    processors = {}
     for number in todo:
         settings = stage_settings(recipe, number)
         adapter = settings.adapter
@@ -122,38 +126,33 @@ def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]
         if recipe.feature_cache:
             check_cache(recipe.feature_cache, structure(recipe, number, path))
         set_aspect_ratio(processor, settings)
-        image_tokens = EmptyImage.of(processor).tokens
         ConversationDataset([], processor, settings.template)  # raises if the tokenizer does not do for the stage
         check_zero(training_arguments(recipe, settings, work_folder(Path(recipe.output) / todo[number])))
+        check_prompt(processor.tokenizer, processor.image_token)
+        processors[number] = processor
     problems: list[str] = []
-    data = {name: load_data(recipe, number, image_tokens, problems) for number, name in todo.items()}
+    data = {name: load_data(recipe, number, processors[number], problems) for number, name in todo.items()}
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
     return data
 
 
-def load_data(recipe: Recipe, number: int, image_tokens: int, problems: list[str]) -> Records:
-    """The records of a stage; what is wrong with them goes into `problems`."""
-    parts, settings, before = [], stage_settings(recipe, number), len(problems)
+def load_data(recipe: Recipe, number: int, processor: Any, problems: list[str]) -> Records:
+    """The records of a stage, without the bad ones where these are to be skipped; what else is wrong goes into `problems`."""
+    parts, settings, image_tokens = [], stage_settings(recipe, number), EmptyImage.of(processor).tokens
     for source in settings.sources:
         try:
-            parts.append(weighted(load_records(source.file, source.images), source.weight, recipe.seed))
+            read = read_records(source.file, source.images)
+            found = sift(read, number, processor.tokenizer, settings.template, image_tokens, settings.max_length)
+            if recipe.on_bad_record == "stop":
+                check_problems(found, source.file)
+            parts.append(weighted(found, source.weight, recipe.seed))
             if not len(parts[-1]):
-                problems.append(f"stage{number}.data has weight {source.weight} for {source.file}, which leaves no record of it")
+                left = f", without {len(found.problems)} bad ones, such as {found.problems[0]}" if found.problems else ""
+                problems.append(f"stage{number}.data has weight {source.weight} for {source.file}, which leaves no record of it{left}")
         except DataError as error:
             problems.append(str(error))
-    if len(problems) > before:
-        return Records([], np.zeros((0, 2), np.int64))
-    records = joined(parts)
-    images = records.image_counts()
-    without, too_long = images == 0, images * image_tokens >= (settings.max_length or np.iinfo(np.int64).max)
-    if number == 1 and without.any():
-        problems.append(f"{records[without.argmax()].source} has no image, but stage I teaches the projector, which sees nothing else")
-    if too_long.any():
-        first = int(too_long.argmax())
-        size = images[first] * image_tokens
-        problems.append(f"{records[first].source} has images of {size} tokens, but stage{number}.max_length is {settings.max_length}")
-    return records
+    return joined(parts) if parts else Records([], np.zeros((0, 2), np.int64))
 
 
 def run_stage(recipe: Recipe, number: int, name: str, records: Records, console: Console) -> None:
@@ -196,6 +195,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
         if trainer.is_world_process_zero():
             write_recipe(recipe, work)
             write_whole(work / RECORDS, json.dumps(described))
+            write_skipped(work, records.problems, console)
         try:
             trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
         finally:
@@ -221,6 +221,18 @@ def check_records(work: Path, described: dict[str, Any]) -> None:
             f"{work} was begun on {before['records']:,} records, and its data files now hold others ({described['records']:,}): "
             "put them back, or remove the folder and begin again"
         )
+
+
+def write_skipped(work: Path, problems: list[str], console: Console) -> None:
+    """Writes the records that were left out before the first step to `skipped.jsonl`, as of step 0, and names the first few."""
+    if not problems:
+        return
+    later = [line for line in read_lines(work / SKIPPED) if line["step"]]
+    lines = [{"step": 0, "problem": problem} for problem in problems] + later
+    write_whole(work / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
+    console.print(f"bad records left out: {len(problems):,}, named in {SKIPPED}", highlight=False, soft_wrap=True)
+    for line in [*problems[:MOST_NAMED], *(["..."] if len(problems) > MOST_NAMED else [])]:
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments: TrainingArguments) -> GroupedSampler | None:

@@ -24,6 +24,7 @@ from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
 MOST_SKIPPED = 0.01  # of the records that a run sees
+SKIPPED = "skipped.jsonl"  # of a stage's folder; step 0 is before the first
 
 
 class StageTrainer(Trainer):
@@ -62,10 +63,10 @@ class StageTrainer(Trainer):
     def begin(self, step: int) -> None:
         """A run begins, perhaps not at the first step: what was logged after it is taken back."""
         if self.is_world_process_zero():
-            for name in ("log.jsonl", "skipped.jsonl"):
+            for name in ("log.jsonl", SKIPPED):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
-        self._skipped = len(read_lines(self.work / "skipped.jsonl"))
+        self._skipped = sum(line["step"] > 0 for line in read_lines(self.work / SKIPPED))
         self._last_step = step
         self._began = time.monotonic()
         self._uncounted: Tensor | int = 0
@@ -90,7 +91,7 @@ class StageTrainer(Trainer):
         if self.skip_bad_records:
             self._skip(problems)
         for batch in batches:
-            mask = batch.get("attention_mask")
+            mask = batch.get("attention_mask", batch.get("token_mask"))
             self._add("places", torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device))
             tokens = self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
             self._add("tokens", tokens)
@@ -108,14 +109,14 @@ class StageTrainer(Trainer):
         """Counts the records of a step that were left out, in all processes, and writes down this one's."""
         lines = [json.dumps({"step": self.state.global_step + 1, "problem": problem}) + "\n" for problem in problems]
         if lines:
-            with (self.work / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            with (self.work / SKIPPED).open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
         self._skipped += int(self.accelerator.reduce(torch.tensor(len(problems), device=self.args.device), "sum"))
         seen = self.state.max_steps * self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if self._skipped > MOST_SKIPPED * seen:
             raise DataError(
                 f"{self._skipped} of the {seen:,} records that the run sees could not be read, more than {MOST_SKIPPED:.0%}: "
-                f"{self.work / 'skipped.jsonl'} names them"
+                f"{self.work / SKIPPED} names them"
             )
 
     def compute_loss(
@@ -127,9 +128,12 @@ class StageTrainer(Trainer):
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
         inputs = {**inputs, **({"output_router_logits": True} if sparse else only_learnt(inputs["labels"]))}
+        mask = inputs.get("attention_mask", inputs.get("token_mask"))
+        if not sparse:
+            inputs.pop("token_mask", None)  # for routers alone
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
-            self._watch(outputs, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool())
+            self._watch(outputs, (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool())
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()

@@ -164,6 +164,25 @@ def test_an_empty_image_beside_packed_samples(processor, records):
     torch.testing.assert_close(model(**batch).loss, model(**plain).loss)
 
 
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_an_empty_image_beside_packed_samples_changes_no_router(processor, records, capacity):
+    """Losses and gradients of a sparse model, whose projector learns, are those of the padded batch, and of one without it."""
+    dense, _ = build_base()
+    model = upcycle(dense, num_experts=4, num_experts_per_tok=2, router_z_loss_coef=0.01, capacity_factor=capacity).train()
+    dataset = ConversationDataset([records[1], Record("three", (("how many digits are there ?", "2"),))], processor)
+    items, empty = [dataset[0], dataset[1]], EmptyImage.of(processor)
+    found = []
+    for collate in (Collator(0), Collator(0, empty), Collator(0, empty, packed=True)):
+        model.zero_grad()
+        outputs = model(**collate(items), output_router_logits=True)
+        outputs.loss.backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if "language_model" in name}
+        found.append((outputs.loss, outputs.aux_loss, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
+    assert all(each.grad is not None for each in model.model.multi_modal_projector.parameters())
+
+
 def test_text_alone_is_cut_where_the_model_ends(processor, records):
     from copy import deepcopy
 

@@ -27,7 +27,7 @@ def data(tmp_path):
         conversation("<image>\nwhere ?", "here", image="broken.png"),
         conversation("where ?", "here", image="a.png"),
         {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "hi"}]},
-        conversation("where ?", ""),
+        conversation("where ?", "here", video="a.mp4"),
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     return tmp_path
@@ -38,7 +38,7 @@ PROBLEMS = {
     3: "broken.png, which cannot be decoded",
     4: "found 0 image tokens",
     5: "must be a text from 'human'",
-    6: "is an empty answer",
+    6: "has a.mp4 as 'video'",
 }
 
 

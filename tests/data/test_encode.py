@@ -136,7 +136,7 @@ def test_a_language_models_own_template(byte_level):
     """Without generation blocks, an answer is what a turn adds to the prompt for it."""
     byte_level.chat_template = MODERN
     encoded = encode_record(conversation("<image>\nWhat?", "A cat.", "Sure?", "Yes."), byte_level)
-    assert learnt(encoded, byte_level) == ["A cat.<|im_end|>\n", "Yes.<|im_end|>\n"]
+    assert learnt(encoded, byte_level) == ["A cat.<|im_end|>", "Yes.<|im_end|>"]
     assert encoded["input_ids"].count(byte_level.bos_token_id) == 1
     byte_level.chat_template = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="does not add turn to turn"):

@@ -1,6 +1,10 @@
 """What the chat templates render. That it is what the original code made of records, test_encode.py compares, token by token."""
 
+import re
+
+import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -58,3 +62,46 @@ def test_chatml_by_hand():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert render(messages, chat_template("chatml"), add_generation_prompt=True) == (expected, [])
+
+
+BY_HAND = {
+    "gemma": (
+        "<bos><start_of_turn>user\nBe brief.\n\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+    "llama_3": (
+        "<bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_gemma_and_llama_3_by_hand(name, adds):
+    """Contents are trimmed, as the models' own templates do. The beginning stands once, whether or not the tokenizer adds it."""
+    whole, end = BY_HAND[name]
+    backend = train(size=400)
+    tokens = re.findall(r"<\|?\w+\|?>", whole)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(tokens) if token != "<image>"])
+    if adds:
+        backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")
+    content = [{"type": "image"}, {"type": "text", "text": "What? "}]
+    talk = [("system", "Be brief."), ("user", content), ("assistant", " A cat.\n"), ("user", "Sure?")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=chat_template(name), add_generation_prompt=True, tokenize=False)
+    assert rendered == whole
+    messages[1]["content"] = "<image>\nWhat? "
+    encoded = encode_record({"messages": [*messages, {"role": "assistant", "content": "Yes."}], "image": "a.png"}, tokenizer, name)
+    first, second = (tokenizer.encode(text, add_special_tokens=False) for text in (whole + "Yes." + end).split("<image>"))
+    line = tokenizer.encode("\n", add_special_tokens=False) if name == "gemma" else []
+    assert encoded["input_ids"] == [*first, -200, *second, *line]
+    learnt = [token for token in encoded["labels"] if token >= 0]
+    assert learnt == [
+        *tokenizer.encode(f"A cat.{end}", add_special_tokens=False),
+        *tokenizer.encode(f"Yes.{end}", add_special_tokens=False),
+    ]

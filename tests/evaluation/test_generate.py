@@ -133,6 +133,14 @@ def test_images_come_first_or_where_the_prompt_says(asked):
             prompt_text(processor, Question("1", "is this <image> a 7 ?", images))
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no users') }}", "{{ 'user: ' + messages[0]['content'] }}"])
+def test_a_template_that_refuses_a_question_is_named(asked, monkeypatch, template):
+    _, processor, _ = asked
+    monkeypatch.setattr(processor, "chat_template", template)
+    with pytest.raises(BenchmarkError, match=r"the model's conversation form refuses question 1: (no users|can only concatenate str)"):
+        prompt_text(processor, Question("1", "where ?", ()))
+
+
 def test_prompts_are_padded_on_the_left(asked):
     _, processor, questions = asked
     inputs = prompt_inputs(processor, questions)

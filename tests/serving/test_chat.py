@@ -139,6 +139,15 @@ def test_a_placeholder_that_was_typed_is_text(begin):
         list(conversation.ask("<image> where ?"))
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no users') }}", "{{ 'user: ' + messages[0]['content'] }}"])
+def test_a_template_that_refuses_a_question_is_named(served, begin, monkeypatch, template):
+    monkeypatch.setattr(served[1], "chat_template", template)
+    conversation = begin(max_new_tokens=2)
+    with pytest.raises(FormError, match=r"the model's conversation form refuses them: (no users|can only concatenate str)"):
+        list(conversation.ask(ASKED))
+    assert conversation.turns == []
+
+
 def test_what_was_written_until_the_stop_is_a_turn(served, begin, images):
     model = model_of("llama", True, served[1])
     model.generation_config.eos_token_id = None

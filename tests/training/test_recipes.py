@@ -1,10 +1,12 @@
 """The shipped recipes of the paper's models, from the configurations of what they name; and a LLaVA joined from parts, for real."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -258,6 +260,22 @@ def test_joined_weights_are_those_of_the_parts(parts, language_model, tower):
     assert model.generation_config.suppress_tokens == [processor.image_token_id]
     assert model.generation_config.eos_token_id == [500]
     assert processor.tokenizer.model_max_length == TEXT_LENGTH
+
+
+def test_a_language_models_own_template_that_takes_strings_alone(parts, tmp_path):
+    """What ends its turns, which is not the end of text, ends answers; the joined model can be asked as any other."""
+    folder = shutil.copytree(parts / "phi", tmp_path / "own")
+    turns = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|extra_0|>\\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    model, processor = join(str(folder), str(parts / "clip"), None, seed=1)
+    assert model.generation_config.eos_token_id == [500, 502]
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    processor.save_pretrained(tmp_path / "saved")
+    for each in (processor, AutoProcessor.from_pretrained(tmp_path / "saved")):
+        prompt = each.apply_chat_template(question, add_generation_prompt=True)
+        assert prompt == "user: <image>\nWhat?<|extra_0|>\nassistant: "
+    inputs = processor(text=prompt, images=Image.new("RGB", (32, 32)), add_special_tokens=False, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
 def test_a_language_model_in_the_layout_of_2023(parts):
