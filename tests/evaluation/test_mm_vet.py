@@ -65,6 +65,8 @@ def test_scores_by_the_command(data):
     assert found["judge"]["cost"] == (400 * 10 + 40 * 100) / 1e6
     assert "47.5" in shown.stdout
     assert "model m, served ['served-name'], replies 4, asked 0, prompt tokens 400, completion tokens 40" in shown.stdout
+    assert "sent: max_tokens 1024, temperature 0\n" in shown.stdout
+    assert "another run may give other scores" not in shown.stdout
     (data / "result.json").write_text(done.stdout)
     table = write_table([data / "result.json"], "csv", False).splitlines()[1]
     assert table == f"measured,mine,mm-vet,total,47.5,{low},{high},4,0,m"
