@@ -43,7 +43,7 @@ def read_questions(file: Path, suffix: str) -> list[Question]:
         once(seen, "index", int(index), where)
         # All is text here, so an option may be "None" or "NA"; an empty cell is no option, and no hint.
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
-        lines = [row["hint"]] * bool(row.get("hint")) + [text] + [f"{letter}. {option}" for letter, option in options.items()]
+        lines = ([row["hint"]] if row.get("hint") else []) + [text] + [f"{letter}. {option}" for letter, option in options.items()]
         image = InlineImage(f"{index}.jpg", _decoded(take(row, "image", where), where))
         extra = {"row": {key: value for key, value in row.items() if key != "image"}, "options": options}
         questions.append(Question(index, "\n".join(lines) + suffix, (image,), extra))
