@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from moe_llava.cli.experiments import ABLATIONS as cli_ablations
 from moe_llava.evaluation.benchmark import BenchmarkError
 from moe_llava.experiments.ablate import conditions, run_ablation
 from moe_llava.experiments.cells import cell_budget
@@ -23,6 +24,7 @@ from moe_llava.experiments.plan import (
 )
 from moe_llava.training.parsing import RecipeError
 from moe_llava.training.recipe import Data, load_recipe
+from tests.conftest import refused, run_here
 from tests.experiments.conftest import QUIET
 
 SIX_LAYERS = {"dense6", "sparse6"}  # the tiny base has four
@@ -215,3 +217,15 @@ def test_conditions_say_which_cells_have_an_order_of_their_own(setup, write_expe
     cells = {"dense": {"set": ["stage3.dense=true"]}, "joined": {"strategy": "merged", "set": ["stage3.tuned=all"]}}
     own = conditions(make_plan(load_experiment(write_experiment(cells=cells, claim=None)), setup))
     assert "cells of one seed share it (joined: in one order of their own, over the data of stages II and III together), and" in own
+
+
+def test_the_help_names_the_ablations():
+    told = run_here("ablate", "--help").output
+    assert ", ".join(names := cli_ablations.split(", ")) in " ".join(told.split())
+    assert set(names) == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("margin", ["nan", "inf", "-inf", "0", "1"])
+def test_a_margin_is_a_share(margin, tmp_path):
+    assert f"the margin is {float(margin)}, but must be a share" in refused("trial", "--margin", margin, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
