@@ -46,7 +46,11 @@ class JudgeError(ValueError):
 
 
 class _Rejected(JudgeError):
-    """A request that is not accepted as it is (400, 422)."""
+    """A request that is not accepted as it is (400, 422). `reason`: all that the server says of it."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _StayHere(HTTPRedirectHandler):
@@ -147,7 +151,7 @@ class Judge:
                 return self._attempt(messages, parameters) | {"parameters": parameters}
             except _Rejected as error:
                 with self._lock:  # others may have been rejected, too: what they changed stays
-                    self._parameters = _without(self._parameters, str(error))
+                    self._parameters = _without(self._parameters, error.reason)
                     if self._parameters == parameters:
                         raise
 
@@ -166,9 +170,11 @@ class Judge:
                 with self._opener.open(request, timeout=TIMEOUT) as response:
                     return _read_completion(response.read())
             except HTTPError as error:
-                trouble = self._refusal(error)
+                reason = self._reason(error)
+                hint = f" (the key is read from the environment variable {KEY_VARIABLE})" if error.code in (401, 403) else ""
+                trouble = f"{self.url} says {error.code} {error.reason}{hint}: {reason[:300]}"
                 if error.code in (400, 422):
-                    raise _Rejected(trouble) from error
+                    raise _Rejected(trouble, reason) from error
                 if error.code not in (408, 429) and error.code < 500:
                     raise JudgeError(trouble) from error
                 after = error.headers.get("Retry-After", "")
@@ -180,16 +186,14 @@ class Judge:
                     raise JudgeError(trouble) from error
         raise JudgeError(f"{trouble}; gave up after {attempt + 1} attempts. What was judged is kept in {self.kept}: run it again")
 
-    def _refusal(self, error: HTTPError) -> str:
-        """In one line, without the key, which some servers repeat."""
+    def _reason(self, error: HTTPError) -> str:
+        """Return what the server says, in one line, without the key, which some servers repeat."""
         try:
             text = error.read(2000).decode(errors="replace")
         except (OSError, HTTPException):
             text = ""
         text = " ".join(text.split())
-        text = text.replace(self._secret, "***") if self._secret else text
-        hint = f" (the key is read from the environment variable {KEY_VARIABLE})" if error.code in (401, 403) else ""
-        return f"{self.url} says {error.code} {error.reason}{hint}: {text[:300]}"
+        return text.replace(self._secret, "***") if self._secret else text
 
 
 def _without(parameters: Parameters, refusal: str) -> Parameters:

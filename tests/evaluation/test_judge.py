@@ -193,7 +193,10 @@ OWN_TEMPERATURE, RENAMED = {"max_tokens": 1024}, {"max_completion_tokens": modul
 def test_parameters_that_the_judge_rejects(kept, rejected, status, sent):
     """One after the other, as servers report them; what was sent is in the summary, and kept with each reply."""
 
-    refusals = {name: Told(status=status, body=json.dumps({"error": {"message": UNSUPPORTED[name]}}).encode()) for name in rejected}
+    refusals = {
+        name: Told(status=status, body=json.dumps({"error": {"input": "x" * 500, "message": UNSUPPORTED[name]}}).encode())
+        for name in rejected
+    }
     with serving(lambda prompt, before: Told("7"), refusals) as served:
         judge = Judge(served.url, "m", kept)
         assert judge.ask(say(*"abcdefgh"), read, REMINDER) == [7] * 8
