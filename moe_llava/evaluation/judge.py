@@ -202,7 +202,9 @@ def _without(parameters: Parameters, refusal: str) -> Parameters:
     left = dict(parameters)
     if "temperature" in refusal:
         left.pop("temperature", None)
-    if "max_tokens" in refusal and left.pop("max_tokens", None) is not None:
+    # A prompt that leaves no room for the reply is refused by that name, too.
+    room = re.search("too large|context length|at most", refusal)
+    if "max_tokens" in refusal and not room and left.pop("max_tokens", None) is not None:
         left["max_completion_tokens"] = MAX_COMPLETION_TOKENS
     return left
 

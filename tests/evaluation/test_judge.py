@@ -219,6 +219,16 @@ def test_a_judge_that_takes_neither_name_of_a_limit(kept):
         assert len(server.requests) == 2
 
 
+def test_a_prompt_without_room_for_the_reply(kept):
+    body = json.dumps(
+        {"message": "'max_tokens' or 'max_completion_tokens' is too large: 1024. The maximum context length is 2048"}
+    ).encode()
+    with serving(lambda prompt, before: Told(status=400, body=body)) as server:
+        with pytest.raises(JudgeError, match="is too large: 1024"):
+            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        assert len(server.requests) == 1
+
+
 def test_replies_that_an_earlier_version_kept(kept):
     with serving(lambda prompt, before: Told("7")) as server:
         Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
