@@ -54,7 +54,8 @@ def judge(
     endpoint: Annotated[str, typer.Option(help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")],
     judge_model: Annotated[str, typer.Option(help="the model that judges, by the name that the server has for it")],
     prices: Annotated[
-        tuple[float, float] | None, typer.Option(min=0, help="of a million tokens of prompts, and of replies, to tell the cost")
+        tuple[float, float] | None,
+        typer.Option(min=0, help="prices of a million prompt tokens and of a million reply tokens, to report the cost"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -67,7 +68,11 @@ def judge(
         print(json.dumps(found))
         return
     _print_scores(found)
+    sent = found["judge"].pop("parameters")
     print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["judge"].items()))
+    print("sent:", "; ".join(", ".join(f"{key} {value}" for key, value in parameters.items()) for parameters in sent))
+    if any("temperature" not in parameters for parameters in sent):
+        print("The judge accepts no temperature 0, so it used its own: another run may give other scores.")
 
 
 @app.command()
@@ -86,18 +91,20 @@ def table(
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    benchmark: Annotated[str, typer.Option(help="one of those that `moe-llava benchmarks` lists, or several with commas between")],
+    benchmark: Annotated[str, typer.Option(help="a benchmark, or several with commas between; `moe-llava benchmarks` lists them")],
     data: Annotated[Path, typer.Option(help="the folder with the benchmark's files, or the one of LLaVA's evaluation that holds it")],
-    out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; answers that are there are not asked for again")],
-    batch_size: Annotated[int, typer.Option(min=1, help="questions at once, in each process")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each benchmark, the first ones")] = None,
+    out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; a run resumes from the answers in it")],
+    batch_size: Annotated[int, typer.Option(min=1, help="questions per batch, in each process")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="evaluate only the first LIMIT questions of each benchmark")] = None,
     perturb: Annotated[
         str | None,
-        typer.Option(help="ask under these, too, and tell what each costs: noise,typos:2 is noise at strengths 1 to 5, typos at 2"),
+        typer.Option(
+            help="repeat under these perturbations and report the drop of each: noise,typos:2 is noise at strengths 1 to 5, typos at 2"
+        ),
     ] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Asks a checkpoint the questions of benchmarks and scores its answers. Run again, it goes on where it was stopped."""
+    """Evaluate a checkpoint on benchmarks. The same command resumes a run that was stopped."""
     with user_errors():
         from rich.console import Console
 
@@ -129,9 +136,10 @@ def _print_scores(found: dict[str, Any]) -> None:
     table = Table("score", "value", "95% interval", title=f"{found['benchmark']}, {of}")
     for column in table.columns[1:]:
         column.justify = "right"
+    digits = 4 if max(found["scores"].values(), default=0.0) <= 1 else 2  # fractions, or percent and points
     for name, value in found["scores"].items():
         low, high = found["intervals"][name]
-        table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
+        table.add_row(name, f"{value:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}")
     Console().print(table)
     told = {
         "missing": "questions without an answer, counted as wrong",
@@ -141,6 +149,8 @@ def _print_scores(found: dict[str, Any]) -> None:
     for key, words in told.items():
         if found.get(key):
             print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
+    for token, number in found["end_tokens"].items():
+        print(f"{number} answers end with {token}, which scores count as part of the answer: remove it from the answers and score again")
 
 
 def _print_drops(summary: dict[str, Any], picture: Path) -> None:
@@ -163,8 +173,10 @@ def _print_drops(summary: dict[str, Any], picture: Path) -> None:
 def pope_questions(
     annotations: Annotated[Path, typer.Argument(help="COCO's instances as JSON, or JSON lines of image and objects")],
     out: Annotated[Path, typer.Argument(help="folder for questions and labels; must not exist")],
-    images_per_set: Annotated[int | None, typer.Option(min=1, help="pictures to draw; default: all that can be asked about")] = None,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    images_per_set: Annotated[
+        int | None, typer.Option(min=1, help="number of pictures to draw; default: all that show an object and lack one")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the random choices")] = 0,
 ) -> None:
     """Writes questions as in POPE, of pictures of your own: is there such an object?"""
     with user_errors():

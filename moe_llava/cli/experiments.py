@@ -10,22 +10,24 @@ import typer
 from moe_llava.cli.common import app, stops, user_errors
 from moe_llava.digits import RECIPE
 
+ABLATIONS = "strategy, tuned, experts, topk, placement, capacity, size"
+
 RecipeFile = Annotated[Path | None, typer.Option(help="a base recipe instead of the shipped recipes/digits.yaml")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="change the base recipe: a.b=value")]
-Benchmark = Annotated[str, typer.Option(help="what to ask; `moe-llava benchmarks` lists them")]
+Benchmark = Annotated[str, typer.Option(help="the benchmark to evaluate on; `moe-llava benchmarks` lists them")]
 BenchmarkData = Annotated[
     Path | None,
-    typer.Option(help="the benchmark's files; without it, the digits world is written, and the recipe is moved to it"),
+    typer.Option(help="folder with the benchmark's files; default: the digits world is generated, and the recipe trains on it"),
 ]
-TrainImages = Annotated[int | None, typer.Option(help="pictures of the digits world to train on")]
-TestImages = Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")]
-BatchSize = Annotated[int, typer.Option(min=1, help="questions at once")]
+TrainImages = Annotated[int | None, typer.Option(help="number of training pictures of the digits world")]
+TestImages = Annotated[int | None, typer.Option(help="number of test pictures, of unseen handwriting")]
+BatchSize = Annotated[int, typer.Option(min=1, help="questions per batch")]
 
 
 @app.command()
 def ablate(
-    name: Annotated[str, typer.Argument(help="an ablation of the paper, or a YAML file; an unknown name lists them")],
-    out: Annotated[Path | None, typer.Option(help="folder; what it holds is reused. Default: runs/ablations/NAME")] = None,
+    name: Annotated[str, typer.Argument(help=f"an ablation of the paper ({ABLATIONS}), or a YAML file")],
+    out: Annotated[Path | None, typer.Option(help="output folder; a run resumes from what it holds. Default: runs/ablations/NAME")] = None,
     seeds: Annotated[int, typer.Option(min=2, help="runs of each cell, with the seeds 0, 1, ...")] = 3,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -35,7 +37,7 @@ def ablate(
     test_images: TestImages = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Trains the cells of an ablation with several seeds, and compares them. Run again, it goes on where it was stopped."""
+    """Train the cells of an ablation with several seeds and compare them. The same command resumes a run that was stopped."""
     with user_errors(), stops():
         from rich.console import Console
 
@@ -49,8 +51,8 @@ def ablate(
 
 @app.command()
 def trial(
-    margin: Annotated[float, typer.Option(help="by how much sparse may be worse, as a share of the questions, such as 0.02")],
-    out: Annotated[Path, typer.Option(help="folder; what it holds is reused")] = Path("runs/trial"),
+    margin: Annotated[float, typer.Option(help="how much worse sparse may be, as a share of the questions between 0 and 1, such as 0.02")],
+    out: Annotated[Path, typer.Option(help="output folder; a run resumes from what it holds")] = Path("runs/trial"),
     seeds: Annotated[int, typer.Option(min=5, help="runs of each cell, with the seeds 0, 1, ...")] = 5,
     recipe: RecipeFile = None,
     settings: Settings = None,
@@ -60,7 +62,7 @@ def trial(
     test_images: TestImages = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Puts the paper's claim on trial: is sparse no worse than dense? Run again, it goes on where it was stopped."""
+    """Test the paper's claim: is sparse no worse than dense? The same command resumes a run that was stopped."""
     with user_errors(), stops():
         from rich.console import Console
 

@@ -2,7 +2,7 @@
 
 answers.jsonl     in LLaVA's form: question_id, prompt, text, answer_id, model_id, metadata
 answers.N.jsonl   while several processes ask, those of process N > 0
-settings.json     what they were made with
+settings.json     what they were made with, checkpoint and pictures by their contents
 result.json       their scores
 .lock             held while a run writes
 
@@ -20,12 +20,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moe_llava.evaluation.benchmark import BenchmarkError, Question, read_json, read_json_lines, take
+from moe_llava.evaluation.benchmark import BenchmarkError, Question, read_json_lines, take, take_text
 from moe_llava.evaluation.perturb import Perturbation, perturb_question
+from moe_llava.evaluation.reading import read_object
 from moe_llava.training.saves import write_whole
 
 SETTINGS = "settings.json"
 LOCK = ".lock"
+PICTURES = "pictures"
+MOST_SHOWN = 5
 
 Key = tuple[str, str]  # id and prompt of a question
 
@@ -41,10 +44,26 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if answer_file(folder).exists():
             raise BenchmarkError(f"{folder} has answers, but no {SETTINGS} that says whose: choose another --out")
         return
-    before = read_json(file)
-    changed = [f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value]
-    if changed:
-        raise BenchmarkError(f"the answers in {folder} were made with {'; '.join(changed)}: choose another --out, or remove it")
+    before = read_object(file)
+    changed = [_change(name, before.get(name), value) for name, value in settings.items()]
+    if any(changed):
+        raise BenchmarkError(
+            f"the answers in {folder} were made with {'; '.join(filter(None, changed))}: choose another --out, or remove it"
+        )
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What changed in one setting, empty if nothing did."""
+    if not isinstance(now, dict) or name == "perturbation":
+        return "" if before == now else f"{name} {before}, now {now}"
+    words = name.replace("_", " ")
+    if not isinstance(before, dict):
+        return f"{words} of which no digests were kept, by an earlier version"
+    # Which pictures there are is known by the questions; a run with --limit sees some of them.
+    names = before.keys() & now.keys() if name == PICTURES else before.keys() | now.keys()
+    changed = sorted(key for key in names if before.get(key) != now.get(key))
+    more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
+    return f"other {words}: {', '.join(changed[:MOST_SHOWN])}{more}" if changed else ""
 
 
 @contextlib.contextmanager
@@ -59,8 +78,11 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note what the answers in a folder are made with. Pictures of runs before stay noted: their answers do, too."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    file = folder / SETTINGS
+    before = read_object(file).get(PICTURES, {}) if file.is_file() else {}
+    write_whole(file, json.dumps({**settings, PICTURES: before | settings[PICTURES]}, indent=1) + "\n")
 
 
 def line(question: Question, text: str, model_id: str, perturbation: Perturbation | None = None) -> str:
@@ -77,7 +99,11 @@ def merge(folder: Path, questions: Sequence[Question]) -> None:
     files = [file for file in (answer_file(folder), *sorted(folder.glob("answers.*.jsonl"))) if file.exists()]
     for file in files:
         drop_torn_line(file)
-    found = {key: record for file in files for key, record in _by_key(file).items()}
+    found: dict[Key, dict[str, Any]] = {}
+    for file in files:
+        for key, record in _by_key(file).items():
+            if found.setdefault(key, record)["text"] != record["text"]:
+                raise BenchmarkError(f"{file} answers question {key[0]} otherwise than the files before it in {folder}: remove one answer")
     keys = dict.fromkeys((question.id, question.prompt) for question in questions)
     write_whole(answer_file(folder), "".join(json.dumps(found[key]) + "\n" for key in keys if key in found))
     for file in files:
@@ -102,9 +128,11 @@ def given(folder: Path, questions: Sequence[Question]) -> list[str | None]:
 
 
 def _by_key(file: Path) -> dict[Key, dict[str, Any]]:
-    records = {}
+    records: dict[Key, dict[str, Any]] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
         where = f"line {number} of {file}"
-        take(record, "text", where)
-        records[str(take(record, "question_id", where)), str(take(record, "prompt", where))] = record
+        key = (str(take(record, "question_id", where)), str(take(record, "prompt", where)))
+        text = take_text(record, "text", where)
+        if records.setdefault(key, record)["text"] != text:
+            raise BenchmarkError(f"{where} answers question {key[0]} once more, with another text: remove one of the two lines")
     return records

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -18,10 +19,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from moe_llava.evaluation.reading import BenchmarkError, once, read_json, read_json_lines, take, take_list, take_text
 from moe_llava.evaluation.statistics import bootstrap
 
 if TYPE_CHECKING:
     from moe_llava.evaluation.judge import Judge
+
+# What a benchmark's file needs of reading.py can be imported from here, too.
+__all__ = ["BenchmarkError", "read_json", "read_json_lines", "take", "take_list", "take_text"]
 
 # Name -> its module in benchmarks/.
 NAMES = {
@@ -44,13 +49,20 @@ NAMES = {
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-ENCODING = "utf-8-sig"  # UTF-8; some editors put a mark in front of it
+# What language models end a turn with. A client that does not remove them leaves them in its answers.
+END_TOKENS = (
+    "</s>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+    "<|end|>",
+    "<|eot|>",
+)
 
 Columns = Mapping[str, np.ndarray]
-
-
-class BenchmarkError(ValueError):
-    """Something is wrong with a benchmark's files, or with answers to it; the message names file, place, value and rule."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class Benchmark:
     """`folder`: its name in LLaVA's evaluation folder. `files`: what is needed there, path -> what for; of "a | b" one is enough.
     `questions`: from the folder.
     `score`: from folder, questions, and what was given to each, None where nothing was; None if only a server or a judge can.
+    `check`: raises BenchmarkError for what `judge` and `upload` would find wrong with the files, given the questions to ask.
     `upload`: writes what the benchmark's server takes, from the same and a folder to write into, and returns the files. `judge`: scores by
     the opinion of a language model; items have "read", None where it could not be read. `headline`: the scores to show in a table.
     `split`: of a benchmark with several, see `split_in`."""
@@ -113,6 +126,7 @@ class Benchmark:
     upload: Callable[[Path, list[Question], list[str | None], Path], list[Path]] | None = None
     max_new_tokens: int = 128
     judge: Callable[[Path, list[Question], list[str | None], Judge], Scored] | None = None
+    check: Callable[[Path, list[Question]], object] | None = None
     headline: tuple[str, ...] = ()
     split: Callable[[Benchmark, Path], Benchmark] | None = None
 
@@ -139,6 +153,14 @@ def find_folder(benchmark: Benchmark, data: Path) -> Path:
             return folder
     folder = min(missing, key=lambda place: len(missing[place]))
     raise BenchmarkError(f"{benchmark.title} needs in {folder}, or in a folder {benchmark.folder} there:{_listed(missing[folder])}")
+
+
+def check_truth(benchmark: Benchmark, folder: Path, asked: list[Question]) -> None:
+    """Score the questions as if none had been answered, so that what is wrong with the ground truth is reported before they are asked."""
+    if benchmark.score is not None:
+        benchmark.score(folder, asked, [None] * len(asked))
+    if benchmark.check is not None:
+        benchmark.check(folder, asked)
 
 
 def split_in(benchmark: Benchmark, folder: Path) -> Benchmark:
@@ -177,59 +199,28 @@ def _choices(folder: Path, name: str) -> list[Path]:
     return [folder / choice for choice in name.split(" | ")]
 
 
-def read_json(file: Path) -> Any:
-    """Raises BenchmarkError if the file is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding=ENCODING))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BenchmarkError(f"{file} is not JSON: {error}") from error
+def first_image(question: Question, where: str) -> Path | InlineImage:
+    """Raise BenchmarkError if a question has no image."""
+    if not question.images:
+        raise BenchmarkError(f"{where} has no image, but must have one")
+    return question.images[0]
 
 
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Raises BenchmarkError, naming the line, if one is no JSON object."""
-    records = []
-    try:
-        lines = file.read_text(encoding=ENCODING).split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BenchmarkError(f"line {number} of {file} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise BenchmarkError(f"line {number} of {file} must be an object, but is {str(record)[:60]}")
-        records.append(record)
-    return records
+def llava_questions(file: Path, images: Path, unique: tuple[str, ...] = ("question_id",)) -> list[Question]:
+    """Read questions in LLaVA's form: JSON lines of question_id, image, text, category. `unique`: the keys that no two records may have in
+    common.
 
-
-def take(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """Raises BenchmarkError if a record lacks a key, or is no record."""
-    if not isinstance(record, Mapping):
-        raise BenchmarkError(f"{where} must be an object, but is {str(record)[:60]}")
-    if key not in record:
-        raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record)) or 'is empty'}")
-    return record[key]
-
-
-def take_list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """Raises BenchmarkError if a record has no list there."""
-    value = take(record, key, where)
-    if not isinstance(value, list):
-        raise BenchmarkError(f"{where} must have a list of {key!r}, but has {str(value)[:60]}")
-    return value
-
-
-def llava_questions(file: Path, images: Path) -> list[Question]:
-    """Questions in LLaVA's form: JSON lines of question_id, image, text, category."""
+    Raise BenchmarkError, naming the record, if they do, or if a value is missing or of another type.
+    """
     questions = []
+    seen: dict[Any, str] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
         where = f"record {number} of {file}"
-        image = record.get("image")
+        image = take_text(record, "image", where) if record.get("image") is not None else ""
         extra = {key: value for key, value in record.items() if key not in ("question_id", "text", "image")}
-        identity, text = str(take(record, "question_id", where)), take(record, "text", where)
+        identity, text = str(take(record, "question_id", where)), take_text(record, "text", where)
+        if unique:
+            once(seen, " and ".join(unique), ", ".join(str(record[key]) for key in unique), where)
         questions.append(Question(identity, text, (images / image,) if image else (), extra))
     return questions
 
@@ -238,25 +229,19 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
     """(what was given to each question, None for nothing; ids of answers to no question).
 
     An answer is a record with `question_id` and `text` (or `answer`, `prediction`); where an id has several questions, its `prompt` says
-    which. Raises BenchmarkError for a question that was answered twice, differently, if the prompt is needed and missing, or for a text or
-    prompt that is no string.
+    which. Raises BenchmarkError for a question that was answered twice, if the prompt is needed and missing, if it is not clear which of a
+    record's keys is the answer, or for a text or prompt that is no string.
     """
-    by_id: dict[str, list[Question]] = {}
+    asked: dict[str, list[Question]] = {}
     for question in questions:
-        by_id.setdefault(question.id, []).append(question)
+        asked.setdefault(question.id, []).append(question)
     given: dict[tuple[str, str], str] = {}
+    seen: dict[Any, str] = {}
     unknown = []
     for number, answer in enumerate(answers, start=1):
         where = f"answer {number} of {file}"
-        identity = answer_id(answer)
-        key = next((key for key in ("text", "answer", "prediction") if key in answer), None)
-        if key is None:
-            raise BenchmarkError(f"{where} has none of 'text', 'answer', 'prediction', but {', '.join(map(repr, answer)) or 'is empty'}")
-        text, prompt = answer[key], answer.get("prompt")
-        for name, value in ((key, text), ("prompt", "" if prompt is None else prompt)):
-            if not isinstance(value, str):
-                raise BenchmarkError(f"{where} has {json.dumps(value)[:40]} as {name!r}, but must have a string")
-        choices = by_id.get(identity, [])
+        identity, text, prompt = _checked_answer(answer, where)
+        choices = asked.get(identity, [])
         if len(choices) > 1:
             if prompt is None:
                 raise BenchmarkError(
@@ -266,10 +251,29 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
         if not choices:
             unknown.append(identity)
             continue
-        first = given.setdefault((identity, choices[0].prompt), text)
-        if first != text:
-            raise BenchmarkError(f"{where} answers question {identity!r} once more, with {text[:40]!r} after {first[:40]!r}")
+        key = (identity, choices[0].prompt)
+        if key in given:
+            before = f"with {given[key][:40]!r} before" if given[key] != text else "with the same text"
+            raise BenchmarkError(f"{where} answers question {identity!r} once more, with {text[:40]!r}; {seen[key]} answers it {before}")
+        given[key], seen[key] = text, where
     return [given.get((question.id, question.prompt)) for question in questions], unknown
+
+
+def _checked_answer(answer: Mapping[str, Any], where: str) -> tuple[str, str, str | None]:
+    """(id, text, prompt) of an answer."""
+    values = {key: answer[key] for key in ("text", "answer", "prediction") if key in answer}
+    if not values:
+        raise BenchmarkError(f"{where} has none of 'text', 'answer', 'prediction', but {', '.join(map(repr, answer)) or 'is empty'}")
+    if not {"question_id", "questionId"} & answer.keys():
+        raise BenchmarkError(f"{where} has no 'question_id', but {', '.join(map(repr, answer))}")
+    prompt = answer.get("prompt")
+    for name, value in (*values.items(), ("prompt", "" if prompt is None else prompt)):
+        if not isinstance(value, str):
+            raise BenchmarkError(f"{where} has {json.dumps(value)[:40]} as {name!r}, but must have a string")
+    if len(set(values.values())) > 1:
+        # One may be the ground truth, which would make every answer right.
+        raise BenchmarkError(f"{where} has {' and '.join(map(repr, values))}, which differ: keep only the model's answer")
+    return answer_id(answer), next(iter(values.values())), prompt
 
 
 def answer_id(answer: Mapping[str, Any]) -> str:
@@ -283,8 +287,8 @@ def plain(prompt: str) -> str:
 
 
 def result(benchmark: Benchmark, scored: Scored, questions: Sequence[Question], given: Sequence[str | None]) -> dict[str, Any]:
-    """What `moe-llava score --json` prints: scores with 95% intervals, questions without an answer, by id. There is no score of a group of
-    which nothing was asked."""
+    """What `moe-llava score --json` prints: scores with 95% intervals, questions without an answer, by id, and how many answers end with
+    an end-of-turn token. There is no score of a group of which nothing was asked."""
     measured = scored.measure(scored.columns, np.ones(len(scored.items)))
     values = {name: value for name, value in measured.items() if not math.isnan(value)}
 
@@ -300,7 +304,14 @@ def result(benchmark: Benchmark, scored: Scored, questions: Sequence[Question], 
         "intervals": {name: interval for name, interval in intervals.items() if name not in same},
         "questions": len(questions),
         "missing": [question.id for question, text in zip(questions, given, strict=True) if text is None],
+        "end_tokens": end_tokens(given),
     }
+
+
+def end_tokens(given: Sequence[str | None]) -> dict[str, int]:
+    """End-of-turn token -> how many answers end with it. Scores count them as written, so they make right answers wrong."""
+    endings = (next((token for token in END_TOKENS if text.rstrip().endswith(token)), None) for text in given if text is not None)
+    return dict(Counter(token for token in endings if token is not None))
 
 
 LENIENT = " (lenient)"

@@ -91,7 +91,7 @@ def judged(question: Question, text: str | None, read: str | None, options: Mapp
 
     Raises BenchmarkError if the expected letter is none of the options.
     """
-    if expected not in options:
+    if expected not in list(options):  # which may be of any type
         raise BenchmarkError(f"question {question.id} of {file} has the answer {expected!r}, but the options {', '.join(options)}")
     leniently = read if read in options or text is None else read_leniently(text, options)
     return {

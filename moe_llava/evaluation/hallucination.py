@@ -1,8 +1,9 @@
 """Questions as in POPE (Li et al., arXiv 2305.10355), of any pictures of which it is known what they show.
 
-Of each picture, as many objects are asked for that it shows as objects that it does not show: three. What is not there is chosen in three
-ways: `random`; `popular`, the objects that the most pictures of the whole set show; `adversarial`, for each of the three that are there the
-object that most often comes with it. As in the published questions, the three that are there are the same in all three ways.
+Each picture is asked about as many objects that it shows as objects that it does not show: three, or fewer where it shows fewer, or fewer
+are absent. What is not there is chosen in three ways: `random`; `popular`, the objects that the most pictures of the whole set show;
+`adversarial`, for each object that is there the one that most often comes with it. As in the published questions, the objects that are
+there are the same in all three ways.
 
 Ties go to the more frequent object, then by name. Where the published script runs out of objects that ever came with one, it draws any;
 here the order just goes on, to objects that never did. It counts over the pictures drawn; here, as the paper has it, over the whole set.
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.checkpoints.folders import new_folder
-from moe_llava.evaluation.benchmark import ENCODING, SINGLE_WORD, BenchmarkError, read_json_lines, take
+from moe_llava.evaluation.benchmark import SINGLE_WORD, BenchmarkError, read_json, read_json_lines, take, take_list, take_text
 from moe_llava.evaluation.benchmarks.pope import CATEGORIES, QUESTIONS
+from moe_llava.evaluation.reading import once
 
 IMAGES = "val2014"  # where POPE's questions look for their pictures
-OBJECTS = 3  # asked for that are there, and as many that are not
+OBJECTS = 3  # asked for that are there, at most, and as many that are not
 Annotation = dict[str, list[str]]  # image -> the objects that it shows, each once
 
 
@@ -50,8 +52,8 @@ def write_pope_questions(annotations: Path, out: Path, images: int | None = None
                 text = record["text"] + SINGLE_WORD
                 asked.append({"question_id": len(asked) + 1, "image": record["image"], "text": text, "category": category})
         _write(folder / QUESTIONS, asked)
-    number = len(sets[CATEGORIES[0]])
-    return {"images": number // (2 * OBJECTS), "questions": number, "left_out": left_out}
+    questions = sets[CATEGORIES[0]]
+    return {"images": len({record["image"] for record in questions}), "questions": len(questions), "left_out": left_out}
 
 
 def pope_questions(
@@ -60,30 +62,32 @@ def pope_questions(
     """(way of choosing -> records of image, text, label; why pictures were left out -> how many)."""
     frequency = Counter(item for items in shown.values() for item in items)
     together = _together(shown)
-    few = {image for image, items in shown.items() if len(items) < OBJECTS}
-    full = {image for image, items in shown.items() if len(frequency) - len(items) < OBJECTS} - few
-    usable = [image for image in shown if image not in few | full]
-    if not usable or len(usable) < (images or 1):
+    empty = [image for image, items in shown.items() if not items]
+    full = [image for image, items in shown.items() if items and len(items) == len(frequency)]
+    usable = [image for image, items in shown.items() if 0 < len(items) < len(frequency)]
+    if len(usable) < (images or 1):
         raise BenchmarkError(
-            f"{source} has {len(usable)} of the {images or 'some'} pictures to ask about; left out are {len(few)}, as fewer than {OBJECTS} "
-            f"objects are on them, and {len(full)}, as fewer than {OBJECTS} of the set's {len(frequency)} objects are absent"
+            f"{source} has {len(usable)} pictures to ask about, but must have at least {images or 1}. A picture can be asked about if it "
+            f"shows at least one of the set's {len(frequency)} objects, and at least one is absent: {len(empty)} of {len(shown)} pictures "
+            f"show none, {len(full)} show all"
         )
     rng = random.Random(seed)
     sets: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
     for image in usable if images is None else rng.sample(usable, images):
-        there = rng.sample(sorted(shown[image]), OBJECTS)
         absent = sorted(set(frequency) - set(shown[image]))
+        number = min(OBJECTS, len(shown[image]), len(absent))
+        there = rng.sample(sorted(shown[image]), number)
         not_there = {
-            "random": rng.sample(absent, OBJECTS),
-            "popular": sorted(absent, key=lambda item: -frequency[item])[:OBJECTS],
+            "random": rng.sample(absent, number),
+            "popular": sorted(absent, key=lambda item: -frequency[item])[:number],
             "adversarial": _adversarial(there, absent, together, frequency),
         }
         for category, negatives in not_there.items():
             for positive, negative in zip(there, negatives, strict=True):
                 sets[category] += [_record(image, positive, "yes"), _record(image, negative, "no")]
     return sets, {
-        f"fewer than {OBJECTS} objects": len(few),
-        f"fewer than {OBJECTS} absent objects": len(full),
+        "no objects": len(empty),
+        "all objects of the set": len(full),
         "not drawn": 0 if images is None else len(usable) - images,
     }
 
@@ -135,51 +139,61 @@ def read_annotations(file: Path) -> Annotation:
 def _read_coco(file: Path) -> Annotation | None:
     """None if the file is not one JSON object with annotations."""
     try:
-        content = json.loads(file.read_text(encoding=ENCODING))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{file} cannot be read: {error}") from error
-    except json.JSONDecodeError:
-        return None
+        content = read_json(file)
+    except BenchmarkError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return None
+        raise
     if not isinstance(content, dict) or "annotations" not in content:
         return None
     names = {}
-    for category in _records(content, "categories", file):
-        where = f"a category of {file}"
-        names[take(category, "id", where)] = _object(take(category, "name", where), where)
+    seen: dict[Any, str] = {}
+    for number, category in enumerate(take_list(content, "categories", str(file))):
+        where = f"category {number} of {file}"
+        identity = _identity(category, "id", where)
+        once(seen, "id", identity, where)
+        names[identity] = _object(take(category, "name", where), where)
     shown: dict[Any, dict[str, None]] = {}  # image id -> objects in their order, once each
     files = {}
-    for image in _records(content, "images", file):
-        identity = take(image, "id", f"an image of {file}")
-        files[identity], shown[identity] = take(image, "file_name", f"image {identity} of {file}"), {}
-    for number, annotation in enumerate(_records(content, "annotations", file)):
+    ids: dict[Any, str] = {}
+    pictures: dict[Any, str] = {}
+    for number, image in enumerate(take_list(content, "images", str(file))):
+        where = f"image {number} of {file}"
+        identity = _identity(image, "id", where)
+        once(ids, "id", identity, where)
+        files[identity], shown[identity] = _picture(image, "file_name", where), {}
+        once(pictures, "file_name", files[identity], where)
+    for number, annotation in enumerate(take_list(content, "annotations", str(file))):
         where = f"annotation {number} of {file}"
-        image, category = take(annotation, "image_id", where), take(annotation, "category_id", where)
+        image, category = _identity(annotation, "image_id", where), _identity(annotation, "category_id", where)
         if image not in shown or category not in names:
             raise BenchmarkError(f"{where} has image_id {image} and category_id {category}, but one of them is not in the file")
         shown[image][names[category]] = None
-    if len(set(files.values())) < len(files):
-        twice = Counter(files.values()).most_common(1)[0][0]
-        raise BenchmarkError(f"{file} has the picture {twice} twice")
     return {files[image]: list(items) for image, items in shown.items()}
 
 
-def _records(content: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
-    records = take(content, key, str(file))
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise BenchmarkError(f"{file} must have a list of objects as {key!r}, but has {str(records)[:60]}")
-    return records
+def _identity(record: dict[str, Any], key: str, where: str) -> int | str:
+    value = take(record, key, where)
+    if not isinstance(value, int | str):
+        raise BenchmarkError(f"{where} must have a number or a string as {key!r}, but has {str(value)[:60]}")
+    return value
+
+
+def _picture(record: dict[str, Any], key: str, where: str) -> str:
+    name = take_text(record, key, where)
+    if not Path(name).name:
+        raise BenchmarkError(f"{where} must have a file name as {key!r}, but has {name!r}")
+    return name
 
 
 def _read_lines(file: Path) -> Annotation:
     shown: Annotation = {}
+    seen: dict[str, str] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
         where = f"record {number} of {file}"
-        image, objects = take(record, "image", where), take(record, "objects", where)
-        if not isinstance(image, str) or not image or not isinstance(objects, list):
-            raise BenchmarkError(f"{where} must have a file name as image and a list as objects, but has {str(record)[:60]}")
-        if image in shown:
-            raise BenchmarkError(f"{where} has the picture {image} once more")
-        shown[image] = list(dict.fromkeys(_object(item, where) for item in objects))
+        image = _picture(record, "image", where)
+        once(seen, "image", image, where)
+        shown[image] = list(dict.fromkeys(_object(item, where) for item in take_list(record, "objects", where)))
     return shown
 
 

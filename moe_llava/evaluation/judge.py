@@ -30,16 +30,27 @@ ATTEMPTS = 6
 FIRST_WAIT = 1.0  # seconds, doubled after each attempt
 LONGEST_WAIT = 60.0
 TIMEOUT = 120.0  # seconds
-MAX_TOKENS = 1024  # of a reply
+# What every request asks for, until the endpoint rejects it: see `_without`.
+PARAMETERS = {"temperature": 0, "max_tokens": 1024}
+MAX_COMPLETION_TOKENS = 8192  # where models think before they reply, and thoughts count
 # What another attempt would not mend.
 FINAL = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
 
 Messages = list[dict[str, str]]
+Parameters = dict[str, int]
 Read = TypeVar("Read")
 
 
 class JudgeError(ValueError):
     """A judge cannot be reached, refuses, or its kept replies are damaged; the message says which and why."""
+
+
+class _Rejected(JudgeError):
+    """A request that is not accepted as it is (400, 422). `reason`: all that the server says of it."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _StayHere(HTTPRedirectHandler):
@@ -61,6 +72,7 @@ class Judge:
         self._secret = _secret()
         self._replies = _read_kept(kept)
         self._used: set[str] = set()
+        self._parameters: Parameters = PARAMETERS
         self._asked = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -77,8 +89,9 @@ class Judge:
         return values
 
     def summary(self, prices: tuple[float, float] | None = None) -> dict[str, Any]:
-        """Which model judged and what it took. `prices`: of a million prompt tokens, and of a million tokens of replies. Tokens and cost
-        are those of all replies used, kept ones among them; `asked`: requests of this run."""
+        """Which model judged, what it took, and the parameters that were sent, each set of them once. `prices`: of a million prompt tokens,
+        and of a million tokens of replies. Tokens and cost are those of all replies used, kept ones among them; `asked`: requests of this
+        run."""
         used = [self._replies[key] for key in self._used]
         tokens = {name: sum(reply["usage"].get(name) or 0 for reply in used) for name in ("prompt_tokens", "completion_tokens")}
         found: dict[str, Any] = {
@@ -86,6 +99,7 @@ class Judge:
             "served": sorted({reply["served"] for reply in used if reply["served"]}),
             "replies": len(used),
             "asked": self._asked,
+            "parameters": [json.loads(text) for text in sorted({json.dumps(reply["parameters"], sort_keys=True) for reply in used})],
             **tokens,
             "replies_without_usage": sum(not reply["usage"] for reply in used),
         }
@@ -129,9 +143,22 @@ class Judge:
             self._asked += 1
 
     def _request(self, messages: Messages) -> dict[str, Any]:
+        """Return the reply as `_attempt` does, and the `parameters` that were sent. Parameters that the endpoint rejects are left out or
+        renamed, for all requests to come."""
+        while True:
+            parameters = self._parameters
+            try:
+                return self._attempt(messages, parameters) | {"parameters": parameters}
+            except _Rejected as error:
+                with self._lock:  # others may have been rejected, too: what they changed stays
+                    self._parameters = _without(self._parameters, error.reason)
+                    if self._parameters == parameters:
+                        raise
+
+    def _attempt(self, messages: Messages, parameters: Parameters) -> dict[str, Any]:
         """`reply`, `served` (the name by which the endpoint calls the model), `usage`. Tries again when that may help."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._secret}"} if self._secret else {})
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+        body = {"model": self.model, "messages": messages, **parameters}
         request = Request(self.url, json.dumps(body).encode(), headers)
         wait, trouble = FIRST_WAIT, ""
         for attempt in range(ATTEMPTS):
@@ -143,7 +170,11 @@ class Judge:
                 with self._opener.open(request, timeout=TIMEOUT) as response:
                     return _read_completion(response.read())
             except HTTPError as error:
-                trouble = self._refusal(error)
+                reason = self._reason(error)
+                hint = f" (the key is read from the environment variable {KEY_VARIABLE})" if error.code in (401, 403) else ""
+                trouble = f"{self.url} says {error.code} {error.reason}{hint}: {reason[:300]}"
+                if error.code in (400, 422):
+                    raise _Rejected(trouble, reason) from error
                 if error.code not in (408, 429) and error.code < 500:
                     raise JudgeError(trouble) from error
                 after = error.headers.get("Retry-After", "")
@@ -155,16 +186,27 @@ class Judge:
                     raise JudgeError(trouble) from error
         raise JudgeError(f"{trouble}; gave up after {attempt + 1} attempts. What was judged is kept in {self.kept}: run it again")
 
-    def _refusal(self, error: HTTPError) -> str:
-        """In one line, without the key, which some servers repeat."""
+    def _reason(self, error: HTTPError) -> str:
+        """Return what the server says, in one line, without the key, which some servers repeat."""
         try:
             text = error.read(2000).decode(errors="replace")
         except (OSError, HTTPException):
             text = ""
         text = " ".join(text.split())
-        text = text.replace(self._secret, "***") if self._secret else text
-        hint = f" (the key is read from the environment variable {KEY_VARIABLE})" if error.code in (401, 403) else ""
-        return f"{self.url} says {error.code} {error.reason}{hint}: {text[:300]}"
+        return text.replace(self._secret, "***") if self._secret else text
+
+
+def _without(parameters: Parameters, refusal: str) -> Parameters:
+    """Return the parameters without those that a refusal names: some models want their own temperature, and `max_completion_tokens` instead
+    of `max_tokens`."""
+    left = dict(parameters)
+    if "temperature" in refusal:
+        left.pop("temperature", None)
+    # A prompt that leaves no room for the reply is refused by that name, too.
+    room = re.search("too large|context length|at most", refusal)
+    if "max_tokens" in refusal and not room and left.pop("max_tokens", None) is not None:
+        left["max_completion_tokens"] = MAX_COMPLETION_TOKENS
+    return left
 
 
 def _completions_url(endpoint: str) -> str:
@@ -198,7 +240,9 @@ def _read_kept(file: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-            replies[str(record["key"])] = {"reply": str(record["reply"]), "served": record["served"], "usage": dict(record["usage"])}
+            reply = {"reply": str(record["reply"]), "served": record["served"], "usage": dict(record["usage"])}
+            # Earlier versions, which noted none, sent these.
+            replies[str(record["key"])] = reply | {"parameters": dict(record.get("parameters", PARAMETERS))}
         except (ValueError, KeyError, TypeError) as error:
             raise JudgeError(f"line {number} of {file} is no kept reply of a judge; remove the line to ask again") from error
     return replies

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from moe_llava.checkpoints.load import load_config
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.answers import check_settings
-from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Question, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Question, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.contents import checkpoint_digests, picture_digests
 from moe_llava.evaluation.perturb import Perturbation
 
 GREEDY = {"do_sample": False, "num_beams": 1}
@@ -51,24 +51,22 @@ def plan_tasks(
 ) -> list[list[Task]]:
     """For each benchmark, the questions as they are, and under each perturbation.
 
-    Raises CheckpointError if there is no checkpoint, BenchmarkError with all that is wrong with benchmarks and folders.
+    Raises CheckpointError if there is no checkpoint, BenchmarkError with all that is wrong with benchmarks, their ground truth and folders.
     """
     if out.exists() and not out.is_dir():
         raise BenchmarkError(f"{out} is a file, but --out must be a folder")
     config = load_config(checkpoint)
-    made_with = {"checkpoint": _place(checkpoint), "weights": _weights(checkpoint, config), "dtype": str(config.dtype)}
+    made_with = {"checkpoint": _place(checkpoint), "checkpoint_files": checkpoint_digests(checkpoint), "dtype": str(config.dtype)}
     plans, problems = [], []
     for name in dict.fromkeys(names):
         try:
             benchmark = find_benchmark(name)
             _check_scored(benchmark, perturbations)
-            folder = find_folder(benchmark, data)
-            benchmark = split_in(benchmark, folder)
+            benchmark, folder, questions = prepare(benchmark, data, limit)
             _check_scored(benchmark, perturbations)
-            questions = benchmark.questions(folder)
-            check_questions(benchmark.title, questions)
             settings = {**made_with, "benchmark": name, "questions": _digest(questions), **GREEDY}
             settings["max_new_tokens"] = benchmark.max_new_tokens
+            settings["pictures"] = picture_digests(questions[:limit], folder)
             task = Task(benchmark, folder, out / name, questions, questions[:limit], settings)
             plans.append([task, *(task.under(perturbation) for perturbation in perturbations)])
         except BenchmarkError as error:
@@ -81,6 +79,19 @@ def plan_tasks(
     if problems:
         raise BenchmarkError("\n  ".join(problems))
     return plans
+
+
+def prepare(benchmark: Benchmark, data: Path, limit: int | None = None) -> tuple[Benchmark, Path, list[Question]]:
+    """Return the benchmark as its folder has it, the folder, and all questions. `limit`: how many of them will be asked; None: all.
+
+    Raise BenchmarkError for everything that is wrong with questions, pictures and the ground truth of what will be asked.
+    """
+    folder = find_folder(benchmark, data)
+    benchmark = split_in(benchmark, folder)
+    questions = benchmark.questions(folder)
+    check_questions(benchmark.title, questions)
+    check_truth(benchmark, folder, questions[:limit])
+    return benchmark, folder, questions
 
 
 def _check_scored(benchmark: Benchmark, perturbations: Sequence[Perturbation]) -> None:
@@ -104,14 +115,6 @@ def check_questions(title: str, questions: Sequence[Question]) -> None:
 
 def _place(checkpoint: str) -> str:
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
-
-
-def _weights(checkpoint: str, config: Any) -> str | None:
-    """Tells the weights of a folder from later ones, by their time; those of the hub by their revision."""
-    times = [file.stat().st_mtime for pattern in ("*.safetensors", "*.bin") for file in Path(checkpoint).glob(pattern)]
-    if not times:
-        return getattr(config, "_commit_hash", None)
-    return datetime.fromtimestamp(max(times), timezone.utc).isoformat()
 
 
 def _digest(questions: Sequence[Question]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,8 @@ from moe_llava.evaluation.judge import Judge
 
 
 def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
-    """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `unknown` (ids of answers to no question), and
-    `model` if the answers name one (`model_id`).
+    """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `end_tokens` (how many answers end with one),
+    `unknown` (ids of answers to no question), and `model` if the answers name one (`model_id`).
 
     Raises BenchmarkError if files are missing or damaged, if the answers are to other questions, or if only a server or a judge can score
     the benchmark.
@@ -49,6 +50,8 @@ def judge_answers(
 
     Raises BenchmarkError as `score_answers` does, or if no judge is needed; JudgeError if there is trouble with the judge.
     """
+    if prices is not None and not all(math.isfinite(price) and price >= 0 for price in prices):
+        raise BenchmarkError(f"--prices is {prices[0]:g} {prices[1]:g}, but must be two numbers from 0")
     benchmark = find_benchmark(name)
     if benchmark.judge is None:
         raise BenchmarkError(f"{benchmark.title} needs no judge: moe-llava score {name} --data {data} --answers {answers}")

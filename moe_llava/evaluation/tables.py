@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from moe_llava.evaluation import published
-from moe_llava.evaluation.benchmark import NAMES, BenchmarkError, find_benchmark, read_json, take
+from moe_llava.evaluation.benchmark import NAMES, BenchmarkError, find_benchmark, take, take_list
+from moe_llava.evaluation.reading import read_object
 
 FIELDS = ("source", "model", "benchmark", "score", "value", "low", "high", "questions", "missing", "judge")
 
@@ -116,36 +118,40 @@ def _short(models: Iterable[str]) -> dict[str, str]:
 
 def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     """(model, its main scores, what to know of them)."""
-    record = read_json(file)
-    if not isinstance(record, dict):
-        raise BenchmarkError(f"{file} must hold an object, but holds {str(record)[:60]}")
+    record = read_object(file)
     name = take(record, "benchmark", str(file))
     if name not in NAMES:
         raise BenchmarkError(f"{file} is of the benchmark {name!r}; there are {', '.join(NAMES)}")
     benchmark = find_benchmark(name)
     asked_of = record.get("questions_in_all")
-    model, scores, intervals, questions, missing = (
-        take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions", "missing")
-    )
+    model, scores, intervals, questions = (take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions"))
+    missing = take_list(record, "missing", str(file))
     if not benchmark.headline:
         raise BenchmarkError(f"{file}: none of the scores of {benchmark.title} is for a table")
-    judge = str(record.get("judge", {}).get("model", ""))
+    judge = str(take(record["judge"], "model", f"judge of {file}")) if "judge" in record else ""
     if "perturbation" in record:
-        perturbation = record["perturbation"]
-        model = f"{model} under {perturbation['name']}:{perturbation['strength']}"
+        kind, strength = (take(record["perturbation"], key, f"perturbation of {file}") for key in ("name", "strength"))
+        model = f"{model} under {kind}:{strength}"
     cells = {}
     for score in benchmark.headline:
         if isinstance(scores, dict) and score not in scores:
             raise BenchmarkError(
                 f"{file} has no score {score!r}, as too little of {benchmark.title} was asked: ask without --limit, or leave it out"
             )
-        low, high = take(intervals, score, f"intervals of {file}")
-        cell = Cell(take(scores, score, f"scores of {file}"), low, high, questions, len(missing))
+        numbers = [take(scores, score, f"scores of {file}"), *take_list(intervals, score, f"intervals of {file}")]
+        if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
+        value, low, high = numbers
+        cell = Cell(value, low, high, questions, len(missing))
         cells[Column(benchmark.name, benchmark.title, score, judge)] = cell
     told = {"without an answer, counted as wrong": missing, "whose judgement could not be read": record.get("unreadable", [])}
     remarks = []
     if asked_of not in (None, questions):
         remarks.append(f"{benchmark.title}: the first {questions:,} of {asked_of:,} questions only.")
+    for token, number in record.get("end_tokens", {}).items():
+        remarks.append(
+            f"{benchmark.title}: {number:,} of {questions:,} answers end with {token}, which scores count as part of the answer."
+        )
     remarks += [f"{benchmark.title}: {len(ids)} of {questions:,} questions {words}." for words, ids in told.items() if ids]
     return str(model), cells, remarks
 

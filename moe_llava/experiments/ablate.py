@@ -65,9 +65,11 @@ def print_budgets(plan: Plan, console: Console) -> None:
 
 def conditions(plan: Plan) -> str:
     """What a reader has to know of the numbers."""
+    merged = [name for name, cell in plan.experiment.cells.items() if cell.strategy == "merged"]
+    exception = f" ({' and '.join(merged)}: in one order of their own, over the data of stages II and III together)" if merged else ""
     return (
         f"{plan.benchmark.title}, {len(plan.benchmark.questions(plan.data)):,} questions; {len(plan.seeds)} seeds. The seed decides the "
-        "order of the records in every stage, and what routers and noise begin with; cells of one seed share it, and the stages before "
-        "the last where their settings agree. Intervals and p are Student's over the seeds, of differences "
-        "those of pairs with the same seed; they do not say what other questions would give."
+        "order of the records in every stage, and what routers and noise begin with; cells of one seed share "
+        f"it{exception}, and the stages before the last where their settings agree. Intervals and p are Student's over the seeds, of "
+        "differences those of pairs with the same seed; they do not say what other questions would give."
     )

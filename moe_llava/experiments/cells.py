@@ -7,7 +7,8 @@
     results.jsonl                   a line for each cell.json
 
 The seed of a run is the recipe's: it decides the order of records in every stage, and what routers and noise begin with. Cells of one seed
-see the same records in the same order, and where they share a stage, it is the same checkpoint.
+see the same records in the same order, but for merged ones, which have a stage less and shuffle its records among those of stage III. Where
+cells share a stage, it is the same checkpoint.
 """
 
 from __future__ import annotations

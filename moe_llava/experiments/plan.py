@@ -6,7 +6,8 @@
     cells:
       NAME: {set: [stage3.moe.num_experts=2]}     see Cell
 
-Every cell is trained with every seed. `plan.json` in the experiment's folder holds all that was decided, and cannot be changed afterwards.
+Every cell is trained with every seed. `plan.json` in the experiment's folder holds all that was decided, and digests of all data and
+checkpoints that are read. Neither can be changed afterwards.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_llava.evaluation.benchmark import Benchmark, find_benchmark, find_folder
+from moe_llava.evaluation.benchmark import Benchmark, find_benchmark
 from moe_llava.evaluation.calibration import yes_or_no
 from moe_llava.evaluation.perturb import Perturbation, parse_perturbations
+from moe_llava.evaluation.plan import prepare
+from moe_llava.evaluation.reading import read_object
 from moe_llava.experiments.demo import digits_recipe
+from moe_llava.experiments.inputs import benchmark_digests, recipe_digests
 from moe_llava.training.parsing import build, flatten, read
 from moe_llava.training.recipe import Recipe, RecipeError, SparseStage, Stage, load_recipe, stages_of
 from moe_llava.training.saves import write_whole
@@ -29,6 +33,7 @@ from moe_llava.training.saves import write_whole
 HERE = Path(__file__).parent
 ABLATIONS = {file.stem: file for file in sorted((HERE / "ablations").glob("*.yaml"))}
 TRIAL = HERE / "trial.yaml"
+DIGESTS = "digests"  # in plan.json
 LOCK = "plan.lock"  # in the folder, held while what all seeds share is written
 
 
@@ -152,11 +157,12 @@ def load_experiment(file: Path) -> Experiment:
 def make_plan(experiment: Experiment, setup: Setup, margin: float | None = None) -> Plan:
     """The digits world has to be there, if it is asked for.
 
-    Raises ExperimentError, RecipeError or BenchmarkError, each naming what is wrong.
+    Raises ExperimentError, RecipeError or BenchmarkError, each naming what is wrong, ground truth and pictures of the benchmark included.
     """
     recipes, benchmark = check_setup(experiment, setup, margin)
-    folder = find_folder(benchmark, setup.data or setup.out / "data")
-    if experiment.calibrate and not yes_or_no(benchmark.questions(folder)):
+    benchmark, folder, questions = prepare(benchmark, setup.data or setup.out / "data")
+    _check_scored(benchmark)
+    if experiment.calibrate and not yes_or_no(questions):
         raise ExperimentError(f"{benchmark.title} has no questions whose known answer is yes or no, which calibration needs")
     perturbations = [] if experiment.perturb is None else parse_perturbations(experiment.perturb)
     return Plan(setup.out, experiment, recipes, list(range(setup.seeds)), benchmark, folder, perturbations, margin)
@@ -180,25 +186,40 @@ def check_setup(experiment: Experiment, setup: Setup, margin: float | None) -> t
     if problems:
         raise ExperimentError("\n".join(problems))
     benchmark = find_benchmark(setup.benchmark)
+    _check_scored(benchmark)
+    return recipes, benchmark
+
+
+def _check_scored(benchmark: Benchmark) -> None:
     if benchmark.score is None or not benchmark.headline:
         raise ExperimentError(f"{benchmark.title} is not scored here, so nothing can be compared by it")
-    return recipes, benchmark
 
 
 def write_plan(plan: Plan) -> None:
     """Writes plan.json, unless it is there.
 
-    Raises ExperimentError if it is there with something else in it: what has been decided before the first run is not changed afterwards.
+    Raises ExperimentError if it is there with something else in it: what has been decided before the first run is not changed afterwards,
+    nor is the content of what is read. Raises what reading it raises.
     """
-    file, now = plan.out / "plan.json", json.loads(json.dumps(plan.as_dict()))
+    digests = recipe_digests(plan.recipes.values()) | benchmark_digests(plan.benchmark, plan.data, plan.benchmark.questions(plan.data))
+    file, now = plan.out / "plan.json", json.loads(json.dumps(plan.as_dict() | {DIGESTS: digests}))
     if not file.is_file():
         plan.out.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(now, indent=1) + "\n")
         return
-    before, after = flatten(json.loads(file.read_text(encoding="utf-8"))), flatten(now)
+    planned = read_object(file)
+    then = planned.pop(DIGESTS, None)
+    before, after = flatten(planned), flatten({key: value for key, value in now.items() if key != DIGESTS})
     changed = [f"{key} {before.get(key)}, now {after.get(key)}" for key in before | after if before.get(key) != after.get(key)]
     if changed:
         raise ExperimentError(f"{file} was decided before the first run, with {'; '.join(changed)}: choose another --out for another plan")
+    if then is None:
+        raise ExperimentError(f"{file} has no digests of what was read, as an earlier version wrote it: choose another --out")
+    others = [name for name in then | digests if then.get(name) != digests.get(name)]
+    if others:
+        raise ExperimentError(
+            f"the content of {', '.join(others)} is not what it was when {file} was written: put it back, or choose another --out"
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,15 +42,16 @@ class Served:
 
 
 @contextmanager
-def serving(respond: Callable[[str, int], Told]) -> Iterator[Served]:
-    """`respond`: from the last message and how often it came before."""
+def serving(respond: Callable[[str, int], Told], refusals: Mapping[str, Told] | None = None) -> Iterator[Served]:
+    """`respond`: from the last message and how often it came before. `refusals`: what is said to a request that has this parameter."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = request["messages"][-1]["content"]
             with lock:
-                told = respond(prompt, served.prompts().count(prompt))
+                refused = [told for name, told in (refusals or {}).items() if name in request]
+                told = refused[0] if refused else respond(prompt, served.prompts().count(prompt))
                 served.requests.append(request | {"path": self.path, "headers": dict(self.headers)})
             time.sleep(told.seconds)
             content = told.content()

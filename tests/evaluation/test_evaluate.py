@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.cli.evaluation import _print_scores
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate, plan
 from moe_llava.evaluation.answers import answer_file, drop_torn_line, merge, writing
@@ -183,7 +185,9 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
         return [out / "upload.json"]
 
     def broken(folder, asked, given):
-        raise BenchmarkError("no truth here")
+        if any(given):
+            raise BenchmarkError("cannot be scored")
+        return real.score(folder, asked, given)
 
     real = digits_world.BENCHMARK
     variants = {
@@ -202,7 +206,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
     assert f"moe-llava judge judge --data {tiny_base / 'data'} --answers {tmp_path / 'judge' / 'answers.jsonl'} --endpoint" in plain
     assert None not in json.loads((tmp_path / "server" / "upload.json").read_text()).values()
     told = []
-    with pytest.raises(BenchmarkError, match="no truth here"):
+    with pytest.raises(BenchmarkError, match="cannot be scored"):
         told.extend(
             evaluate.evaluate(str(tiny_base / "base"), ["broken", "fine"], tiny_base / "data", tmp_path, 8, None, Console(quiet=True))
         )
@@ -329,3 +333,87 @@ def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
     assert answers[0] == answers[1]
     command = ["evaluate", tmp_path / "sparse", "--benchmark", "digits", "--data", tiny_base / "data", "--out", tmp_path / "out"]
     assert "pgd need the model's gradient" in refused(*command, "--perturb", "noise,pgd:1", "--keep-experts", "0.5")
+
+
+def change(file):
+    """Another byte under the same name, size and time; of JSON a blank, so that it can still be read."""
+    before, times = file.read_bytes(), file.stat()
+    content = bytearray(before)
+    content[content.index(b" ") if file.suffix == ".json" else -2] ^= 0x2A  # a blank becomes a line break
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return before
+
+
+def test_checkpoint_and_pictures_are_known_by_their_contents(tiny_base, tmp_path):  # noqa: F811
+    """What changed is named, and what was answered stays; another time alone is no change."""
+    shutil.copytree(tiny_base, tmp_path / "in")
+    base, data = tmp_path / "in" / "base", tmp_path / "in" / "data"
+    out = tmp_path / "out"
+
+    def again(limit):
+        return list(evaluate.evaluate(str(base), ["digits"], data, out, 8, limit, Console(quiet=True)))
+
+    assert again(3)[0]["questions"] == 3
+    answers = (out / "digits" / "answers.jsonl").read_text()
+    first, last = (digits_world.questions(data)[number].images[0] for number in (0, -1))
+    for file in (base / "model.safetensors", first):
+        os.utime(file)
+    assert again(3)[0]["questions"] == 3
+    for file, named in (
+        (base / "model.safetensors", "other checkpoint files: model.safetensors"),
+        (base / "tokenizer.json", "other checkpoint files: tokenizer.json"),
+        (base / "config.json", "other checkpoint files: config.json"),
+        (first, "other pictures: images/test/000000.png"),
+    ):
+        content = change(file)
+        with pytest.raises(BenchmarkError, match=rf"the answers in .*digits were made with {named}: choose another --out, or remove it"):
+            again(None)
+        file.write_bytes(content)
+    assert (out / "digits" / "answers.jsonl").read_text() == answers
+    # A picture that nobody was asked about may change; it is noted when its turn comes, and the others stay noted.
+    change(last)
+    assert again(None)[0]["missing"] == []
+    again(1)
+    change(last)
+    with pytest.raises(BenchmarkError, match=rf"other pictures: images/test/{last.name}: choose"):
+        again(None)
+    settings = json.loads((out / "digits" / "settings.json").read_text())
+    del settings["pictures"], settings["checkpoint_files"]
+    (out / "digits" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(BenchmarkError, match="made with checkpoint files of which no digests were kept, by an earlier version"):
+        again(None)
+
+
+def test_a_kept_answer_that_stands_twice(tmp_path):
+    """The same text is what a kill may leave; another one is not chosen from."""
+    questions = [Question("1", "a")]
+    one, other = (json.dumps({"question_id": "1", "prompt": "a", "text": text}) + "\n" for text in ("x", "y"))
+    answer_file(tmp_path).write_text(one + one)
+    answer_file(tmp_path, 1).write_text(one)
+    merge(tmp_path, questions)
+    assert answer_file(tmp_path).read_text() == one
+    answer_file(tmp_path).write_text(one + other)
+    with pytest.raises(BenchmarkError, match=r"line 2 of .*answers.jsonl answers question 1 once more, with another text"):
+        merge(tmp_path, questions)
+    answer_file(tmp_path).write_text(one)
+    answer_file(tmp_path, 1).write_text(other)
+    with pytest.raises(BenchmarkError, match=r"answers.1.jsonl answers question 1 otherwise than the files before it"):
+        merge(tmp_path, questions)
+
+
+@pytest.mark.parametrize(
+    ("scores", "printed"),
+    [
+        ({"accuracy": 1.0, "colour/accuracy": 0.895, "count/accuracy": 0.93243}, ["1.0000", "0.8950", "0.9324"]),
+        ({"accuracy": 100.0, "x": 0.5, "y": 85.714285}, ["100.00", "0.50", "85.71"]),
+        ({"perception": 1318.0, "color/acc": 0.9333}, ["1318.00", "0.93"]),
+    ],
+)
+def test_one_table_has_one_number_of_digits(capsys, scores, printed):
+    found = {"benchmark": "x", "questions": 2, "scores": scores, "intervals": dict.fromkeys(scores, (0, 1))}
+    _print_scores(found | {"end_tokens": {"</s>": 2}, "missing": ["7"]})
+    told = capsys.readouterr().out
+    assert [line.split("│")[2].strip() for line in told.splitlines() if line.startswith("│")] == printed
+    assert "1 questions without an answer, counted as wrong: 7" in told
+    assert "2 answers end with </s>, which scores count as part of the answer" in told

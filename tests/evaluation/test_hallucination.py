@@ -13,15 +13,17 @@ from moe_llava.evaluation.hallucination import read_annotations, write_pope_ques
 from moe_llava.evaluation.score import score_answers
 from tests.conftest import REPOSITORY, run_command
 
-# Pictures that show it: cup 4, fork 4, table 4, dog 3, ball 3, lamp 2, apple 1.
+# Pictures that show it: cup 5, fork 5, table 5, dog 4, ball 4, lamp 3, apple 3.
 SHOWN = {
     "1.jpg": ["cup", "fork", "table"],
     "2.jpg": ["cup", "fork", "dog", "table"],
     "3.jpg": ["dog", "ball", "apple"],
-    "4.jpg": ["dog", "ball"],  # shows too little
+    "4.jpg": ["dog", "ball"],  # two pairs of questions
     "5.jpg": ["cup", "fork", "table", "lamp", "table"],
-    "6.jpg": ["cup", "fork", "table", "lamp", "ball"],  # of seven objects only two are absent
-    "7.jpg": [],
+    "6.jpg": ["cup", "fork", "table", "lamp", "ball"],  # of seven objects only two are absent: two pairs
+    "7.jpg": [],  # left out, as 9.jpg
+    "8.jpg": ["apple"],  # one pair
+    "9.jpg": ["cup", "fork", "table", "dog", "ball", "lamp", "apple"],
 }
 
 
@@ -48,7 +50,7 @@ def write_coco(file, shown):
 def labels(folder, category, image):
     """(asked for and there, asked for and not there) of a picture."""
     records = [record for record in read_json_lines(folder / "coco" / f"coco_pope_{category}.json") if record["image"] == image]
-    assert [record["label"] for record in records] == ["yes", "no"] * 3
+    assert [record["label"] for record in records] == ["yes", "no"] * (len(records) // 2)
     objects = [record["text"].removesuffix(" in the image?").split(maxsplit=3)[3] for record in records]
     return objects[::2], objects[1::2]
 
@@ -56,19 +58,20 @@ def labels(folder, category, image):
 @pytest.mark.parametrize("write", [write_lines, write_coco])
 def test_what_is_asked(tmp_path, write):
     counts = write_pope_questions(write(tmp_path / "annotations", SHOWN), tmp_path / "out")
-    assert counts["images"] == 4
-    assert counts["questions"] == 24
-    assert counts["left_out"] == {"fewer than 3 objects": 2, "fewer than 3 absent objects": 1, "not drawn": 0}
-    for image in ("1.jpg", "2.jpg", "3.jpg", "5.jpg"):
+    assert counts["images"] == 7
+    assert counts["questions"] == 34
+    assert counts["left_out"] == {"no objects": 1, "all objects of the set": 1, "not drawn": 0}
+    for image, pairs in {"1.jpg": 3, "2.jpg": 3, "3.jpg": 3, "4.jpg": 2, "5.jpg": 3, "6.jpg": 2, "8.jpg": 1}.items():
         there = labels(tmp_path / "out", "random", image)[0]
         for category in ("random", "popular", "adversarial"):
             positive, negative = labels(tmp_path / "out", category, image)
             assert positive == there
             assert set(positive) <= set(SHOWN[image])
-            assert len(set(negative)) == 3
+            assert len(set(positive)) == len(set(negative)) == pairs
             assert not set(negative) & set(SHOWN[image])
-    assert labels(tmp_path / "out", "popular", "1.jpg")[1] == ["ball", "dog", "lamp"]  # 3, 3 and 2; equals by name
+    assert labels(tmp_path / "out", "popular", "1.jpg")[1] == ["ball", "dog", "apple"]  # 4, 4 and 3; equals by name
     assert labels(tmp_path / "out", "popular", "3.jpg")[1] == ["cup", "fork", "table"]
+    assert labels(tmp_path / "out", "popular", "8.jpg") == (["apple"], ["cup"])
 
 
 def test_adversarial_follows_each_object(tmp_path):
@@ -115,10 +118,10 @@ def test_pope_scores_them(tmp_path):
     file = write_coco(tmp_path / "annotations", {f"test/{image}": items for image, items in SHOWN.items()})
     done = run_command("pope-questions", file, tmp_path / "pope")
     assert done.returncode == 0, done.stderr
-    assert "24 questions of each kind, about 4 pictures" in done.stdout
-    assert "2 pictures left out: fewer than 3 objects\n1 pictures left out: fewer than 3 absent objects\n" in done.stdout
+    assert "34 questions of each kind, about 7 pictures" in done.stdout
+    assert "1 pictures left out: no objects\n1 pictures left out: all objects of the set\n" in done.stdout
     questions = read_json_lines(tmp_path / "pope" / "llava_pope_test.jsonl")
-    assert [question["question_id"] for question in questions] == list(range(1, 73))
+    assert [question["question_id"] for question in questions] == list(range(1, 103))
     assert questions[0]["text"].endswith(" in the image?\nAnswer the question using a single word or phrase.")
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"question_id": question["question_id"], "text": "Yes"}) + "\n" for question in questions))
@@ -146,7 +149,8 @@ def test_the_digits_world(tmp_path, monkeypatch):
     colours = "|".join(COLOURS)
     assert all(re.fullmatch(rf"({colours}) \d", item) for items in shown.values() for item in items)
     counts = write_pope_questions(tmp_path / "runs" / "demo" / "objects.jsonl", tmp_path / "out")
-    assert counts["images"] == sum(len(items) >= 3 for items in shown.values()) > 0
+    assert counts["images"] == sum(len(items) > 0 for items in shown.values()) > 0
+    assert counts["questions"] == sum(2 * min(3, len(items)) for items in shown.values())
 
 
 @pytest.mark.parametrize(
@@ -156,19 +160,34 @@ def test_the_digits_world(tmp_path, monkeypatch):
         ('{"image": "1.jpg"}', "record 1 of .* has no 'objects'"),
         ('{"image": "1.jpg", "objects": ["a"]}\n{"image": "1.jpg", "objects": []}', "record 2 .* once more"),
         ('{"image": "1.jpg", "objects": ["a", null]}', "the object None"),
-        ('{"image": "1.jpg", "objects": "cat"}', "a list as objects"),
+        ('{"image": "1.jpg", "objects": "cat"}', "a list of 'objects'"),
+        ('{"image": 5, "objects": []}', "record 1 of .* must have a string as 'image', but has 5"),
+        ('{"image": "", "objects": []}', "record 1 of .* must have a file name as 'image'"),
+        ('{"image": "a", "image": "b", "objects": []}', "has the key 'image' twice"),
+        (b'{"image": "a", "objects": []}\n{"image": "\xe9"}', "line 2 of .* is not UTF-8 text: it has the byte 0xe9"),
         ('{"image": "a/1.jpg", "objects": []}\n{"image": "b/1.jpg", "objects": []}', "a/1.jpg and b/1.jpg"),
-        ('{"annotations": [], "images": null, "categories": []}', "a list of objects as 'images'"),
+        ('{"annotations": [], "images": null, "categories": []}', "a list of 'images'"),
+        ('{"annotations": [], "images": [5], "categories": []}', "image 0 of .* must be an object, but is 5"),
         (
             '{"annotations": [{"image_id": 1, "category_id": 2}], "images": [{"id": 1, "file_name": "a"}], "categories": []}',
             "category_id 2",
         ),
-        ('{"annotations": [], "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "categories": []}', "a twice"),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "categories": []}', "'a' once more"),
+        (
+            '{"annotations": [], "images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}], "categories": []}',
+            "image 1 of .* has the id 7 once more, after image 0 of",
+        ),
+        (
+            '{"annotations": [], "images": [], "categories": [{"id": 1, "name": "cup"}, {"id": 1, "name": "dog"}]}',
+            "category 1 of .* has the id 1 once more, after category 0 of",
+        ),
+        ('{"annotations": [], "images": [{"id": [1], "file_name": "a"}], "categories": []}', r"must have a number or a string as 'id'"),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": 2}], "categories": []}', "image 0 of .* must have a string as 'file_name'"),
     ],
 )
 def test_bad_annotations(tmp_path, content, message):
     file = tmp_path / "annotations"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BenchmarkError, match=message):
         read_annotations(file)
 
@@ -176,7 +195,22 @@ def test_bad_annotations(tmp_path, content, message):
 def test_too_few_pictures(tmp_path):
     file = write_lines(tmp_path / "annotations", SHOWN)
     with pytest.raises(
-        BenchmarkError, match="has 4 of the 5 pictures to ask about; left out are 2, as fewer than 3 objects are on them, and 1, as fewer"
+        BenchmarkError, match=r"has 7 pictures to ask about, but must have at least 8.* 1 of 9 pictures show none, 1 show all"
     ):
-        write_pope_questions(file, tmp_path / "out", images=5)
+        write_pope_questions(file, tmp_path / "out", images=8)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        BenchmarkError, match=r"has 0 pictures to ask about, but must have at least 1.*2 of 3 pictures show none, 1 show all"
+    ):
+        write_pope_questions(write_lines(tmp_path / "annotations", {"1.jpg": [], "2.jpg": [], "3.jpg": ["cup"]}), tmp_path / "out")
+
+
+def test_pictures_of_a_single_object(tmp_path):
+    """As many questions to affirm as to deny, about each picture."""
+    shown = {f"{number}.jpg": [("cup", "dog", "fork")[number % 3]] for number in range(6)}
+    counts = write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
+    assert (counts["images"], counts["questions"]) == (6, 12)
+    for category in ("random", "popular", "adversarial"):
+        for image, items in shown.items():
+            positive, negative = labels(tmp_path / "out", category, image)
+            assert (positive, len(negative)) == (items, 1)

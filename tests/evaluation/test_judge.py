@@ -50,6 +50,7 @@ def test_answers_come_in_order_and_are_asked_for_once(kept):
             "served": ["served-name"],
             "replies": 21,
             "asked": 1,
+            "parameters": [{"temperature": 0, "max_tokens": 1024}],
             "prompt_tokens": 2100,
             "completion_tokens": 210,
             "replies_without_usage": 0,
@@ -171,3 +172,70 @@ def test_what_is_no_base_url(kept, url):
     with pytest.raises(JudgeError, match="--endpoint must be a base URL") as error:
         Judge(url, "m", kept)
     assert "pass" not in str(error.value)
+
+
+UNSUPPORTED = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+}
+OWN_TEMPERATURE, RENAMED = {"max_tokens": 1024}, {"max_completion_tokens": module.MAX_COMPLETION_TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("rejected", "status", "sent"),
+    [
+        (["max_tokens"], 400, RENAMED | {"temperature": 0}),
+        (["temperature"], 400, OWN_TEMPERATURE),
+        (["temperature", "max_tokens"], 400, RENAMED),
+        (["max_tokens", "temperature"], 422, RENAMED),
+    ],
+)
+def test_parameters_that_the_judge_rejects(kept, rejected, status, sent):
+    """One after the other, as servers report them; what was sent is in the summary, and kept with each reply."""
+
+    refusals = {
+        name: Told(status=status, body=json.dumps({"error": {"input": "x" * 500, "message": UNSUPPORTED[name]}}).encode())
+        for name in rejected
+    }
+    with serving(lambda prompt, before: Told("7"), refusals) as served:
+        judge = Judge(served.url, "m", kept)
+        assert judge.ask(say(*"abcdefgh"), read, REMINDER) == [7] * 8
+        accepted = [request for request in served.requests if not any(name in request for name in rejected)]
+        assert len(accepted) == 8
+        # Each of the requests that go out at once may be rejected; those after them are not.
+        assert len(served.requests) <= 8 + module.AT_ONCE * len(rejected)
+        assert judge.summary()["parameters"] == [sent]
+        again = Judge(served.url, "m", kept)
+        assert again.ask(say("a"), read, REMINDER) == [7]
+        assert again.summary()["parameters"] == [sent]
+        assert len([request for request in served.requests if not any(name in request for name in rejected)]) == 8
+
+
+def test_a_judge_that_takes_neither_name_of_a_limit(kept):
+    body = json.dumps({"detail": "max_tokens and max_completion_tokens: extra inputs are not permitted"}).encode()
+    with serving(lambda prompt, before: Told(status=400, body=body)) as server:
+        with pytest.raises(JudgeError, match="extra inputs are not permitted"):
+            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        assert len(server.requests) == 2
+
+
+def test_a_prompt_without_room_for_the_reply(kept):
+    body = json.dumps(
+        {"message": "'max_tokens' or 'max_completion_tokens' is too large: 1024. The maximum context length is 2048"}
+    ).encode()
+    with serving(lambda prompt, before: Told(status=400, body=body)) as server:
+        with pytest.raises(JudgeError, match="is too large: 1024"):
+            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        assert len(server.requests) == 1
+
+
+def test_replies_that_an_earlier_version_kept(kept):
+    with serving(lambda prompt, before: Told("7")) as server:
+        Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        line = json.loads(kept.read_text())
+        del line["parameters"]
+        kept.write_text(json.dumps(line) + "\n")
+        judge = Judge(server.url, "m", kept)
+        assert judge.ask(say("a"), read, REMINDER) == [7]
+        assert judge.summary()["parameters"] == [{"temperature": 0, "max_tokens": 1024}]
+        assert len(server.requests) == 1

@@ -9,7 +9,7 @@ from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark
 from moe_llava.evaluation.benchmarks.mm_vet import read_share
 from moe_llava.evaluation.score import judge_answers
 from moe_llava.evaluation.tables import write_table
-from tests.conftest import run_command
+from tests.conftest import run_command, run_here
 from tests.evaluation.judging_server import Told, serving
 
 CAPABILITIES = [["ocr"], ["rec"], ["rec", "ocr"], ["ocr", "rec"]]
@@ -65,10 +65,24 @@ def test_scores_by_the_command(data):
     assert found["judge"]["cost"] == (400 * 10 + 40 * 100) / 1e6
     assert "47.5" in shown.stdout
     assert "model m, served ['served-name'], replies 4, asked 0, prompt tokens 400, completion tokens 40" in shown.stdout
+    assert "sent: max_tokens 1024, temperature 0\n" in shown.stdout
+    assert "another run may give other scores" not in shown.stdout
     (data / "result.json").write_text(done.stdout)
     table = write_table([data / "result.json"], "csv", False).splitlines()[1]
     assert table == f"measured,mine,mm-vet,total,47.5,{low},{high},4,0,m"
     assert (data / "answers.judged.jsonl").exists()
+
+
+def test_the_command_says_that_a_temperature_was_rejected(data):
+    rejection = Told(status=400, body=b'{"error": {"message": "unsupported value", "param": "temperature"}}')
+    with serving(share, {"temperature": rejection}) as server:
+        rest = ["--answers", data / "answers.jsonl", "--judge-model", "m", "--endpoint", server.url]
+        done = run_here("judge", "mm-vet", "--data", data, *rest)
+        assert done.exit_code == 0, done.output
+        assert "sent: max_tokens 1024\nThe judge accepts no temperature 0, so it used its own: another run may give" in done.output
+        assert json.loads(run_here("judge", "mm-vet", "--data", data, *rest, "--json").output)["judge"]["parameters"] == [
+            {"max_tokens": 1024}
+        ]
 
 
 def test_missing_and_unreadable(data):

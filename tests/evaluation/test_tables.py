@@ -159,6 +159,11 @@ def test_what_is_wrong_is_named(runs, tmp_path):
     for more, message in (
         ({"model": None}, r"first/pope/result.json has no 'model'"),
         ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', as too little of POPE was asked: ask without --limit"),
+        ({"perturbation": {"name": "noise"}}, r"perturbation of .*first/pope/result.json has no 'strength'"),
+        ({"judge": "gpt"}, r"judge of .*first/pope/result.json must be an object, but is gpt"),
+        ({"scores": {"f1": float("nan")}}, r"first/pope/result.json must have a number and an interval of two numbers for 'f1'"),
+        ({"intervals": {"f1": [0.5]}}, r"first/pope/result.json must have a number and an interval of two numbers for 'f1'"),
+        ({"missing": 3}, r"first/pope/result.json must have a list of 'missing', but has 3"),
         ({"benchmark": "pop"}, r"first/pope/result.json is of the benchmark 'pop'; there are"),
     ):
         before = file.read_text()
@@ -167,5 +172,5 @@ def test_what_is_wrong_is_named(runs, tmp_path):
             write_table([file], "csv", False)
         file.write_text(before)
     file.write_text("[1]")
-    with pytest.raises(BenchmarkError, match="must hold an object"):
+    with pytest.raises(BenchmarkError, match="must be an object"):
         write_table([file], "csv", False)

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 
+from moe_llava.cli.experiments import ABLATIONS as cli_ablations
 from moe_llava.evaluation.benchmark import BenchmarkError
+from moe_llava.experiments.ablate import conditions, run_ablation
 from moe_llava.experiments.cells import cell_budget
 from moe_llava.experiments.plan import (
     ABLATIONS,
@@ -20,6 +24,8 @@ from moe_llava.experiments.plan import (
 )
 from moe_llava.training.parsing import RecipeError
 from moe_llava.training.recipe import Data, load_recipe
+from tests.conftest import refused, run_here
+from tests.experiments.conftest import QUIET
 
 SIX_LAYERS = {"dense6", "sparse6"}  # the tiny base has four
 
@@ -126,3 +132,100 @@ def test_a_plan_is_written_once(setup, write_experiment):
     with pytest.raises(ExperimentError, match=r"recipes.dense.stage3.optimisation.max_steps 2, now 9"):
         write_plan(make_plan(experiment, longer, 0.02))
     assert (plan.out / "plan.json").read_text() == before
+
+
+@pytest.fixture
+def own_copy(setup, tiny_base, tmp_path):
+    """The setup on a copy of data and base that can be changed."""
+    shutil.copytree(tiny_base, tmp_path / "inputs")
+    setup.recipe.write_text(setup.recipe.read_text().replace(str(tiny_base), str(tmp_path / "inputs")))
+    return dataclasses.replace(setup, data=tmp_path / "inputs" / "data"), tmp_path / "inputs"
+
+
+def change(file):
+    """Another byte under the same name, size and time; of JSON a blank, so that it can still be read."""
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[content.index(b" ") if file.suffix == ".json" else -2] ^= 0x2A  # a blank becomes a line break
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("data/train.json", "train.json"),
+        ("data/captions.json", "captions.json"),
+        ("data/images/train/000000.png", "images of "),
+        ("data/images/test/000003.png", "pictures of The digits world"),
+        ("base/model.safetensors", "base/model.safetensors"),
+        ("base/config.json", "base/config.json"),
+        ("base/tokenizer.json", "base/tokenizer.json"),
+    ],
+)
+def test_a_plan_knows_its_inputs_by_their_contents(own_copy, write_experiment, changed, named):
+    setup, inputs = own_copy
+    plan = make_plan(load_experiment(write_experiment()), setup)
+    write_plan(plan)
+    os.utime(inputs / changed)  # another time alone is no change
+    (inputs / "data" / "images" / "test" / "._000003.png").write_bytes(b"macOS")
+    write_plan(plan)
+    change(inputs / changed)
+    with pytest.raises(ExperimentError, match=rf"the content of .*{named}.* is not what it was when .*plan.json was written"):
+        write_plan(plan)
+
+
+def test_an_ablation_is_not_continued_on_other_questions(own_copy, write_experiment):
+    """What is there stays, and goes on when the file is back."""
+    setup, inputs = own_copy
+    experiment = write_experiment()
+    plan = make_plan(load_experiment(experiment), setup)
+    write_plan(plan)
+    cell = plan.folder("dense", 0) / "cell.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text("done")
+    file = inputs / "data" / "test.json"
+    whole = file.read_text()
+    file.write_text(json.dumps(json.loads(whole)[:-3]))
+    with pytest.raises(ExperimentError, match=r"the content of .*test.json.* is not what it was"):
+        run_ablation(str(experiment), setup, QUIET)
+    assert cell.read_text() == "done"
+    file.write_text(whole)
+    write_plan(make_plan(load_experiment(experiment), setup))
+
+    written = json.loads((plan.out / "plan.json").read_text())
+    del written["digests"]
+    (plan.out / "plan.json").write_text(json.dumps(written))
+    with pytest.raises(ExperimentError, match="has no digests of what was read, as an earlier version wrote it: choose another --out"):
+        write_plan(plan)
+
+
+def test_the_benchmark_is_checked_before_the_first_run(own_copy, write_experiment):
+    setup, inputs = own_copy
+    (inputs / "data" / "images" / "test" / "000002.png").unlink()
+    with pytest.raises(BenchmarkError, match=r"asks about the image .*000002.png, which does not exist"):
+        make_plan(load_experiment(write_experiment()), setup)
+    questions = json.loads((inputs / "data" / "test.json").read_text())
+    (inputs / "data" / "test.json").write_text(json.dumps([*questions, questions[0]]))
+    with pytest.raises(BenchmarkError, match=r"record \d+ of .*test.json has the id .* once more, after record 1 of"):
+        make_plan(load_experiment(write_experiment()), setup)
+
+
+def test_conditions_say_which_cells_have_an_order_of_their_own(setup, write_experiment):
+    shared = conditions(make_plan(load_experiment(write_experiment()), setup))
+    assert "cells of one seed share it, and" in shared
+    cells = {"dense": {"set": ["stage3.dense=true"]}, "joined": {"strategy": "merged", "set": ["stage3.tuned=all"]}}
+    own = conditions(make_plan(load_experiment(write_experiment(cells=cells, claim=None)), setup))
+    assert "cells of one seed share it (joined: in one order of their own, over the data of stages II and III together), and" in own
+
+
+def test_the_help_names_the_ablations():
+    told = run_here("ablate", "--help").output
+    assert ", ".join(names := cli_ablations.split(", ")) in " ".join(told.split())
+    assert set(names) == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("margin", ["nan", "inf", "-inf", "0", "1"])
+def test_a_margin_is_a_share(margin, tmp_path):
+    assert f"the margin is {float(margin)}, but must be a share" in refused("trial", "--margin", margin, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -13,8 +13,9 @@ import numpy as np
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.records import parse_record
-from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, read_json, share, take
+from moe_llava.evaluation.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, first_image, share, take
 from moe_llava.evaluation.means import detection
+from moe_llava.evaluation.reading import once, read_list
 from moe_llava.evaluation.statistics import bootstrap_mean
 
 QUESTIONS = "test.json"
@@ -24,7 +25,8 @@ POSITIVE = "positive"
 def questions(folder: Path) -> list[Question]:
     file = folder / QUESTIONS
     found = []
-    for number, item in enumerate(read_json(file), start=1):
+    seen: dict[str, str] = {}
+    for number, item in enumerate(read_list(file), start=1):
         where = f"record {number} of {file}"
         try:
             record = parse_record(where, item, folder / "images")
@@ -34,6 +36,8 @@ def questions(folder: Path) -> list[Question]:
         extra = {key: take(record.extra, key, where) for key in ("family", "kind")} | {"answer": expected}
         images = tuple(image for image in record.images if isinstance(image, Path))
         found.append(Question(str(take(record.extra, "id", where)), prompt, images, extra))
+        once(seen, "id", found[-1].id, where)
+        first_image(found[-1], where)
     return found
 
 

@@ -17,12 +17,13 @@ from moe_llava.evaluation.benchmark import (
     Scored,
     find_file,
     llava_questions,
-    read_json,
     take,
     take_list,
+    take_text,
 )
 from moe_llava.evaluation.means import mean_by
 from moe_llava.evaluation.normalise import evalai
+from moe_llava.evaluation.reading import read_object
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 TRUTH = "data/testdev_balanced_questions.json | testdev_balanced_questions.json"
@@ -41,9 +42,7 @@ def read_answer(text: str) -> str:
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
     file = find_file(folder, TRUTH)
-    truth = read_json(file)
-    if not isinstance(truth, dict):
-        raise BenchmarkError(f"{file} must be an object, question by question, but is {str(truth)[:60]}")
+    truth = read_object(file)
     items, units = [], []
     for question, text in zip(asked, given, strict=True):
         where = f"question {question.id} of {file}"
@@ -59,8 +58,8 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
 
 
 def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any]:
-    expected, types = take(record, "answer", where), take(record, "types", where)
-    structural = take(types, "structural", where)
+    expected, types = take_text(record, "answer", where), take(record, "types", where)
+    structural = take_text(types, "structural", where)
     return {
         "given": text,
         "read": None if text is None else read_answer(text),
@@ -69,8 +68,8 @@ def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any
         "leniently": text is not None and (read_answer(text) == expected or evalai(text) == evalai(expected)),
         "answers": "open" if structural == "query" else "binary",
         "structural": structural,
-        "semantic": take(types, "semantic", where),
-        "words": len(take(record, "question", where).split()),
+        "semantic": take_text(types, "semantic", where),
+        "words": len(take_text(record, "question", where).split()),
         "steps": _steps(take_list(record, "semantic", where), where) if "semantic" in record else None,
     }
 

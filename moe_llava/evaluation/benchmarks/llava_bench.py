@@ -23,8 +23,10 @@ from moe_llava.evaluation.benchmark import (
     read_json_lines,
     share,
     take,
+    take_text,
 )
 from moe_llava.evaluation.judge import Judge, Messages
+from moe_llava.evaluation.reading import once
 
 CATEGORIES = ("conv", "detail", "complex")
 LOWEST, HIGHEST = 1, 10
@@ -64,7 +66,8 @@ def read_marks(reply: str) -> tuple[float, float] | None:
     return (first, second) if all(LOWEST <= mark <= HIGHEST for mark in (first, second)) else None
 
 
-def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judge) -> Scored:
+def check(folder: Path, asked: list[Question]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return (image -> its description, id of a question -> its reference answer). Raise BenchmarkError if a question lacks one."""
     descriptions = _by(folder / "context.jsonl", "image", "caption")
     references = _by(folder / "answers_gpt4.jsonl", "question_id", "text")
     for question in asked:
@@ -78,6 +81,11 @@ def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judg
             raise BenchmarkError(f"question {question.id} of {folder / 'questions.jsonl'} has no picture that context.jsonl describes")
         if question.id not in references:
             raise BenchmarkError(f"question {question.id} of {folder / 'questions.jsonl'} has no answer in answers_gpt4.jsonl")
+    return descriptions, references
+
+
+def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judge) -> Scored:
+    descriptions, references = check(folder, asked)
     answered = [number for number, text in enumerate(given) if text is not None]
     conversations = [
         _conversation(descriptions[asked[number].images[0].name], asked[number].prompt, references[asked[number].id], str(given[number]))
@@ -96,10 +104,12 @@ def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judg
 def _by(file: Path, key: str, value: str) -> dict[str, str]:
     """Texts of a file by key. A description may be a list of sentences."""
     found = {}
+    seen: dict[str, str] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
         where = f"record {number} of {file}"
-        text = take(record, value, where)
-        found[str(take(record, key, where))] = "\n".join(map(str, text)) if isinstance(text, list) else str(text)
+        text, name = take(record, value, where), str(take(record, key, where))
+        once(seen, key, name, where)
+        found[name] = "\n".join(map(str, text)) if isinstance(text, list) else take_text(record, value, where)
     return found
 
 
@@ -131,5 +141,6 @@ BENCHMARK = Benchmark(
     questions=questions,
     max_new_tokens=1024,
     judge=judge,
+    check=check,
     headline=("all",),
 )

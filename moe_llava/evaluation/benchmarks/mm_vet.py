@@ -24,11 +24,11 @@ from moe_llava.evaluation.benchmark import (
     Question,
     Scored,
     llava_questions,
-    read_json,
     share,
     take,
 )
 from moe_llava.evaluation.judge import Judge, Messages
+from moe_llava.evaluation.reading import read_object
 
 QUESTIONS, TRUTH = "llava-mm-vet.jsonl", "mm-vet.json"
 
@@ -58,9 +58,14 @@ def read_share(reply: str) -> float | None:
     return float(line) if re.fullmatch(r"0|0?\.[0-9]+|1|1\.0+", line) else None
 
 
+def check(folder: Path, asked: list[Question]) -> list[tuple[str, list[str]]]:
+    """Return, for each question, the expected answer and the capabilities it needs. Raise BenchmarkError if one has none."""
+    records = read_object(folder / TRUTH)
+    return [_truth(folder, records, question) for question in asked]
+
+
 def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judge) -> Scored:
-    records = read_json(folder / TRUTH)
-    truth = [_truth(folder, records, question) for question in asked]
+    truth = check(folder, asked)
     answered = [number for number, text in enumerate(given) if text is not None]
     conversations = [_conversation(asked[number].prompt, truth[number][0], str(given[number])) for number in answered]
     shares = dict(zip(answered, by.ask(conversations, read_share, REMINDER), strict=True))
@@ -77,10 +82,10 @@ def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judg
     return Scored(items, columns, units, _measure)
 
 
-def _truth(folder: Path, records: Any, question: Question) -> tuple[str, list[str]]:
+def _truth(folder: Path, records: dict[str, Any], question: Question) -> tuple[str, list[str]]:
     """The expected answer, and the capabilities it needs, by name."""
     key = f"v1_{question.id}"
-    if not isinstance(records, dict) or not isinstance(records.get(key), dict):
+    if not isinstance(records.get(key), dict):
         raise BenchmarkError(f"{folder / TRUTH} has no entry {key!r} for question {question.id} of {folder / QUESTIONS}")
     where = f"{key} of {folder / TRUTH}"
     expected, capabilities = (take(records[key], name, where) for name in ("answer", "capability"))
@@ -119,5 +124,6 @@ BENCHMARK = Benchmark(
     upload=upload,
     max_new_tokens=1024,
     judge=judge,
+    check=check,
     headline=("total",),
 )

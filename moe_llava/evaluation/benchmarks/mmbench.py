@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import io
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,8 +20,9 @@ from typing import Any
 from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from moe_llava.evaluation.benchmark import ENCODING, LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
+from moe_llava.evaluation.benchmark import LENIENT, LETTER, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
 from moe_llava.evaluation.choices import judged, scored
+from moe_llava.evaluation.reading import ENCODING, once, read_text
 
 # A rotation's index is that of its question plus a multiple of this.
 ROTATION = 1_000_000
@@ -32,14 +34,16 @@ NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 def read_questions(file: Path, suffix: str) -> list[Question]:
     """Raises BenchmarkError, naming the row, if one is not as the header says or its index or image is damaged."""
     questions = []
+    seen: dict[int, str] = {}
     for number, row in enumerate(_rows(file), start=1):
         where = f"row {number} of {file}"
         index, text = take(row, "index", where), take(row, "question", where)
         if not index.isdecimal():
             raise BenchmarkError(f"{where} has the index {index!r}, but must have a number")
+        once(seen, "index", int(index), where)
         # All is text here, so an option may be "None" or "NA"; an empty cell is no option, and no hint.
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
-        lines = [row["hint"]] * bool(row.get("hint")) + [text] + [f"{letter}. {option}" for letter, option in options.items()]
+        lines = ([row["hint"]] if row.get("hint") else []) + [text] + [f"{letter}. {option}" for letter, option in options.items()]
         image = InlineImage(f"{index}.jpg", _decoded(take(row, "image", where), where))
         extra = {"row": {key: value for key, value in row.items() if key != "image"}, "options": options}
         questions.append(Question(index, "\n".join(lines) + suffix, (image,), extra))
@@ -48,11 +52,13 @@ def read_questions(file: Path, suffix: str) -> list[Question]:
 
 def _rows(file: Path) -> Iterable[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # an image is longer than the usual limit
-    with file.open(encoding=ENCODING, newline="") as stream:
-        try:
-            header, *rows = [row for row in csv.reader(stream, delimiter="\t", strict=True) if row]
-        except (ValueError, csv.Error) as error:
-            raise BenchmarkError(f"{file} is no table of tab-separated values in UTF-8: {error}") from error
+    text = read_text(file)
+    try:
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if row]
+    except (ValueError, csv.Error) as error:
+        raise BenchmarkError(f"{file} is no table of tab-separated values: {error}") from error
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise BenchmarkError(f"the header of {file} has the column {min(twice)!r} twice")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise BenchmarkError(f"row {number} of {file} has {len(row)} cells, but must have {len(header)}: {', '.join(header)}")

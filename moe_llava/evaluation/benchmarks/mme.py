@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from moe_llava.evaluation.benchmark import (
-    ENCODING,
     LENIENT,
     SINGLE_WORD,
     Benchmark,
@@ -28,6 +27,7 @@ from moe_llava.evaluation.benchmark import (
     share,
 )
 from moe_llava.evaluation.benchmarks.pope import says_yes_leniently
+from moe_llava.evaluation.reading import once, read_text
 
 QUESTIONS, RELEASE = "llava_mme.jsonl", "MME_Benchmark_release_version"
 TASKS = {
@@ -38,7 +38,7 @@ ALL_TASKS = tuple(task for tasks in TASKS.values() for task in tasks)
 
 
 def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / RELEASE)
+    return llava_questions(folder / QUESTIONS, folder / RELEASE, unique=("question_id", "text"))
 
 
 def read(text: str) -> str:
@@ -98,16 +98,19 @@ def _check(file: Path, whole: list[Question]) -> None:
 
 
 def _truth(folder: Path) -> dict[tuple[str, str], str]:
-    """(image, question) -> yes or no. Some tasks have these files in a folder of their own, beside one of images."""
+    """(image, question) -> yes or no. Some tasks have these files in a folder of their own, beside one of images. Hidden files are skipped:
+    macOS writes one beside each file that it copies."""
     own = folder / "questions_answers_YN"
     truth = {}
-    for file in sorted((own if own.is_dir() else folder).glob("*.txt")):
-        for number, line in enumerate(file.read_text(encoding=ENCODING).split("\n"), start=1):
+    seen: dict[tuple[str, str], str] = {}
+    for file in sorted(file for file in (own if own.is_dir() else folder).glob("*.txt") if not file.name.startswith(".")):
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             question, tab, answer = line.strip().rpartition("\t")
             if not tab or answer.lower() not in ("yes", "no"):
                 raise BenchmarkError(f"line {number} of {file} must be a question, a tab, and Yes or No, but is {line[:80]!r}")
+            once(seen, "question", (file.stem, _bare(question)), f"line {number} of {file}")
             truth[file.stem, _bare(question)] = answer.lower()
     return truth
 

@@ -15,8 +15,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.benchmark import LENIENT, LETTER, SINGLE_WORD, Benchmark, BenchmarkError, InlineImage, Question, Scored, take
+from moe_llava.evaluation.benchmark import (
+    LENIENT,
+    LETTER,
+    SINGLE_WORD,
+    Benchmark,
+    BenchmarkError,
+    InlineImage,
+    Question,
+    Scored,
+    take_text,
+)
 from moe_llava.evaluation.choices import judged, lettered, scored
+from moe_llava.evaluation.reading import once
 
 DISCIPLINES = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -54,7 +65,13 @@ NUMBERS = (
 
 
 def questions(folder: Path) -> list[Question]:
-    return [_question(row, subject, where) for subject in DISCIPLINE for row, where in _rows(folder / subject)]
+    found = []
+    seen: dict[str, str] = {}
+    for subject in DISCIPLINE:
+        for row, where in _rows(folder / subject):
+            found.append(_question(row, subject, where))
+            once(seen, "id", found[-1].id, where)
+    return found
 
 
 def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -62,7 +79,8 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     import pyarrow
     from pyarrow import ipc, parquet
 
-    files = sorted(folder.glob("validation*.parquet")) or sorted(folder.glob("validation/*.arrow"))
+    arrow = (file for file in folder.glob("validation/*.arrow") if not file.name.startswith("."))  # macOS's copies of attributes
+    files = sorted(folder.glob("validation*.parquet")) or sorted(arrow)
     if not files:
         raise BenchmarkError(f"{folder} must have files validation*.parquet or validation/*.arrow, but has neither")
     for file in files:
@@ -75,10 +93,10 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _question(row: Mapping[str, Any], subject: str, where: str) -> Question:
-    identity, text, kind, answer = (take(row, key, where) for key in ("id", "question", "question_type", "answer"))
+    identity, text, kind, answer = (take_text(row, key, where) for key in ("id", "question", "question_type", "answer"))
     if kind not in ("multiple-choice", "open"):
         raise BenchmarkError(f"{where} has the question_type {kind!r}, but must have multiple-choice or open")
-    texts = _listed(take(row, "options", where))
+    texts = _listed(take_text(row, "options", where))
     if kind == "multiple-choice" and not texts:
         raise BenchmarkError(f"{where} has the options {row['options']!r}, but must have a list of texts")
     options = lettered(texts) if kind == "multiple-choice" else {}

@@ -20,13 +20,16 @@ from moe_llava.evaluation.benchmark import (
     Columns,
     Question,
     Scored,
+    first_image,
     llava_questions,
     plain,
     read_json_lines,
     share,
     take,
+    take_text,
 )
 from moe_llava.evaluation.means import detection
+from moe_llava.evaluation.reading import once
 
 QUESTIONS = "llava_pope_test.jsonl"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -56,10 +59,11 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
     labels = {category: _labels(folder / "coco" / f"coco_pope_{category}.json") for category in CATEGORIES}
     items = []
     for question, text in zip(asked, given, strict=True):
-        category = take(question.extra, "category", f"question {question.id} of {folder / QUESTIONS}")
-        key = (question.images[0].name, plain(question.prompt.removesuffix(SINGLE_WORD)))
+        where = f"question {question.id} of {folder / QUESTIONS}"
+        category = take(question.extra, "category", where)
+        key = (first_image(question, where).name, plain(question.prompt.removesuffix(SINGLE_WORD)))
         if category not in labels or key not in labels[category]:
-            raise BenchmarkError(f"question {question.id} of {folder / QUESTIONS} has no label in coco_pope_{category}.json")
+            raise BenchmarkError(f"{where} has no label in coco_pope_{category}.json")
         truth = labels[category][key]
         # A missing answer counts as the wrong one.
         said = not truth if text is None else says_yes(text)
@@ -74,13 +78,18 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
 
 def _labels(file: Path) -> dict[tuple[str, str], bool]:
     """(image, question) -> whether it is there."""
-    labels = {}
+    labels: dict[tuple[str, str], bool] = {}
+    ids: dict[str, str] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
         where = f"line {number} of {file}"
         label = take(record, "label", where)
         if label not in ("yes", "no"):
             raise BenchmarkError(f"{where} has the label {label!r}, but must have yes or no")
-        labels[take(record, "image", where), plain(take(record, "text", where))] = label == "yes"
+        if "question_id" in record:
+            once(ids, "question_id", str(record["question_id"]), where)
+        key = (take_text(record, "image", where), plain(take_text(record, "text", where)))
+        if labels.setdefault(key, label == "yes") != (label == "yes"):
+            raise BenchmarkError(f"{where} has the label {label!r} for {key[1]!r} about {key[0]}, which had the other label before")
     return labels
 
 

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.benchmark import LETTER, Benchmark, BenchmarkError, Question, Scored, read_json, take
+from moe_llava.evaluation.benchmark import LETTER, Benchmark, BenchmarkError, Question, Scored, take, take_list, take_text
 from moe_llava.evaluation.choices import judged, lettered, scored
+from moe_llava.evaluation.reading import once, read_list, read_object
 
 QUESTIONS, PROBLEMS, SPLITS = "llava_test_CQM-A.json", "problems.json", "pid_splits.json"
 
@@ -19,12 +20,15 @@ QUESTIONS, PROBLEMS, SPLITS = "llava_test_CQM-A.json", "problems.json", "pid_spl
 def questions(folder: Path) -> list[Question]:
     file = folder / QUESTIONS
     found = []
-    for number, record in enumerate(read_json(file), start=1):
+    seen: dict[str, str] = {}
+    for number, record in enumerate(read_list(file), start=1):
         where = f"record {number} of {file}"
-        identity, turns, image = str(take(record, "id", where)), take(record, "conversations", where), record.get("image")
+        identity, turns = str(take(record, "id", where)), take_list(record, "conversations", where)
+        image = take_text(record, "image", where) if record.get("image") is not None else ""
+        once(seen, "id", identity, where)
         if not turns:
             raise BenchmarkError(f"{where} has no turns in 'conversations'")
-        prompt = take(turns[0], "value", where).replace("<image>", "").strip() + LETTER
+        prompt = take_text(turns[0], "value", where).replace("<image>", "").strip() + LETTER
         found.append(Question(identity, prompt, (folder / "images" / "test" / image,) if image else ()))
     return found
 
@@ -40,16 +44,16 @@ def read(text: str) -> str | None:
 
 
 def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
-    problems, file = read_json(folder / PROBLEMS), folder / PROBLEMS
+    problems, file = read_object(folder / PROBLEMS), folder / PROBLEMS
     _check_split(folder)
     items, groups = [], []
     for question, text in zip(asked, given, strict=True):
         if question.id not in problems:
             raise BenchmarkError(f"{file} has no problem {question.id}, which {QUESTIONS} asks about")
         problem, where = problems[question.id], f"problem {question.id} of {file}"
-        options = lettered(take(problem, "choices", where))
+        options = lettered(take_list(problem, "choices", where))
         answer = take(problem, "answer", where)
-        expected = dict(enumerate(options)).get(answer, answer)
+        expected = next((letter for index, letter in enumerate(options) if index == answer), answer)
         items.append(judged(question, text, None if text is None else read(text), options, expected, file))
         groups.append(["accuracy"] + ["IMG-accuracy"] * bool(question.images) + _parts(problem, where))
     return scored(items, groups, [question.id for question in asked])
@@ -57,8 +61,11 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
 
 def _check_split(folder: Path) -> None:
     """Accuracy is over the whole test split, of which the question file must have all, whatever was asked."""
-    split = set(take(read_json(folder / SPLITS), "test", str(folder / SPLITS)))
-    different = sorted(split ^ {question.id for question in questions(folder)})
+    file = folder / SPLITS
+    split: dict[str, str] = {}
+    for number, identity in enumerate(take_list(read_object(file), "test", str(file)), start=1):
+        once(split, "id", str(identity), f"number {number} of 'test' in {file}")
+    different = sorted(split.keys() ^ {question.id for question in questions(folder)})
     if different:
         raise BenchmarkError(
             f"{folder / QUESTIONS} and the test split in {SPLITS} must have the same questions, but {len(different)} are in one only, "

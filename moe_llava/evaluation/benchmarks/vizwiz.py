@@ -18,17 +18,18 @@ import numpy as np
 from moe_llava.evaluation.benchmark import (
     SINGLE_WORD,
     Benchmark,
-    BenchmarkError,
     Columns,
     Question,
     Scored,
     find_file,
+    first_image,
     llava_questions,
-    read_json,
     take,
+    take_text,
 )
 from moe_llava.evaluation.means import detection, mean_by
 from moe_llava.evaluation.normalise import annotators, evalai, leave_one_out, vqa
+from moe_llava.evaluation.reading import once, read_list
 
 TEST = "llava_test.jsonl"
 VALIDATION = "val.json"
@@ -42,7 +43,7 @@ def questions(folder: Path) -> list[Question]:
     if file.name == TEST:
         return llava_questions(file, folder / "test")
     return [
-        Question(image, take(record, "question", f"{image} of {file}") + UNANSWERABLE + SINGLE_WORD, (folder / "val" / image,))
+        Question(image, take_text(record, "question", f"{image} of {file}") + UNANSWERABLE + SINGLE_WORD, (folder / "val" / image,))
         for image, record in _records(file).items()
     ]
 
@@ -93,22 +94,31 @@ def upload(folder: Path, asked: list[Question], given: list[str | None], out: Pa
 
 def _records(file: Path) -> dict[str, dict[str, Any]]:
     """Image name -> its record: there is one question about each."""
-    records = read_json(file)
-    if not isinstance(records, list):
-        raise BenchmarkError(f"{file} must be a list of records, but is {str(records)[:60]}")
-    return {str(take(record, "image", f"record {number} of {file}")): record for number, record in enumerate(records, start=1)}
+    records = {}
+    seen: dict[str, str] = {}
+    for number, record in enumerate(read_list(file), start=1):
+        where = f"record {number} of {file}"
+        image = take_text(record, "image", where)
+        once(seen, "image", image, where)
+        records[image] = record
+    return records
 
 
 def _image(question: Question) -> str:
-    if not question.images:
-        raise BenchmarkError(f"question {question.id} of VizWiz has no image, by which its answers are known")
-    return Path(str(question.images[0])).name
+    return Path(str(first_image(question, f"question {question.id} of VizWiz, whose answers are known by their images,"))).name
+
+
+def check_images(folder: Path, asked: list[Question]) -> None:
+    """The server knows answers by their images."""
+    seen: dict[str, str] = {}
+    for question in asked:
+        once(seen, "image", _image(question), f"question {question.id} of {folder / TEST}")
 
 
 def split(benchmark: Benchmark, folder: Path) -> Benchmark:
     if find_file(folder, QUESTIONS).name == VALIDATION:
         return replace(benchmark, upload=None)
-    return replace(benchmark, title="VizWiz's test set", score=None)
+    return replace(benchmark, title="VizWiz's test set", score=None, check=check_images)
 
 
 BENCHMARK = Benchmark(

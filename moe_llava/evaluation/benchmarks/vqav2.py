@@ -19,13 +19,13 @@ from moe_llava.evaluation.benchmark import (
     Scored,
     find_file,
     llava_questions,
-    read_json,
     read_json_lines,
     take,
     take_list,
 )
 from moe_llava.evaluation.means import mean_by
 from moe_llava.evaluation.normalise import annotators, evalai, leave_one_out, strip_punctuation, vqa
+from moe_llava.evaluation.reading import once, read_object
 
 VALIDATION = "llava_vqav2_mscoco_val2014.jsonl"
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -60,24 +60,38 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
 def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
     """`vqav2.json`: the answers by EvalAI's normalisation, as LLaVA sends them; "" for a question of the test set without one."""
     answers = {question.id: text for question, text in zip(asked, given, strict=True)}
-    ids = [
-        take(record, "question_id", f"record {number} of {folder / TEST}")
-        for number, record in enumerate(read_json_lines(folder / TEST), 1)
-    ]
-    strange = sorted(set(answers) - {str(identity) for identity in ids})
-    if strange:
-        raise BenchmarkError(
-            f"question {strange[0]} and {len(strange) - 1} more are not of the test set in {folder / TEST}, which alone is uploaded"
-        )
+    ids = check_test(folder, asked)
     file = out / "vqav2.json"
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([{"question_id": identity, "answer": evalai(answers.get(str(identity)) or "")} for identity in ids]))
     return [file]
 
 
+def check_test(folder: Path, asked: list[Question]) -> list[Any]:
+    """Return the ids of all test questions. Raise BenchmarkError if what is asked is not among them."""
+    ids = []
+    seen: dict[str, str] = {}
+    for number, record in enumerate(read_json_lines(folder / TEST), start=1):
+        where = f"record {number} of {folder / TEST}"
+        ids.append(take(record, "question_id", where))
+        once(seen, "question_id", str(ids[-1]), where)
+    strange = sorted({question.id for question in asked} - seen.keys())
+    if strange:
+        raise BenchmarkError(
+            f"question {strange[0]} and {len(strange) - 1} more are not of the test set in {folder / TEST}, which alone is uploaded"
+        )
+    return ids
+
+
 def _annotations(file: Path) -> dict[str, dict[str, Any]]:
-    records = take_list(read_json(file), "annotations", str(file))
-    return {str(take(record, "question_id", f"annotation {number} of {file}")): record for number, record in enumerate(records, 1)}
+    annotations = {}
+    seen: dict[str, str] = {}
+    for number, record in enumerate(take_list(read_object(file), "annotations", str(file)), start=1):
+        where = f"annotation {number} of {file}"
+        identity = str(take(record, "question_id", where))
+        once(seen, "question_id", identity, where)
+        annotations[identity] = record
+    return annotations
 
 
 def _truths(record: dict[str, Any], where: str) -> list[str]:
@@ -93,7 +107,7 @@ def split(benchmark: Benchmark, folder: Path) -> Benchmark:
     if find_file(folder, QUESTIONS).name == VALIDATION:
         return replace(benchmark, upload=None, files=benchmark.files | {ANNOTATIONS: "the annotators' answers"})
     whole = {TEST: "the list of all test questions, which an upload must cover"}
-    return replace(benchmark, title="VQAv2's test-dev", score=None, files=benchmark.files | whole)
+    return replace(benchmark, title="VQAv2's test-dev", score=None, check=check_test, files=benchmark.files | whole)
 
 
 BENCHMARK = Benchmark(
