@@ -74,17 +74,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     rgb = _without_alpha(_with_eight_bits(image, stored))
     rgb = rgb if turn is None else rgb.transpose(turn)
     rgb.info.clear()  # nothing there is true any more: not the orientation, not the transparency
-    longest = max(rgb.size)
-    if longest > MOST_SIDE:
-        width, height = (max(1, round(side * MOST_SIDE / longest)) for side in rgb.size)
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return rgb
+    size = fitting(rgb.size)
+    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
 
 
 def check_shape(size: tuple[int, int]) -> None:
     """Raises ValueError if one side is more than MOST_RATIO times the other."""
     if max(size) > MOST_RATIO * min(size):
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, but one side may be at most {MOST_RATIO} times the other")
+
+
+def fitting(size: tuple[int, int]) -> tuple[int, int]:
+    """The size to which `to_rgb` makes an image of `size` smaller."""
+    longest = max(size)
+    if longest <= MOST_SIDE:
+        return size
+    return max(1, round(size[0] * MOST_SIDE / longest)), max(1, round(size[1] * MOST_SIDE / longest))
 
 
 def _stored_as(image: Image.Image) -> str:
