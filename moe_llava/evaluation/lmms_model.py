@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
+from moe_llava.common.images import BROKEN, to_rgb
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.evaluate import tell_of_capacity
@@ -51,7 +52,7 @@ class TaskImage:
 
     def open(self) -> BinaryIO:
         file = BytesIO()
-        self.decode().convert("RGB").save(file, "PPM")  # neither lossy nor slow
+        to_rgb(self.decode()).save(file, "PPM")  # neither lossy nor slow
         file.seek(0)
         return file
 
@@ -106,10 +107,13 @@ class MoeLlava(lmms):
         *_, number, task, _ = request.args
         name = f"{number} of task {task}"
         prompt, images = self._read(request)
-        sources: list[Any] = [
-            Path(image) if isinstance(image, str) else TaskImage(str(place), _digest(image), partial(self._image, request, place))
-            for place, image in enumerate(images)
-        ]
+        try:
+            sources: list[Any] = [
+                Path(image) if isinstance(image, str) else TaskImage(str(place), _digest(image), partial(self._image, request, place))
+                for place, image in enumerate(images)
+            ]
+        except BROKEN as error:
+            raise BenchmarkError(f"question {name} has an image that cannot be read: {error}") from error
         return Question(name, prompt, tuple(sources))
 
     def _read(self, request: Instance) -> tuple[str, list[Any]]:
@@ -183,5 +187,5 @@ def _prompt_and_images(messages: Any, where: str) -> tuple[str, list[Any]]:
 
 
 def _digest(image: Image.Image) -> str:
-    pixels = image.convert("RGB")
+    pixels = to_rgb(image)
     return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).hexdigest()

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from moe_llava.common.images import to_rgb
 from moe_llava.evaluation.benchmark import BenchmarkError, Question
 
 STRENGTHS = (1, 2, 3, 4, 5)
@@ -167,7 +168,7 @@ def _blur(image: Image.Image, deviation: float, random: np.random.Generator) -> 
 def _jpeg(image: Image.Image, quality: int, random: np.random.Generator) -> Image.Image:
     file = BytesIO()
     image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
+    return to_rgb(Image.open(file))
 
 
 def _brightness(image: Image.Image, more: float, random: np.random.Generator) -> Image.Image:

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from moe_llava.checkpoints.offload import Counts
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.serving import requests, web
-from moe_llava.serving.bodies import Memory, Take, read_body, until_left
+from moe_llava.serving.bodies import Memory, Share, Take, Worker, read_body, until_left
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.fetch import Fetcher
 from moe_llava.serving.listen import is_loopback
@@ -49,13 +49,14 @@ class ClientLeft(Exception):
 
 
 class Answer:
-    """The pieces of one answer, in the event loop. A first token is noted in `metrics`, and every token."""
+    """The pieces of one answer, in the event loop. A first token is noted in `metrics`, and every token. `release`: called at the end."""
 
-    def __init__(self, engine: Engine, request: requests.Request, metrics: Metrics, arrival: float):
+    def __init__(self, engine: Engine, request: requests.Request, metrics: Metrics, arrival: float, release: Callable[[], None]):
         """Raises what `Engine.submit` raises."""
         self._pieces: asyncio.Queue[requests.Piece | Exception] = asyncio.Queue()
         self._metrics = metrics
         self._arrival = arrival
+        self._release = release
         loop = asyncio.get_running_loop()
 
         def deliver(piece: requests.Piece | Exception) -> None:
@@ -91,6 +92,7 @@ class Answer:
     async def end(self) -> None:
         """However it ended, its place is free."""
         self._cancel()
+        self._release()
         self._metrics.requests[self.outcome] += 1
 
 
@@ -112,15 +114,18 @@ class Service:
         self.limits = limits
         self.fetcher = fetcher
         self.memory = Memory(limits.all_bytes)
-        self.parsing = asyncio.Lock()  # what one body unfolds to is bounded, and so that of all
+        self.parsing, self.preparing = Worker(), Worker()  # what one body and one image unfold to is bounded, and so that of all
         self.prompts = PromptMaker(processor, limits)
         self.metrics = Metrics(experts)
         self.created = int(time.time())
 
     async def chat_completions(self, client: Request) -> Response:
         arrival = time.monotonic()
-        form, request = await self.prepared(client, self._request)
-        answer = Answer(self.engine, request, self.metrics, arrival)
+        with ExitStack() as held:
+            share = held.enter_context(self.memory.share())
+            form, request = await self.prepared(client, self._request, share)
+            answer = Answer(self.engine, request, self.metrics, arrival, share.release)
+            held.pop_all()  # from here on the answer holds the share
         reply = Reply(self.name, len(request.input_ids), form.logprobs)
         if form.stream:
             headers = {"Cache-Control": "no-cache"}
@@ -129,19 +134,28 @@ class Service:
         return await _whole(client, answer, reply)
 
     async def prepared(
-        self, client: Request, prepare: Callable[[ChatCompletionRequest, Fetched], Prepared], answered: bool = False
+        self, client: Request, prepare: Callable[[ChatCompletionRequest, Fetched], Prepared], share: Share, answered: bool = False
     ) -> Prepared:
-        """What `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept.
+        """What `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept: `share`
+        holds the bytes of the pixel values then.
 
         `answered`: whether the last message is to be an answer. Raises ApiError as `parse` does, or if the body is for another model;
-        QueueFull and EngineClosed.
+        QueueFull, EngineClosed and TimeLimitExceeded.
         """
-        with self.memory.share() as take:
-            asked = await self._parsed(await read_body(client, self.limits, take), answered)
-            if asked.model != self.name:
-                raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
-            self.engine.check_room()
-            return await run_in_threadpool(prepare, asked, await self._fetched(asked, take))
+        asked = await self._parsed(await read_body(client, self.limits, share.take), answered)
+        if asked.model != self.name:
+            raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+        self.engine.check_room()
+        fetched = await self._fetched(asked, share.take)
+        needs = await self.parsing.run(0, lambda: self.prompts.needs(asked.messages, fetched))
+        share.take(needs.kept)
+        try:
+            preparing = self.preparing.run(needs.working, lambda: prepare(asked, fetched))
+            prepared = await asyncio.wait_for(preparing, self.engine.time_limit)
+        except asyncio.TimeoutError as error:
+            raise requests.TimeLimitExceeded(f"the images were not prepared within {self.engine.time_limit:g} seconds") from error
+        share.release(but=needs.kept)
+        return prepared
 
     async def models(self) -> Response:
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
@@ -164,8 +178,7 @@ class Service:
         return await self.refused(client, api_error(error))
 
     async def _parsed(self, body: bytearray, answered: bool) -> ChatCompletionRequest:
-        async with self.parsing:
-            return await run_in_threadpool(parse, body, self.limits, answered)
+        return await self.parsing.run(0, lambda: parse(body, self.limits, answered))
 
     async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> Fetched:
         urls = [url for url, _ in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
@@ -259,6 +272,8 @@ def build_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(engine.close)
+        service.parsing.close()
+        service.preparing.close()
 
     # No pages about the interface: they would load scripts from elsewhere.
     everywhere = [] if api_keys else [Depends(check_host)]

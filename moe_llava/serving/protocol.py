@@ -41,11 +41,13 @@ class ApiError(Exception):
 class Limits:
     """What one request may hold. `body_bytes` bounds images, too, which come in base64; `marks` are commas, colons and opening brackets,
     of which values are made; `pixels` is of one image, decoded; `scans` of a JPEG, each of which takes as long as the whole image;
-    `characters` of all texts; `new_tokens` is the longest answer of who asks for none. `all_bytes`: of all requests that are being read.
-    Seconds: for a request's head, its body, and its images from other servers."""
+    `characters` of all texts; `new_tokens` is the longest answer of who asks for none. `all_bytes`: of the bodies, fetched images and pixel
+    values of all requests; `working_bytes`: of an image while it is decoded and resized. Seconds: for a request's head, its body, and its
+    images from other servers."""
 
     body_bytes: int = 32 * 2**20
-    all_bytes: int = 128 * 2**20
+    all_bytes: int = 192 * 2**20
+    working_bytes: int = 700 * 10**6
     marks: int = 250_000
     image_bytes: int = 8 * 2**20
     pixels: int = 25_000_000

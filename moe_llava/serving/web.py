@@ -22,7 +22,7 @@ from moe_llava.routing.page import as_seen, png_url
 from moe_llava.routing.plots import expert_colour, ink
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, find_routers, trace_answer
-from moe_llava.serving.bodies import until_left
+from moe_llava.serving.bodies import Share, until_left
 from moe_llava.serving.prompts import PromptMaker
 from moe_llava.serving.protocol import LEFT, ApiError, ChatCompletionRequest, Message
 
@@ -84,7 +84,11 @@ class Routes:
         """The experts of every patch of a conversation's images, and of every token of the answer that ends it."""
         if not self._sparse:
             raise ApiError(400, "the model is dense: it has no experts", code="no_experts")
-        ids, pixels, begin = await self._service.prepared(client, self._read, answered=True)
+        with self._service.memory.share() as share:
+            return await self._traced(client, share)
+
+    async def _traced(self, client: Request, share: Share) -> Response:
+        ids, pixels, begin = await self._service.prepared(client, self._read, share, answered=True)
         self._service.engine.check_readable(ids, pixels)
 
         def work(model: Any, tokenizer: Any) -> Trace:

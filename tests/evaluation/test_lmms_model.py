@@ -188,6 +188,14 @@ def test_pictures_of_a_task(tmp_path):
     assert lmms_model._digest(flat) != lmms_model._digest(flat.resize((2, 4)))
 
 
+def test_pictures_of_a_task_are_read_as_files_are(asked):
+    sideways = Image.effect_noise((7, 5), 90).convert("LA")
+    sideways.getexif()[0x0112] = 6
+    assert open_image(TaskImage("one", "", lambda: sideways), "question 1").size == (5, 7)
+    with pytest.raises(BenchmarkError, match="question 0 of task some has an image that cannot be read: its pixels are floating-point"):
+        ask(asked, [[part(Image.new("F", (4, 4))), text("is this a 7 ?")]])
+
+
 @pytest.mark.parametrize("until", [["top", "\n\n", ""], "top"], ids=["list", "text"])
 def test_answers_end_at_the_strings_of_a_task(asked, questions, until):
     contents = [[picture(question), text(question.prompt)] for question in questions]

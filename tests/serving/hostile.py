@@ -53,7 +53,7 @@ PATHS = """/../../etc/passwd /..%2f..%2fetc%2fpasswd /%2e%2e/%2e%2e/etc/passwd /
 URLS = """http://127.0.0.1:9/a.png HTTPS://example.org/a.png ftp://example.org/a file:///etc/passwd file://host/a /etc/passwd C:\\a.png
     //example.org/a.png \\\\host\\share\\a.png data:text/html;base64,AAAA data:image/png,AAAA data: data:image/png;base64 blob:a
     data:image/png;base64,%41 data:image/png;base64,A data:image/png;base64,==== javascript:alert(1) gopher://a
-    data:image/png;charset=x;base64,AAAA data:image/png;base64,\u0661\u0662"""
+    data:image/png;charset=x;base64,AAAA data:image/png;base64,\u0661\u0662 data:image/png;base64;charset=utf-8,AAAA"""
 PLAIN = Image.new("RGB", (24, 18), "red")
 PNG = encoded(PLAIN)
 HONEST = {
@@ -111,11 +111,16 @@ def text_bomb():
     return PNG[:33] + (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + PNG[33:]
 
 
+def flat(width, height):
+    """A PNG of few bytes, whatever its size."""
+    return encoded(Image.new("1", (width, height)))
+
+
 def by_hand():
     """name -> (bytes of a request, statuses that may answer it)"""
     wrong, chunked = {400}, "Transfer-Encoding: chunked\r\n"
     animated = encoded(PLAIN, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 18), "blue")] * 20)
-    wide = encoded(Image.new("1", (5000, 5000)))
+    wide = flat(5000, 5000)
     wide_part = {"type": "image_url", "image_url": {"url": data_url(wide)}}
     cases = {
         "nested": (post(b"[" * 100_000), wrong),
@@ -193,6 +198,10 @@ def by_hand():
         "a vector image": (show("data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="), wrong),
         "a disguise": (show(data_url(b"RIFF\0\0\0\0WEBP\nImage type: L\nImage size (x*y): 9999*9999\n" + b"\0" * 600)), wrong),
     }
+    for size in ((10_000, 1), (1, 30_000), (60_000, 1), (1, 1_000_000), (2_000, 1), (25_000_000, 1)):
+        cases[f"thin {size}"] = (show(data_url(flat(*size))), wrong)
+    for size in ((200, 1), (70_000, 355), (355, 70_000)):
+        cases[f"as thin as may be {size}"] = (show(data_url(flat(*size))), {200})
     for name in ("", *HOSTS.split()):
         cases[f"host {name}"] = (f"GET /v1/models HTTP/1.1\r\nHost: {name}\r\n\r\n".encode(), {400, 403})
     for path in PATHS.split():

@@ -1,0 +1,180 @@
+"""What a client's messages become, what their images take, and in which order they are prepared."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaImageProcessorPil
+
+from moe_llava.common.images import MOST_SIDE
+from moe_llava.serving.bodies import Memory, Worker
+from moe_llava.serving.prompts import PromptMaker, working_bytes
+from moe_llava.serving.protocol import ApiError, ImagePart, Limits, TextPart, UserMessage
+from tests.conftest import REPOSITORY
+from tests.serving.conftest import LIMITS
+from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat
+from tests.training.conftest import tiny_base  # noqa: F401
+
+CLIP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+PAYLOAD = data_url(PNG).partition(",")[2]
+
+
+def question(*urls):
+    images = [ImagePart.model_validate({"type": "image_url", "image_url": {"url": url}}) for url in urls]
+    return [UserMessage(role="user", content=[*images, TextPart(type="text", text="where is the red 7 ?")])]
+
+
+@pytest.fixture(scope="module")
+def prompts(served):
+    return PromptMaker(served[1], LIMITS)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:image/png;charset=utf-8;base64,",
+        "data:image/png;charset=UTF-8;name=a.png;base64,",
+        'data:image/png;name="a;b,c.png";base64,',
+        "data:image/png; charset=utf-8; base64,",
+        "data:image/png;charset=;base64,",
+        "data:image/jpg;base64,",
+        "data:image/x-png;base64,",
+        "data:image/svg+xml;base64,",
+        "data:image/vnd.some_thing;base64,",
+        "data:image/*;base64,",
+        "DATA:IMAGE/PNG;BASE64,",
+    ],
+)
+def test_a_data_url_may_have_parameters(prompts, head):
+    """What its content is says the content."""
+    found, expected = (prompts.make(question(url), {}) for url in (head + PAYLOAD, data_url(PNG)))
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:image/png,",
+        "data:;base64,",
+        "data:text/plain;base64,",
+        "data:image/png;base64;charset=utf-8,",
+        "data:image/png;charset;base64,",
+        "data:image/;base64,",
+        " data:image/png;base64,",
+        "data:image/png;a=b,c;base64,",
+        "image/png;base64,",
+    ],
+)
+def test_what_is_no_data_url(prompts, head):
+    with pytest.raises(ApiError, match="image 0 must be a data: URL"):
+        prompts.needs(question(head + PAYLOAD), {})
+
+
+def test_many_parameters_take_no_time(prompts):
+    with pytest.raises(ApiError, match="must be a data: URL"):
+        prompts.needs(question("data:image/png" + ";a=b" * 1_000_000), {})
+
+
+def test_one_image_at_a_time_is_as_good_as_all(served, prompts):
+    _, processor, _ = served
+    images = [PLAIN, PLAIN.rotate(90), Image.effect_noise((50, 70), 90)]
+    ids, pixels = prompts.make(question(*(data_url(encoded(image)) for image in images)), {})
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": "where is the red 7 ?"}]}],
+        add_generation_prompt=True,
+    )
+    expected = processor(text=text, images=[image.convert("RGB") for image in images], add_special_tokens=False, return_tensors="pt")
+    assert ids == expected["input_ids"][0].tolist()
+    assert torch.equal(pixels, expected["pixel_values"])
+    needs = prompts.needs(question(*(data_url(encoded(image)) for image in images)), {})
+    assert needs.kept == pixels.nbytes
+    assert needs.working == prompts.needs(question(data_url(encoded(images[2]))), {}).working  # the largest one
+
+
+@pytest.mark.parametrize(
+    ("content", "changed", "why"),
+    [
+        (flat(300, 200), {"pixels": 59_999}, "300 x 200 pixels, but at most 59999 are taken"),
+        (flat(300, 200), {"all_pixels": 119_999}, "more than 119999 pixels together"),
+        (flat(300, 200), {"working_bytes": 1_000_000}, "300 x 200 pixels, and takes 1[0-9]* bytes to prepare, but at most 1000000"),
+        (flat(603, 3), {}, "603 x 3 pixels, but one side may be at most 200 times"),
+        (PNG[:30], {}, "none of PNG, JPEG, WEBP, GIF"),
+    ],
+)
+def test_an_image_is_refused_by_its_header(served, content, changed, why):
+    """Nothing of its content is read."""
+    prompts = PromptMaker(served[1], replace(LIMITS, **changed))
+    with pytest.raises(ApiError, match=why) as caught:
+        prompts.needs(question(*[data_url(content)] * 2), {})
+    assert caught.value.status == 400
+
+
+def test_whatever_the_limits_let_through_can_be_prepared():
+    """With CLIP's preprocessing, and padded to a square."""
+    sizes = [(5000, 5000), (6144, 4069), (70_710, 353), (353, 70_710), (25_000, 1000)]
+    for pad in (False, True):
+        processor = LlavaImageProcessorPil(**CLIP, do_pad=pad)
+        assert all(working_bytes(size, True, processor) <= Limits().working_bytes for size in sizes)
+    assert working_bytes((200, 1), False, LlavaImageProcessorPil(size={"shortest_edge": 2000}, do_pad=False)) > Limits().working_bytes
+
+
+def test_an_image_takes_no_more_than_is_expected():
+    """Measured, in a process of its own."""
+    # Freed memory goes back to the system at once, and is not taken for that of the next image.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    command = [sys.executable, "-m", "tests.serving.measured_images"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=200, check=True)
+    lines = [(line, *map(int, line.split("|")[2:])) for line in done.stdout.splitlines()]
+    assert len(lines) == 15
+    assert not [line for line, taken, expected in lines if not expected / 4 < taken < expected * 1.02 + 3e6]
+
+
+def test_the_smallest_work_comes_first():
+    async def order():
+        worker, begin, done = Worker(), threading.Event(), []
+        running = [asyncio.create_task(worker.run(9, begin.wait))]
+        await asyncio.sleep(0.05)
+        running += [asyncio.create_task(worker.run(size, lambda size=size: done.append(size))) for size in (5, 3, 4, 1)]
+        await asyncio.sleep(0.05)
+        running[3].cancel()  # who waited for 4 is gone
+        await asyncio.sleep(0.05)
+        begin.set()
+        await asyncio.gather(*running, return_exceptions=True)
+        with pytest.raises(ZeroDivisionError):
+            await worker.run(0, lambda: 1 // 0)
+        assert await worker.run(0, threading.current_thread) is not threading.current_thread()
+        thread = await worker.run(0, threading.current_thread)
+        worker.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        return done
+
+    assert asyncio.run(order()) == [1, 3, 5]
+
+
+def test_a_share_is_given_back():
+    memory = Memory(100)
+    with memory.share() as one, memory.share() as other:
+        one.take(60)
+        other.take(40)
+        with pytest.raises(ApiError, match="as many bytes as may be, 100") as caught:
+            one.take(1)
+        assert caught.value.status == 429
+        assert "Retry-After" in caught.value.headers
+        one.release(but=10)
+        other.take(50)
+    with memory.share() as third:
+        third.take(100)
+
+
+def test_the_side_that_is_made_small_is_the_one_that_counts():
+    padded = LlavaImageProcessorPil(**CLIP, do_pad=True)
+    assert working_bytes((MOST_SIDE, 355), False, padded) > working_bytes((MOST_SIDE // 2, 355), False, padded)
+    assert working_bytes((355, MOST_SIDE * 4), False, padded) < Limits().working_bytes
