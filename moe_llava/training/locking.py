@@ -13,9 +13,14 @@ from filelock import FileLock, Timeout
 from moe_llava.training.parsing import RecipeError
 
 
+def lock_file(output: Path, name: str) -> Path:
+    """Return the file by which a stage is locked. It may be there without a lock: a killed run leaves it."""
+    return output / f".{name}.lock"
+
+
 @contextlib.contextmanager
 def lock_stages(output: Path, names: list[str]) -> Iterator[None]:
-    """Hold the locks `<output>/.<name>.lock` of all stages in `names`. Locks, and folders made for them, are removed at the end.
+    """Hold the locks of all stages in `names`. Lock files, and folders made for them, are removed at the end.
 
     Raises RecipeError if another run holds one, or if `output` cannot be a folder.
     """
@@ -34,7 +39,7 @@ def lock_stages(output: Path, names: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(output: Path, name: str) -> Iterator[None]:
-    file = output / f".{name}.lock"
+    file = lock_file(output, name)
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()

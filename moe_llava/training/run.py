@@ -28,7 +28,7 @@ from moe_llava.training.adapters import attach, check_adapter, describe_base, wi
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checksums import write_manifest
 from moe_llava.training.features import cached_features, check_cache
-from moe_llava.training.locking import lock_stages
+from moe_llava.training.locking import lock_file, lock_stages
 from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.resuming import check_origin, check_resume, write_records
@@ -76,7 +76,7 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
         stage_settings(recipe, number)  # raises if the recipe has no such stage
     names = [stage_name(recipe, number) for number in stages]
     output = Path(recipe.output)
-    todo = [name for name in names if not (output / name).is_dir() or saves(output / name)]
+    todo = [name for name in names if not (output / name).is_dir() or saves(output / name) or lock_file(output, name).exists()]
     with contextlib.ExitStack() as held:
         in_main_process(lambda: held.enter_context(lock_stages(output, todo)))
         with full_disk_named(output):

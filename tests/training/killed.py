@@ -42,7 +42,7 @@ class Operations:
         if event not in EVENTS or self.busy:
             return
         if event == "open":
-            file, mode, flags = arguments
+            file, _, flags = arguments
             if isinstance(file, int) or not (flags & (os.O_WRONLY | os.O_RDWR)):
                 return
             self.count(file, lambda: self.write_half(file))
