@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 from moe_llava.cli import bench, chat, checkpoints, data, evaluation, experiments, routing, serving, training
 from moe_llava.cli.common import app
@@ -13,5 +14,15 @@ __all__ = ["app", "bench", "chat", "checkpoints", "data", "evaluation", "experim
 
 def main() -> None:
     """Entry point. What a user can put right is one line on standard error and exit status 2."""
+    wait_asleep()
     with contextlib.suppress(BrokenPipeError):
         app()
+
+
+def wait_asleep() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the user has said how they wait.
+
+    By default they spin, and keep the cores that other processes need to let them go on. OpenMP reads the variable when torch is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

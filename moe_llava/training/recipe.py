@@ -253,7 +253,7 @@ def _moe_rules(where: str, moe: Moe) -> list[str]:
         problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
     for key in ("router_aux_loss_coef", "router_z_loss_coef", "router_mi_loss_coef"):
         if getattr(moe, key) < 0:
-            problems.append(f"{where}.{key} is {getattr(moe, key)}, but must be 0 or above: it is the weight of a loss")
+            problems.append(f"{where}.{key} is {getattr(moe, key)}, but the weight of a loss must not be negative")
     if moe.routing != Moe.routing:
         from moe_llava.model.configuration import routing_problem  # takes seconds, which most recipes need not wait
 
