@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.store import Records
-from moe_llava.training.checksums import MANIFEST, find_damage
+from moe_llava.training.checksums import MANIFEST, find_damage, find_unreadable
 from moe_llava.training.saves import read_object, saves, write_whole
 
 RECORDS = "records.json"  # of a stage's folder: which records it is trained on
@@ -31,17 +31,23 @@ def check_resume(work: Path, records: Records, console: Console) -> None:
             f"{work} was begun on {before['records']:,} records, and its data files now hold others ({now['records']:,}): "
             "put them back, or remove the folder and begin again"
         )
-    if not before.get("checksums") and not (found[-1] / MANIFEST).is_file():
-        console.print(f"{found[-1]}: made before saves had checksums, so damage would not be noticed", highlight=False, soft_wrap=True)
-        return
-    problems = find_damage(found[-1])
+    old = not before.get("checksums")
+    problems = _problems(found[-1], old)
     if not problems:
+        if not (found[-1] / MANIFEST).is_file():
+            told = f"{found[-1]} was made before saves had checksums: its weights are resumed from as they are"
+            console.print(told, highlight=False, soft_wrap=True)
         return
-    whole = next((save for save in reversed(found[:-1]) if not find_damage(save)), None)
+    whole = next((save for save in reversed(found[:-1]) if not _problems(save, old)), None)
     if whole is None:
         raise DataError("\n".join([*problems, f"no other save is whole: remove {work} to begin the stage again"]))
     later = " and ".join(str(save) for save in found[found.index(whole) + 1 :])
     raise DataError("\n".join([*problems, f"{whole} is whole: remove {later} to resume from it"]))
+
+
+def _problems(save: Path, old: bool) -> list[str]:
+    """Return what is wrong with a save. In an `old` stage, whose first saves had no checksums, a manifest may be missing."""
+    return find_unreadable(save) if old and not (save / MANIFEST).is_file() else find_damage(save)
 
 
 def describe(records: Records) -> dict[str, Any]:

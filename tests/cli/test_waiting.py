@@ -8,8 +8,11 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# libgomp prints how often a waiting thread looks before it sleeps when it is loaded, that is when torch is imported.
-COMMAND = "import sys; sys.argv = ['moe-llava', 'train', 'none.yaml']; from moe_llava.cli import main\ntry:\n    main()\nfinally:\n    import torch"
+# When torch is imported, libgomp prints how often a waiting thread looks before it sleeps.
+COMMAND = (
+    "import sys; sys.argv = ['moe-llava', 'train', 'none.yaml']\nfrom moe_llava.cli import main\n"
+    "try:\n    main()\nfinally:\n    import torch"
+)
 
 
 @pytest.mark.parametrize(
