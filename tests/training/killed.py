@@ -152,7 +152,7 @@ def main(recipe, stage, folder, *numbers):
         if wrong or not killed:
             sys.exit(f"killed at operation {number} of {total}: {killed}; what differs: {wrong}")
         shutil.rmtree(output)
-    print(f"{len(chosen)} of {total} operations")
+        print(f"killed at operation {number} of {total}: no difference", flush=True)
 
 
 if __name__ == "__main__":
