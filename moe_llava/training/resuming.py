@@ -71,8 +71,8 @@ def _described(work: Path) -> dict[str, Any]:
     return found
 
 
-def check_origin(folder: str | Path) -> None:
-    """Raise DataError if a finished stage, from which another starts, is damaged."""
+def check_weights(folder: str | Path) -> None:
+    """Raise DataError if weights that a stage starts from have a manifest, and are not as they were written."""
     if (Path(folder) / MANIFEST).is_file() and (problems := find_damage(Path(folder))):
         way = f"restore it, or train that stage again; if it was changed on purpose, remove {Path(folder) / MANIFEST}"
         raise DataError("\n".join([*problems, way]))

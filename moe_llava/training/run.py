@@ -31,7 +31,7 @@ from moe_llava.training.features import cached_features, check_cache
 from moe_llava.training.locking import lock_file, lock_stages
 from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
-from moe_llava.training.resuming import check_origin, check_resume, write_records
+from moe_llava.training.resuming import check_resume, check_weights, write_records
 from moe_llava.training.saves import Stopped, full_disk_named, read_lines, remove_saves, saves, saving, step_of, work_folder
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, checkpoint_layers, choose_parameters
@@ -100,9 +100,13 @@ def train_stages(recipe: Recipe, names: dict[int, str], resume: bool, console: C
 
     def check_files() -> None:
         for number, name in todo.items():
+            work, adapter = work_folder(output / name), stage_settings(recipe, number).adapter
             if number - 1 not in todo and isinstance(path := origin(recipe, number), str):
-                check_origin(path)
-            check_resume(work_folder(output / name), data[name], console)
+                check_weights(path)
+            if adapter and adapter.continue_from:
+                check_weights(adapter.continue_from)
+            check_weights(work / "base")  # of an adapter that was begun
+            check_resume(work, data[name], console)
 
     in_main_process(check_files)
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
@@ -261,10 +265,11 @@ def make_sampler(settings: Stage, records: Records, image_tokens: int, arguments
 
 def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:
     """Writes what a finished stage is, and gives its folder its name. The saves go last: a run can go on from them until then."""
-    unfinished = {save.name for save in saves(work)}
     with saving(work, "the finished stage"):
         model.save_pretrained(work)
-        write_manifest(work, (file for file in work.rglob("*.safetensors") if file.relative_to(work).parts[0] not in unfinished))
+        for folder in (work, work / "adapter"):
+            if folder.is_dir():
+                write_manifest(folder, folder.glob("*.safetensors"))
         processor.save_pretrained(work)
         plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
         plot.savefig(work / "run.png", dpi=110)

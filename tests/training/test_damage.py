@@ -128,3 +128,24 @@ def test_a_stage_does_not_start_from_a_damaged_one(write_recipe, tmp_path):
     assert not (tmp_path / "run" / ".stage2").exists()
     flip(one / "model.safetensors", 0.9)
     train(load_recipe(file), [2], resume=False, console=QUIET)
+
+
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_weights_beside_a_save(write_recipe, tmp_path, stopping, part):
+    """The frozen base of an adapter is in no save; and a finished adapter may be gone on from."""
+    adapter = {"targets": ["attention", "experts"], "rank": 2}
+    file = write_recipe(stage3__adapter=adapter)
+    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    work, final = tmp_path / "run" / ".stage3", tmp_path / "run" / "stage3"
+    if part == "base":
+        with stopping(3):
+            train(load_recipe(file), [3], resume=False, console=QUIET)
+        weights, options = work / "base" / "model.safetensors", ["--resume"]
+    else:
+        train(load_recipe(file), [3], resume=False, console=QUIET)
+        weights = final / "adapter" / "adapter_model.safetensors"
+        options = ["--set", f"stage3.adapter.continue_from={final / 'adapter'}", "--set", f"output={tmp_path / 'again'}"]
+    flip(weights, 0.9)
+    assert f"{weights} is damaged: its SHA-256" in refused("train", file, "--stage", "3", *options)
+    flip(weights, 0.9)
+    train(load_recipe(file, options[1::2] if part == "adapter" else []), [3], resume=part == "base", console=QUIET)
