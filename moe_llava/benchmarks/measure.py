@@ -135,6 +135,7 @@ def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "load_average": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "dtype": dtype,
         "python": platform.python_version(),
         "moe_llava": moe_llava.__version__,

@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_llava.training.recipe import RecipeError
+from moe_llava.training.saves import full_disk_named
 
 
 def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
@@ -115,7 +116,8 @@ def _write(file: Path, entry: dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{uuid.uuid4().hex}")  # of this process alone
     try:
-        save_file(entry, partial)
+        with full_disk_named(file.parent):
+            save_file(entry, partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

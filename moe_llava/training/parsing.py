@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -16,6 +17,15 @@ import yaml
 
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each."""
+
+
+PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    type(None): "null",
+}
 
 
 def require(package: str, what: str) -> None:
@@ -30,7 +40,9 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe {file} does not exist")
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except DuplicateKey as error:
+        raise RecipeError(f"{file}, {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date, such as 2026-13-01
         raise RecipeError(f"{file} is not YAML in UTF-8: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
@@ -50,8 +62,25 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | above | nested
 
 
+class DuplicateKey(yaml.YAMLError):
+    """A mapping has a key twice: YAML forbids it, and PyYAML would take the last one."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means."""
+    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means. A key that stands twice is an
+    error; one that also comes by `<<` is not."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise DuplicateKey(f"line {line}: the key {key.value} stands in this mapping already, in line {lines[name]}")
+            lines[name] = line
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
@@ -70,7 +99,9 @@ def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> N
             return
     try:
         raw[key] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except DuplicateKey as error:
+        problems.append(f"--set {override}: {error}")
+    except (yaml.YAMLError, ValueError):
         problems.append(f"--set {override}: {value!r} is not YAML")
 
 
@@ -110,17 +141,25 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if kinds and value is not None:
         return build(kinds[0], value, where + ".", problems)
     if not _fits(hint, value):
-        expected = hint.__name__ if isinstance(hint, type) else str(hint)
-        choices = [
-            choice for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
-        ]
-        if choices:
-            expected = f"one of {', '.join(choices)}"
-        problems.append(f"{where} is {value!r}, but must be {expected}")
+        problems.append(f"{where} is {value!r}, but must be {_plain(hint)}")
+        return None
     return float(value) if hint is float and isinstance(value, int) else value
 
 
+def _plain(hint: Any) -> str:
+    """Return what a type is called in a message."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is list:
+        return f"a list, and each of its items {_plain(arguments[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(_plain(argument) for argument in arguments)
+    return PLAIN.get(hint, "a mapping of settings")
+
+
 def _fits(hint: Any, value: Any) -> bool:
+    """Return whether a value is of a type. A number must be finite: nan passes every comparison with a bound."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -130,4 +169,6 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,14 +224,14 @@ def _stage_rules(name: str, stage: Stage) -> list[str]:
     if not stage.sources:
         problems.append(f"{name}.data is an empty list, but must name at least one file")
     for source in stage.sources:
-        if not 0 < source.weight < math.inf:
+        if source.weight <= 0:
             problems.append(f"{name}.data has weight {source.weight} for {source.file}, but it must be above 0")
     for key in ("learning_rate", "batch_size", "per_device_batch_size", "epochs", "max_grad_norm"):
-        if not 0 < getattr(settings, key) < math.inf:
+        if getattr(settings, key) <= 0:
             problems.append(f"{name}.optimisation.{key} is {getattr(settings, key)}, but must be above 0")
     if settings.max_steps == 0 or settings.max_steps < -1:
         problems.append(f"{name}.optimisation.max_steps is {settings.max_steps}, but must be above 0, or -1 to go by epochs")
-    if not 0 <= settings.weight_decay < math.inf:
+    if settings.weight_decay < 0:
         problems.append(f"{name}.optimisation.weight_decay is {settings.weight_decay}, but must be 0 or above")
     if not 0 <= settings.warmup_ratio < 1:
         problems.append(f"{name}.optimisation.warmup_ratio is {settings.warmup_ratio}, but must lie in 0..1")
@@ -252,8 +251,9 @@ def _moe_rules(where: str, moe: Moe) -> list[str]:
         problems.append(f"{where}.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
-    if moe.router_mi_loss_coef < 0:
-        problems.append(f"{where}.router_mi_loss_coef is {moe.router_mi_loss_coef}, but the weight of a loss must not be negative")
+    for key in ("router_aux_loss_coef", "router_z_loss_coef", "router_mi_loss_coef"):
+        if getattr(moe, key) < 0:
+            problems.append(f"{where}.{key} is {getattr(moe, key)}, but the weight of a loss must not be negative")
     if moe.routing != Moe.routing:
         from moe_llava.model.configuration import routing_problem  # takes seconds, which most recipes need not wait
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
@@ -27,10 +29,13 @@ from moe_llava.data.sift import sift
 from moe_llava.data.store import Records, check_problems, joined, read_records, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
+from moe_llava.training.checksums import write_manifest
 from moe_llava.training.features import cached_features, check_cache
+from moe_llava.training.locking import lock_file, lock_stages
 from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
-from moe_llava.training.saves import Stopped, read_lines, remove_saves, saves, saving, work_folder, write_whole
+from moe_llava.training.resuming import check_resume, check_weights, write_records
+from moe_llava.training.saves import Stopped, full_disk_named, read_lines, remove_saves, saves, saving, step_of, work_folder, write_whole
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, checkpoint_layers, choose_parameters
 from moe_llava.training.start import (
@@ -50,7 +55,6 @@ from moe_llava.training.trainer import SKIPPED, StageTrainer
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
 MOST_NAMED = 3  # bad records, on the console
-RECORDS = "records.json"  # of a stage's folder: which records it is trained on
 TITLES = {
     "stage1": "stage I, the projector",
     "stage2": "stage II, projector and language model",
@@ -63,9 +67,10 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
     """Runs `stages` (of 1, 2, 3) in order and returns their folders.
 
     Everything that can be wrong with recipe, data and first model is looked for before the first step. With `resume`, finished stages
-    are kept and an unfinished one goes on from its last save; without it, a folder in the way is an error.
+    are kept and an unfinished one goes on from its last save; without it, a folder in the way is an error, and so is another run that is
+    at one of the stages.
 
-    Raises RecipeError, DataError, CheckpointError or ValueError, each naming what is wrong.
+    Raises RecipeError, DataError, CheckpointError, SaveError or ValueError, each naming what is wrong.
     """
     check_engine(recipe)
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -75,20 +80,56 @@ def train(recipe: Recipe, stages: list[int], resume: bool, console: Console) -> 
         stage_settings(recipe, number)  # raises if the recipe has no such stage
     names = [stage_name(recipe, number) for number in stages]
     output = Path(recipe.output)
-    todo = [(number, name) for number, name in zip(stages, names, strict=True) if not (output / name).is_dir()]
-    for name in names:
+    todo = [name for name in names if not (output / name).is_dir() or saves(output / name) or lock_file(output, name).exists()]
+    with contextlib.ExitStack() as held:
+        in_main_process(lambda: held.enter_context(lock_stages(output, todo)))
+        with full_disk_named(output):
+            train_stages(recipe, dict(zip(stages, names, strict=True)), resume, console)
+    return [output / name for name in names]
+
+
+def train_stages(recipe: Recipe, names: dict[int, str], resume: bool, console: Console) -> None:
+    """Train what of the stages, number -> name, is not finished. No other run may be at them."""
+    state, output = PartialState(), Path(recipe.output)
+    todo = {number: name for number, name in names.items() if not (output / name).is_dir()}
+    for name in names.values():
         check_folder(recipe, output / name, resume)
         if (output / name).is_dir():
             if state.is_main_process:
                 remove_saves(output / name)  # if the run was killed before it could
             console.print(f"{output / name}: finished, kept", highlight=False, soft_wrap=True)
-    if todo:
-        data = check_everything(recipe, dict(todo))
+    if not todo:
+        return
+    data = check_everything(recipe, todo)
+
+    def check_files() -> None:
+        for number, name in todo.items():
+            work, adapter = work_folder(output / name), stage_settings(recipe, number).adapter
+            if number - 1 not in todo and isinstance(path := origin(recipe, number), str):
+                check_weights(path)
+            if adapter and adapter.continue_from:
+                check_weights(adapter.continue_from)
+            check_weights(work / "base")  # of an adapter that was begun
+            check_resume(work, data[name], console)
+
+    in_main_process(check_files)
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
-    for number, name in todo:
+    for number, name in todo.items():
         run_stage(recipe, number, name, data[name], console)
         state.wait_for_everyone()
-    return [output / name for name in names]
+
+
+def in_main_process(check: Callable[[], object]) -> None:
+    """Call `check` in the main process, and raise what it raises in all: the others would wait for it."""
+    raised: list[Exception | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            raised = [error]
+    broadcast_object_list(raised)
+    if raised[0] is not None:
+        raise raised[0]
 
 
 def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
@@ -163,6 +204,7 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
     settings, learns = stage_settings(recipe, number), learning_stage(recipe, number)
     arguments = training_arguments(recipe, settings, work)
     model, processor = start(recipe, number, name)
+    set_seed(recipe.seed)  # again, as making the model may have drawn numbers, and a resumed run may find it made
     moe_layers = moe_layers_of(recipe, model)
     if settings.adapter:
         console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
@@ -190,14 +232,15 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
             sampler=make_sampler(settings, records, image.tokens, arguments),
             skip_bad_records=recipe.on_bad_record == "skip",
         )
-        described = {"records": len(records), "digest": records.digest()}
-        check_records(work, described)
         if trainer.is_world_process_zero():
             write_recipe(recipe, work)
-            write_whole(work / RECORDS, json.dumps(described))
             write_skipped(work, records.problems, console)
+            write_records(work, records)
+        save = saves(work)[-1] if saves(work) else None
+        if save is not None:
+            console.print(f"{name} resumes after step {step_of(save)}, from {save}", highlight=False, soft_wrap=True)
         try:
-            trainer.train(resume_from_checkpoint=str(saves(work)[-1]) if saves(work) else None)
+            trainer.run(save)
         finally:
             display.progress.stop()
     if trainer.state.global_step < trainer.state.max_steps:
@@ -209,18 +252,6 @@ def run_stage(recipe: Recipe, number: int, name: str, records: Records, console:
                 model = write_adapter(model, work / "adapter", *(base_of_stage(recipe, number, name, folder) for folder in (work, final)))
         finish(work, final, model, processor)
         console.print(f"{final}: {active_parameters(model):,} active parameters", highlight=False, soft_wrap=True)
-
-
-def check_records(work: Path, described: dict[str, Any]) -> None:
-    """Raises DataError if a stage was begun on other records: going on, it would see some twice and others never."""
-    if not saves(work) or not (work / RECORDS).is_file():
-        return
-    before = json.loads((work / RECORDS).read_text(encoding="utf-8"))
-    if before["digest"] != described["digest"]:
-        raise DataError(
-            f"{work} was begun on {before['records']:,} records, and its data files now hold others ({described['records']:,}): "
-            "put them back, or remove the folder and begin again"
-        )
 
 
 def write_skipped(work: Path, problems: list[str], console: Console) -> None:
@@ -249,6 +280,9 @@ def finish(work: Path, final: Path, model: LlavaForConditionalGeneration, proces
     """Writes what a finished stage is, and gives its folder its name. The saves go last: a run can go on from them until then."""
     with saving(work, "the finished stage"):
         model.save_pretrained(work)
+        for folder in (work, work / "adapter"):
+            if folder.is_dir():
+                write_manifest(folder, folder.glob("*.safetensors"))
         processor.save_pretrained(work)
         plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
         plot.savefig(work / "run.png", dpi=110)

@@ -11,6 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from moe_llava.common.disk import no_room, size, why_not_written
+from moe_llava.common.errors import DataError
+
 SAVING = ".saving"
 
 
@@ -29,12 +32,17 @@ def work_folder(final: Path) -> Path:
 
 def saves(work: Path) -> list[Path]:
     """All saves of a stage, oldest first. Each is written under another name and renamed, so what is here is whole."""
-    return sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return sorted(work.glob("checkpoint-*"), key=step_of)
+
+
+def step_of(save: Path) -> int:
+    """Return the step after which a save was made."""
+    return int(save.name.removeprefix("checkpoint-"))
 
 
 @contextlib.contextmanager
 def saving(work: Path, what: str) -> Iterator[Path]:
-    """A folder to write into. It is removed again if writing fails.
+    """Yield a folder to write into. It is removed again if writing fails.
 
     Raises SaveError instead of what torch, safetensors and the operating system raise when a file cannot be written.
     """
@@ -42,24 +50,48 @@ def saving(work: Path, what: str) -> Iterator[Path]:
     try:
         yield folder
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = why_not_written(error, work)
         shutil.rmtree(folder, ignore_errors=True)
-        kept = f"{saves(work)[-1]} is whole: go on from it with --resume" if saves(work) else "nothing was saved before"
-        raise SaveError(f"{what} could not be saved in {work}: {error}; {kept}") from error
+        kept = "nothing was saved before"
+        if found := saves(work):
+            kept = f"{found[-1]} is whole: go on from it with --resume"
+            if no_room(error):
+                reason += f", and the last save took {size(sum(file.stat().st_size for file in found[-1].rglob('*')))}"
+        raise SaveError(f"{what} could not be saved in {work}: {reason}; {kept}") from error
 
 
 def keep(folder: Path, work: Path, limit: int) -> None:
-    """Moves a whole save out of `folder` into `work`, and removes all but the last `limit`."""
+    """Move a whole save out of `folder` into `work`, and remove all but the last `limit`."""
     for save in folder.iterdir():
-        shutil.rmtree(work / save.name, ignore_errors=True)
         save.rename(work / save.name)
     shutil.rmtree(folder)
     for old in saves(work)[:-limit]:
         shutil.rmtree(old)
 
 
+def remove_leftovers(work: Path) -> None:
+    """Remove what a killed run had not completed: half a save, or half of an adapter's base."""
+    for folder in (work / SAVING, *work.glob(".*.partial")):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
 def remove_saves(folder: Path) -> None:
     for save in saves(folder):
         shutil.rmtree(save)
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise SaveError, naming the reason and `folder`, instead of an error that says that there was no room for a file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SaveError) or not no_room(error):
+            raise
+        raise SaveError(
+            f"a file could not be written in {folder}: {why_not_written(error, folder)}; make room, then go on with --resume"
+        ) from error
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -69,15 +101,44 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def append_line(file: Path, *entries: dict[str, Any]) -> None:
+    """Append JSON lines to a log of a stage. Raises SaveError if they cannot be written."""
+    with saving(file.parent, file.name), file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; a last one that was cut off is left out."""
+    """Return the objects of a log of JSON lines, without a last line that was cut off.
+
+    Raises DataError, naming file and line, if one is no JSON object.
+    """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [_read_object(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _read_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged: it is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is damaged: it must hold a JSON object, but holds {found!r}")
+    return found
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises DataError, naming the file, if there is none in it."""
+    return _read_object(file.read_bytes(), str(file))
 
 
 def rewind(file: Path, step: int) -> None:
-    """Takes the lines of steps after `step` out of a log: they will be made again."""
-    if file.is_file():
-        write_whole(file, "".join(json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step))
+    """Take the lines of steps after `step` out of a log: they will be made again."""
+    if not file.is_file():
+        return
+    lines = read_lines(file)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise DataError(f"{file}, line {number} is damaged: it has no step")
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

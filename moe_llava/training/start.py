@@ -20,6 +20,7 @@ from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, Mo
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of, load_base
 from moe_llava.training.budget import on_meta, start_on_meta
+from moe_llava.training.checksums import write_manifest
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, Stage, stage_settings
 from moe_llava.training.saves import saving, work_folder, write_whole
 from moe_llava.training.sharding import load_sharded, shared_folder
@@ -135,6 +136,7 @@ def start_frozen(recipe: Recipe, number: int, name: str) -> tuple[LlavaForCondit
             with saving(work, "the base of the adapter"), new_folder(Path(base)) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
+                write_manifest(folder, folder.glob("*.safetensors"))
     adapter = stage_settings(recipe, number).adapter
     assert adapter is not None
     return load_base(base, adapter, torch.bfloat16 if use_bf16(recipe.precision) else torch.float32, recipe.attention)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
@@ -20,7 +20,8 @@ from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.load import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
-from moe_llava.training.saves import SAVING, keep, read_lines, rewind, saving
+from moe_llava.training.checksums import write_manifest
+from moe_llava.training.saves import SAVING, append_line, keep, read_lines, remove_leftovers, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
 MOST_SKIPPED = 0.01  # of the records that a run sees
@@ -60,9 +61,23 @@ class StageTrainer(Trainer):
         self.add_callback(display)
         self.add_callback(_Moments(self))
 
+    def run(self, save: Path | None) -> None:
+        """Train to the last step, from `save` if there is one.
+
+        A save of the last step leaves nothing to train: it is loaded, because Trainer would make one step more.
+        """
+        state = None if save is None else TrainerState.load_from_json(str(save / TRAINER_STATE_NAME))
+        if save is None or state is None or state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=None if save is None else str(save))
+            return
+        self._load_from_checkpoint(str(save))
+        self.state = state
+        self.begin(state.global_step)
+
     def begin(self, step: int) -> None:
         """A run begins, perhaps not at the first step: what was logged after it is taken back."""
         if self.is_world_process_zero():
+            remove_leftovers(self.work)
             for name in ("log.jsonl", SKIPPED):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
@@ -107,10 +122,8 @@ class StageTrainer(Trainer):
 
     def _skip(self, problems: list[str]) -> None:
         """Counts the records of a step that were left out, in all processes, and writes down this one's."""
-        lines = [json.dumps({"step": self.state.global_step + 1, "problem": problem}) + "\n" for problem in problems]
-        if lines:
-            with (self.work / SKIPPED).open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+        if problems:
+            append_line(self.work / SKIPPED, *({"step": self.state.global_step + 1, "problem": problem} for problem in problems))
         self._skipped += int(self.accelerator.reduce(torch.tensor(len(problems), device=self.args.device), "sum"))
         seen = self.state.max_steps * self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if self._skipped > MOST_SKIPPED * seen:
@@ -167,6 +180,8 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                (save,) = folder.iterdir()
+                write_manifest(save, save.rglob("*"))
                 keep(folder, self.work, self.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -179,8 +194,7 @@ class StageTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         entry = {"step": self.state.global_step, **logs}
-        with (self.work / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.work / "log.jsonl", entry)
         if "loss" in entry:
             self.display.show(entry, self.state.max_steps)
 
@@ -230,7 +244,8 @@ def peak_memory() -> int:
 
 
 class _Moments(TrainerCallback):
-    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes."""
+    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes. Logs at
+    every save: what is summed since the last logged step is in no save, so a resumed run would log other numbers."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
@@ -241,3 +256,6 @@ class _Moments(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save

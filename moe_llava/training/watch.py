@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -30,10 +32,12 @@ class ProgressDisplay(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=600,  # a step may take a minute
         )
         self.task = self.progress.add_task(name, numbers="")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.first, self.began = state.global_step, time.monotonic()
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
@@ -48,7 +52,15 @@ class ProgressDisplay(TrainerCallback):
         numbers = summarise(entry)
         self.progress.update(self.task, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(f"{self.name} {entry['step']}/{steps} {numbers}", highlight=False, soft_wrap=True)
+            left = self.time_left(entry["step"], steps)
+            self.console.print(f"{self.name} {entry['step']}/{steps} {numbers}{left}", highlight=False, soft_wrap=True)
+
+    def time_left(self, step: int, steps: int) -> str:
+        """Return how long the steps after `step` will take, by what this run's steps took, those before it was resumed not counted."""
+        if step == steps:
+            return ""
+        seconds = (time.monotonic() - self.began) / (step - self.first) * (steps - step)
+        return f", {timedelta(seconds=round(seconds))} left"
 
 
 def summarise(entry: dict[str, Any]) -> str:

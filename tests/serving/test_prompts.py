@@ -73,7 +73,7 @@ def test_a_data_url_may_have_parameters(prompts, head):
     ],
 )
 def test_what_is_no_data_url(prompts, head):
-    with pytest.raises(ApiError, match="image 0 must be a data: URL"):
+    with pytest.raises(ApiError, match="image_url must be a data: URL"):
         prompts.needs(question(head + PAYLOAD), {})
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.saves import read_lines
-from moe_llava.training.watch import plot_run, summarise
+from moe_llava.training.watch import ProgressDisplay, plot_run, summarise
 
 QUIET = Console(quiet=True)
 
@@ -105,3 +106,16 @@ def test_compiled(write_recipe, tmp_path):
         folders = train(load_recipe(file), [1, 2, 3], resume=False, console=QUIET)
         found.append([line["loss"] for folder in folders for line in logged(folder)[:2]])
     assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_time_left_of_a_resumed_run(monkeypatch):
+    """Ten steps took 20 s; the hundred before were another run's."""
+    now = 1000.0
+    monkeypatch.setattr("moe_llava.training.watch.time.monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=200)
+    display = ProgressDisplay("stage1", console)
+    display.on_train_begin(None, SimpleNamespace(global_step=100, max_steps=200), None)
+    now += 20
+    for step, told in ((110, "stage1 110/200 loss 1.000 5 tokens/s, 0:03:00 left\n"), (200, "stage1 200/200 loss 1.000 5 tokens/s\n")):
+        display.show({"step": step, "loss": 1.0, "tokens_per_second": 5}, 200)
+        assert console.file.getvalue().endswith(told)

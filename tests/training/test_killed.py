@@ -1,0 +1,46 @@
+"""A stage that is killed at any of its file operations and resumed ends with the same bits, statistics and logs."""
+
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from moe_llava.training.recipe import load_recipe
+from moe_llava.training.run import train
+from tests.conftest import REPOSITORY
+
+ADAPTER = {"targets": ["attention", "experts", "routers"], "rank": 2}
+SMOES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_layers": "interval", "routing": "smoes"}
+STAGES = {
+    "stage1": (1, {}),
+    "stage2": (2, {"stage2__optimisation__group_by_length": True}),
+    "stage2-adapter": (2, {"stage2__adapter": {"targets": ["attention"], "rank": 2, "dropout": 0.5}}),
+    "stage3-smoes": (3, {"stage3__moe": SMOES}),
+    "stage3-adapter": (3, {"stage3__adapter": ADAPTER}),
+    "dense": (3, {"stage3__dense": True}),
+}
+
+
+def kill(write_recipe, tmp_path, kind, numbers):
+    """24 records in batches of 4, so 3 steps end within an epoch: Trainer would go on after the last save."""
+    stage, settings = STAGES[kind]
+    file = write_recipe(logging_steps=2, **settings)
+    (tmp_path / "before").mkdir()
+    if stage > 1:
+        before = load_recipe(file, [f"output={tmp_path / 'before'}"])
+        train(before, list(range(1, stage)), resume=False, console=Console(quiet=True))
+    command = [sys.executable, "-m", "tests.training.killed", file, str(stage), tmp_path, *map(str, numbers)]
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("stage3-smoes", (-1, -4, -6, -12)), ("stage3-adapter", (20, -3))])
+def test_a_stage_that_was_killed_at_some_of_its_file_operations(write_recipe, tmp_path, kind, numbers):
+    kill(write_recipe, tmp_path, kind, numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_stage_that_was_killed_at_each_of_its_file_operations(write_recipe, tmp_path, kind):
+    kill(write_recipe, tmp_path, kind, ())
