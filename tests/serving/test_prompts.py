@@ -14,11 +14,14 @@ from transformers import LlavaImageProcessorPil
 
 from moe_llava.common.images import MOST_SIDE
 from moe_llava.serving.bodies import Memory, Worker
+from moe_llava.serving.engine import Engine
+from moe_llava.serving.form import ConversationForm
 from moe_llava.serving.prompts import PromptMaker, working_bytes
 from moe_llava.serving.protocol import ApiError, ImagePart, Limits, TextPart, UserMessage
 from tests.conftest import REPOSITORY
-from tests.serving.conftest import LIMITS
+from tests.serving.conftest import LIMITS, server
 from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat
+from tests.serving.test_api import post
 from tests.training.conftest import tiny_base  # noqa: F401
 
 CLIP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
@@ -172,6 +175,24 @@ def test_a_share_is_given_back():
         other.take(50)
     with memory.share() as third:
         third.take(100)
+
+
+def test_pixel_values_count_until_they_are_answered(sparse):
+    """Room for those of one image and a little more: ten requests, one after another, need no more; two images do."""
+    model, processor = sparse
+    image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
+    form = ConversationForm(processor)
+    with server(Engine(model, processor.tokenizer), processor, replace(LIMITS, all_bytes=form.image_bytes + 5000)) as url:
+
+        def status(images=1, path="/v1/chat/completions", **settings):
+            messages = [{"role": "user", "content": [image] * images + [{"type": "text", "text": "is this a 7 ?"}]}]
+            if path == "/routes":
+                messages.append({"role": "assistant", "content": "yes"})
+            return post(url, {"model": "tiny", "messages": messages, "max_tokens": 2} | settings, path=path)[0]
+
+        for _ in range(2):
+            found = [status(), status(stream=True), status(path="/routes"), status(max_tokens=10**6), status(images=2)]
+            assert found == [200, 200, 200, 400, 429]
 
 
 def test_the_side_that_is_made_small_is_the_one_that_counts():
