@@ -119,5 +119,4 @@ def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
 
 def _blank_backbone(dense_class: Any) -> PreTrainedModel:
     """Return an instance without a state, for unpickling."""
-    sparse_class = sparse_backbone_class(dense_class)
-    return sparse_class.__new__(sparse_class)
+    return object.__new__(sparse_backbone_class(dense_class))
