@@ -95,7 +95,10 @@ def _make_sparse(
         sparse = MoeLlavaForConditionalGeneration._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
     for index, mlp in sparse.model.sparse_mlps().items():
-        _fill(mlp, dense_layers[index].mlp, generator)
+        try:
+            _fill(mlp, dense_layers[index].mlp, generator)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
     if expert_start == "noise":
         for mlp in sparse.model.sparse_mlps().values():
             _add_noise(mlp.experts, generator)
@@ -181,6 +184,8 @@ def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
     config = MoeLlavaConfig(**settings, **moe)
+    # LlavaConfig takes it from the text config if that says so, whatever it says itself.
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # Not part of what `to_dict` gives.
     config._attn_implementation = {"": dense._attn_implementation} | {
         name: getattr(dense, name)._attn_implementation for name in dense.sub_configs
