@@ -70,6 +70,8 @@ class SparseBackbone(ExpertsSupport):
         super().__init__(config)
         for index in moe_config.moe_layer_indices:
             self.layers[index].mlp = sparse_mlp(moe_config, self.layers[index])
+        if moe_config.routing == "smoes":
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "statistics"}  # when they are loaded
         self.post_init()
         # How transformers gives each process whole experts, and sends it their tokens: DistributedConfig(ep_size=...).
         experts = self.layers[moe_config.moe_layer_indices[0]].mlp.experts
@@ -110,7 +112,6 @@ def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
     namespace = {
         "dense_class": dense_class,
         "_can_record_outputs": recorders,
-        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or ()), "statistics"},  # of SMoES, when loaded
         # The family's module, not this one, so that transformers finds the family's attention code where it looks for it.
         "__module__": dense_class.__module__,
     }
