@@ -71,7 +71,7 @@ class SparseBackbone(ExpertsSupport):
         for index in moe_config.moe_layer_indices:
             self.layers[index].mlp = sparse_mlp(moe_config, self.layers[index])
         if moe_config.routing == "smoes":
-            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "statistics"}  # when they are loaded
+            self._keep_in_fp32_modules_strict.add("statistics")  # when they are loaded; transformers has made it a set
         self.post_init()
         # How transformers gives each process whole experts, and sends it their tokens: DistributedConfig(ep_size=...).
         experts = self.layers[moe_config.moe_layer_indices[0]].mlp.experts

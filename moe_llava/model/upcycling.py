@@ -45,7 +45,8 @@ def upcycle(
 ) -> MoeLlavaForConditionalGeneration:
     """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
-    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes. With one expert per token and `norm_topk_prob` the
+    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, to the rounding of its dtype: the logits differ by
+    about 1e-6 of their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the
     weight is always 1, so that only the balance loss teaches the router.
 
     Args:
@@ -59,7 +60,7 @@ def upcycle(
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.
         ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this
-            family is not known (see ffn.py).
+            family is not known or computes something else than experts would (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
         raise ValueError("this model is sparse already: upcycle its dense origin")
