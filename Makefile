@@ -28,10 +28,17 @@ docs: .venv/installed
 # What lmms-eval imports to run a task. All that it requires is a hundred packages, and a torchvision that may be of another build than torch.
 LMMS_EVAL := evaluate loguru pytablewriter pytz sacrebleu tenacity
 
+# transformers' own tests of a model class (tests/model/test_transformers_suite.py): only its source package has them.
+TRANSFORMERS_TESTS := .venv/transformers-tests
+
 # torch first and pinned: what pulls it in unpinned may bring another build.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(LMMS_EVAL)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
+	rm -rf $(TRANSFORMERS_TESTS) && mkdir $(TRANSFORMERS_TESTS)
+	$(BIN)/pip freeze | grep ^transformers== > $(TRANSFORMERS_TESTS)/version
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(TRANSFORMERS_TESTS) --requirement $(TRANSFORMERS_TESTS)/version
+	tar -xzf $(TRANSFORMERS_TESTS)/transformers-*.tar.gz -C $(TRANSFORMERS_TESTS) --strip-components 1
 	touch $@

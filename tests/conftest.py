@@ -32,6 +32,9 @@ FAMILIES = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
     "gemma": "GemmaConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3": "Gemma3TextConfig",
+    "glm4": "Glm4Config",
 }
 IMAGE_TOKEN_ID = 120  # the vocabulary of the tiny models ends at 99: the placeholder has no row in the embedding table
 IMAGE_TOKENS = 4

@@ -45,7 +45,8 @@ def upcycle(
 ) -> MoeLlavaForConditionalGeneration:
     """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
-    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes. With one expert per token and `norm_topk_prob` the
+    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, to the rounding of its dtype: the logits differ by
+    about 1e-6 of their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the
     weight is always 1, so that only the balance loss teaches the router.
 
     Args:
@@ -59,7 +60,7 @@ def upcycle(
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.
         ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this
-            family is not known (see ffn.py).
+            family is not known or computes something else than experts would (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
         raise ValueError("this model is sparse already: upcycle its dense origin")
@@ -95,7 +96,10 @@ def _make_sparse(
         sparse = MoeLlavaForConditionalGeneration._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
     for index, mlp in sparse.model.sparse_mlps().items():
-        _fill(mlp, dense_layers[index].mlp, generator)
+        try:
+            _fill(mlp, dense_layers[index].mlp, generator)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
     if expert_start == "noise":
         for mlp in sparse.model.sparse_mlps().values():
             _add_noise(mlp.experts, generator)
@@ -181,6 +185,8 @@ def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
     config = MoeLlavaConfig(**settings, **moe)
+    # LlavaConfig takes it from the text config if that says so, whatever it says itself.
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # Not part of what `to_dict` gives.
     config._attn_implementation = {"": dense._attn_implementation} | {
         name: getattr(dense, name)._attn_implementation for name in dense.sub_configs

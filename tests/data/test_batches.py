@@ -131,6 +131,8 @@ def test_what_comes_after_the_limit_is_cut_off(processor, records):
 def test_packed_samples_do_not_see_each_other(family, attention):
     """Loss and gradients, dense and sparse, are those of the padded batch."""
     dense = tiny_dense(family)
+    if attention == "sdpa" and not dense.model.language_model._supports_sdpa:
+        pytest.skip("transformers computes this family's attention without SDPA")
     dense.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(0)
     items = []

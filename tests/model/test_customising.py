@@ -1,5 +1,6 @@
 """docs/customising.md: a language model family that the package does not know, added as the document says."""
 
+import itertools
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, LlavaFo
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
 from moe_llava.model import ffn
+from moe_llava.model.moe import GatedExperts
 from tests.conftest import REPOSITORY, tiny_config, tiny_dense, tiny_inputs
 
 
@@ -78,6 +80,59 @@ def test_the_same_parameters_used_differently_are_refused(monkeypatch):
     monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x) + 0.1 * self.down_proj(self.up_proj(x)))
     with pytest.raises(ValueError, match=r"computes something else \(.*% off\): it needs a form of its own"):
         upcycle(dense)
+
+
+CHANGES = {
+    "a clamp of the output": lambda self, x, y: y.clamp(-20, 20),
+    "a clamp of large values only": lambda self, x, y: y.clamp(max=500),
+    "a clamp of the gate": lambda self, x, y: self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x)),
+    "a threshold for small values": lambda self, x, y: y.where(y.abs() > 0.02, 0),
+    "the sign of the input": lambda self, x, y: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).abs()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_ffn_does_beside_its_products_is_found_at_some_scale(change, dtype, monkeypatch):
+    dense = tiny_dense("llama").to(dtype)
+    mlp = type(dense.model.language_model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: CHANGES[change](self, x, plain(self, x)))
+    with pytest.raises(ValueError, match=r"layer 0: LlamaMLP has .* computes something else \(expert 0, inputs up to .*% off\)"):
+        upcycle(dense)
+
+
+def test_every_expert_of_every_layer_is_compared(monkeypatch):
+    """Experts whose third, in one layer, does not compute what it holds."""
+    dense = tiny_dense("llama")
+    plain = GatedExperts.each
+
+    def each(self):
+        of = plain(self)
+        self.layer = next(numbers)
+        return lambda expert: {name: 2 * weight if (self.layer, expert) == (1, 2) else weight for name, weight in of(expert).items()}
+
+    numbers = itertools.count()
+    monkeypatch.setattr(GatedExperts, "each", each)
+    with pytest.raises(ValueError, match=r"layer 2: LlamaMLP .* \(expert 2, inputs up to 0\.1: "):
+        upcycle(dense)
+
+
+def test_a_refused_model_is_left_as_it_was(monkeypatch):
+    dense = tiny_dense("llama").train()
+    mlp = type(dense.model.language_model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x).clamp(-1, 1))
+    with pytest.raises(ValueError, match="computes something else"):
+        upcycle(dense)
+    assert all(module.training for module in dense.modules())
+
+
+def test_float16_is_compared_as_far_as_it_goes():
+    """The largest inputs exceed its range, in the FFN and in the experts."""
+    dense = tiny_dense("llama").half()
+    assert not dense.model.language_model.layers[0].mlp(torch.full((1, 32), 2000.0).half()).isfinite().all()
+    upcycle(dense)
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from moe_llava import MoeLlavaConfig, upcycle
+from moe_llava import MoeLlavaConfig, MoeLlavaForConditionalGeneration, upcycle
 from moe_llava.model.upcycling import NOISE_STD, evolve_experts
-from tests.conftest import tiny_config, tiny_dense, tiny_inputs
+from tests.conftest import FAMILIES, tiny_config, tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of
 
 
@@ -79,6 +79,39 @@ def test_tied_embeddings_stay_tied():
     assert sparse.lm_head.weight is sparse.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("tied_text", [True, False])
+def test_a_head_is_tied_where_the_dense_one_is(tied_text, tmp_path):
+    """The text config may say otherwise: LlavaConfig takes that over when it is built, not later."""
+    dense = tiny_dense("llama")
+    dense.config.text_config.tie_word_embeddings = tied_text
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        expected = dense(**inputs).logits
+        sparse = upcycle(dense)
+        torch.testing.assert_close(sparse(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+        sparse.save_pretrained(tmp_path)
+        loaded = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    assert dense.config.text_config.tie_word_embeddings is tied_text
+
+
+# Relative to the norm of the logits. In half precision the weights of a token's experts are rounded, and with them their sum of 1.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@torch.no_grad()
+def test_upcycled_computes_what_dense_computed_to_the_rounding_of_the_dtype(family, dtype):
+    dense = tiny_dense(family).to(dtype)
+    inputs = tiny_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    expected = dense(**inputs).logits.float()
+    for top_k in (1, 2):
+        difference = upcycle(dense, moe_layers="all", num_experts_per_tok=top_k)(**inputs).logits.float() - expected
+        assert difference.norm() <= TOLERANCES[dtype] * expected.norm()
+
+
 def test_only_dense_llavas_are_taken():
     sparse = upcycle(tiny_dense("llama"))
     with pytest.raises(ValueError, match="sparse already"):
@@ -129,8 +162,6 @@ def test_config_round_trip(tmp_path):
 
 
 def test_random_start_without_a_checkpoint():
-    from moe_llava import MoeLlavaForConditionalGeneration
-
     dense = tiny_config("phi").to_dict()
     dense.pop("model_type")
     model = MoeLlavaForConditionalGeneration(MoeLlavaConfig(**dense))
