@@ -82,7 +82,7 @@ def complete_processor(processor: Any, config: LlavaConfig, path: str | Path) ->
     Raises CheckpointError if that cannot be known, or if what the files say gives an image other features than the model makes.
     """
     tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is among the latter is saved
     if not isinstance(processor, LlavaProcessor):
         return
     said, _ = type(processor).get_processor_dict(path)

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
 from moe_llava.digits.base import build_base
-from moe_llava.model import upcycle
+from moe_llava.model import MoeLlavaProcessor, upcycle
 from moe_llava.training.run import train
 from tests.conftest import refused, run_here
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
@@ -22,14 +22,16 @@ SETTINGS = ("patch_size", "vision_feature_select_strategy", "num_additional_imag
 @pytest.fixture
 def old(tiny_base, tmp_path):  # noqa: F811
     """Copies the tiny checkpoint, with other settings of its processor; those that are Ellipsis are left out. Its tokenizer pads on the
-    right, as older ones do."""
+    right, as older ones do, whether its file says so or not."""
 
-    def make(**settings):
+    def make(padding="right", **settings):
         folder = tmp_path / "old"
         shutil.copytree(tiny_base / "base", folder)
         content = json.loads((folder / "processor_config.json").read_text()) | settings
         (folder / "processor_config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
-        change(folder / "tokenizer_config.json", padding_side="right")
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": padding}
+        (folder / "tokenizer_config.json").write_text(json.dumps({key: tokenizer[key] for key in tokenizer if tokenizer[key] is not ...}))
+        assert AutoTokenizer.from_pretrained(folder).padding_side == "right"
         return folder
 
     return make
@@ -101,9 +103,12 @@ def test_a_tower_that_is_not_known(old):
         load_processor(folder)
 
 
-def test_what_is_made_of_an_older_folder_is_complete(old, write_recipe):  # noqa: F811
+@pytest.mark.parametrize("padding", ["right", ...])
+def test_what_is_made_of_an_older_folder_is_complete(old, write_recipe, padding):  # noqa: F811
     """By upcycling and by training: transformers alone loads it, and it pads on the left."""
-    folder = old(**dict.fromkeys(SETTINGS, ...))
+    folder = old(padding, **dict.fromkeys(SETTINGS, ...))
+    MoeLlavaProcessor.from_llava(AutoProcessor.from_pretrained(folder)).save_pretrained(folder.parent / "by-hand")
+    assert AutoTokenizer.from_pretrained(folder.parent / "by-hand").padding_side == "left"
     assert run_here("upcycle", folder, folder.parent / "sparse").exit_code == 0
     stages = train(load(write_recipe(model=str(folder))), [1, 2], resume=False, console=QUIET)
     for made in (folder.parent / "sparse", *stages):
