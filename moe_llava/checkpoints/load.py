@@ -7,6 +7,7 @@ shape, also where the load itself does not: of layers that it quantises or shard
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_table
 
 # Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
 _KEEPING = ("dtype", "device_map", "quantization_config", "distributed_config")
+# What begins anew where settings make a model one of SMoES that was none.
+_STATISTICS = re.compile(r".*\.mlp\.statistics\.\w+")
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -48,7 +51,8 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
     Raises CheckpointError as `check_checkpoint` and `load_strictly` do.
     """
     model_class, config, others = _parts_of(path, settings)
-    return load_strictly(model_class, path, config, f"checkpoint {path}", dtype=dtype, **others)
+    fresh = _STATISTICS if settings.get("routing") == "smoes" and load_config(path).routing != "smoes" else None
+    return load_strictly(model_class, path, config, f"checkpoint {path}", fresh, dtype=dtype, **others)
 
 
 def check_weights(path: str | Path) -> None:
@@ -70,28 +74,32 @@ def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaCon
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, others
 
 
-def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, **settings: Any) -> Any:
+def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: re.Pattern[str] | None = None, **settings: Any) -> Any:
     """Return a model of `model_class`, with `config`, in evaluation mode, with all its weights from a folder or hub id.
 
     Args:
         name: of the checkpoint, for errors.
+        fresh: the names of weights that need not be stored.
         settings: for `from_pretrained`.
 
     Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
     """
     try:
         if Path(path).is_dir():
-            _check_without_data(model_class, Path(path), config, name, {key: settings[key] for key in settings.keys() - set(_KEEPING)})
+            others = {key: settings[key] for key in settings.keys() - set(_KEEPING)}
+            _check_without_data(model_class, Path(path), config, name, others, fresh)
         model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
-    check_report(model, report, name, {})
+    check_report(model, report, name, {}, fresh)
     if "distributed_config" not in settings:
         _check_tied(model, name)
     return model
 
 
-def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any]) -> None:
+def _check_without_data(
+    model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: re.Pattern[str] | None = None
+) -> None:
     """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
     these only what is missing is found."""
     try:
@@ -105,7 +113,7 @@ def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, 
     model, report = model_class.from_pretrained(None, config=config, state_dict=stored, device_map="meta", **_REPORT, **settings)
     if packed:
         report |= {"missing_keys": report["missing_keys"] | _missing_scales(tables), "unexpected_keys": set(), "mismatched_keys": set()}
-    check_report(model, report, name, stored)
+    check_report(model, report, name, stored, fresh)
 
 
 def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
@@ -115,14 +123,17 @@ def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
     return (four_bits | eight_bits) - tables.keys()
 
 
-def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor]) -> None:
-    """Raise CheckpointError unless `report`, of loading `model` with `output_loading_info`, says that every weight came from the checkpoint
-    `name`, and every weight of the checkpoint, of which `stored` may tell the shapes, was used."""
+def check_report(
+    model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: re.Pattern[str] | None = None
+) -> None:
+    """Raise CheckpointError unless `report`, of loading `model` with `output_loading_info`, says that every weight that is not `fresh` came
+    from the checkpoint `name`, and every weight of the checkpoint, of which `stored` may tell the shapes, was used."""
+    missing = sorted(key for key in report["missing_keys"] if not (fresh and fresh.fullmatch(key)))
     unexpected = [key for key in report["unexpected_keys"] if not any(pattern.fullmatch(key) for pattern in UNUSED.values())]
-    if not (report["missing_keys"] or unexpected or report["mismatched_keys"]):
+    if not (missing or unexpected or report["mismatched_keys"]):
         return
     asked = model.state_dict()
-    problems = [f"missing: {key}" + (f" {list(asked[key].shape)}" if key in asked else "") for key in sorted(report["missing_keys"])]
+    problems = [f"missing: {key}" + (f" {list(asked[key].shape)}" if key in asked else "") for key in missing]
     problems += [f"unexpected: {key}" + (f" {list(stored[key].shape)}" if key in stored else "") for key in sorted(unexpected)]
     problems += [
         f"misshapen: {key} is {list(found)}, but the configuration asks for {list(wanted)}"

@@ -17,7 +17,7 @@ from moe_llava.serving.bodies import Memory, Worker
 from moe_llava.serving.engine import Engine
 from moe_llava.serving.form import ConversationForm
 from moe_llava.serving.prompts import PromptMaker, working_bytes
-from moe_llava.serving.protocol import ApiError, ImagePart, Limits, TextPart, UserMessage
+from moe_llava.serving.protocol import ApiError, ImagePart, Limits, Message, TextPart
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import LIMITS, server
 from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat
@@ -29,8 +29,7 @@ PAYLOAD = data_url(PNG).partition(",")[2]
 
 
 def question(*urls):
-    images = [ImagePart.model_validate({"type": "image_url", "image_url": {"url": url}}) for url in urls]
-    return [UserMessage(role="user", content=[*images, TextPart(type="text", text="where is the red 7 ?")])]
+    return [Message("user", [*map(ImagePart, urls), TextPart("where is the red 7 ?")])]
 
 
 @pytest.fixture(scope="module")
