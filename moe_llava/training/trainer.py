@@ -79,6 +79,8 @@ class StageTrainer(Trainer):
             for name in ("log.jsonl", "skipped.jsonl"):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
+        # What was loaded with a save are its run's; Trainer would warn, and go by them.
+        self.state.logging_steps, self.state.save_steps = self.args.logging_steps, self.args.save_steps
         self._skipped = len(read_lines(self.work / "skipped.jsonl"))
         self._last_step = step
         self._began = time.monotonic()
