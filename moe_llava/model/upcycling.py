@@ -55,7 +55,7 @@ def upcycle(
         expert_start: "copy", or "noise", which adds Gaussian noise of its own to every expert, with NOISE_STD of the standard deviation of
             each parameter; then the result computes something near only. For a third way see `evolve_experts`.
         seed: of the routers' start, and of the noise; the routers are the same with and without it.
-        The others are the fields of MoeLlavaConfig.
+        **moe: fields of MoeLlavaConfig.
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.

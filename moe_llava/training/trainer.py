@@ -81,6 +81,8 @@ class StageTrainer(Trainer):
             for name in ("log.jsonl", SKIPPED):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
+        # What was loaded with a save are its run's; Trainer would warn, and go by them.
+        self.state.logging_steps, self.state.save_steps = self.args.logging_steps, self.args.save_steps
         self._skipped = sum(line["step"] > 0 for line in read_lines(self.work / SKIPPED))
         self._last_step = step
         self._began = time.monotonic()

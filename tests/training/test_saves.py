@@ -238,3 +238,15 @@ def test_something_else_in_the_way(write_recipe, tmp_path, kind):
     place.mkdir() if kind == "an empty folder" else place.write_text("x")
     with pytest.raises(ValueError, match=r"stage1 is in the way: it is no stage that was finished or begun"):
         train(load_recipe(write_recipe()), [1], resume=True, console=QUIET)
+
+
+def test_a_resumed_run_saves_and_logs_as_its_own_recipe_says(write_recipe, tmp_path, stopping):
+    settings = ["logging_steps=1", "save_steps=5", "save_total_limit=9"]
+    file = write_recipe(logging_steps=100, stage1__optimisation__max_steps=7)
+    with stopping(3):
+        train(load_recipe(file), [1], resume=False, console=QUIET)
+    with stopping(6):
+        train(load_recipe(file, settings), [1], resume=True, console=QUIET)
+    assert [save.name for save in saves(tmp_path / "run" / ".stage1")] == ["checkpoint-2", "checkpoint-5"]
+    (stage,) = train(load_recipe(file, settings), [1], resume=True, console=QUIET)
+    assert [line["step"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == list(range(1, 8))
