@@ -49,13 +49,14 @@ def upcycle(
     about 1e-6 of their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the
     weight is always 1, so that only the balance loss teaches the router.
 
+    The arguments that are not described here are fields of MoeLlavaConfig.
+
     Args:
         dense: any LLaVA of transformers. All its parameters but the replaced FFNs are shared with the result, not copied: training one
             changes the other. Its mode (train or eval), dtype and device are kept.
         expert_start: "copy", or "noise", which adds Gaussian noise of its own to every expert, with NOISE_STD of the standard deviation of
             each parameter; then the result computes something near only. For a third way see `evolve_experts`.
         seed: of the routers' start, and of the noise; the routers are the same with and without it.
-        **moe: fields of MoeLlavaConfig.
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration.
