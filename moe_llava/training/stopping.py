@@ -31,6 +31,8 @@ class StopWhenAsked(TrainerCallback):
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is: the picture ends where the run does
         asked = self.asked
         if args.world_size > 1:
             anybody = torch.tensor(int(asked), device=args.device)

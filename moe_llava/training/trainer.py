@@ -88,6 +88,21 @@ class StageTrainer(Trainer):
         self._began = time.monotonic()
         self._uncounted: Tensor | int = 0
         self._forget()
+        self._load_unlogged(self.work / f"checkpoint-{step}")
+
+    def _save_unlogged(self, save: Path) -> None:
+        """Add to a save what this process summed since the last logged step, so that a resumed run logs the same numbers."""
+        unlogged = {"sums": self._sums, "last_step": self._last_step, "seconds": time.monotonic() - self._since}
+        torch.save(unlogged, save / f"unlogged_{self.args.process_index}.pt")
+
+    def _load_unlogged(self, save: Path) -> None:
+        """Go on with the sums of a save, unless another number of processes made it."""
+        if len(list(save.glob("unlogged_*.pt"))) != self.args.world_size:
+            return
+        file = save / f"unlogged_{self.args.process_index}.pt"
+        unlogged = torch.load(file, map_location=self.args.device, weights_only=True)
+        self._sums, self._last_step = unlogged["sums"], unlogged["last_step"]
+        self._since -= unlogged["seconds"]
 
     def _forget(self) -> None:
         """What is summed from one logged step to the next begins again."""
@@ -151,6 +166,11 @@ class StageTrainer(Trainer):
             self._watch(outputs, (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool())
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
+        loss: Tensor = super().training_step(*arguments, **settings)
+        self._add("loss", loss / self.args.world_size)
+        return loss
+
     @torch.no_grad()
     def _watch(self, outputs: Any, token_mask_T: Tensor) -> None:
         config = self.accelerator.unwrap_model(self.model).config
@@ -180,6 +200,7 @@ class StageTrainer(Trainer):
         self._count_tokens()
         with saving(self.work, f"step {self.state.global_step}") as folder:
             super()._save_checkpoint(model, trial)
+            self._save_unlogged(folder / f"checkpoint-{self.state.global_step}")
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 (save,) = folder.iterdir()
@@ -204,7 +225,9 @@ class StageTrainer(Trainer):
         """What was summed since the last logged step, in all processes."""
         seconds = time.monotonic() - self._since
         sums = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
+        steps = max(self.state.global_step - self._last_step, 1)
         numbers: dict[str, Any] = {
+            "loss": sums["loss"].item() / steps,  # Trainer's own leaves out the steps before a run was resumed
             "tokens": self._count_tokens(),
             "tokens_per_second": round(sums["tokens"].item() / seconds, 1),
             "padding": round(1 - (sums["tokens"] / sums["places"]).item(), 4),
@@ -212,7 +235,7 @@ class StageTrainer(Trainer):
         }
         if "counts_LE" in sums:
             # Each batch's language loss is its share of the step's: their sum counts steps, not batches.
-            numbers["language_loss"] = sums["language_loss"].item() / max(self.state.global_step - self._last_step, 1)
+            numbers["language_loss"] = sums["language_loss"].item() / steps
             numbers |= {name: (sums[name] / sums["batches"]).item() for name in ("balance_loss", "mi_loss") if name in sums}
             numbers["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(sums["counts_LE"]).tolist()]
         if "dropped" in sums:
@@ -246,8 +269,7 @@ def peak_memory() -> int:
 
 
 class _Moments(TrainerCallback):
-    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes. Logs at
-    every save: what is summed since the last logged step is in no save, so a resumed run would log other numbers."""
+    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
@@ -258,6 +280,3 @@ class _Moments(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save

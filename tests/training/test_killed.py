@@ -25,7 +25,7 @@ STAGES = {
 def kill(write_recipe, tmp_path, kind, numbers):
     """24 records in batches of 4, so 3 steps end within an epoch: Trainer would go on after the last save."""
     stage, settings = STAGES[kind]
-    file = write_recipe(logging_steps=2, **settings)
+    file = write_recipe(logging_steps=100, **settings)
     (tmp_path / "before").mkdir()
     if stage > 1:
         before = load_recipe(file, [f"output={tmp_path / 'before'}"])

@@ -249,4 +249,23 @@ def test_a_resumed_run_saves_and_logs_as_its_own_recipe_says(write_recipe, tmp_p
         train(load_recipe(file, settings), [1], resume=True, console=QUIET)
     assert [save.name for save in saves(tmp_path / "run" / ".stage1")] == ["checkpoint-2", "checkpoint-5"]
     (stage,) = train(load_recipe(file, settings), [1], resume=True, console=QUIET)
-    assert [line["step"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == list(range(1, 8))
+    assert [line["step"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == [1, 3, 4, 5, 6, 7]
+
+
+def test_a_save_between_two_logged_steps_changes_no_logged_number(write_recipe, tmp_path, stopping):
+    """Of a sparse model, whose numbers are sums over steps and batches; the save of step 2 is amid the steps 2 to 4."""
+    file = write_recipe(logging_steps=4, stage3__optimisation__max_steps=5, stage3__optimisation__per_device_batch_size=2)
+    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    lines = []
+    for stopped in (False, True):
+        if stopped:
+            with stopping(3):
+                train(load_recipe(file), [3], resume=False, console=QUIET)
+        (stage,) = train(load_recipe(file), [3], resume=True, console=QUIET)
+        lines.append([line for line in read_lines(stage / "log.jsonl") if "loss" in line])
+        stage.rename(tmp_path / f"kept-{stopped}")
+    times = ("tokens_per_second", "seconds", "peak_memory")
+    plain = [[{key: value for key, value in line.items() if key not in times} for line in found] for found in lines]
+    assert [line["step"] for line in plain[0]] == [1, 4, 5]
+    assert plain[0] == plain[1]
+    assert lines[0][1]["tokens_per_second"] > 0
