@@ -58,6 +58,7 @@ class StageTrainer(Trainer):
         self.save_total_limit = save_total_limit
         self.sampler = sampler
         self.skip_bad_records = skip_bad_records
+        self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
         self.add_callback(_Moments(self))
 
@@ -107,7 +108,7 @@ class StageTrainer(Trainer):
     def _forget(self) -> None:
         """What is summed from one logged step to the next begins again."""
         self._since = time.monotonic()
-        self._sums: dict[str, Tensor] = {}
+        self._sums = {}
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()
