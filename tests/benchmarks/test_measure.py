@@ -38,7 +38,7 @@ def test_ratios_are_of_the_same_round():
 def test_conditions_say_what_a_number_depends_on():
     told = conditions(CPU, "float32", ("rich",))
     assert told.keys() == {
-        *("date", "machine", "gpu", "load_average", "threads", "dtype"),
+        *("date", "machine", "gpu", "load_average", "threads", "omp_wait_policy", "dtype"),
         *("python", "moe_llava", "torch", "transformers", "rich"),
     }
     assert (told["threads"], told["dtype"], told["gpu"]) == (torch.get_num_threads(), "float32", "none")

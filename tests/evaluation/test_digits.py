@@ -112,7 +112,7 @@ def test_a_missing_answer_is_wrong_either_way():
     ("change", "message"),
     [
         ({"family": None}, "record 1 of .*test.json has no 'family'"),
-        ({"image": None}, "found 1 image tokens in record 1 of .*test.json but 0 images"),
+        ({"image": None}, "record 1 of .*test.json has no image, but must have one"),
     ],
 )
 def test_damaged_questions_are_named(tiny_base, tmp_path, change, message):  # noqa: F811
