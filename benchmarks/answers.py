@@ -17,8 +17,8 @@ import torch
 
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import write_dataset
-from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import answer
+from moe_llava.evaluation.ask.generate import answer
+from moe_llava.evaluation.score.definitions import digits_world
 
 
 def main() -> None:

@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_llava.benchmarks.asked import (
-    DTYPES,
-    LAYER_SIZES,
-    MODEL_SIZES,
-    PHASES,
-    SHARES,
-    BenchError,
-    check_file,
-    check_names,
-    parse_size,
-)
 from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+from moe_llava.perf.options import DTYPES, LAYER_SIZES, MODEL_SIZES, PHASES, SHARES, BenchError, check_file, check_names, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +49,7 @@ def layer(
         dtypes = _dtypes(dtype, as_json)
 
         with heavy_imports():
-            from moe_llava.benchmarks.layer import bench_layer
+            from moe_llava.perf.layer import bench_layer
 
         _measure(lambda: bench_layer(sizes, dtypes, [name for name in PHASES if name in phase], rounds, growth, _console()), as_json)
 
@@ -79,7 +69,7 @@ def model(
         dtypes = _dtypes(dtype, as_json)
 
         with heavy_imports():
-            from moe_llava.benchmarks.model import bench_model
+            from moe_llava.perf.model import bench_model
 
         _measure(lambda: bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
 
@@ -100,7 +90,7 @@ def train(
         dtypes = _dtypes(dtype, as_json)
 
         with heavy_imports():
-            from moe_llava.benchmarks.train import bench_train
+            from moe_llava.perf.train import bench_train
 
         _measure(lambda: bench_train(size, dtypes, rows, tokens, rounds, "wide" if logits else None, _console()), as_json)
 
@@ -129,7 +119,7 @@ def generate(
         (chosen,) = _dtypes([dtype], as_json)
 
         with heavy_imports():
-            from moe_llava.benchmarks.generate import bench_generate
+            from moe_llava.perf.generate import bench_generate
 
         _measure(lambda: bench_generate(checkpoint, size, chosen, rows, new_tokens, rounds, compiled, _console()), as_json)
 
@@ -154,7 +144,7 @@ def serve(
             raise BenchError("bench serve needs psutil, which is not installed: pip install -e '.[bench]'")
 
         with heavy_imports():
-            from moe_llava.benchmarks.serve import bench_serve, print_serving
+            from moe_llava.perf.serve import bench_serve, print_serving
 
         console = _console()
         _measure(lambda: bench_serve(checkpoint, clients, rounds, questions, console), as_json, print_serving)
@@ -179,7 +169,7 @@ def load(
             open_image(image, "bench load")
 
         with heavy_imports():
-            from moe_llava.benchmarks.load import bench_load
+            from moe_llava.perf.loading import bench_load
 
         _measure(lambda: bench_load(checkpoint, image, question, rounds, _console()), as_json)
 
@@ -202,7 +192,7 @@ def offload(
                 check_checkpoint(checkpoint, share)
 
         with heavy_imports():
-            from moe_llava.benchmarks.offload import bench_offload
+            from moe_llava.perf.offload import bench_offload
 
         _measure(lambda: bench_offload(checkpoint, keep, tokens, _console()), as_json)
 
@@ -226,8 +216,8 @@ def _console() -> Any:
 def _measure(measure: Callable[[], dict[str, Any]], file: Path | None, show: Callable[[dict[str, Any], Any], None] | None = None) -> None:
     """Write a report and print what has not been printed while it was measured: its notes, if not what `show` prints. Ctrl-C keeps what was
     measured until then."""
-    from moe_llava.benchmarks.running import Interrupted
-    from moe_llava.benchmarks.tables import print_notes, write_report
+    from moe_llava.perf.report import print_notes, write_report
+    from moe_llava.perf.running import Interrupted
 
     stopped = None
     try:

@@ -34,7 +34,7 @@ def chat(
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image
-        from moe_llava.serving.requests import check_sampling
+        from moe_llava.serving.engine.requests import check_sampling
         from moe_llava.training.parsing import require
 
         if prompt is not None and not prompt.strip():
@@ -52,9 +52,9 @@ def chat(
 
         # These take seconds, and a mistake is told before.
         with heavy_imports():
-            from moe_llava.serving.chat import Conversation, Settings
-            from moe_llava.serving.engine import Engine
-            from moe_llava.serving.terminal import Terminal
+            from moe_llava.serving.chat.conversation import Conversation, Settings
+            from moe_llava.serving.chat.terminal import Terminal
+            from moe_llava.serving.engine.engine import Engine
 
         model, processor, cache = _load(checkpoint, bits, keep_experts)
         with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:

@@ -15,7 +15,7 @@ from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, us
 def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """Lists the benchmarks, and the files that each needs."""
     with user_errors():
-        from moe_llava.evaluation.benchmark import NAMES, find_benchmark
+        from moe_llava.evaluation.score.benchmark import NAMES, find_benchmark
 
         found = [find_benchmark(name) for name in NAMES]
     if as_json:
@@ -37,7 +37,7 @@ def score(
 ) -> None:
     """Scores answers to a benchmark as its published script does, with 95% intervals."""
     with user_errors():
-        from moe_llava.evaluation.score import score_answers
+        from moe_llava.evaluation.score.scoring import score_answers
 
         found = score_answers(name, data, answers) | ({} if model is None else {"model": model})
     if as_json:
@@ -61,7 +61,7 @@ def judge(
 ) -> None:
     """Scores answers by the opinion of a language model. Its API key is read from MOE_LLAVA_JUDGE_KEY; nothing is asked twice."""
     with user_errors():
-        from moe_llava.evaluation.score import judge_answers
+        from moe_llava.evaluation.score.scoring import judge_answers
 
         found = judge_answers(name, data, answers, endpoint, judge_model, prices)
     if as_json:
@@ -83,7 +83,7 @@ def table(
 ) -> None:
     """Puts the main scores of models side by side, with 95% intervals."""
     with user_errors():
-        from moe_llava.evaluation.tables import write_table
+        from moe_llava.evaluation.score.tables import write_table
 
         print(write_table(results, form, reference), end="")
 
@@ -109,8 +109,8 @@ def evaluate(
         from rich.console import Console
 
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.evaluation.benchmark import find_benchmark
-        from moe_llava.evaluation.perturb import parse_perturbations
+        from moe_llava.evaluation.score.benchmark import find_benchmark
+        from moe_llava.evaluation.stress.perturb import parse_perturbations
 
         perturbations = [] if perturb is None else parse_perturbations(perturb)
         names = [name.strip() for name in benchmark.split(",")]
@@ -180,7 +180,7 @@ def pope_questions(
 ) -> None:
     """Writes questions as in POPE, of pictures of your own: is there such an object?"""
     with user_errors():
-        from moe_llava.evaluation.hallucination import IMAGES, write_pope_questions
+        from moe_llava.evaluation.stress.pope_questions import IMAGES, write_pope_questions
 
         written = write_pope_questions(annotations, out, images_per_set, seed)
     print(f"{out}: {written['questions']:,} questions of each kind, about {written['images']:,} pictures; put these into {out / IMAGES}")

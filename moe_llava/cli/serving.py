@@ -29,7 +29,7 @@ def serve(
     """Serve OpenAI's chat completions over HTTP, many at once, and a page to chat with. SIGTERM lets it finish what it has begun."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.serving.listen import listener, read_keys
+        from moe_llava.serving.http.listen import listener, read_keys
 
         if not math.isfinite(time_limit):
             raise ValueError(f"--time-limit is {time_limit:g}, but must be finite")
@@ -37,8 +37,8 @@ def serve(
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
             # These take seconds, and a mistake is told before.
-            from moe_llava.serving.fetch import Fetcher
-            from moe_llava.serving.protocol import Limits
+            from moe_llava.serving.http.fetch import Fetcher
+            from moe_llava.serving.http.protocol import Limits
 
             limits = Limits()
             fetcher = Fetcher(allow_image_host, limits) if allow_image_host else None
@@ -46,9 +46,9 @@ def serve(
             with heavy_imports():
                 from moe_llava.checkpoints.load import best_device, load_checkpoint
                 from moe_llava.checkpoints.offload import load_offloaded
-                from moe_llava.serving.api import build_app
-                from moe_llava.serving.connections import http_server, serve_until_told
-                from moe_llava.serving.engine import Engine
+                from moe_llava.serving.engine.engine import Engine
+                from moe_llava.serving.http.api import build_app
+                from moe_llava.serving.http.connections import http_server, serve_until_told
 
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)

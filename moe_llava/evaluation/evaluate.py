@@ -23,14 +23,14 @@ from rich.console import Console
 import moe_llava
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.offload import load_offloaded
-from moe_llava.evaluation.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
-from moe_llava.evaluation.benchmark import BenchmarkError, Question, Scored, result
-from moe_llava.evaluation.generate import answer
-from moe_llava.evaluation.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
-from moe_llava.evaluation.plan import GREEDY, Task, plan_tasks
-from moe_llava.evaluation.progress import show_progress
-from moe_llava.evaluation.robustness import plot_robustness, robustness
-from moe_llava.evaluation.score import judge_command
+from moe_llava.common.progress import show_progress
+from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
+from moe_llava.evaluation.ask.generate import answer
+from moe_llava.evaluation.ask.tasks import GREEDY, Task, plan_tasks
+from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, Scored, result
+from moe_llava.evaluation.score.scoring import judge_command
+from moe_llava.evaluation.stress.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
+from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
 from moe_llava.training.saves import write_whole
 
 NEVER = timedelta(days=365)

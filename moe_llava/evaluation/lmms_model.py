@@ -22,12 +22,12 @@ from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.images import BROKEN, to_rgb
+from moe_llava.common.progress import show_progress
 from moe_llava.data.records import IMAGE_TOKEN
-from moe_llava.evaluation.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.ask.generate import answer
+from moe_llava.evaluation.ask.tasks import check_questions
 from moe_llava.evaluation.evaluate import tell_of_capacity
-from moe_llava.evaluation.generate import answer
-from moe_llava.evaluation.plan import check_questions
-from moe_llava.evaluation.progress import show_progress
+from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's own LLaVA has it

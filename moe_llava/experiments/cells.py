@@ -27,11 +27,11 @@ from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
 from moe_llava.common.errors import DataError
+from moe_llava.common.progress import show_progress
 from moe_llava.data.batches import Collator, ConversationDataset
-from moe_llava.evaluation.benchmark import Question
-from moe_llava.evaluation.calibration import calibration, yes_or_no, yes_probabilities
+from moe_llava.evaluation.ask.calibration import calibration, yes_or_no, yes_probabilities
 from moe_llava.evaluation.evaluate import evaluate
-from moe_llava.evaluation.progress import show_progress
+from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.experiments.demo import make_once, training_seconds
 from moe_llava.experiments.plan import LOCK, ExperimentError, Plan, Step, steps
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, upcycle

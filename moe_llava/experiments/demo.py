@@ -29,9 +29,9 @@ from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
-from moe_llava.evaluation.answers import given
-from moe_llava.evaluation.benchmarks import digits_world
+from moe_llava.evaluation.ask.answers import given
 from moe_llava.evaluation.evaluate import evaluate
+from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report
 from moe_llava.routing.routes import write_routes
 from moe_llava.training.budget import active_parameters

@@ -8,8 +8,8 @@ from pathlib import Path
 from moe_llava.common.errors import DataError
 from moe_llava.data.files import read_items
 from moe_llava.data.records import parse_record
-from moe_llava.evaluation.benchmark import Benchmark, Question, find_file
-from moe_llava.evaluation.contents import checkpoint_digests, content_digest, joint_digest, visible
+from moe_llava.evaluation.ask.contents import checkpoint_digests, content_digest, joint_digest, visible
+from moe_llava.evaluation.score.benchmark import Benchmark, Question, find_file
 from moe_llava.training.recipe import Parts, Recipe, stage_settings, stages_of
 
 

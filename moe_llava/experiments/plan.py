@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_llava.evaluation.benchmark import Benchmark, find_benchmark
-from moe_llava.evaluation.calibration import yes_or_no
-from moe_llava.evaluation.perturb import Perturbation, parse_perturbations
-from moe_llava.evaluation.plan import prepare
-from moe_llava.evaluation.reading import read_object
+from moe_llava.evaluation.ask.calibration import yes_or_no
+from moe_llava.evaluation.ask.tasks import prepare
+from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark
+from moe_llava.evaluation.score.reading import read_object
+from moe_llava.evaluation.stress.perturb import Perturbation, parse_perturbations
 from moe_llava.experiments.demo import digits_recipe
 from moe_llava.experiments.inputs import benchmark_digests, recipe_digests
 from moe_llava.training.parsing import build, flatten, read

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.statistics import Interval, holm, paired_p, t_interval
+from moe_llava.evaluation.score.statistics import Interval, holm, paired_p, t_interval
 from moe_llava.experiments.cells import CellBudget
 from moe_llava.experiments.plan import Plan
 

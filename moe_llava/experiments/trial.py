@@ -21,8 +21,8 @@ from rich.console import Console
 
 import moe_llava
 from moe_llava.digits import RECIPE
-from moe_llava.evaluation.answers import given
-from moe_llava.evaluation.statistics import Interval, crossed_interval
+from moe_llava.evaluation.ask.answers import given
+from moe_llava.evaluation.score.statistics import Interval, crossed_interval
 from moe_llava.experiments.ablate import conditions, conduct, save
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment

@@ -18,7 +18,7 @@ from matplotlib.colors import TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from moe_llava.routing.load import whole_percents
+from moe_llava.routing.counts import whole_percents
 from moe_llava.routing.tokens import IMAGE
 from moe_llava.routing.trace import Trace
 

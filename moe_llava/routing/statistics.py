@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llava.routing.load import expert_shares
+from moe_llava.routing.counts import expert_shares
 from moe_llava.routing.pathways import TokenSample, top_pathways
 from moe_llava.routing.tokens import IMAGE, KINDS, MEDIA, RoutingError
 from moe_llava.routing.trace import Trace

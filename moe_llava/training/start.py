@@ -13,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
-from moe_llava.checkpoints.folders import new_folder
 from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_config, load_processor
+from moe_llava.common.folders import new_folder
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of, load_base

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from moe_llava.serving.engine import Engine
+from moe_llava.serving.engine.engine import Engine
 from tests.conftest import REPOSITORY, refused
 from tests.serving.conftest import served, server  # noqa: F401
 from tests.training.conftest import tiny_base  # noqa: F401

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 from moe_llava.cli import app
 from moe_llava.cli.bench import bench
-from moe_llava.evaluation.benchmark import NAMES
+from moe_llava.evaluation.score.benchmark import NAMES
 from tests.checkpoints import tiny_published
 from tests.checkpoints.tiny_tokenizers import write_phi
 from tests.conftest import REPOSITORY

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from moe_llava.evaluation.attack import answer_losses, attacked_pixels, fgsm, own_answers, pgd, pixel_range
-from moe_llava.evaluation.perturb import Perturbation
+from moe_llava.evaluation.stress.attack import answer_losses, attacked_pixels, fgsm, own_answers, pgd, pixel_range
+from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.model.moe import Router
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import tiny_dense, tiny_inputs

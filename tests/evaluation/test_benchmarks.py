@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation import choices
-from moe_llava.evaluation.benchmark import (
+from moe_llava.evaluation.score import choices
+from moe_llava.evaluation.score.benchmark import (
     LETTER,
     NAMES,
     SINGLE_WORD,
@@ -17,8 +17,8 @@ from moe_llava.evaluation.benchmark import (
     result,
     take,
 )
-from moe_llava.evaluation.means import mean_by
-from moe_llava.evaluation.score import score_answers
+from moe_llava.evaluation.score.means import mean_by
+from moe_llava.evaluation.score.scoring import score_answers
 from tests.conftest import REPOSITORY, run_command
 
 

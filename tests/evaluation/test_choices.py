@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_llava.evaluation.choices import lettered, options_in, read_leniently
+from moe_llava.evaluation.score.choices import lettered, options_in, read_leniently
 
 COLOURS = ["red", "dark red", "None", "NA"]
 

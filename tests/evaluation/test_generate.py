@@ -10,12 +10,12 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
-from moe_llava.evaluation import generate
-from moe_llava.evaluation.attack import attacked_pixels
-from moe_llava.evaluation.benchmark import BenchmarkError, InlineImage, Question
-from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import answer, in_background, prompt_inputs, prompt_text
-from moe_llava.evaluation.perturb import Perturbation, perturb_image, perturb_question
+from moe_llava.evaluation.ask import generate
+from moe_llava.evaluation.ask.generate import answer, in_background, prompt_inputs, prompt_text
+from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
+from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.stress.attack import attacked_pixels
+from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
 
 GQA = find_benchmark("gqa")
 SUFFIX = "\nAnswer the question using a single word or phrase."

@@ -8,9 +8,9 @@ import pytest
 
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.digits.scenes import COLOURS
-from moe_llava.evaluation.benchmark import BenchmarkError, read_json_lines
-from moe_llava.evaluation.hallucination import read_annotations, write_pope_questions
-from moe_llava.evaluation.score import score_answers
+from moe_llava.evaluation.score.benchmark import BenchmarkError, read_json_lines
+from moe_llava.evaluation.score.scoring import score_answers
+from moe_llava.evaluation.stress.pope_questions import read_annotations, write_pope_questions
 from tests.conftest import REPOSITORY, run_command
 
 # Pictures that show it: cup 5, fork 5, table 5, dog 4, ball 4, lamp 3, apple 3.

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation import judge as module
-from moe_llava.evaluation.judge import Judge, JudgeError
+from moe_llava.evaluation.score import judge as module
+from moe_llava.evaluation.score.judge import Judge, JudgeError
 from tests.evaluation.judging_server import Told, serving
 
 REMINDER = "A number, please."

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError
-from moe_llava.evaluation.benchmarks.llava_bench import read_marks
-from moe_llava.evaluation.judge import JudgeError
-from moe_llava.evaluation.score import judge_answers, score_answers
+from moe_llava.evaluation.score.benchmark import BenchmarkError
+from moe_llava.evaluation.score.definitions.llava_bench import read_marks
+from moe_llava.evaluation.score.judge import JudgeError
+from moe_llava.evaluation.score.scoring import judge_answers, score_answers
 from tests.evaluation.judging_server import Told, serving
 
 CATEGORIES = ["conv", "detail", "complex", "conv"]

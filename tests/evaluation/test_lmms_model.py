@@ -17,11 +17,12 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.images import open_image
-from moe_llava.evaluation import generate, lmms_model
-from moe_llava.evaluation.benchmark import BenchmarkError, Question
-from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import answer
+from moe_llava.evaluation import lmms_model
+from moe_llava.evaluation.ask import generate
+from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.lmms_model import MoeLlava, TaskImage
+from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import REPOSITORY
 from tests.training.conftest import tiny_base  # noqa: F401

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark
-from moe_llava.evaluation.benchmarks.mm_vet import read_share
-from moe_llava.evaluation.score import judge_answers
-from moe_llava.evaluation.tables import write_table
+from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark
+from moe_llava.evaluation.score.definitions.mm_vet import read_share
+from moe_llava.evaluation.score.scoring import judge_answers
+from moe_llava.evaluation.score.tables import write_table
 from tests.conftest import run_command, run_here
 from tests.evaluation.judging_server import Told, serving
 

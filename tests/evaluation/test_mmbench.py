@@ -6,11 +6,11 @@ import csv
 import pytest
 from openpyxl import load_workbook
 
-from moe_llava.evaluation.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result, split_in
-from moe_llava.evaluation.benchmarks.mmbench import read, upload_rows
-from moe_llava.evaluation.perturb import Perturbation
-from moe_llava.evaluation.robustness import robustness
-from moe_llava.evaluation.score import score_answers
+from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.definitions.mmbench import read, upload_rows
+from moe_llava.evaluation.score.scoring import score_answers
+from moe_llava.evaluation.stress.perturb import Perturbation
+from moe_llava.evaluation.stress.robustness import robustness
 
 COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment", "split"]
 IMAGE = b"\x89PNG" + bytes(200_000)

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
-from moe_llava.evaluation.benchmarks.mme import TASKS, read, read_leniently
+from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.definitions.mme import TASKS, read, read_leniently
 
 MME = find_benchmark("mme")
 

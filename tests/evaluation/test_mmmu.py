@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_llava.evaluation.benchmark import LETTER, SINGLE_WORD, BenchmarkError, find_benchmark, find_folder, pair, result
-from moe_llava.evaluation.benchmarks.mmmu import DISCIPLINE, DISCIPLINES, matches, read_letter, read_open
+from moe_llava.evaluation.score.benchmark import LETTER, SINGLE_WORD, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.definitions.mmmu import DISCIPLINE, DISCIPLINES, matches, read_letter, read_open
 
 MMMU = find_benchmark("mmmu")
 OPTIONS = {"A": "red", "B": "dark red", "C": "None", "D": "NA"}

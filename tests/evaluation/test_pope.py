@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import find_benchmark, find_folder, pair, read_json_lines, result
-from moe_llava.evaluation.benchmarks.pope import says_yes, says_yes_leniently
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.definitions.pope import says_yes, says_yes_leniently
 
 POPE = find_benchmark("pope")
 NAMES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score", "yes": "Yes ratio"}

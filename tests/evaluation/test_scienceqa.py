@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
 
 SCIENCEQA = find_benchmark("scienceqa")
 UNANSWERED = "1259"  # the published script takes it as answered with "FAILED"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result
 
 SEED = find_benchmark("seed-bench")
 OPTIONS = "\nA. One\nB. None\nC. NA\nD. Two" + LETTER

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_llava.evaluation.statistics import crossed_interval, holm, paired_p, t_interval
+from moe_llava.evaluation.score.statistics import crossed_interval, holm, paired_p, t_interval
 
 
 def test_student_by_hand():

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from moe_llava.evaluation import published
-from moe_llava.evaluation.benchmark import NAMES, BenchmarkError
-from moe_llava.evaluation.tables import write_table
+from moe_llava.evaluation.score import published
+from moe_llava.evaluation.score.benchmark import NAMES, BenchmarkError
+from moe_llava.evaluation.score.tables import write_table
 from tests.conftest import run_command
 
 

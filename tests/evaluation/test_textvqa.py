@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
-from moe_llava.evaluation.benchmarks.textvqa import asked_question
-from moe_llava.evaluation.normalise import leave_one_out
+from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.definitions.textvqa import asked_question
+from moe_llava.evaluation.score.normalise import leave_one_out
 
 TEXTVQA = find_benchmark("textvqa")
 

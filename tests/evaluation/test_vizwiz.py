@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
-from moe_llava.evaluation.score import score_answers
+from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.scoring import score_answers
 
 VIZWIZ = find_benchmark("vizwiz")
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase."

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from moe_llava.cli.experiments import ABLATIONS as cli_ablations
-from moe_llava.evaluation.benchmark import BenchmarkError
+from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.experiments.ablate import conditions, run_ablation
 from moe_llava.experiments.cells import cell_budget
 from moe_llava.experiments.plan import (

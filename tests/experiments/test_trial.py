@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_llava.evaluation.statistics import Interval
+from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
 from moe_llava.experiments.trial import judge, run_trial, verdict
 from moe_llava.training.saves import read_lines

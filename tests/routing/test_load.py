@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_llava.routing.load import expert_counts, expert_shares, whole_percents
+from moe_llava.routing.counts import expert_counts, expert_shares, whole_percents
 
 
 def test_counts_and_shares():

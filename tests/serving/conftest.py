@@ -12,16 +12,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.evaluation.ask.generate import prompt_inputs
+from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.model.greedy import end_tokens
 from moe_llava.model.upcycling import upcycle
-from moe_llava.serving.api import build_app
-from moe_llava.serving.connections import http_server
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.listen import listener
-from moe_llava.serving.protocol import Limits
-from moe_llava.serving.requests import Piece, Request
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.requests import Piece, Request
+from moe_llava.serving.http.api import build_app
+from moe_llava.serving.http.connections import http_server
+from moe_llava.serving.http.listen import listener
+from moe_llava.serving.http.protocol import Limits
 from tests.conftest import tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
 

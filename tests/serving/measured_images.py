@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LlavaImageProcessorPil
 
 from moe_llava.common.images import open_image
-from moe_llava.serving.prompts import FORMATS, SentImage, working_bytes
+from moe_llava.serving.http.prompts import FORMATS, SentImage, working_bytes
 from tests.serving.hostile import encoded
 
 SIDE = 1500

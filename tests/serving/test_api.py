@@ -11,8 +11,8 @@ import openai
 import pytest
 from PIL import Image
 
-from moe_llava.serving.chat import Conversation, Settings
-from moe_llava.serving.engine import Engine
+from moe_llava.serving.chat.conversation import Conversation, Settings
+from moe_llava.serving.engine.engine import Engine
 from tests.conftest import refused
 from tests.serving.conftest import server
 from tests.serving.test_engine import slowed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from moe_llava.serving.cache import SPARE, roomy_cache
+from moe_llava.serving.engine.cache import SPARE, roomy_cache
 
 
 def states(rows, columns):

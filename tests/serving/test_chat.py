@@ -8,15 +8,15 @@ import torch
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.store import load_records
-from moe_llava.evaluation.benchmarks import digits_world
-from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.evaluation.ask.generate import prompt_inputs
+from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.model.greedy import write_greedily
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import trace_routing
-from moe_llava.serving.chat import Conversation, Settings
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.form import FormError
-from moe_llava.serving.requests import Request, RequestError
+from moe_llava.serving.chat.conversation import Conversation, Settings
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.prompt import FormError
+from moe_llava.serving.engine.requests import Request, RequestError
 from tests.serving.conftest import ask, model_of
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -176,7 +176,7 @@ def test_of_a_stop_before_the_first_word_nothing_is_left(served, begin, images, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("moe_llava.serving.chat.SimpleQueue", Stopped)
+        patch.setattr("moe_llava.serving.chat.conversation.SimpleQueue", Stopped)
         with pytest.raises(KeyboardInterrupt):
             list(conversation.ask(ASKED))
     assert (conversation.turns, len(conversation.waiting)) == ([], 1)

@@ -4,8 +4,8 @@ import readline
 
 import pytest
 
-from moe_llava.serving.completion import Completer
-from moe_llava.serving.terminal import COMMANDS
+from moe_llava.serving.chat.completion import Completer
+from moe_llava.serving.chat.terminal import COMMANDS
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from moe_llava.serving import connections
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.listen import listener
-from moe_llava.serving.protocol import Limits
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http import connections
+from moe_llava.serving.http.listen import listener
+from moe_llava.serving.http.protocol import Limits
 from tests.conftest import REPOSITORY
 from tests.serving import conftest as serving_tests
 from tests.serving.conftest import server

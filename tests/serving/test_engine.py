@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_llava.evaluation.benchmark import Question
+from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.model.greedy import end_tokens, write_greedily
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.requests import EngineClosed, QueueFull, Request, RequestError, TimeLimitExceeded
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.requests import EngineClosed, QueueFull, Request, RequestError, TimeLimitExceeded
 from tests.conftest import FAMILIES
 from tests.serving.conftest import ask, model_of, received, request_of, text_of
 from tests.training.conftest import tiny_base  # noqa: F401

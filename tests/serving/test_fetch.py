@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.fetch import Fetcher, is_public
-from moe_llava.serving.listen import ServeError
-from moe_llava.serving.protocol import Limits
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http.fetch import Fetcher, is_public
+from moe_llava.serving.http.listen import ServeError
+from moe_llava.serving.http.protocol import Limits
 from tests.conftest import refused
 from tests.serving.conftest import server
 from tests.serving.hostile import PNG, data_url

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from moe_llava.checkpoints.offload import offload_experts
-from moe_llava.serving.engine import Engine
+from moe_llava.serving.engine.engine import Engine
 from tests.serving.conftest import server
 from tests.serving.test_api import client_of, complete, metric, user
 from tests.training.conftest import tiny_base  # noqa: F401

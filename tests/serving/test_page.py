@@ -8,8 +8,8 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.protocol import Limits
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http.protocol import Limits
 from tests.browser import open_browser
 from tests.serving.conftest import server
 from tests.serving.test_api import client_of, complete, eventually, image_part, metric, picture, post, text_part, user

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import LlavaImageProcessorPil
 
 from moe_llava.common.images import MOST_SIDE
-from moe_llava.serving.bodies import Memory, Worker
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.form import ConversationForm
-from moe_llava.serving.prompts import PromptMaker, working_bytes
-from moe_llava.serving.protocol import ApiError, ImagePart, Limits, Message, TextPart
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.prompt import ConversationForm
+from moe_llava.serving.http.bodies import Memory, Worker
+from moe_llava.serving.http.prompts import PromptMaker, working_bytes
+from moe_llava.serving.http.protocol import ApiError, ImagePart, Limits, Message, TextPart
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import LIMITS, server
 from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat

@@ -9,7 +9,7 @@ from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
-from moe_llava.serving.protocol import HONOURED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
+from moe_llava.serving.http.protocol import HONOURED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
 from tests.conftest import REPOSITORY
 
 USER = {"role": "user", "content": "which ?"}

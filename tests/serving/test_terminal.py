@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from moe_llava.serving.terminal import Growing
+from moe_llava.serving.chat.terminal import Growing
 
 
 def drawn(text, height=6):

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_llava.digits.tokenizer import build_tokenizer
-from moe_llava.serving.text import AnswerText
+from moe_llava.serving.engine.text import AnswerText
 
 
 @pytest.fixture

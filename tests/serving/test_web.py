@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from moe_llava.data.encode import IGNORE_INDEX
-from moe_llava.evaluation.benchmark import Question
-from moe_llava.evaluation.generate import prompt_inputs
+from moe_llava.evaluation.ask.generate import prompt_inputs
+from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen
 from moe_llava.routing.trace import trace_answer, trace_routing
-from moe_llava.serving import web
-from moe_llava.serving.engine import Engine
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http import web
 from tests.serving.conftest import server
 from tests.serving.test_api import assert_told, client_of, complete, eventually, image_part, metric, picture, post, text_part, user
 from tests.serving.test_engine import slowed

@@ -8,11 +8,11 @@ import sys
 import threading
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.serving.api import build_app
-from moe_llava.serving.connections import http_server, serve_until_told
-from moe_llava.serving.engine import Engine
-from moe_llava.serving.listen import listener
-from moe_llava.serving.protocol import Limits
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http.api import build_app
+from moe_llava.serving.http.connections import http_server, serve_until_told
+from moe_llava.serving.http.listen import listener
+from moe_llava.serving.http.protocol import Limits
 
 LIMITS = Limits(head_seconds=2, body_seconds=4)
 OUTWARD = ("open", "os.listdir", "os.scandir", "os.exec", "os.system", "subprocess.Popen", "urllib.Request")

@@ -1,0 +1,59 @@
+"""Whether a model that is sure is right: its probability of yes, of questions that are answered with yes or no.
+
+Expected calibration error as Guo et al. (arXiv 1706.04599) have it, here of the probability of yes: within BINS of equal width, the share
+of the questions to affirm should be the mean probability. Brier's score (1950) is the mean squared error of the probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_llava.evaluation.ask.generate import prompt_inputs
+from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
+from moe_llava.model.greedy import positions
+
+BINS = 10
+
+
+def yes_or_no(questions: Sequence[Question]) -> list[Question]:
+    """Those whose answer is known to be yes or no."""
+    return [question for question in questions if question.extra.get("answer") in ("yes", "no")]
+
+
+@torch.inference_mode()
+def yes_probabilities(
+    model: Any, processor: Any, questions: Sequence[Question], batch_size: int, advance: Callable[[int], None] = lambda number: None
+) -> list[float]:
+    """p(yes) / (p(yes) + p(no)) as the first token of each answer, whatever else the model would rather say. `advance` is called with the
+    number of questions of each batch.
+
+    Raises BenchmarkError if the tokenizer has no different first tokens for the two words.
+    """
+    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
+    if yes == no:
+        raise BenchmarkError(f"the tokenizer begins yes and no with the same token, {yes}: calibration needs two")
+    found: list[float] = []
+    for first in range(0, len(questions), batch_size):
+        batch = questions[first : first + batch_size]
+        inputs = prompt_inputs(processor, batch).to(model.device, dtype=model.dtype)
+        logits_BV = model(**inputs, position_ids=positions(inputs["attention_mask"]), logits_to_keep=1).logits[:, -1].float()
+        found += torch.sigmoid(logits_BV[:, yes] - logits_BV[:, no]).tolist()
+        advance(len(batch))
+    return found
+
+
+def calibration(probabilities: Sequence[float], truths: Sequence[bool]) -> dict[str, Any]:
+    """`error` (expected calibration error), `brier`, `n`, and `bins`, of those with questions: their number `n`, mean `probability` and
+    share that is to `affirm`."""
+    p_N, truth_N = np.asarray(probabilities, dtype=float), np.asarray(truths, dtype=float)
+    bin_N = np.minimum((p_N * BINS).astype(int), BINS - 1)
+    bins = []
+    for number in np.unique(bin_N):
+        here = bin_N == number
+        bins.append({"n": int(here.sum()), "probability": float(p_N[here].mean()), "affirm": float(truth_N[here].mean())})
+    error = sum(each["n"] * abs(each["probability"] - each["affirm"]) for each in bins) / len(p_N)
+    return {"error": error, "brier": float(((p_N - truth_N) ** 2).mean()), "n": len(p_N), "bins": bins}

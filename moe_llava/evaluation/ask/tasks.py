@@ -1,0 +1,122 @@
+"""What an evaluation will ask, and where its answers go: all that can be wrong with names, files and folders is told here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_llava.checkpoints.load import load_config
+from moe_llava.data.records import IMAGE_TOKEN
+from moe_llava.evaluation.ask.answers import check_settings
+from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
+from moe_llava.evaluation.score.benchmark import Benchmark, BenchmarkError, Question, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.stress.perturb import Perturbation
+
+GREEDY = {"do_sample": False, "num_beams": 1}
+MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """`data`: the benchmark's files. `out`: its answers. `questions`: all of them, `asked`: those that this run wants answered, under a
+    perturbation or, if that is None, as they are."""
+
+    benchmark: Benchmark
+    data: Path
+    out: Path
+    questions: list[Question]
+    asked: list[Question]
+    settings: dict[str, Any]
+    perturbation: Perturbation | None = None
+
+    def __str__(self) -> str:
+        return self.benchmark.name if self.perturbation is None else f"{self.benchmark.name} under {self.perturbation}"
+
+    def under(self, perturbation: Perturbation) -> Task:
+        """The same questions under a perturbation, in a folder inside."""
+        return replace(
+            self,
+            out=self.out / f"{perturbation.name}-{perturbation.strength}",
+            settings={**self.settings, "perturbation": asdict(perturbation)},
+            perturbation=perturbation,
+        )
+
+
+def plan_tasks(
+    checkpoint: str, names: Sequence[str], data: Path, out: Path, limit: int | None, perturbations: Sequence[Perturbation]
+) -> list[list[Task]]:
+    """For each benchmark, the questions as they are, and under each perturbation.
+
+    Raises CheckpointError if there is no checkpoint, BenchmarkError with all that is wrong with benchmarks, their ground truth and folders.
+    """
+    if out.exists() and not out.is_dir():
+        raise BenchmarkError(f"{out} is a file, but --out must be a folder")
+    config = load_config(checkpoint)
+    made_with = {"checkpoint": _place(checkpoint), "checkpoint_files": checkpoint_digests(checkpoint), "dtype": str(config.dtype)}
+    plans, problems = [], []
+    for name in dict.fromkeys(names):
+        try:
+            benchmark = find_benchmark(name)
+            _check_scored(benchmark, perturbations)
+            benchmark, folder, questions = prepare(benchmark, data, limit)
+            _check_scored(benchmark, perturbations)
+            settings = {**made_with, "benchmark": name, "questions": _digest(questions), **GREEDY}
+            settings["max_new_tokens"] = benchmark.max_new_tokens
+            settings["pictures"] = picture_digests(questions[:limit], folder)
+            task = Task(benchmark, folder, out / name, questions, questions[:limit], settings)
+            plans.append([task, *(task.under(perturbation) for perturbation in perturbations)])
+        except BenchmarkError as error:
+            problems.append(str(error))
+    for task in (task for plan in plans for task in plan):
+        try:
+            check_settings(task.out, task.settings)
+        except BenchmarkError as error:
+            problems.append(str(error))
+    if problems:
+        raise BenchmarkError("\n  ".join(problems))
+    return plans
+
+
+def prepare(benchmark: Benchmark, data: Path, limit: int | None = None) -> tuple[Benchmark, Path, list[Question]]:
+    """Return the benchmark as its folder has it, the folder, and all questions. `limit`: how many of them will be asked; None: all.
+
+    Raise BenchmarkError for everything that is wrong with questions, pictures and the ground truth of what will be asked.
+    """
+    folder = find_folder(benchmark, data)
+    benchmark = split_in(benchmark, folder)
+    questions = benchmark.questions(folder)
+    check_questions(benchmark.title, questions)
+    check_truth(benchmark, folder, questions[:limit])
+    return benchmark, folder, questions
+
+
+def _check_scored(benchmark: Benchmark, perturbations: Sequence[Perturbation]) -> None:
+    if perturbations and benchmark.score is None:
+        raise BenchmarkError(f"{benchmark.title} is not scored here, so there is nothing to compare under --perturb")
+
+
+def check_questions(title: str, questions: Sequence[Question]) -> None:
+    """Raises BenchmarkError if there are none, a prompt has other images than its question, or an image file is missing."""
+    problems = [] if questions else [f"{title} has no questions"]
+    for question in questions:
+        found = question.prompt.count(IMAGE_TOKEN)
+        if found and found != len(question.images):
+            problems.append(f"question {question.id} of {title} has {found} {IMAGE_TOKEN} and {len(question.images)} images")
+    images = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
+    problems += [f"{title} asks about the image {image}, which does not exist" for image in images if not image.is_file()]
+    if problems:
+        more = len(problems) - MOST_SHOWN
+        raise BenchmarkError("\n  ".join(problems[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
+
+
+def _place(checkpoint: str) -> str:
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    text = json.dumps([[question.id, question.prompt, [Path(str(image)).name for image in question.images]] for question in questions])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Score answers: benchmark definitions, statistics, tables."""

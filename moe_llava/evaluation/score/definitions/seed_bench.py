@@ -1,0 +1,97 @@
+"""SEED-Bench (Li et al., arXiv 2307.16125): questions with four options, of twelve types, about images, and about a frame from the middle
+of videos.
+
+Published reading, as in LLaVA: the answer is the letter and nothing else. The expected letters stand in SEED-Bench.json, which LLaVA's
+script reads, or in the questions file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from moe_llava.evaluation.score.benchmark import Benchmark, BenchmarkError, Question, Scored, llava_questions, take, take_list, take_text
+from moe_llava.evaluation.score.choices import judged, options_in, scored
+from moe_llava.evaluation.score.reading import once, read_object
+
+QUESTIONS = "llava-seed-bench.jsonl"
+ANSWERS = "SEED-Bench.json"
+KINDS = {"SEED-Bench-image": "image", "SEED-Bench-video-image": "video"}
+
+
+def questions(folder: Path) -> list[Question]:
+    return llava_questions(folder / QUESTIONS, folder)
+
+
+def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+    file = folder / QUESTIONS
+    answers = _answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else {}
+    items, groups = [], []
+    for question, text in zip(asked, given, strict=True):
+        where = f"question {question.id} of {file}"
+        options = options_in(question.prompt)
+        read = text if text in options else None
+        items.append(judged(question, text, read, options, _expected(question, answers, where), file))
+        groups.append(["total", _kind(question, where), f"type/{take(question.extra, 'category', where)}"])
+    return scored(items, groups, [str(question.images[0]) for question in asked])
+
+
+def _answers(file: Path) -> dict[str, str]:
+    """Id of a question -> the letter of its answer."""
+    answers = {}
+    seen: dict[str, str] = {}
+    for number, record in enumerate(take_list(read_object(file), "questions", str(file)), start=1):
+        where = f"question record {number} of {file}"
+        identity = str(take(record, "question_id", where))
+        once(seen, "question_id", identity, where)
+        answers[identity] = take_text(record, "answer", where)
+    return answers
+
+
+def _expected(question: Question, answers: dict[str, str], where: str) -> str:
+    found = answers.get(question.id)
+    if question.extra.get("answer") is None:
+        if found is None:
+            raise BenchmarkError(f"{where} has no 'answer', and {ANSWERS} has none for it either")
+        return found
+    own = take_text(question.extra, "answer", where)
+    if found not in (None, own):
+        raise BenchmarkError(f"{where} has the answer {own!r}, but {ANSWERS} has {found!r}")
+    return own
+
+
+def _kind(question: Question, where: str) -> str:
+    """Whether it is about an image or a video: as a folder above its image says."""
+    image = str(question.images[0]) if question.images else ""
+    kinds = [KINDS[part] for part in Path(image).parts if part in KINDS]
+    if not kinds:
+        raise BenchmarkError(f"{where} has the image {image!r}, but must have one in {' or '.join(KINDS)}")
+    return kinds[-1]
+
+
+def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
+    """JSON lines of question_id and prediction, which is empty where there is no answer."""
+    file = out / "seed_bench.jsonl"
+    lines = [json.dumps({"question_id": question.id, "prediction": text or ""}) for question, text in zip(asked, given, strict=True)]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [file]
+
+
+def split(benchmark: Benchmark, folder: Path) -> Benchmark:
+    if all(question.extra.get("answer") is not None for question in questions(folder)):
+        return benchmark
+    return replace(benchmark, files=benchmark.files | {ANSWERS: f"the answers, which not all questions of {QUESTIONS} have"})
+
+
+BENCHMARK = Benchmark(
+    name="seed-bench",
+    title="SEED-Bench",
+    folder="seed_bench",
+    files={QUESTIONS: f"the questions; where they have no answer, {ANSWERS} is needed, too"},
+    questions=questions,
+    score=score,
+    headline=("total",),
+    upload=upload,
+    split=split,
+)

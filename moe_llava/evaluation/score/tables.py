@@ -1,0 +1,218 @@
+"""Many results in one table: a row per model, a column per main score. What papers published stands in a block of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from moe_llava.evaluation.score import published
+from moe_llava.evaluation.score.benchmark import NAMES, BenchmarkError, find_benchmark, take, take_list
+from moe_llava.evaluation.score.reading import read_object
+
+FIELDS = ("source", "model", "benchmark", "score", "value", "low", "high", "questions", "missing", "judge")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Scores given by different judges stand in different columns: they do not compare."""
+
+    benchmark: str
+    title: str
+    score: str = ""
+    judge: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measured score in the benchmark's own unit, with its 95% interval, or a published one as it was printed."""
+
+    value: float | str
+    low: float | None = None
+    high: float | None = None
+    questions: int | None = None
+    missing: int | None = None
+
+    def __str__(self) -> str:
+        return self.value if isinstance(self.value, str) else _rounded(self.value)
+
+    @property
+    def interval(self) -> str:
+        return "" if self.low is None or self.high is None else f"{_rounded(self.low)} to {_rounded(self.high)}"
+
+
+def _rounded(value: float) -> str:
+    """To four digits, noughts at the end among them."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+@dataclass(frozen=True)
+class Block:
+    """`rows`: model -> its cells, where it has any."""
+
+    source: str
+    title: str
+    notes: list[str]
+    columns: list[Column]
+    rows: dict[str, dict[Column, Cell]]
+
+
+def write_table(results: Sequence[Path], form: str, reference: bool) -> str:
+    """The text of the table. `results`: result.json files, or folders that hold BENCHMARK/result.json.
+
+    Raises BenchmarkError, naming the file, if one is missing or lacks something, or if two have the same score of the same model.
+    """
+    if form not in FORMS:
+        raise BenchmarkError(f"--format is {form!r}, but must be one of {', '.join(FORMS)}")
+    return FORMS[form]([_measured(results)] + ([_published()] if reference else []))
+
+
+def find_results(places: Sequence[Path]) -> list[Path]:
+    """Raises BenchmarkError for a place without results."""
+    files: list[Path] = []
+    for place in places:
+        found = sorted(place.glob("*/result.json")) if place.is_dir() else [place]
+        if not found or not found[0].is_file():
+            rule = "has no BENCHMARK/result.json" if place.is_dir() else "does not exist"
+            raise BenchmarkError(f"{place} {rule}; give result.json files, or folders that hold BENCHMARK/result.json")
+        files += found
+    return files
+
+
+def _measured(places: Sequence[Path]) -> Block:
+    rows: dict[str, dict[Column, Cell]] = {}
+    origin: dict[tuple[str, Column], Path] = {}
+    notes = ["In brackets: 95% bootstrap intervals."]
+    results = [(file, *_read_result(file)) for file in find_results(places)]
+    names = _short({model for _, model, *_ in results})
+    for file, path, cells, remarks in results:
+        model = names[path]
+        for column in cells:
+            first = origin.setdefault((model, column), file)
+            if first is not file:
+                raise BenchmarkError(f"{first} and {file} are both results of {model!r} in {column.benchmark}: give one of them")
+        rows.setdefault(model, {}).update(cells)
+        notes += [f"{model}, {remark}" for remark in remarks]
+    columns = sorted({column for row in rows.values() for column in row}, key=_place)
+    for column in columns:
+        counts = {model: row[column].questions for model, row in rows.items() if column in row}
+        if len(set(counts.values())) > 1:
+            notes.append(f"{_head(column)}: not the same questions: {', '.join(f'{model} {n:,}' for model, n in counts.items())}.")
+    return Block("measured", "Measured", notes, columns, rows)
+
+
+def _short(models: Iterable[str]) -> dict[str, str]:
+    """Model -> its name in the table: of a folder, what tells it from the others."""
+    folders = [model for model in models if Path(model).is_absolute()]
+    root = os.path.commonpath([Path(folder).parent for folder in folders]) if folders else ""
+    names = {model: str(Path(model).relative_to(root)) if model in folders else model for model in models}
+    return {model: name if list(names.values()).count(name) == 1 else model for model, name in names.items()}
+
+
+def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
+    """(model, its main scores, what to know of them)."""
+    record = read_object(file)
+    name = take(record, "benchmark", str(file))
+    if name not in NAMES:
+        raise BenchmarkError(f"{file} is of the benchmark {name!r}; there are {', '.join(NAMES)}")
+    benchmark = find_benchmark(name)
+    asked_of = record.get("questions_in_all")
+    model, scores, intervals, questions = (take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions"))
+    missing = take_list(record, "missing", str(file))
+    if not benchmark.headline:
+        raise BenchmarkError(f"{file}: none of the scores of {benchmark.title} is for a table")
+    judge = str(take(record["judge"], "model", f"judge of {file}")) if "judge" in record else ""
+    if "perturbation" in record:
+        kind, strength = (take(record["perturbation"], key, f"perturbation of {file}") for key in ("name", "strength"))
+        model = f"{model} under {kind}:{strength}"
+    cells = {}
+    for score in benchmark.headline:
+        if isinstance(scores, dict) and score not in scores:
+            raise BenchmarkError(
+                f"{file} has no score {score!r}, as too little of {benchmark.title} was asked: ask without --limit, or leave it out"
+            )
+        numbers = [take(scores, score, f"scores of {file}"), *take_list(intervals, score, f"intervals of {file}")]
+        if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
+        value, low, high = numbers
+        cell = Cell(value, low, high, questions, len(missing))
+        cells[Column(benchmark.name, benchmark.title, score, judge)] = cell
+    told = {"without an answer, counted as wrong": missing, "whose judgement could not be read": record.get("unreadable", [])}
+    remarks = []
+    if asked_of not in (None, questions):
+        remarks.append(f"{benchmark.title}: the first {questions:,} of {asked_of:,} questions only.")
+    for token, number in record.get("end_tokens", {}).items():
+        remarks.append(
+            f"{benchmark.title}: {number:,} of {questions:,} answers end with {token}, which scores count as part of the answer."
+        )
+    remarks += [f"{benchmark.title}: {len(ids)} of {questions:,} questions {words}." for words, ids in told.items() if ids]
+    return str(model), cells, remarks
+
+
+def _place(column: Column) -> tuple[Any, ...]:
+    headline = find_benchmark(column.benchmark).headline
+    return list(NAMES).index(column.benchmark), headline.index(column.score), column.judge
+
+
+def _published() -> Block:
+    columns = [Column(name, heading) for name, heading in published.COLUMNS.items()]
+    rows = {
+        model: {column: Cell(value) for column, value in zip(columns, values.split(), strict=True) if value != "-"}
+        for model, values in published.ROWS.items()
+    }
+    return Block("published", f"Published, not measured here: {published.SOURCE}", [published.NOTE], columns, rows)
+
+
+def _head(column: Column) -> str:
+    judge = f"judge {column.judge}" if column.judge else ""
+    return ", ".join(part for part in (column.title, column.score, judge) if part)
+
+
+def _markdown(blocks: list[Block]) -> str:
+    return "\n".join(_markdown_block(block) for block in blocks)
+
+
+def _markdown_block(block: Block) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+
+    lines = [f"## {block.title}", "", line(["model", *map(_head, block.columns)]), line(["---", *("---:" for _ in block.columns)])]
+    for model, row in block.rows.items():
+        cells = [row.get(column) for column in block.columns]
+        lines.append(line([model, *("" if cell is None else f"{cell} [{cell.interval}]".removesuffix(" []") for cell in cells)]))
+    return "\n".join([*lines, "", *(f"- {_escaped(note)}" for note in block.notes), ""])
+
+
+def _escaped(text: str) -> str:
+    """In one line, neither the end of a cell nor a tag."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _csv(blocks: list[Block]) -> str:
+    """A line per score, so that no cell holds two things; numbers with all their digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for block in blocks:
+        for model, row in block.rows.items():
+            for column, cell in row.items():
+                numbers = (cell.value, cell.low, cell.high, cell.questions, cell.missing)
+                writer.writerow([block.source, model, column.benchmark, column.score, *numbers, column.judge])
+    return text.getvalue()
+
+
+def _html(blocks: list[Block]) -> str:
+    """A page that needs nothing else."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "table.html.jinja").read_text(encoding="utf-8"))
+    return template.render(blocks=blocks) + "\n"
+
+
+FORMS = {"markdown": _markdown, "csv": _csv, "html": _html}

@@ -1,0 +1,203 @@
+"""Questions as in POPE (Li et al., arXiv 2305.10355), of any pictures of which it is known what they show.
+
+Each picture is asked about as many objects that it shows as objects that it does not show: three, or fewer where it shows fewer, or fewer
+are absent. What is not there is chosen in three ways: `random`; `popular`, the objects that the most pictures of the whole set show;
+`adversarial`, for each object that is there the one that most often comes with it. As in the published questions, the objects that are
+there are the same in all three ways.
+
+Ties go to the more frequent object, then by name. Where the published script runs out of objects that ever came with one, it draws any;
+here the order just goes on, to objects that never did. It counts over the pictures drawn; here, as the paper has it, over the whole set.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_llava.common.folders import new_folder
+from moe_llava.evaluation.score.benchmark import SINGLE_WORD, BenchmarkError, read_json, read_json_lines, take, take_list, take_text
+from moe_llava.evaluation.score.definitions.pope import CATEGORIES, QUESTIONS
+from moe_llava.evaluation.score.reading import once
+
+IMAGES = "val2014"  # where POPE's questions look for their pictures
+OBJECTS = 3  # asked for that are there, at most, and as many that are not
+Annotation = dict[str, list[str]]  # image -> the objects that it shows, each once
+
+
+def write_pope_questions(annotations: Path, out: Path, images: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Writes the files that `score pope` takes into the new folder `out`, and says what became of the pictures: `images` asked about,
+    `questions` of each way, and `left_out`: why -> number.
+
+    Args:
+        annotations: COCO's instances as JSON, or JSON lines of image and objects.
+        images: how many to draw; None for all that can be asked about.
+
+    Raises BenchmarkError for an annotation that cannot be used, or with too few pictures that can.
+    """
+    shown = read_annotations(annotations)
+    sets, left_out = pope_questions(shown, annotations, images, seed)
+    with new_folder(out) as folder:
+        (folder / "coco").mkdir()
+        asked: list[dict[str, Any]] = []
+        # In the order in which LLaVA's file has them.
+        for category in sorted(sets):
+            labels = [{"question_id": number, **record} for number, record in enumerate(sets[category], start=1)]
+            # The score finds a label by the picture's file name alone.
+            _write(folder / "coco" / f"coco_pope_{category}.json", [label | {"image": Path(label["image"]).name} for label in labels])
+            for record in sets[category]:
+                text = record["text"] + SINGLE_WORD
+                asked.append({"question_id": len(asked) + 1, "image": record["image"], "text": text, "category": category})
+        _write(folder / QUESTIONS, asked)
+    questions = sets[CATEGORIES[0]]
+    return {"images": len({record["image"] for record in questions}), "questions": len(questions), "left_out": left_out}
+
+
+def pope_questions(
+    shown: Annotation, source: Path, images: int | None, seed: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+    """(way of choosing -> records of image, text, label; why pictures were left out -> how many)."""
+    frequency = Counter(item for items in shown.values() for item in items)
+    together = _together(shown)
+    empty = [image for image, items in shown.items() if not items]
+    full = [image for image, items in shown.items() if items and len(items) == len(frequency)]
+    usable = [image for image, items in shown.items() if 0 < len(items) < len(frequency)]
+    if len(usable) < (images or 1):
+        raise BenchmarkError(
+            f"{source} has {len(usable)} pictures to ask about, but must have at least {images or 1}. A picture can be asked about if it "
+            f"shows at least one of the set's {len(frequency)} objects, and at least one is absent: {len(empty)} of {len(shown)} pictures "
+            f"show none, {len(full)} show all"
+        )
+    rng = random.Random(seed)
+    sets: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
+    for image in usable if images is None else rng.sample(usable, images):
+        absent = sorted(set(frequency) - set(shown[image]))
+        number = min(OBJECTS, len(shown[image]), len(absent))
+        there = rng.sample(sorted(shown[image]), number)
+        not_there = {
+            "random": rng.sample(absent, number),
+            "popular": sorted(absent, key=lambda item: -frequency[item])[:number],
+            "adversarial": _adversarial(there, absent, together, frequency),
+        }
+        for category, negatives in not_there.items():
+            for positive, negative in zip(there, negatives, strict=True):
+                sets[category] += [_record(image, positive, "yes"), _record(image, negative, "no")]
+    return sets, {
+        "no objects": len(empty),
+        "all objects of the set": len(full),
+        "not drawn": 0 if images is None else len(usable) - images,
+    }
+
+
+def _together(shown: Annotation) -> dict[str, Counter[str]]:
+    """Object -> other object -> in how many pictures both are."""
+    together: dict[str, Counter[str]] = {}
+    for items in shown.values():
+        for item in items:
+            together.setdefault(item, Counter()).update(other for other in items if other != item)
+    return together
+
+
+def _adversarial(there: list[str], absent: list[str], together: dict[str, Counter[str]], frequency: Counter[str]) -> list[str]:
+    chosen: list[str] = []
+    for item in there:
+        with_it = together[item]
+        left = [other for other in absent if other not in chosen]
+        # `absent` is sorted, and of equals the first is kept.
+        chosen.append(max(left, key=lambda other: (with_it[other], frequency[other])))
+    return chosen
+
+
+def _record(image: str, item: str, label: str) -> dict[str, Any]:
+    article = "an" if item[0].lower() in "aeiou" else "a"
+    return {"image": image, "text": f"Is there {article} {item} in the image?", "label": label}
+
+
+def _write(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def read_annotations(file: Path) -> Annotation:
+    """What each picture shows. Raises BenchmarkError, naming the place, for what is neither of the two forms."""
+    shown = _read_coco(file)
+    shown = _read_lines(file) if shown is None else shown
+    if not shown:
+        raise BenchmarkError(f"{file} names no pictures")
+    names: dict[str, str] = {}
+    for image in shown:
+        other = names.setdefault(Path(image).name, image)
+        if other != image:
+            raise BenchmarkError(
+                f"{file} has the pictures {other} and {image}: labels know a picture by its file name, which must be its own"
+            )
+    return shown
+
+
+def _read_coco(file: Path) -> Annotation | None:
+    """None if the file is not one JSON object with annotations."""
+    try:
+        content = read_json(file)
+    except BenchmarkError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return None
+        raise
+    if not isinstance(content, dict) or "annotations" not in content:
+        return None
+    names = {}
+    seen: dict[Any, str] = {}
+    for number, category in enumerate(take_list(content, "categories", str(file))):
+        where = f"category {number} of {file}"
+        identity = _identity(category, "id", where)
+        once(seen, "id", identity, where)
+        names[identity] = _object(take(category, "name", where), where)
+    shown: dict[Any, dict[str, None]] = {}  # image id -> objects in their order, once each
+    files = {}
+    ids: dict[Any, str] = {}
+    pictures: dict[Any, str] = {}
+    for number, image in enumerate(take_list(content, "images", str(file))):
+        where = f"image {number} of {file}"
+        identity = _identity(image, "id", where)
+        once(ids, "id", identity, where)
+        files[identity], shown[identity] = _picture(image, "file_name", where), {}
+        once(pictures, "file_name", files[identity], where)
+    for number, annotation in enumerate(take_list(content, "annotations", str(file))):
+        where = f"annotation {number} of {file}"
+        image, category = _identity(annotation, "image_id", where), _identity(annotation, "category_id", where)
+        if image not in shown or category not in names:
+            raise BenchmarkError(f"{where} has image_id {image} and category_id {category}, but one of them is not in the file")
+        shown[image][names[category]] = None
+    return {files[image]: list(items) for image, items in shown.items()}
+
+
+def _identity(record: dict[str, Any], key: str, where: str) -> int | str:
+    value = take(record, key, where)
+    if not isinstance(value, int | str):
+        raise BenchmarkError(f"{where} must have a number or a string as {key!r}, but has {str(value)[:60]}")
+    return value
+
+
+def _picture(record: dict[str, Any], key: str, where: str) -> str:
+    name = take_text(record, key, where)
+    if not Path(name).name:
+        raise BenchmarkError(f"{where} must have a file name as {key!r}, but has {name!r}")
+    return name
+
+
+def _read_lines(file: Path) -> Annotation:
+    shown: Annotation = {}
+    seen: dict[str, str] = {}
+    for number, record in enumerate(read_json_lines(file), start=1):
+        where = f"record {number} of {file}"
+        image = _picture(record, "image", where)
+        once(seen, "image", image, where)
+        shown[image] = list(dict.fromkeys(_object(item, where) for item in take_list(record, "objects", where)))
+    return shown
+
+
+def _object(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise BenchmarkError(f"{where} has the object {name!r}, but an object must be a word")
+    return " ".join(name.split())

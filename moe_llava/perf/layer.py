@@ -1,0 +1,134 @@
+"""A sparse layer against a dense one of equal active width, forward and backward, and against the ways of others to compute it.
+
+Shapes: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from moe_llava.perf.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, output_of, random_weights
+from moe_llava.perf.measure import Timings, begin_peak, begin_report, bench_device, compare, dtype_names, peak_memory, ratios, summary
+from moe_llava.perf.options import BOTH, FORWARD, LayerSize
+from moe_llava.perf.running import show_cases
+
+GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
+GROWTH_WAYS = {OURS: None, f"{OURS}, grouped_mm": "grouped_mm"}
+PRODUCT, PRODUCT_WIDTH = "a product of two large matrices", 8192  # what a GPU can do, on one
+
+
+def bench_layer(
+    sizes: Sequence[LayerSize], dtypes: Sequence[torch.dtype], phases: Sequence[str], rounds: int, growth: bool, console: Console
+) -> dict[str, Any]:
+    """Every size in every dtype and phase, one token in the first phase only: nobody trains on one. `growth`: how the time grows with the
+    number of experts, too.
+
+    Raises BenchError if a variant does not compute the same as float64.
+    """
+    device = bench_device()
+    report = begin_report("layer", device, dtype_names(*dtypes), rounds)
+    report["notes"] = []
+    cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
+    grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
+    total = sum(len(asked) for _, _, asked in cases) + len(grown)
+    with show_cases(report, total, console) as running:
+        for size, dtype, asked in cases:
+            variants, notes = layer_variants(size, dtype, device)
+            report["notes"] += [note for note in notes if note not in report["notes"]]
+            found = errors(size, variants, dtype, device, backward=BOTH in asked)
+            for phase in asked:
+                running.begin(_labels(size, dtype, phase))
+                calls = _calls(variants, size, dtype, phase, device)
+                told = _told(calls, size, phase, rounds, device, dtype, running)
+                for name, error in found.items():
+                    told[name]["error"] = error
+                running.end(DENSE, told)
+        for dtype, phase in grown:
+            experts = f"{GROWTH.top_k} of {GROWTH_EXPERTS[0]} to {GROWTH_EXPERTS[-1]}"
+            running.begin(_labels(GROWTH, dtype, phase) | {"experts": experts})
+            running.end(DENSE, _growth(dtype, phase, rounds, device, running))
+    return report
+
+
+def _labels(size: LayerSize, dtype: torch.dtype, phase: str) -> dict[str, str]:
+    return {"TxDxF": str(size), "experts": f"{size.top_k} of {size.experts}", "dtype": dtype_names(dtype), "phase": phase}
+
+
+def _calls(
+    variants: dict[str, nn.Module], size: LayerSize, dtype: torch.dtype, phase: str, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    x_1TD, gradient_1TD = (torch.randn(1, size.tokens, size.width, device=device, dtype=dtype) for _ in range(2))
+    if phase == FORWARD:
+        return {name: partial(_forward, layer, x_1TD) for name, layer in variants.items()}
+    return {name: partial(_forward_backward, layer, x_1TD, gradient_1TD) for name, layer in variants.items()}
+
+
+@torch.no_grad()
+def _forward(layer: nn.Module, x_1TD: Tensor) -> None:
+    output_of(layer, x_1TD)
+
+
+def _forward_backward(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor) -> None:
+    """Input and all weights get a gradient, none of which is kept."""
+    x_1TD = x_1TD.detach().requires_grad_()
+    output_of(layer, x_1TD).backward(gradient_1TD)
+    layer.zero_grad(set_to_none=True)
+
+
+def _told(
+    calls: dict[str, Callable[[], object]],
+    size: LayerSize,
+    phase: str,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """What was measured of each call; on a GPU also its arithmetic per second, as a share of a large product's, and its memory."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        a, b = (torch.randn(PRODUCT_WIDTH, PRODUCT_WIDTH, device=device, dtype=dtype) for _ in range(2))
+        calls = calls | {PRODUCT: lambda: a @ b}
+    timings = compare(calls, rounds, device, advance)
+    told = summary(timings, DENSE, device)
+    if on_gpu:
+        flops = dict.fromkeys(calls, size.flops * (1 if phase == FORWARD else 3)) | {PRODUCT: 2 * PRODUCT_WIDTH**3}
+        for name, one in told.items():
+            one["tflops"] = flops[name] / one["seconds"]["median"] / 1e12
+            one["share_of_product"] = one["tflops"] / (flops[PRODUCT] / told[PRODUCT]["seconds"]["median"] / 1e12)
+            one["memory"] = _memory_of(calls[name], device)
+    return told
+
+
+def _memory_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of the GPU's memory that a call takes beyond what is there before."""
+    before = begin_peak(device)
+    call()
+    return peak_memory(device) - before
+
+
+def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, advance: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """The same tokens through layers with more and more experts, of which each token takes as many: the arithmetic stays the same."""
+    sizes = {experts: LayerSize(GROWTH.tokens, GROWTH.width, GROWTH.ffn_width, experts, GROWTH.top_k) for experts in GROWTH_EXPERTS}
+    variants = {DENSE: dense_layer(GROWTH, dtype, device)}
+    for experts, size in sizes.items():
+        weights = random_weights(size, dtype, device)
+        variants |= {f"{way}, {experts} experts": our_layer(size, weights, backend) for way, backend in GROWTH_WAYS.items()}
+    calls = _calls(variants, GROWTH, dtype, phase, device)
+    timings = compare(calls, rounds, device, advance)
+    told = summary(timings, DENSE, device)
+    for way in GROWTH_WAYS:
+        for experts in GROWTH_EXPERTS:
+            told[f"{way}, {experts} experts"]["growth"] = growth_of(timings, way, experts)
+    return told
+
+
+def growth_of(timings: dict[str, Timings], way: str, experts: int) -> dict[str, float]:
+    """How many times as long it takes as with the fewest experts."""
+    return ratios(timings[f"{way}, {experts} experts"].seconds, timings[f"{way}, {GROWTH_EXPERTS[0]} experts"].seconds)

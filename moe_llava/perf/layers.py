@@ -1,0 +1,213 @@
+"""The feed-forward layers that `bench layer` compares, all of the same size and, but for the dense one, with the same weights; and what
+they should compute, in float64.
+
+Shapes: T tokens, D width, F FFN width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, MixtralConfig, MixtralModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.perf.options import BenchError, LayerSize
+
+DENSE, OURS, MIXTRAL, DEEPSPEED = "dense", "ours", "transformers' Mixtral", "DeepSpeed"
+BACKENDS = ("eager", "grouped_mm", "batched_mm")  # of transformers' experts interface
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
+CHECKED_TOKENS = 64
+# Its router computes in the dtype of the model, and so in half precision some tokens may go to other experts.
+CHECKED_IN_FLOAT32 = (MIXTRAL,)
+
+
+class FusedFfn(nn.Module):
+    """One expert for DeepSpeed, which takes modules."""
+
+    def __init__(self, gate_up_FD: Tensor, down_DF: Tensor):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(gate_up_FD)
+        self.down_proj = nn.Parameter(down_DF)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        gate_NF, up_NF = F.linear(x_ND, self.gate_up_proj).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_NF) * up_NF, self.down_proj)
+
+
+def random_weights(size: LayerSize, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Router [E, D], gate and up [E, 2F, D], down [E, D, F], such that activations keep their scale."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (size.experts, size.width), (size.experts, 2 * size.ffn_width, size.width), (size.experts, size.width, size.ffn_width)
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) * shape[-1] ** -0.5 for shape in shapes]
+
+
+def dense_layer(size: LayerSize, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The limit: the FFN of transformers' Llama, `top_k` times as wide."""
+    with torch.device(device):
+        config = LlamaConfig(hidden_size=size.width, intermediate_size=size.top_k * size.ffn_width, num_attention_heads=1)
+        return LlamaMLP(config).to(dtype)
+
+
+def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> nn.Module:
+    """The SparseMlp of a model of one layer; without a `backend`, with the one that a model has if nothing is said."""
+    config = MoeLlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
+        text_config=LlamaConfig(
+            vocab_size=8, hidden_size=size.width, intermediate_size=size.ffn_width, num_hidden_layers=1, num_attention_heads=1
+        ),
+        num_experts=size.experts,
+        num_experts_per_tok=size.top_k,
+        moe_layers="all",
+    )
+    with torch.device("meta"):
+        model = MoeLlavaForConditionalGeneration._from_config(config, dtype=weights[0].dtype)
+    if backend is not None:
+        model.set_experts_implementation(backend)
+    return _with_weights(model.model.sparse_mlps()[0], ("router.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
+
+
+def mixtral_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
+    """The MoE block of a Mixtral, with the backend that transformers chooses."""
+    config = MixtralConfig(
+        vocab_size=8,
+        hidden_size=size.width,
+        intermediate_size=size.ffn_width,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=size.experts,
+        num_experts_per_tok=size.top_k,
+    )
+    with torch.device("meta"):
+        model = MixtralModel._from_config(config, dtype=weights[0].dtype)
+    return _with_weights(model.layers[0].mlp, ("gate.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
+
+
+def deepspeed_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
+    """DeepSpeed's MoE, in a process group of one process, with nothing dropped and nothing drawn at random."""
+    from deepspeed import comm, moe
+
+    if not torch.distributed.is_initialized():
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        comm.init_distributed("nccl" if weights[0].is_cuda else "gloo")
+    router_ED, gate_up_EFD, down_EDF = weights
+    layer: Any = moe.layer.MoE(
+        size.width,
+        FusedFfn(gate_up_EFD[0], down_EDF[0]),
+        num_experts=size.experts,
+        k=size.top_k,
+        drop_tokens=False,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
+    layer.set_deepspeed_parallelism()
+    layer.deepspeed_moe.gate.wg.weight.data = router_ED.float()
+    for expert, gate_up_FD, down_DF in zip(layer.deepspeed_moe.experts.deepspeed_experts, gate_up_EFD, down_EDF, strict=True):
+        expert.gate_up_proj.data, expert.down_proj.data = gate_up_FD, down_DF
+    return layer
+
+
+def _with_weights(module: nn.Module, names: tuple[str, ...], weights: list[Tensor]) -> nn.Module:
+    """`module` with these tensors in place of its parameters: not copied, so that variants share them, but with gradients of its own."""
+    module.load_state_dict(dict(zip(names, weights, strict=True)), assign=True)
+    return module
+
+
+def layer_variants(size: LayerSize, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
+    """(name -> layer, the limit first; what is left out, and why)"""
+    weights, notes = random_weights(size, dtype, device), []
+    variants = {DENSE: dense_layer(size, dtype, device), OURS: our_layer(size, weights)}
+    for backend in BACKENDS:
+        copied, room = size.copied_by_batched_mm * dtype.itemsize, room_for_copies(device)
+        if backend == "batched_mm" and copied > room:
+            notes.append(f"{size}: batched_mm left out, as it would copy {copied / 1e9:,.1f} GB of weights (allowed: {room / 1e9:,.1f})")
+        else:
+            variants[f"{OURS}, {backend}"] = our_layer(size, weights, backend)
+    variants[MIXTRAL] = mixtral_layer(size, weights)
+    if find_spec("deepspeed") is None:
+        notes.append("DeepSpeed's MoE layer: not installed")
+    elif size.top_k > 2:
+        notes.append(f"{size}: DeepSpeed's MoE layer left out, as it has top-1 and top-2 only")
+    else:
+        variants[DEEPSPEED] = deepspeed_layer(size, weights)
+    return variants, notes
+
+
+def room_for_copies(device: torch.device) -> int:
+    """Bytes that batched_mm may copy."""
+    return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 10**9
+
+
+def output_of(layer: nn.Module, x_1TD: Tensor) -> Tensor:
+    """DeepSpeed returns its loss, too."""
+    out = layer(x_1TD)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def errors(
+    size: LayerSize, variants: dict[str, nn.Module], dtype: torch.dtype, device: torch.device, backward: bool = True
+) -> dict[str, float]:
+    """Of every sparse variant the largest relative error of the output and, with `backward`, of the gradients of input and weights, on up
+    to CHECKED_TOKENS tokens, from float64.
+
+    Raises BenchError if one is above TOLERANCE: what does not compute the same is not compared.
+    """
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (1, min(size.tokens, CHECKED_TOKENS), size.width)
+    x_1TD, gradient_1TD = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    expected = _reference(random_weights(size, dtype, device), size.top_k, x_1TD, gradient_1TD if backward else None)
+    found = {}
+    for name, layer in variants.items():
+        if name == DENSE:
+            continue
+        got = _outcome(layer, x_1TD, gradient_1TD if backward else None)
+        # DeepSpeed's parameters are not stacked: of it, the gradients of the weights are left out.
+        compared = got[:2] if name == DEEPSPEED else got
+        found[name] = max(_relative(one, other) for one, other in zip(compared, expected, strict=name != DEEPSPEED))
+        if found[name] > TOLERANCE[dtype] and (dtype == torch.float32 or name not in CHECKED_IN_FLOAT32):
+            allowed = f"{TOLERANCE[dtype]:.0e}"
+            raise BenchError(f"{size} in {dtype}: {name} is {found[name]:.1e} off the reference in float64 (allowed: {allowed})")
+    return found
+
+
+def _outcome(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor | None]:
+    """Output and, with the output's gradient, those of input and parameters."""
+    if gradient_1TD is None:
+        with torch.no_grad():
+            return [output_of(layer, x_1TD)]
+    x_1TD = x_1TD.clone().requires_grad_()
+    out_1TD = output_of(layer, x_1TD)
+    out_1TD.backward(gradient_1TD)
+    got = [out_1TD.detach(), x_1TD.grad, *(parameter.grad for parameter in layer.parameters())]
+    layer.zero_grad()
+    return got
+
+
+def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor]:
+    """Output and, with its gradient, those of input, router, gate and up, down, in float64, one expert after another. Experts are chosen in
+    float32, as the router does it, so that rounding chooses no others."""
+    choices_TE = x_1TD[0].float() @ weights[0].float().T
+    router_ED, gate_up_EFD, down_EDF = (weight.double().requires_grad_() for weight in weights)
+    x_TD = x_1TD[0].double().requires_grad_()
+    ids_TK = choices_TE.topk(top_k, dim=-1).indices
+    weights_TK = (x_TD @ router_ED.T).gather(-1, ids_TK).softmax(dim=-1)  # of the chosen alone: they sum to 1
+    y_TD = torch.zeros_like(x_TD)
+    for expert, (gate_up_FD, down_DF) in enumerate(zip(gate_up_EFD, down_EDF, strict=True)):
+        gate_TF, up_TF = (x_TD @ gate_up_FD.T).chunk(2, dim=-1)
+        share_T = (weights_TK * (ids_TK == expert)).sum(dim=-1)
+        y_TD = y_TD + share_T[:, None] * ((F.silu(gate_TF) * up_TF) @ down_DF.T)
+    if gradient_1TD is None:
+        return [y_TD.detach()[None]]
+    gradients = torch.autograd.grad(y_TD, (x_TD, router_ED, gate_up_EFD, down_EDF), gradient_1TD[0].double())
+    return [y_TD.detach()[None], gradients[0][None], *gradients[1:]]
+
+
+def _relative(got: Tensor | None, expected: Tensor) -> float:
+    assert got is not None
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,0 +1,138 @@
+"""A sparse model and its dense partner of equal active parameters: the same backbone, whose chosen layers have an FFN as wide as the
+experts of a token together. Random weights: how fast they are does not depend on what they know."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig, PreTrainedConfig
+
+from moe_llava.digits.base import WEIGHTS
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.perf.options import BenchError
+
+SPARSE, DENSE = "sparse", "dense"
+LEARNT_SHARE = 0.25  # of the positions of a row, its last ones, that have labels
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """`rows` and `tokens` of a batch, if nothing is said, an image in every row among them. `attention`: the implementation."""
+
+    what: str
+    text: Callable[[], PreTrainedConfig]
+    rows: int
+    tokens: int
+    moe_layers: str = "interval"
+    attention: str = "sdpa"
+
+    def config(self) -> MoeLlavaConfig:
+        """With the tower of the digits, which is small, and the last token of the vocabulary as its placeholder."""
+        text = self.text()
+        return MoeLlavaConfig(
+            vision_config=CLIPVisionConfig.from_pretrained(WEIGHTS / "tower"),
+            text_config=text,
+            image_token_index=text.vocab_size - 1,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_layers=self.moe_layers,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+
+
+def _llama(width: int, ffn_width: int, layers: int, heads: int, vocabulary: int) -> Callable[[], PreTrainedConfig]:
+    return lambda: LlamaConfig(
+        hidden_size=width, intermediate_size=ffn_width, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocabulary
+    )
+
+
+SIZES = {  # the keys are MODEL_SIZES of asked.py
+    "tiny": ModelSize("2 layers of width 32", _llama(32, 48, 2, 2, 99), rows=2, tokens=48),
+    # The recipe's attention: the backward pass of the fused one is slow on a CPU.
+    "digits": ModelSize(
+        "the recipe of the digits", lambda: LlamaConfig.from_pretrained(WEIGHTS / "language_model"), rows=32, tokens=64, attention="eager"
+    ),
+    "middle": ModelSize("8 layers of width 512", _llama(512, 1408, 8, 8, 32000), rows=2, tokens=256),
+    "wide": ModelSize("2 layers of width 64, and a vocabulary of 151,936", _llama(64, 128, 2, 2, 151936), rows=1, tokens=2048),
+    "phi2": ModelSize(
+        "2 layers of Phi-2, both sparse",
+        lambda: PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=2, num_attention_heads=32, vocab_size=51200),
+        rows=2,
+        tokens=2048,
+        moe_layers="all",
+    ),
+}
+
+
+def pair(size: ModelSize, dtype: torch.dtype, device: torch.device) -> dict[str, LlavaForConditionalGeneration]:
+    """Both, in evaluation mode."""
+    config = size.config()
+    return {name: build(config, name, dtype, device, size.attention) for name in (DENSE, SPARSE)}
+
+
+def build(
+    config: MoeLlavaConfig, name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
+    """SPARSE, or its partner DENSE, which is transformers' own class."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        if name == SPARSE:
+            model: Any = MoeLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+        else:
+            model = LlavaForConditionalGeneration._from_config(_dense_config(config), dtype=dtype)
+            _widen(model, config)
+    model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def _dense_config(config: MoeLlavaConfig) -> LlavaConfig:
+    """What is no field of LlavaConfig is left out. A placeholder beyond the vocabulary, which the dense class cannot have, becomes its last
+    token."""
+    settings = copy.deepcopy(config).to_dict()
+    names = LlavaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "image_token_index", "image_token_id"}
+    placeholder = min(config.image_token_id, config.text_config.vocab_size - 1)
+    return LlavaConfig(**{name: settings[name] for name in names if name in settings}, image_token_index=placeholder)
+
+
+def _widen(dense: LlavaForConditionalGeneration, config: MoeLlavaConfig) -> None:
+    """Puts an FFN of the same kind, as wide as a token's experts together, into each layer that is sparse in the other."""
+    wide: Any = copy.deepcopy(dense.config.text_config)
+    wide.intermediate_size *= config.num_experts_per_tok
+    for index in config.moe_layer_indices:
+        layer = dense.model.language_model.layers[index]
+        origin = next(layer.mlp.parameters())
+        layer.mlp = type(layer.mlp)(wide).to(origin)
+
+
+def batch_of(model: LlavaForConditionalGeneration, rows: int, tokens: int) -> dict[str, Tensor]:
+    """`rows` of `tokens`: first an image, then random text. On the model's device.
+
+    Raises BenchError if a row has no room for an image and a token of text.
+    """
+    config: Any = model.config
+    vision = config.vision_config
+    image_tokens = (vision.image_size // vision.patch_size) ** 2
+    if rows < 1 or tokens <= image_tokens:
+        raise BenchError(f"a batch of {rows} rows of {tokens} tokens, but it needs 1 and {image_tokens + 1}: an image takes {image_tokens}")
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, config.text_config.vocab_size - 1, (rows, tokens), generator=generator)
+    ids = torch.where(ids == config.image_token_id, 2, ids)
+    ids[:, :image_tokens] = config.image_token_id
+    pixels = torch.randn(rows, 3, vision.image_size, vision.image_size, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    """The last LEARNT_SHARE of each row."""
+    labels = batch["input_ids"].clone()
+    labels[:, : round(labels.shape[1] * (1 - LEARNT_SHARE))] = -100
+    return labels

@@ -1,0 +1,120 @@
+"""A training step of stage III, forward, backward and AdamW, of a sparse model and of its dense partner, whose wide FFNs learn instead; the
+memory that each takes, in a process of its own; and what logits of all positions would take where the vocabulary is wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from moe_llava.perf.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
+from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
+from moe_llava.perf.running import show_cases
+from moe_llava.training.stages import choose_parameters
+from moe_llava.training.trainer import only_learnt
+
+ALL_LOGITS = "sparse, logits of all positions"
+MEMORY_STEPS = 2  # the first makes AdamW's moments, which are there in the second from its start
+
+Batch = dict[str, Tensor]
+
+
+def bench_train(
+    names: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    rows: int | None,
+    tokens: int | None,
+    rounds: int,
+    wide: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Every size, a key of SIZES, in every dtype; `rows` and `tokens` of a batch are the size's if nothing is said. bfloat16 is autocast,
+    with weights in float32, as the trainer computes. `wide`: the size whose logits are compared, by memory alone.
+
+    Raises BenchError as `batch_of` does.
+    """
+    device, sizes = bench_device(), [SIZES[name] for name in names]
+    report = begin_report("train", device, dtype_names(*dtypes), rounds)
+    report["notes"] = ["peak MB: of a process of its own, beyond what it takes before the model is built"]
+    with show_cases(report, len(names) * len(dtypes) + bool(wide), console) as running:
+        for name, size in zip(names, sizes, strict=True):
+            for dtype in dtypes:
+                asked = rows or size.rows, tokens or size.tokens
+                running.begin({"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)})
+                calls: dict[str, Callable[[], object]] = {
+                    which: step_of(*learner(name, which, dtype, device, *asked), dtype) for which in (DENSE, SPARSE)
+                }
+                told = summary(compare(calls, rounds, device, running), DENSE, device)
+                calls.clear()
+                _add_memory(told, DENSE, name, dtype, asked)
+                running.end(DENSE, told)
+        if wide:
+            size = SIZES[wide]
+            running.begin({"size": wide, "rows": size.rows, "tokens": size.tokens, "dtype": "float32"})
+            compared: dict[str, dict[str, Any]] = {ALL_LOGITS: {}, SPARSE: {}}
+            _add_memory(compared, ALL_LOGITS, wide, torch.float32, (size.rows, size.tokens))
+            running.end(ALL_LOGITS, compared)
+    return report
+
+
+def learner(
+    name: str, which: str, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
+) -> tuple[LlavaForConditionalGeneration, Batch]:
+    """(model in training mode, of which learns what learns in stage III, its batch); both make logits only where a label is predicted, as
+    they do under the trainer"""
+    size = SIZES[name]
+    config = size.config()
+    model = build(config, DENSE if which == DENSE else SPARSE, torch.float32, device, size.attention)
+    choose_parameters(model, "dense" if which == DENSE else "stage3", config.moe_layer_indices)
+    batch = batch_of(model, rows, tokens)
+    labels = labels_of(batch)
+    return model.train(), batch | {"labels": labels} | (only_learnt(labels) if which == DENSE else {})
+
+
+def step_of(
+    model: LlavaForConditionalGeneration,
+    batch: Batch,
+    dtype: torch.dtype,
+    loss_of: Callable[[LlavaForConditionalGeneration, Batch], Tensor] | None = None,
+) -> Callable[[], object]:
+    """A step, ready to be done again and again. `loss_of`: how the loss is computed, if not by the model itself."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def loss_of_all_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
+    """The language loss as it is written down most plainly: logits of all positions, cross entropy over those with labels."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model.lm_head(model.model(**inputs).last_hidden_state)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
+
+
+def _add_memory(told: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, asked: tuple[int, int]) -> None:
+    for which, one in told.items():
+        one["memory"] = in_child(_memory_of_steps, name, which, dtype, *asked)
+    for one in told.values():
+        one["memory_ratio"] = one["memory"] / told[limit]["memory"]
+
+
+def _memory_of_steps(name: str, which: str, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes that steps take at most, model and optimizer included, beyond what the process takes before."""
+    device = bench_device()
+    before = begin_peak(device)
+    model, batch = learner(name, which, dtype, device, rows, tokens)
+    step = step_of(model, batch, dtype, loss_of_all_logits if which == ALL_LOGITS else None)
+    for _ in range(MEMORY_STEPS):
+        step()
+    return peak_memory(device) - before

@@ -1,0 +1,175 @@
+"""A conversation with a model about images, answered piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from moe_llava.common.images import open_image
+from moe_llava.data.records import check_characters
+from moe_llava.model.greedy import end_tokens
+from moe_llava.routing.trace import Trace, trace_answer
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.prompt import ConversationForm
+from moe_llava.serving.engine.requests import LONGEST, Piece, Request
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    path: Path
+    content: Image.Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, the pictures that came with it, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: from the
+    question to the last of `tokens`."""
+
+    question: str
+    pictures: tuple[Picture, ...]
+    answer: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    tokens: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are written. `max_new_tokens`: None for 512, or as many as the model has room for. `seed`: of the first answer; each
+    later one has the next number. `system`: a system prompt, for a conversation form that has one."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    system: str | None = None
+
+
+class Conversation:
+    """`turns` so far. The pictures that are `waiting` belong to the next question. `engine`: nobody else's."""
+
+    def __init__(self, engine: Engine, processor: Any, settings: Settings):
+        self.engine = engine
+        self.settings = settings
+        self.turns: list[Turn] = []
+        self.waiting: tuple[Picture, ...] = ()
+        self._form = ConversationForm(processor)
+        self._asked = 0
+
+    def add_images(self, paths: Sequence[Path]) -> None:
+        """All of them or none: raises DataError if a file is missing or no image."""
+        self.waiting += tuple(Picture(path, open_image(path, "the conversation")) for path in paths)
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Yields the answer piece by piece, and keeps it as a turn. So is what was written by then where the caller stops; where nothing
+        was, or an error is raised, everything stays as it was.
+
+        Raises ValueError if `question` is empty or no text; FormError and RequestError if the model cannot be asked it.
+        """
+        if not question.strip():
+            raise ValueError("the prompt is empty: ask something")
+        check_characters("the prompt", [question, self.settings.system or ""])
+        return self._write(self.turns, Turn(question.strip(), self.waiting))
+
+    def regenerate(self) -> Generator[str, None, None]:
+        """The last question's answer once more, in the place of the one before. Raises ValueError if nothing was asked."""
+        *before, last = self._begun()
+        return self._write(before, Turn(last.question, last.pictures))
+
+    def trace(self) -> Trace:
+        """The routes of the last answer, and of all that it was written after, read in one pass. An expert with a capacity may drop other
+        tokens in one pass than in many.
+
+        Raises ValueError if nothing was asked; RoutingError as `trace_routing` does.
+        """
+        *before, last = self._begun()
+        ids, pixels = self._read(before, last)
+        ends = end_tokens(self.engine.model)
+        answer = [token for token in last.tokens if token not in ends]
+        results: SimpleQueue[Trace | Exception] = SimpleQueue()
+        self.engine.submit_work(lambda model, tokenizer: trace_answer(model, tokenizer, ids, answer, pixels), results.put)
+        result = results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def pictures(self) -> list[Picture]:
+        """Those of all turns, in order."""
+        return [picture for turn in self.turns for picture in turn.pictures]
+
+    def record(self, source: str) -> dict[str, Any]:
+        """The conversation as data files hold one, with what the model read: it can be checked, traced, and trained on. `source`: of what
+        model.
+
+        Raises ValueError if nothing was asked.
+        """
+        self._begun()
+        pictures = [str(picture.path.resolve()) for picture in self.pictures()]
+        return {"id": source, "images": pictures, "messages": self._messages(self.turns)}
+
+    def clear(self) -> None:
+        self.turns, self.waiting = [], ()
+
+    def _begun(self) -> list[Turn]:
+        if not self.turns:
+            raise ValueError("nothing has been asked yet")
+        return self.turns
+
+    def _write(self, before: list[Turn], turn: Turn) -> Generator[str, None, None]:
+        began = time.monotonic()
+        ids, pixels = self._read(before, turn)
+        delivered: SimpleQueue[Piece | Exception] = SimpleQueue()
+        cancel = self.engine.submit(self._request(ids, pixels), delivered.put)
+        self._asked += 1
+        answer, reason = "", None
+        tokens: list[int] = []
+        try:
+            while reason is None:
+                piece = delivered.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                answer, tokens, reason = answer + piece.text, [*tokens, piece.token], piece.finish_reason
+                if piece.text:
+                    yield piece.text
+        except (KeyboardInterrupt, GeneratorExit):
+            reason = reason or ("interrupted" if answer.strip() else None)
+            raise
+        finally:
+            cancel()
+            if reason is not None:
+                seconds = time.monotonic() - began
+                self.turns = [*before, Turn(turn.question, turn.pictures, answer.strip(), reason, len(ids), tuple(tokens), seconds)]
+                self.waiting = tuple(picture for picture in self.waiting if picture not in turn.pictures)
+
+    def _request(self, ids: list[int], pixels: Tensor | None) -> Request:
+        settings = self.settings
+        return Request(
+            input_ids=ids,
+            max_new_tokens=settings.max_new_tokens or self.engine.room(len(ids), LONGEST),
+            pixel_values=pixels,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=None if settings.seed is None else settings.seed + self._asked,
+        )
+
+    def _read(self, before: Sequence[Turn], turn: Turn) -> tuple[list[int], Tensor | None]:
+        """(input ids, pixel values) of a question after others."""
+        turns = [*before, turn]
+        return self._form.read(self._messages(turns)[:-1], [picture.content for each in turns for picture in each.pictures])
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        messages = [self._message("system", self.settings.system)] if self.settings.system else []
+        for turn in turns:
+            messages += [self._message("user", turn.question, len(turn.pictures)), self._message("assistant", turn.answer)]
+        return messages
+
+    def _message(self, role: str, text: str, pictures: int = 0) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._form.as_text(text)}]}

@@ -1,0 +1,1 @@
+"""Continuous batching: token ids in, text out. Knows nothing of HTTP."""

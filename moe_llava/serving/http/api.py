@@ -1,0 +1,324 @@
+"""An OpenAI-compatible server over the engine.
+
+Unusual here: a body is taken only as application/json, which a page of another origin cannot send without asking first, and no answer says
+that it may; nor is a name of elsewhere taken that leads here. So a browser on this machine is no way in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from moe_llava.checkpoints.offload import Counts
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.serving.engine import requests
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.http import web
+from moe_llava.serving.http.bodies import Memory, Share, Take, Worker, read_body, until_left
+from moe_llava.serving.http.fetch import Fetcher
+from moe_llava.serving.http.listen import is_loopback
+from moe_llava.serving.http.metrics import Metrics
+from moe_llava.serving.http.prompts import PromptMaker
+from moe_llava.serving.http.protocol import LEFT, RETRY_AFTER, ApiError, ChatCompletionRequest, Limits, image_urls, parse
+from moe_llava.serving.http.replies import Reply
+
+logger = logging.getLogger(__name__)
+
+HOST = re.compile(r"(\[.+\]|[^:]*)(?::[0-9]*)?")  # a name or address, and a port
+
+Prepared = TypeVar("Prepared")
+Fetched = Mapping[str, bytes]  # URL -> what it leads to
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer."""
+
+
+class Answer:
+    """The pieces of one answer, in the event loop. A first token is noted in `metrics`, and every token. `release`: called at the end."""
+
+    def __init__(self, engine: Engine, request: requests.Request, metrics: Metrics, arrival: float, release: Callable[[], None]):
+        """Raises what `Engine.submit` raises."""
+        self._pieces: asyncio.Queue[requests.Piece | Exception] = asyncio.Queue()
+        self._metrics = metrics
+        self._arrival = arrival
+        self._release = release
+        loop = asyncio.get_running_loop()
+
+        def deliver(piece: requests.Piece | Exception) -> None:
+            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+        self._cancel = engine.submit(request, deliver)
+        metrics.prompt_tokens += len(request.input_ids)
+        self.outcome = "cancelled"
+
+    async def pieces(self) -> AsyncIterator[requests.Piece]:
+        """Raises ApiError where the answer ends before its end, ClientLeft where nobody waits for it."""
+        first = True
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, ClientLeft):
+                raise piece
+            if isinstance(piece, Exception):
+                raise api_error(piece) from piece
+            if first:
+                self._metrics.first_token(time.monotonic() - self._arrival)
+            first = False
+            self._metrics.completion_tokens += 1
+            yield piece
+            if piece.finish_reason:
+                self.outcome = "200"
+                return
+
+    async def leave_with(self, client: Request) -> None:
+        """Waits until the client leaves, and ends `pieces` then."""
+        await until_left(client)
+        self._pieces.put_nowait(ClientLeft())
+
+    async def end(self) -> None:
+        """However it ended, its place is free."""
+        self._cancel()
+        self._release()
+        self._metrics.requests[self.outcome] += 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form in which an answer is wanted: as a stream, with its usage at the end, with logprobs."""
+
+    stream: bool
+    usage: bool
+    logprobs: bool
+
+
+class Service:
+    """What answers requests needs. `name`: of the model. `fetcher`: None if no URL is fetched. `experts`: None if all are in memory."""
+
+    def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits, fetcher: Fetcher | None, experts: Counts | None):
+        self.engine = engine
+        self.name = name
+        self.limits = limits
+        self.fetcher = fetcher
+        self.memory = Memory(limits.all_bytes)
+        self.parsing, self.preparing = Worker(), Worker()  # what one body and one image unfold to is bounded, and so that of all
+        self.prompts = PromptMaker(processor, limits)
+        self.metrics = Metrics(experts)
+        self.created = int(time.time())
+
+    async def chat_completions(self, client: Request) -> Response:
+        arrival = time.monotonic()
+        with ExitStack() as held:
+            share = held.enter_context(self.memory.share())
+            form, request = await self.prepared(client, self._request, share)
+            answer = Answer(self.engine, request, self.metrics, arrival, share.release)
+            held.pop_all()  # from here on the answer holds the share
+        reply = Reply(self.name, len(request.input_ids), form.logprobs)
+        if form.stream:
+            headers = {"Cache-Control": "no-cache"}
+            # The background task runs when the stream ends, and when its client leaves.
+            return StreamingResponse(_events(answer, reply, form.usage), 200, headers, "text/event-stream", BackgroundTask(answer.end))
+        return await _whole(client, answer, reply)
+
+    async def prepared(
+        self, client: Request, prepare: Callable[[ChatCompletionRequest, Fetched], Prepared], share: Share, answered: bool = False
+    ) -> Prepared:
+        """What `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept: `share`
+        holds the bytes of the pixel values then.
+
+        `answered`: whether the last message is to be an answer. Raises ApiError as `parse` does, or if the body is for another model;
+        QueueFull, EngineClosed and TimeLimitExceeded.
+        """
+        asked = await self._parsed(await read_body(client, self.limits, share.take), answered)
+        if asked.model != self.name:
+            raise ApiError(404, f"the model is {self.name!r}, not {asked.model[:100]!r}", "model", "model_not_found")
+        self.engine.check_room()
+        fetched = await self._fetched(asked, share.take)
+        needs = await self.parsing.run(0, lambda: self.prompts.needs(asked.messages, fetched))
+        share.take(needs.kept)
+        try:
+            preparing = self.preparing.run(needs.working, lambda: prepare(asked, fetched))
+            prepared = await asyncio.wait_for(preparing, self.engine.time_limit)
+        except asyncio.TimeoutError as error:
+            raise requests.TimeLimitExceeded(f"the images were not prepared within {self.engine.time_limit:g} seconds") from error
+        share.release(but=needs.kept)
+        return prepared
+
+    async def models(self) -> Response:
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-llava"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def metrics_page(self) -> Response:
+        text = self.metrics.text(self.engine.running, self.engine.waiting)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def refused(self, _: Request, error: Any) -> Response:
+        """The one way in which a client is told of an error, but for one in the midst of its answer."""
+        self.metrics.requests[str(error.status)] += 1
+        return _told(error)
+
+    async def unknown(self, client: Request, error: Any) -> Response:
+        where = f"{client.method[:20]} {client.scope['path'][:100]}"
+        return await self.refused(client, ApiError(error.status_code, f"{where}: {error.detail}", headers=dict(error.headers or {})))
+
+    async def failed(self, client: Request, error: Exception) -> Response:
+        return await self.refused(client, api_error(error))
+
+    async def _parsed(self, body: bytearray, answered: bool) -> ChatCompletionRequest:
+        return await self.parsing.run(0, lambda: parse(body, self.limits, answered))
+
+    async def _fetched(self, asked: ChatCompletionRequest, take: Take) -> Fetched:
+        urls = [url for url, _ in image_urls(asked.messages) if url[:8].lower().startswith(("http://", "https://"))]
+        return await self.fetcher.fetch(urls, take) if self.fetcher is not None else {}
+
+    def _request(self, asked: ChatCompletionRequest, fetched: Fetched) -> tuple[Form, requests.Request]:
+        form = Form(asked.stream, asked.stream_options.include_usage, asked.logprobs)
+        ids, pixels = self.prompts.make(asked.messages, fetched)
+        return form, requests.Request(
+            input_ids=ids,
+            max_new_tokens=asked.longest() or self.engine.room(len(ids), self.limits.new_tokens),
+            pixel_values=pixels,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=asked.stop,
+            top_logprobs=asked.top_logprobs if asked.logprobs else None,
+        )
+
+
+async def _whole(client: Request, answer: Answer, reply: Reply) -> Response:
+    watching = asyncio.create_task(answer.leave_with(client))
+    try:
+        return JSONResponse(reply.whole([piece async for piece in answer.pieces()]))
+    except ClientLeft:
+        return Response(status_code=LEFT)
+    except ApiError as error:
+        answer.outcome = str(error.status)
+        return _told(error)
+    finally:
+        watching.cancel()
+        await answer.end()
+
+
+async def _events(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events. Those of one moment are sent together: the engine's thread has to wait while the loop sends."""
+    unsent = _event(reply.first_chunk())
+    tokens = 0
+    try:
+        async for piece in answer.pieces():
+            tokens += 1
+            if piece.text or piece.logprobs or piece.finish_reason:
+                unsent += _event(reply.chunk(piece))
+            if unsent and not piece.finish_reason:
+                yield unsent
+                unsent = ""
+    except ApiError as error:  # told in the stream: the status was sent long ago
+        answer.outcome = "failed"
+        yield unsent + _event(error.body())
+        return
+    if usage:
+        unsent += _event(reply.usage_chunk(tokens))
+    yield f"{unsent}data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of it; what it does not concern is only logged."""
+    match error:
+        case ApiError():
+            return error
+        case requests.RequestError() | RoutingError():
+            return ApiError(400, str(error))
+        case requests.QueueFull():
+            return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
+        case requests.TimeLimitExceeded():
+            return ApiError(504, str(error), code="timeout")
+        case requests.EngineClosed():
+            return ApiError(503, str(error))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed to answer; its log says why")
+
+
+def build_app(
+    engine: Engine,
+    processor: Any,
+    name: str,
+    limits: Limits,
+    api_keys: Sequence[str] = (),
+    fetcher: Fetcher | None = None,
+    experts: Counts | None = None,
+) -> FastAPI:
+    """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except for /health and the page's files;
+    without, it has to be on this machine. `experts`: what is counted of a model whose experts are not all in memory."""
+    service = Service(engine, processor, name, limits, fetcher, experts)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+        service.parsing.close()
+        service.preparing.close()
+
+    # No pages about the interface: they would load scripts from elsewhere.
+    everywhere = [] if api_keys else [Depends(check_host)]
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, dependencies=everywhere)
+    app.get("/health")(health)
+    guarded = APIRouter(dependencies=[Depends(key_check(api_keys))] if api_keys else [])
+    guarded.get("/metrics")(service.metrics_page)
+    guarded.get("/v1/models")(service.models)
+    guarded.post("/v1/chat/completions")(service.chat_completions)
+    web.add_page(app)
+    web.add_routes(guarded, service, processor)
+    app.include_router(guarded)
+    told = (requests.RequestError, requests.QueueFull, requests.TimeLimitExceeded, requests.EngineClosed, RoutingError, Exception)
+    for kind, tell in ((ApiError, service.refused), (HTTPException, service.unknown), *((kind, service.failed) for kind in told)):
+        app.add_exception_handler(kind, tell)
+    return app
+
+
+async def check_host(client: Request) -> None:
+    """Raise ApiError for a client that reaches the server by a name that may be another machine's, on whatever path."""
+    name = HOST.fullmatch(client.headers.get("host", ""))
+    if not (name and is_loopback(name[1].strip("[]").lower())):
+        raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
+
+
+def key_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+    """Return what raises ApiError for a client that sends none of `api_keys`."""
+    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    async def check(client: Request) -> None:
+        kind, _, key = client.headers.get("authorization", "").partition(" ")
+        given = hashlib.sha256(key.strip().encode()).digest()
+        found = [hmac.compare_digest(given, digest) for digest in digests]  # each is compared: the time tells nothing
+        if not (kind.lower() == "bearer" and any(found)):
+            raise ApiError(
+                401, "send an API key: Authorization: Bearer KEY", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    return check
+
+
+async def health() -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def _told(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)

@@ -1,0 +1,123 @@
+"""Images from other servers, from hosts that whoever started the server named.
+
+Unusual here: a name is resolved once, every address of it is judged, and the connection goes to an address that was judged. So a name that
+leads elsewhere a moment later leads nowhere. Redirects are not followed, and proxies that the environment names are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from ipaddress import IPv6Address, ip_address
+from urllib.parse import urlsplit
+
+import h11
+
+from moe_llava.serving.http.bodies import Take
+from moe_llava.serving.http.listen import ServeError
+from moe_llava.serving.http.protocol import ApiError, Limits
+
+PORTS = {"http": 80, "https": 443}
+HOST = re.compile(r"([a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*)(?::([0-9]{1,5}))?")
+URL = re.compile(r"https?://[\x21-\x7e]{1,2000}", re.IGNORECASE)
+CHUNK = 1 << 16  # bytes
+
+
+def is_public(address: str) -> bool:
+    """Whether this is an address of the internet at large: none of this machine or a network behind it, and none that carries another."""
+    parsed = ip_address(address.partition("%")[0])
+    if isinstance(parsed, IPv6Address) and (parsed.sixtofour or int(parsed) >> 125 != 1):  # of 2000::/3 are all that lead to one place
+        return False
+    return parsed.is_global and not parsed.is_multicast
+
+
+class Fetcher:
+    """Fetches from `hosts`, each a name or name:port; without a port, from those that belong to http and https. `may_reach` judges an
+    address.
+
+    Raises ServeError if one is no name.
+    """
+
+    def __init__(self, hosts: Sequence[str], limits: Limits, may_reach: Callable[[str], bool] = is_public):
+        self._limits = limits
+        self._may_reach = may_reach
+        self._places = {place for host in hosts for place in _places(host)}
+        self._tls = ssl.create_default_context()  # reads files: now, and never again
+
+    async def fetch(self, urls: Sequence[str], take: Take) -> dict[str, bytes]:
+        """What each URL leads to. The time is for all of them together.
+
+        Raises ApiError (400) if one may not be fetched, or cannot be.
+        """
+        try:
+            return await asyncio.wait_for(self._each(urls, take), self._limits.fetch_seconds)
+        except asyncio.TimeoutError as error:
+            raise ApiError(400, f"the images did not come within {self._limits.fetch_seconds:g} seconds", "messages") from error
+
+    async def _each(self, urls: Sequence[str], take: Take) -> dict[str, bytes]:
+        return {url: await self._one(url, take) for url in dict.fromkeys(urls)}
+
+    async def _one(self, url: str, take: Take) -> bytes:
+        scheme, host, port, target = self._split(url)
+        try:
+            address = await self._address(host, port)
+            tls = self._tls if scheme == "https" else None
+            reader, writer = await asyncio.open_connection(address, port, ssl=tls, server_hostname=host if tls else None)
+            try:
+                authority = host if port == PORTS[scheme] else f"{host}:{port}"
+                return await self._answer(reader, writer, authority, target, take)
+            finally:
+                writer.transport.abort()  # nothing is left to say
+        except (OSError, h11.RemoteProtocolError) as error:
+            raise ApiError(400, f"{url[:100]} cannot be fetched from {host}: {error}"[:300], "messages") from error
+
+    def _split(self, url: str) -> tuple[str, str, int, str]:
+        """(scheme, host, port, path and query)"""
+        try:
+            parts = urlsplit(url) if URL.fullmatch(url) else None
+            scheme, host, port = (parts.scheme, parts.hostname or "", parts.port) if parts else ("", "", None)
+        except ValueError as error:  # a port or address that is none
+            raise ApiError(400, f"{url[:100]!r} is no URL: {error}"[:300], "messages") from error
+        if parts is None or "@" in parts.netloc or (scheme, host, port or PORTS[scheme]) not in self._places:
+            raise ApiError(400, f"{url[:100]!r} is of no host that images are fetched from", "messages")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return scheme, host, port or PORTS[scheme], target
+
+    async def _address(self, host: str, port: int) -> str:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(place[0]) for *_, place in found]
+        if not addresses or not all(map(self._may_reach, addresses)):
+            raise ApiError(400, f"{host} is not on the internet: images are not fetched from networks behind this server", "messages")
+        return addresses[0]
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, authority: str, target: str, take: Take) -> bytes:
+        connection = h11.Connection(h11.CLIENT)
+        headers = {"Host": authority, "User-Agent": "moe-llava", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+        writer.write(connection.send(h11.Request(method="GET", target=target, headers=list(headers.items()))) or b"")
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
+        content = bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await reader.read(CHUNK))
+            elif isinstance(event, h11.Response) and event.status_code != 200:
+                told = f"{authority} answered with status {event.status_code}, but an image comes with 200; no redirect is followed"
+                raise ApiError(400, told, "messages")
+            elif isinstance(event, h11.Data):
+                take(len(event.data))
+                content += event.data
+                if len(content) > self._limits.image_bytes:
+                    raise ApiError(400, f"an image of {authority} has more than {self._limits.image_bytes} bytes", "messages")
+            elif isinstance(event, h11.EndOfMessage):
+                return bytes(content)
+
+
+def _places(host: str) -> list[tuple[str, str, int]]:
+    """(scheme, name, port) of what a host may be asked for."""
+    found = HOST.fullmatch(host.lower())
+    if found is None or not 0 < int(found[2] or 1) < 65536:
+        raise ServeError(f"--allow-image-host takes a name as in images.example.org, or with a port, but got {host!r}")
+    return [(scheme, found[1], int(found[2] or port)) for scheme, port in PORTS.items()]

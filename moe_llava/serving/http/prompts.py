@@ -1,0 +1,155 @@
+"""Messages of a client -> what the model reads. Nothing is fetched here and no file is opened on a client's behalf."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, BinaryIO
+
+from PIL import Image
+from torch import Tensor
+
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import BROKEN, check_shape, fitting, open_image
+from moe_llava.serving.engine.prompt import ConversationForm, FormError
+from moe_llava.serving.http.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+START_OF_SCAN = b"\xff\xda"
+# RFC 2397: a media type, parameters such as charset=utf-8 or name="a.png", and how the content is written. The content says what it is.
+DATA_URL = re.compile(r"""data:image/[\w.+*-]+(?: *; *[\w.+*-]+=(?:[^;,"]*|"[^"]*"))* *; *base64,""", re.IGNORECASE | re.ASCII)
+
+# Bytes that a pixel takes at most, measured with Pillow and transformers: while a file is decoded and made RGB (WebP's decoder has a canvas
+# for this frame and one for the last); while the image becomes an array; while a square that it was padded to, or what it is enlarged to,
+# is resized or cropped, the image and its array beside it.
+DECODING, DECODING_WEBP, CONVERTING, KEPT, RESIZING = 12, 21, 14, 7, 13
+
+
+@dataclass(frozen=True)
+class SentImage:
+    """The bytes of an image; `place` names it in messages."""
+
+    content: bytes
+    place: str
+
+    def __str__(self) -> str:
+        return self.place
+
+    def open(self) -> BinaryIO:
+        return BytesIO(self.content)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a request's images take: `working` while they are prepared, one by one, `kept` until it is answered."""
+
+    working: int
+    kept: int
+
+
+class PromptMaker:
+    """`needs` and `make` may each be used by one thread at a time, as a tokenizer may."""
+
+    def __init__(self, processor: Any, limits: Limits):
+        self._form = ConversationForm(processor)
+        self._images = processor.image_processor
+        self._limits = limits
+
+    def needs(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Needs:
+        """What the images of `messages` take, by what they say of themselves: none is decoded. `fetched`: what URLs lead to that hold no
+        image themselves.
+
+        Raises ApiError (400) if an image cannot be taken.
+        """
+        all_pixels, working, count = 0, 0, 0
+        for image in self._sent(messages, fetched):
+            width, height, taken = self._look_at(image)
+            all_pixels += width * height
+            if all_pixels > self._limits.all_pixels:
+                raise ApiError(400, f"the images have more than {self._limits.all_pixels} pixels together", "messages")
+            working, count = max(working, taken), count + 1
+        return Needs(working, count * self._form.image_bytes)
+
+    def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> tuple[list[int], Tensor | None]:
+        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
+        answer, to the end. After `needs`.
+
+        Raises ApiError (400) if an image cannot be decoded, or the conversation form has no place for what was said.
+        """
+        conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
+        try:
+            ids = self._form.ids(conversation, len(image_urls(messages)))
+        except FormError as error:
+            raise ApiError(400, f"messages: {error}", "messages") from error
+        return ids, self._form.pixels(map(self._decoded, self._sent(messages, fetched)))
+
+    def _parts(self, message: Any) -> list[dict[str, str]]:
+        """Texts that follow each other become one, with line breaks between them, so that no two of them together make a placeholder."""
+        parts: list[dict[str, str]] = []
+        for part in parts_of(message.content):
+            if isinstance(part, TextPart) and parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += "\n" + part.text
+            elif isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+            else:
+                parts.append({"type": "image"})
+        return [part | {"text": self._form.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
+
+    def _sent(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Iterator[SentImage]:
+        for url, place in image_urls(messages):
+            yield SentImage(fetched[url] if url in fetched else self._content(url, place), place)
+
+    def _content(self, url: str, place: str) -> bytes:
+        head = DATA_URL.match(url)
+        if head is None:
+            raise ApiError(400, f"{place} must be a data: URL, data:image/png;base64,...; nothing is fetched", "messages")
+        most = self._limits.image_bytes
+        if (len(url) - head.end()) * 3 // 4 > most + 2:
+            raise ApiError(400, f"{place} has more than {most} bytes", "messages")
+        try:
+            return base64.b64decode(url[head.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ApiError(400, f"{place} is not base64: {error}", "messages") from error
+
+    def _look_at(self, image: SentImage) -> tuple[int, int, int]:
+        """(width, height, the bytes that preparing it takes)"""
+        try:
+            with Image.open(image.open(), formats=FORMATS) as header:
+                width, height = header.size
+        except BROKEN as error:
+            raise ApiError(400, f"{image} is none of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
+        if width * height > self._limits.pixels:
+            raise ApiError(400, f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are taken", "messages")
+        try:
+            check_shape(header.size)
+        except ValueError as error:
+            raise ApiError(400, f"{image} cannot be taken: {error}", "messages") from error
+        if header.format in ("JPEG", "MPO") and image.content.count(START_OF_SCAN) > self._limits.scans:
+            raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")
+        taken, most = working_bytes(header.size, header.format == "WEBP", self._images), self._limits.working_bytes
+        if taken > most:
+            told = f"{image} has {width} x {height} pixels, and takes {taken} bytes to prepare, but at most {most} are given"
+            raise ApiError(400, told, "messages")
+        return width, height, taken
+
+    def _decoded(self, sent: SentImage) -> Image.Image:
+        try:
+            return open_image(sent, "the request", FORMATS)
+        except DataError as error:
+            told = str(error)
+        # Not from within: the other error holds what was decoded until this one is answered.
+        raise ApiError(400, told, "messages")
+
+
+def working_bytes(size: tuple[int, int], webp: bool, processor: Any) -> int:
+    """What `open_image` and this image processor take at most at once, for an image file of `size`."""
+    width, height = fitting(size)
+    longer, shorter = max(width, height), min(width, height)
+    edge = processor.size.get("shortest_edge", 0)
+    largest = longer**2 if getattr(processor, "do_pad", False) else edge**2 * longer // shorter
+    decoding = (DECODING_WEBP if webp else DECODING) * size[0] * size[1]
+    return max(decoding, CONVERTING * width * height, KEPT * width * height + RESIZING * largest)

@@ -1,0 +1,56 @@
+"""Pieces of an answer -> the objects of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from moe_llava.serving.engine.requests import Piece, TokenLogprobs
+from moe_llava.serving.engine.text import BROKEN
+
+
+class Reply:
+    """What the parts of one reply have in common."""
+
+    def __init__(self, model: str, prompt_tokens: int, wants_logprobs: bool):
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._prompt_tokens = prompt_tokens
+        self._wants_logprobs = wants_logprobs
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(pieces), "finish_reason": pieces[-1].finish_reason}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage(len(pieces))}
+
+    def first_chunk(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        return self._chunk({"content": piece.text}, self._logprobs([piece]), piece.finish_reason)
+
+    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(completion_tokens)}
+
+    def _chunk(self, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        total = self._prompt_tokens + completion_tokens
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        return {"content": [_token(piece.logprobs) for piece in pieces if piece.logprobs is not None], "refusal": None}
+
+
+def _token(told: TokenLogprobs) -> dict[str, Any]:
+    return _entry(told.text, told.logprob) | {"top_logprobs": [_entry(text, logprob) for text, logprob in told.top]}
+
+
+def _entry(text: str, logprob: float) -> dict[str, Any]:
+    """`bytes` are unknown of a token that is a part of a character."""
+    return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}

@@ -1,0 +1,173 @@
+"""The page at /, and which experts took a conversation's tokens, for it and for other clients.
+
+Unusual here: the page loads nothing from elsewhere and runs no script but its own, which its Content-Security-Policy holds a browser to. It
+needs no key to be read, as there is nothing in it: all that it shows it asks for as any client does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from torch import Tensor
+
+from moe_llava.model.greedy import end_tokens
+from moe_llava.routing.page import as_seen, png_url
+from moe_llava.routing.plots import expert_colour, ink
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.serving.http.bodies import Share, until_left
+from moe_llava.serving.http.prompts import PromptMaker
+from moe_llava.serving.http.protocol import LEFT, ApiError, ChatCompletionRequest, Message
+
+logger = logging.getLogger(__name__)
+
+FILES = Path(__file__).parent / "page"
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+Conversation = tuple[list[int], Tensor | None, int]  # ids, pixels, where the last answer begins
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve the page's files, which need no key."""
+    for file in sorted(file for file in FILES.iterdir() if file.suffix in KINDS):
+        path = "/" if file.name == "index.html" else f"/page/{file.name}"
+        app.get(path)(_sending(file.read_bytes(), KINDS[file.suffix]))
+
+
+def _sending(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        return Response(content, headers=HEADERS, media_type=kind)
+
+    return send
+
+
+def add_routes(guarded: APIRouter, service: Any, processor: Any) -> None:
+    """What the page asks for beside answers. `service`: api.py's."""
+    routes = Routes(service, processor)
+    guarded.get("/page/settings")(routes.settings)
+    guarded.post("/routes")(routes.trace)
+
+
+class Routes:
+    """Traces conversations, in the engine's thread."""
+
+    def __init__(self, service: Any, processor: Any):
+        self._service = service
+        self._processor = processor
+        self._ends = frozenset(end_tokens(service.engine.model))
+        try:
+            self._sparse = bool(find_routers(service.engine.model))
+        except RoutingError:
+            self._sparse = False
+
+    async def settings(self) -> Response:
+        """What the page has to know of the model and the limits."""
+        limits = self._service.limits
+        names = ("images", "image_bytes", "pixels", "body_bytes", "new_tokens")
+        return JSONResponse({"model": self._service.name, "sparse": self._sparse} | {name: getattr(limits, name) for name in names})
+
+    async def trace(self, client: Request) -> Response:
+        """The experts of every patch of a conversation's images, and of every token of the answer that ends it."""
+        if not self._sparse:
+            raise ApiError(400, "the model is dense: it has no experts", code="no_experts")
+        with self._service.memory.share() as share:
+            return await self._traced(client, share)
+
+    async def _traced(self, client: Request, share: Share) -> Response:
+        ids, pixels, begin = await self._service.prepared(client, self._read, share, answered=True)
+        self._service.engine.check_readable(ids, pixels)
+
+        def work(model: Any, tokenizer: Any) -> Trace:
+            return trace_answer(model, tokenizer, ids[:begin], ids[begin:], pixels)
+
+        trace = await self._done(client, work)
+        metrics = self._service.metrics
+        metrics.prompt_tokens += len(ids)
+        metrics.requests["routes"] += 1
+        # In a thread: it may be some megabytes of JSON.
+        return await run_in_threadpool(lambda: JSONResponse(self._told(trace, pixels)))
+
+    def _read(self, asked: ChatCompletionRequest, fetched: Mapping[str, bytes]) -> Conversation:
+        return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
+
+    async def _done(self, client: Request, work: Callable[[Any, Any], Trace]) -> Trace:
+        """What `work` returns, unless the client leaves before. Raises what ended it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Trace] = loop.create_future()
+        cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
+        watching = asyncio.create_task(until_left(client))
+        try:
+            await asyncio.wait((done, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                done.cancel()
+                raise ApiError(LEFT, "the client left")  # nobody reads it
+            return done.result()
+        finally:
+            watching.cancel()
+            cancel()
+
+    def _told(self, trace: Trace, pixels: Tensor | None) -> dict[str, Any]:
+        colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
+        pictures = [] if pixels is None else as_seen(pixels, self._processor)
+        return {
+            "object": "routes",
+            "model": self._service.name,
+            "layers": trace.layers,
+            "experts": len(colours),
+            "colours": colours,
+            "inks": [ink(colour) for colour in colours],
+            "images": [_image(trace, number, png_url(picture)) for number, picture in enumerate(pictures)],
+            "answer": {"tokens": _pieces(trace), **_experts(trace, trace.answer_T)},
+        }
+
+
+def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
+    """Hand over what came of the work. Log an error that nobody waits for any more."""
+    if not isinstance(result, Exception):
+        if not done.cancelled():
+            done.set_result(result)
+    elif done.cancelled():
+        logger.error("tracing failed after its client had left", exc_info=result)
+    else:
+        done.set_exception(result)
+
+
+def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:
+    """What the model had read when it wrote the last token of the answer that is the last message, and that token."""
+    prompt, _ = prompts.make(messages[:-1], fetched)
+    ids, pixels = prompts.make(messages, fetched)
+    # A form may end a prompt in another way than what stands before an answer that is given: there the answer begins, too.
+    begin = next((place for place, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), min(len(prompt), len(ids)))
+    end = next((place for place in range(begin, len(ids)) if ids[place] in ends), len(ids))
+    return ids[:end], pixels, begin
+
+
+def _image(trace: Trace, number: int, picture: str) -> dict[str, Any]:
+    patches_T = (trace.places_T3[:, 0] == number) & (trace.places_T3[:, 1] >= 0)  # a class token has no place
+    rows, columns = (int(last) + 1 for last in trace.places_T3[patches_T, 1:].max(0).values)
+    return {"picture": picture, "rows": rows, "columns": columns, **_experts(trace, patches_T)}
+
+
+def _experts(trace: Trace, tokens_T: Tensor) -> dict[str, Any]:
+    """[layers][tokens][experts per token] of the tokens in the mask. A weight is 0 if the expert was full."""
+    weights_LTK = trace.weights_LTK[:, tokens_T].double().round(decimals=4)
+    return {"experts": trace.ids_LTK[:, tokens_T].tolist(), "weights": weights_LTK.tolist()}
+
+
+def _pieces(trace: Trace) -> list[str]:
+    assert trace.pieces is not None  # the tokenizer was given
+    return [piece for piece, answers in zip(trace.pieces, trace.answer_T.tolist(), strict=True) if answers]
