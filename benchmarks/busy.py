@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_llava.training.saves import read_lines
+from moe_llava.common.files import read_lines
 
 REPOSITORY = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).parent / "moe-llava"

@@ -30,7 +30,7 @@ def upcycle(
     """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same (without noise)."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.common.folders import new_folder
+        from moe_llava.common.files import new_folder
 
         layers: str | list[int] = moe_layers
         if moe_layers[:1].isdigit():
@@ -88,7 +88,7 @@ def merge(
 ) -> None:
     """Adds an adapter into the weights of its base: a checkpoint like any other."""
     with user_errors():
-        from moe_llava.common.folders import new_folder
+        from moe_llava.common.files import new_folder
 
         with new_folder(out) as folder:
             with heavy_imports():

@@ -24,7 +24,7 @@ def routes(
     with user_errors():
         from rich.console import Console
 
-        from moe_llava.common.folders import new_folder
+        from moe_llava.common.files import new_folder
 
         with new_folder(out) as folder:
             with heavy_imports():

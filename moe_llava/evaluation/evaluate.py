@@ -23,6 +23,7 @@ from rich.console import Console
 import moe_llava
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.offload import load_offloaded
+from moe_llava.common.files import write_whole
 from moe_llava.common.progress import show_progress
 from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
 from moe_llava.evaluation.ask.generate import answer
@@ -31,7 +32,6 @@ from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, Score
 from moe_llava.evaluation.score.scoring import judge_command
 from moe_llava.evaluation.stress.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
-from moe_llava.training.saves import write_whole
 
 NEVER = timedelta(days=365)
 

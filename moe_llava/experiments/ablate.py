@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from moe_llava.common.files import write_whole
 from moe_llava.experiments.cells import cell_budget, run_cells
 from moe_llava.experiments.demo import prepare
 from moe_llava.experiments.figures import plot_comparison
 from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
 from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table
-from moe_llava.training.saves import write_whole
 
 
 def run_ablation(name: str, setup: Setup, console: Console) -> Path:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_lines, write_whole
 from moe_llava.common.progress import show_progress
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.evaluation.ask.calibration import calibration, yes_or_no, yes_probabilities
@@ -38,7 +39,6 @@ from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, u
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.recipe import Parts, Recipe, stage_name, stage_settings
 from moe_llava.training.run import load_data, train
-from moe_llava.training.saves import read_lines, write_whole
 from moe_llava.training.start import set_aspect_ratio
 
 CELL = "cell.json"

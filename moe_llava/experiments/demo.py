@@ -26,6 +26,7 @@ from rich.table import Table
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import write_whole
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
@@ -37,7 +38,6 @@ from moe_llava.routing.routes import write_routes
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.recipe import Data, Recipe, RecipeError, stage_settings
 from moe_llava.training.run import train
-from moe_llava.training.saves import write_whole
 
 BATCH = 128
 

@@ -13,12 +13,14 @@ checkpoints that are read. Neither can be changed afterwards.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_llava.common.files import write_whole
+from moe_llava.common.settings import changes
+from moe_llava.common.suggestions import did_you_mean
 from moe_llava.evaluation.ask.calibration import yes_or_no
 from moe_llava.evaluation.ask.tasks import prepare
 from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark
@@ -28,7 +30,6 @@ from moe_llava.experiments.demo import digits_recipe
 from moe_llava.experiments.inputs import benchmark_digests, recipe_digests
 from moe_llava.training.parsing import build, flatten, read
 from moe_llava.training.recipe import Recipe, RecipeError, SparseStage, Stage, load_recipe, stages_of
-from moe_llava.training.saves import write_whole
 
 HERE = Path(__file__).parent
 ABLATIONS = {file.stem: file for file in sorted((HERE / "ablations").glob("*.yaml"))}
@@ -129,9 +130,9 @@ def find_experiment(name: str) -> Path:
         return ABLATIONS[name]
     if Path(name).is_file():
         return Path(name)
-    guess = difflib.get_close_matches(name, ABLATIONS, n=1)
-    hint = f"; did you mean {guess[0]}?" if guess else ";"
-    raise ExperimentError(f"no ablation is called {name!r}{hint} There are {', '.join(ABLATIONS)}; or name a YAML file")
+    raise ExperimentError(
+        f"no ablation is called {name!r}{did_you_mean(name, ABLATIONS, ';')} There are {', '.join(ABLATIONS)}; or name a YAML file"
+    )
 
 
 def load_experiment(file: Path) -> Experiment:
@@ -210,8 +211,7 @@ def write_plan(plan: Plan) -> None:
     planned = read_object(file)
     then = planned.pop(DIGESTS, None)
     before, after = flatten(planned), flatten({key: value for key, value in now.items() if key != DIGESTS})
-    changed = [f"{key} {before.get(key)}, now {after.get(key)}" for key in before | after if before.get(key) != after.get(key)]
-    if changed:
+    if changed := changes(before, after):
         raise ExperimentError(f"{file} was decided before the first run, with {'; '.join(changed)}: choose another --out for another plan")
     if then is None:
         raise ExperimentError(f"{file} has no digests of what was read, as an earlier version wrote it: choose another --out")

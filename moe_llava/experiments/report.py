@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moe_llava.common.files import write_whole
 from moe_llava.routing.plots import as_data, data_url, plot_expert_load
-from moe_llava.training.saves import write_whole
 
 mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 import moe_llava
+from moe_llava.common.files import write_whole
 from moe_llava.digits import RECIPE
 from moe_llava.evaluation.ask.answers import given
 from moe_llava.evaluation.score.statistics import Interval, crossed_interval
@@ -27,7 +28,6 @@ from moe_llava.experiments.ablate import conditions, conduct, save
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
 from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
-from moe_llava.training.saves import write_whole
 
 # [S, N] whether each seed's answer to each question is right, 0 to 1; and of each question what it counts together with.
 Answers = tuple[np.ndarray, list[str]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import re
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from moe_llava.common.suggestions import did_you_mean
 
 
 class RecipeError(ValueError):
@@ -121,8 +122,7 @@ def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in raw.keys() - fields.keys():
-        guess = difflib.get_close_matches(str(key), fields, n=1)
-        problems.append(f"unknown key {where}{key}" + (f"; did you mean {where}{guess[0]}?" if guess else f"; known: {', '.join(fields)}"))
+        problems.append(f"unknown key {where}{key}" + did_you_mean(str(key), fields, f"; known: {', '.join(fields)}", where))
     values = {}
     for name, f in fields.items():
         if name in raw:

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_object, write_whole
 from moe_llava.data.store import Records
 from moe_llava.training.checksums import MANIFEST, find_damage, find_unreadable
-from moe_llava.training.saves import read_object, saves, write_whole
+from moe_llava.training.saves import saves
 
 RECORDS = "records.json"  # of a stage's folder: which records it is trained on
 

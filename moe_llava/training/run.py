@@ -22,6 +22,8 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration, TrainingArguments, set_seed
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_lines, write_whole
+from moe_llava.common.settings import changes
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
 from moe_llava.data.rendering import check_prompt
 from moe_llava.data.sampling import GroupedSampler
@@ -35,7 +37,7 @@ from moe_llava.training.locking import lock_file, lock_stages
 from moe_llava.training.parsing import flatten
 from moe_llava.training.recipe import Recipe, RecipeError, Stage, learning_stage, read_recipe, stage_name, stage_settings
 from moe_llava.training.resuming import check_resume, check_weights, write_records
-from moe_llava.training.saves import Stopped, full_disk_named, read_lines, remove_saves, saves, saving, step_of, work_folder, write_whole
+from moe_llava.training.saves import Stopped, full_disk_named, remove_saves, saves, saving, step_of, work_folder
 from moe_llava.training.sharding import ShardedTrainer, check_engine, check_zero, sharding_of, whole_model
 from moe_llava.training.stages import STAGES, checkpoint_layers, choose_parameters
 from moe_llava.training.start import (
@@ -147,8 +149,7 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
         before, now = _what_counts(made, final.name), _what_counts(recipe, final.name)
         if folder != final:  # what was saved in parts is not read as a whole, nor the other way round
             before, now = before | sharding_of(made), now | sharding_of(recipe)
-        changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now if before.get(name) != now.get(name)]
-        if changed:
+        if changed := changes(before, now):
             raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from moe_llava.common.disk import no_room, size, why_not_written
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_lines, write_whole
 
 SAVING = ".saving"
 
@@ -94,43 +95,10 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes beside `file` and renames: it never holds half of the text."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
 def append_line(file: Path, *entries: dict[str, Any]) -> None:
     """Append JSON lines to a log of a stage. Raises SaveError if they cannot be written."""
     with saving(file.parent, file.name), file.open("a", encoding="utf-8") as stream:
         stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a log of JSON lines, without a last line that was cut off.
-
-    Raises DataError, naming file and line, if one is no JSON object.
-    """
-    if not file.is_file():
-        return []
-    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return [_read_object(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _read_object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is damaged: it is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{where} is damaged: it must hold a JSON object, but holds {found!r}")
-    return found
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises DataError, naming the file, if there is none in it."""
-    return _read_object(file.read_bytes(), str(file))
 
 
 def rewind(file: Path, step: int) -> None:

@@ -15,14 +15,14 @@ from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_config, load_processor
-from moe_llava.common.folders import new_folder
+from moe_llava.common.files import new_folder, write_whole
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of, load_base
 from moe_llava.training.budget import on_meta, start_on_meta
 from moe_llava.training.checksums import write_manifest
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, Stage, stage_settings
-from moe_llava.training.saves import saving, work_folder, write_whole
+from moe_llava.training.saves import saving, work_folder
 from moe_llava.training.sharding import load_sharded, shared_folder
 
 

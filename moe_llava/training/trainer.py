@@ -15,13 +15,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_lines
 from moe_llava.data.sampling import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.checksums import write_manifest
-from moe_llava.training.saves import SAVING, append_line, keep, read_lines, remove_leftovers, rewind, saving
+from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
 MOST_SKIPPED = 0.01  # of the records that a run sees

@@ -14,11 +14,11 @@ from transformers import AutoProcessor
 
 from moe_llava.checkpoints.load import load_processor
 from moe_llava.common.errors import DataError
+from moe_llava.common.files import read_lines
 from moe_llava.data.check import check_data
 from moe_llava.data.store import load_records, read_records
 from moe_llava.training.recipe import load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.saves import read_lines
 from tests.conftest import refused, run_here
 from tests.data.chat_templates import GEMMA_2, MISTRAL, QWEN_2_5
 from tests.training.conftest import stopping, tiny_base, write_recipe  # noqa: F401

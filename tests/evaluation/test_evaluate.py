@@ -16,10 +16,11 @@ from rich.console import Console
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.cli.evaluation import _print_scores
+from moe_llava.common.files import drop_torn_line
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate
 from moe_llava.evaluation.ask import tasks as plan
-from moe_llava.evaluation.ask.answers import answer_file, drop_torn_line, merge, writing
+from moe_llava.evaluation.ask.answers import answer_file, merge, writing
 from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.evaluation.stress.perturb import parse_perturbations

@@ -8,12 +8,12 @@ from filelock import FileLock
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import MoeLlavaForConditionalGeneration
+from moe_llava.common.files import read_lines
 from moe_llava.experiments import cells
 from moe_llava.experiments.ablate import run_ablation
 from moe_llava.experiments.cells import run_cells
 from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
 from moe_llava.training import run
-from moe_llava.training.saves import read_lines
 from tests.experiments.conftest import QUIET
 
 

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from moe_llava.common.files import read_lines
 from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
 from moe_llava.experiments.trial import judge, run_trial, verdict
-from moe_llava.training.saves import read_lines
 from tests.conftest import run_command
 from tests.experiments.conftest import QUIET
 from tests.training.conftest import tiny_base  # noqa: F401

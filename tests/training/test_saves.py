@@ -15,9 +15,10 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from moe_llava.common.files import read_lines
 from moe_llava.training.recipe import load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.saves import SaveError, keep, read_lines, rewind, saves, saving
+from moe_llava.training.saves import SaveError, keep, rewind, saves, saving
 from tests.conftest import REPOSITORY
 
 QUIET = Console(quiet=True)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from moe_llava.common.files import read_lines
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.saves import read_lines
 from moe_llava.training.watch import ProgressDisplay, plot_run, summarise
 
 QUIET = Console(quiet=True)

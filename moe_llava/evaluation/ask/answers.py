@@ -20,10 +20,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moe_llava.common.files import drop_torn_line, write_whole
 from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, read_json_lines, take, take_text
 from moe_llava.evaluation.score.reading import read_object
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_question
-from moe_llava.training.saves import write_whole
 
 SETTINGS = "settings.json"
 LOCK = ".lock"
@@ -109,15 +109,6 @@ def merge(folder: Path, questions: Sequence[Question]) -> None:
     for file in files:
         if file != answer_file(folder):
             file.unlink()
-
-
-def drop_torn_line(file: Path) -> None:
-    """Cuts off what was written of a line that never ended."""
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with file.open("r+b") as opened:
-            opened.truncate(whole)
 
 
 def given(folder: Path, questions: Sequence[Question]) -> list[str | None]:

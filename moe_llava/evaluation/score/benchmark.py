@@ -6,7 +6,6 @@ Answers are paired with questions by id, never by order. A question without an a
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import math
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from moe_llava.common.suggestions import did_you_mean
 from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json, read_json_lines, take, take_list, take_text
 from moe_llava.evaluation.score.statistics import bootstrap
 
@@ -134,9 +134,7 @@ class Benchmark:
 def find_benchmark(name: str) -> Benchmark:
     """Raises BenchmarkError if there is none of this name."""
     if name not in NAMES:
-        guess = difflib.get_close_matches(name.lower(), NAMES, n=1)
-        hint = f"; did you mean {guess[0]}?" if guess else "."
-        raise BenchmarkError(f"no benchmark is called {name!r}{hint} There are {', '.join(NAMES)}")
+        raise BenchmarkError(f"no benchmark is called {name!r}{did_you_mean(name.lower(), NAMES, '.')} There are {', '.join(NAMES)}")
     module = importlib.import_module(f"moe_llava.evaluation.score.definitions.{NAMES[name]}")
     return module.BENCHMARK
 

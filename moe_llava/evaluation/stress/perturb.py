@@ -14,7 +14,6 @@ wordings are English, and typos and case change only Latin letters, so a text wi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import math
@@ -28,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from moe_llava.common.images import to_rgb
+from moe_llava.common.suggestions import did_you_mean
 from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
 
 STRENGTHS = (1, 2, 3, 4, 5)
@@ -98,9 +98,9 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            guess = difflib.get_close_matches(self.name, KINDS, n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else "."
-            raise BenchmarkError(f"no perturbation is called {self.name!r}{hint} There are {', '.join(KINDS)}")
+            raise BenchmarkError(
+                f"no perturbation is called {self.name!r}{did_you_mean(self.name, KINDS, '.')} There are {', '.join(KINDS)}"
+            )
         if self.strength not in STRENGTHS:
             raise BenchmarkError(f"the perturbation {self.name} has the strength {self.strength}, but it must be 1 to 5")
 

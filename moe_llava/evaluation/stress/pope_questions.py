@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_llava.common.folders import new_folder
+from moe_llava.common.files import new_folder
 from moe_llava.evaluation.score.benchmark import SINGLE_WORD, BenchmarkError, read_json, read_json_lines, take, take_list, take_text
 from moe_llava.evaluation.score.definitions.pope import CATEGORIES, QUESTIONS
 from moe_llava.evaluation.score.reading import once

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import shlex
 import sys
@@ -16,6 +15,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.table import Table
 
+from moe_llava.common.suggestions import did_you_mean
 from moe_llava.serving.chat.completion import Completer
 from moe_llava.serving.chat.conversation import Conversation, Turn
 
@@ -107,8 +107,7 @@ class Terminal:
             return self.ask(line)
         name, _, rest = line.partition(" ")
         if name not in self._does:
-            guess = difflib.get_close_matches(name, COMMANDS, n=1)
-            raise ValueError(f"{name} is no command" + (f"; did you mean {guess[0]}?" if guess else "; /help shows which there are"))
+            raise ValueError(f"{name} is no command" + did_you_mean(name, COMMANDS, "; /help shows which there are"))
         return self._does[name](rest.strip())
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
