@@ -1,22 +1,46 @@
-"""Reads folders of Hugging Face `datasets`, and Parquet files."""
+"""Reads folders of Hugging Face `datasets`, and Parquet files.
+
+`datasets` takes a second to import and few data need it, so it is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.records import IMAGE_KEYS, StoredImage
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_KEYS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that stands in a row of a `datasets` folder, rather than in a file of its own."""
+
+    folder: Path
+    row: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.number} of row {self.row} of {self.folder}"
+
+    def open(self) -> BinaryIO:
+        value = image_values(self.folder, self.row)[self.number]
+        return BytesIO(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).open("rb")
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     """Rows, without reading the images in them."""
+    import datasets
+
     table = open_folder(folder)
     stored = [key for key in IMAGE_KEYS if key in table.column_names and _holds_images(table.features[key])]
     row = 0
@@ -35,6 +59,8 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def _images_there(column: Any, single: bool) -> list[list[bool]]:
     """For each row of a table's column whether each of its images has bytes or a path, without reading the bytes."""
+    import pyarrow.compute as pc
+
     images = column if single else pc.list_flatten(column)
     rows = range(len(column)) if single else pc.list_parent_indices(column).to_pylist()
     named = pc.fill_null(pc.greater(pc.utf8_length(pc.struct_field(images, "path")), 0), False)
@@ -53,10 +79,14 @@ def image_values(folder: Path, row: int) -> list[dict[str, Any]]:
 
 
 def _holds_images(feature: Any) -> bool:
+    import datasets
+
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
 def _load_parquet(path: Path) -> datasets.Dataset:
+    import datasets
+
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path.absolute()), split="train")
     return datasets.load_dataset(str(path.absolute()), split="train")  # a relative name may be that of one of its modules
@@ -69,6 +99,8 @@ def open_folder(folder: Path) -> datasets.Dataset:
 
     Raises DataError if it is neither.
     """
+    import datasets
+
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise DataError(f"{folder} holds several tables: name one of {', '.join(str(folder / split) for split in splits)}")

@@ -11,14 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moe_llava.common.errors import DataError
+from moe_llava.data.folders import IMAGE_KEYS, StoredImage
 
 IMAGE_TOKEN = "<image>"
-IMAGE_KEYS = ("image", "images")
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 NO_NAME = ("", "none", "null", "nan")  # what stands for no file name in tables that became JSON
 # Placeholders of other media begin or end a question, or have a line of their own. In a sentence such a tag may be HTML that is meant.
@@ -29,24 +28,6 @@ FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
     ("messages", ("role", "content"), ("user", "assistant")),
 )
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image that stands in a row of a `datasets` folder, rather than in a file of its own."""
-
-    folder: Path
-    row: int
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.number} of row {self.row} of {self.folder}"
-
-    def open(self) -> BinaryIO:
-        from moe_llava.data.folders import image_values  # what reads such folders takes a second to import, and few have one
-
-        value = image_values(self.folder, self.row)[self.number]
-        return BytesIO(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).open("rb")
 
 
 @dataclass(frozen=True)

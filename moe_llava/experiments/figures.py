@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.plan import Experiment
 from moe_llava.experiments.summary import Row
-from moe_llava.routing.plots import EXPERT_COLOURS
 
 mpl.use("Agg")
 

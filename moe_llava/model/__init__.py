@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .configuration import MoeLlavaConfig
+from .losses import balance_loss, z_loss
 from .modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
-from .moe import Experts, Router, SparseMlp, balance_loss, z_loss
+from .moe import Experts, Router, SparseMlp
 from .processing import MoeLlavaProcessor
 from .upcycling import evolve_experts, upcycle
 

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_llava.routing.plots import expert_colour, first_experts, ink
+from moe_llava.common.colours import expert_colour, ink
+from moe_llava.routing.plots import first_experts
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace
 

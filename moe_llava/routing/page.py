@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from moe_llava.routing.plots import as_data, data_url, expert_colour, ink
+from moe_llava.common.colours import expert_colour, ink
+from moe_llava.routing.plots import as_data, data_url
 from moe_llava.routing.tokens import KINDS
 from moe_llava.routing.trace import Trace
 

@@ -18,26 +18,14 @@ from matplotlib.colors import TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moe_llava.common.colours import expert_colour, ink
 from moe_llava.routing.counts import whole_percents
 from moe_llava.routing.tokens import IMAGE
 from moe_llava.routing.trace import Trace
 
-# Okabe and Ito's colours, which people with colour vision deficiency can tell apart too.
-EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MODALITY_COLOURS = {"image": "#D55E00", "text": "#0072B2"}
 INSIDE: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}  # a number in a field; thousands would slow the layout
 ACROSS, LINES = 24, 4  # tokens in a line of an answer, and lines
-
-
-def expert_colour(expert: int) -> str:
-    """They repeat after eight; pictures of tokens therefore show numbers, too."""
-    return EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
-
-
-def ink(colour: str) -> str:
-    """Black or white, whichever is easier to read on `colour` (W3C's relative luminance)."""
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(colour)]
-    return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
 
 
 def plot_expert_load(summary: dict[str, Any], narrow: bool = False) -> Figure:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_llava.routing.plots import EXPERT_COLOURS
+from moe_llava.common.colours import EXPERT_COLOURS
 
 
 class ProgressDisplay(TrainerCallback):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.evaluation.stress.perturb import KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
-from moe_llava.routing.plots import EXPERT_COLOURS
 
 
 def items(*right):

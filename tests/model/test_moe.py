@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_llava.model.configuration import MoeLlavaConfig
-from moe_llava.model.moe import GatedExperts, Router, SparseMlp, balance_loss, z_loss
+from moe_llava.model.losses import balance_loss, z_loss
+from moe_llava.model.moe import GatedExperts, Router, SparseMlp
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import tiny_config, tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of, shuffled_sparse

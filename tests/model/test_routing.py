@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
-from moe_llava.model.moe import Router, balance_loss
+from moe_llava.model.losses import balance_loss
+from moe_llava.model.moe import Router
 from tests.conftest import tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of, shuffled_sparse
 from tests.model.test_moe import config

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_llava import MoeLlavaForConditionalGeneration, upcycle
-from moe_llava.model.moe import balance_loss
+from moe_llava.model.losses import balance_loss
 from moe_llava.model.smoes import IMAGE, TEXT, ModalityStatistics, mutual_information_loss
 from tests.conftest import IMAGE_TOKENS, tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of, shuffled_sparse

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from moe_llava.common.colours import expert_colour
 from moe_llava.routing.grids import draw_routes
-from moe_llava.routing.plots import expert_colour
 from moe_llava.routing.tokens import IMAGE, TEXT, RoutingError
 from moe_llava.routing.trace import Trace
 

@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.evaluation.score.statistics import bootstrap_mean
 from moe_llava.evaluation.stress.perturb import KINDS, STRENGTHS, Perturbation
-from moe_llava.routing.plots import EXPERT_COLOURS
 
 Items = Sequence[Mapping[str, Any]]  # each with an id, and right: True or False, or a share of 1
 MARKERS = "osD^v"

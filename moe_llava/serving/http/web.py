@@ -17,9 +17,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from moe_llava.common.colours import expert_colour, ink
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
-from moe_llava.routing.plots import expert_colour, ink
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, find_routers, trace_answer
 from moe_llava.serving.http.bodies import Share, until_left

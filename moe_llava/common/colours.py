@@ -1,0 +1,17 @@
+"""Colours of experts and of the lines of a chart."""
+
+from __future__ import annotations
+
+# Okabe and Ito's colours, which people with colour vision deficiency can tell apart too.
+EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def expert_colour(expert: int) -> str:
+    """They repeat after eight; pictures of tokens therefore show numbers, too."""
+    return EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
+
+
+def ink(colour: str) -> str:
+    """Black or white, whichever is easier to read on `colour` (W3C's relative luminance)."""
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(colour)]
+    return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
