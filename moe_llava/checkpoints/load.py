@@ -24,7 +24,7 @@ from transformers import (
 
 from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.families import UNUSED
-from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method
+from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
 from moe_llava.checkpoints.processors import complete_processor, with_portable_template
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
 
@@ -65,6 +65,9 @@ def check_weights(path: str | Path) -> None:
 def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaConfig, dict[str, Any]]:
     """Return (class, configuration, the settings that are no fields of it) of a folder or hub id."""
     check_checkpoint(path)
+    generation = Path(path) / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)  # transformers passes over one that it cannot read, and answers would have no end
     fields = {key: value for key, value in settings.items() if key not in _KEEPING}
     try:
         config, others = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
@@ -113,6 +116,9 @@ def _check_without_data(
     model, report = model_class.from_pretrained(None, config=config, state_dict=stored, device_map="meta", **_REPORT, **settings)
     if packed:
         report |= {"missing_keys": report["missing_keys"] | _missing_scales(tables), "unexpected_keys": set(), "mismatched_keys": set()}
+    elif whole := sorted(key for key, tensor in tables.items() if key in model.state_dict() and not tensor.dtype.is_floating_point):
+        problems = [f"{key} is stored as {str(tables[key].dtype).removeprefix('torch.')}" for key in whole]
+        raise CheckpointError(f"{name} has weights that are not floating point, and no quantization_config:\n  {listed(problems)}")
     check_report(model, report, name, stored, fresh)
 
 

@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import check_pointers, read_json
 
-# A folder's weights are the first of these that it has. An index names the shards.
+# A folder's weights are the first of these that it has, in the order of transformers. An index names the shards.
 WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 PROJECTOR_FILE = "mm_projector.bin"  # what stage I of the original code leaves
 

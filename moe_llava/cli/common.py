@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from moe_llava import __version__
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -20,6 +22,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Dense vision-language models made sparse: trained, asked, looked into.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"moe-llava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")] = False,
+) -> None: ...
+
 
 Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
 KeepExperts = Annotated[

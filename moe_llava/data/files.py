@@ -45,7 +45,24 @@ def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _numbered(file: Path, items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    yield from ((f"record {index} of {file}", item) for index, item in enumerate(items))
+    yield from (_named(f"record {index} of {file}", item) for index, item in enumerate(items))
+
+
+class _Doubled(str):
+    """The key that an object has twice, in the object's place: which of the two values counts, nobody can know."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> Any:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = [key for key, _ in pairs]
+    return _Doubled(next(key for key in keys if keys.count(key) > 1))
+
+
+def _named(source: str, item: Any) -> tuple[str, Any]:
+    """A record and where it stands."""
+    return source, DataError(f"{source} has the key {str(item)!r} twice") if isinstance(item, _Doubled) else item
 
 
 def _read_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
@@ -57,11 +74,11 @@ def _read_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]
             continue
         item: Any
         try:
-            item, some = json.loads(line.decode("utf-8")), True
+            item, some = json.loads(line.decode("utf-8"), object_pairs_hook=_once_each), True
         except (ValueError, RecursionError) as error:
             item = DataError(f"{file} is neither a JSON list nor JSON lines: line {number}: {error}")
             first = first or item
-        yield f"line {number} of {file}", item
+        yield _named(f"line {number} of {file}", item)
     if first and not some:
         raise first
 
@@ -74,7 +91,7 @@ class _JsonList:
         self.text, self.at, self.passed = "", 0, 0
 
     def __iter__(self) -> Iterator[Any]:
-        decoder = json.JSONDecoder()
+        decoder = json.JSONDecoder(object_pairs_hook=_once_each)
         self._expect("[")
         if self._next() == "]":
             self._finish()

@@ -18,11 +18,10 @@ from moe_llava.common.errors import DataError
 from moe_llava.data.folders import IMAGE_KEYS, StoredImage
 
 IMAGE_TOKEN = "<image>"
-MEDIA_KEYS = ("video", "videos", "audio", "audios")
+MEDIA_KEYS = ("video", "videos", "video_path", "audio", "audios", "audio_path", "speech")
 NO_NAME = ("", "none", "null", "nan")  # what stands for no file name in tables that became JSON
-# Placeholders of other media begin or end a question, or have a line of their own. In a sentence such a tag may be HTML that is meant.
-_MEDIA = re.compile(r"\A\s*<(video|audio)>|<(video|audio)>\s*\Z")
-_MEDIA_LINE = re.compile(r"^[ \t]*<(video|audio)>[ \t]*$", re.MULTILINE)
+# A placeholder of another medium. With its end tag, or in backquotes, it is HTML that the text is about.
+_MEDIA = re.compile(r"(?<!`)<(video|audio|speech)>(?!`)", re.IGNORECASE)
 # key of the turns, (key of a turn's role, of its text), the roles
 FORMS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
@@ -141,7 +140,7 @@ def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, li
                 raise DataError(f"{place} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
             if number % 2 and has_images and IMAGE_TOKEN in text:
                 raise DataError(f"{place} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
-            if number % 2 == 0 and ("<video>" in text or "<audio>" in text):
+            if number % 2 == 0:
                 _check_media_text(place, text)
             values.append(text)
         return system, values + [""] * (len(values) % 2)
@@ -149,9 +148,9 @@ def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, li
 
 
 def _check_media_text(place: str, text: str) -> None:
-    found = _MEDIA.search(text) or ("</" not in text and _MEDIA_LINE.search(text))
-    if found:
-        raise DataError(f"{place} has {found[0].strip()}, but models here read text and images alone")
+    found = _MEDIA.search(text) if "<" in text else None
+    if found and f"</{found[1].lower()}>" not in text.lower():
+        raise DataError(f"{place} has {found[0]}, but models here read text and images alone")
 
 
 def split_system(item: Any, turns: Any, role_key: str, text_key: str) -> tuple[Any, Any]:

@@ -31,6 +31,8 @@ def find_damage(folder: Path) -> list[str]:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return [f"{folder / MANIFEST} cannot be read ({error})"]
+    if not expected:
+        return [f"{folder / MANIFEST} is damaged: it names no file"]
     return [problem for name, (length, digest) in expected.items() if (problem := _damage(folder / name, length, digest))]
 
 

@@ -25,7 +25,7 @@ from moe_llava.training.checksums import write_manifest
 from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving
 from moe_llava.training.watch import ProgressDisplay
 
-MOST_SKIPPED = 0.01  # of the records that a run sees
+MOST_SKIPPED = 0.5  # of the records that a run sees: with more, what is wrong is not single records
 SKIPPED = "skipped.jsonl"  # of a stage's folder; step 0 is before the first
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from moe_llava.checkpoints.errors import LISTED, CheckpointError
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_model
@@ -240,3 +241,31 @@ def test_every_verb_that_loads_a_checkpoint(damaged, write_recipe, tiny_base, tm
         assert "missing: model.language_model.layers.1.mlp.up_proj.weight [48, 32]" in refused(*arguments), arguments
     assert not out.exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_public_way_to_load_draws_nothing_at_random(damaged):
+    folder = damaged(lambda tensors: tensors.pop("model.language_model.layers.0.mlp.router.weight"))
+    with pytest.raises(ValueError, match=r"damaged does not hold model.language_model.layers.0.mlp.router.weight"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_whole_numbers_are_no_weights(damaged):
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    folder = damaged(lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=rf"not floating point, and no quantization_config:\n  {name} is stored as int8"):
+        load_model(folder)
+
+
+def test_of_a_file_and_an_index_the_file_counts_as_in_transformers(damaged, sparse):
+    folder = damaged(lambda tensors: tensors.pop(HEAD), how="shards")
+    with pytest.raises(CheckpointError, match=f"missing: {HEAD}"):
+        load_model(folder)
+    shutil.copy(sparse / "model.safetensors", folder)
+    assert torch.equal(load_model(folder).lm_head.weight, load_model(sparse).lm_head.weight)
+
+
+def test_generation_settings_that_cannot_be_read(damaged):
+    folder = damaged(lambda tensors: None)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not JSON"):
+        load_model(folder)

@@ -174,3 +174,23 @@ def test_system_prompts(write):
     assert "system" not in key.extra
     with pytest.raises(DataError, match=r"record 0 of .* must have a text without <image> as its system prompt, but has 5"):
         load_records(*write(conversation("x", "y", system=5)))
+
+
+@pytest.mark.parametrize(
+    "text", ["<video>\nwhat ?", "what happens in <video> ?", "<image><video>\nwhat ?", "<VIDEO>\nwhat ?", "what do you hear ? <audio>"]
+)
+def test_a_placeholder_of_another_medium_is_named(write, text):
+    with pytest.raises(DataError, match=r"turn 0 of record 0 of .* has <(video|VIDEO|audio)>, but models here read text and images alone"):
+        load_records(*write(conversation(text, "x", **({"image": "a.png"} if "<image>" in text else {}))))
+
+
+@pytest.mark.parametrize("text", ["how does `<video>` work ?", "<body>\n<video>\n<source>\n</video>\n</body> is it right ?"])
+def test_html_is_text(write, text):
+    assert load_records(*write(conversation(text, "x")))[0].turns == ((text, "x"),)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("data.json", "[%s]"), ("data.jsonl", "%s\n")])
+def test_a_key_that_is_there_twice_is_named(write, name, lines):
+    record = json.dumps(conversation("<image>\nwhat ?", "x", image="a.png"))[:-1] + ', "image": "b.png"}'
+    with pytest.raises(DataError, match=r"(record 0|line 1) of .* has the key 'image' twice"):
+        load_records(*write(lines % record, name=name))

@@ -118,7 +118,7 @@ def test_what_the_original_code_reads_is_trained_on(folder, write_recipe):  # no
         conversation("where ?", " ", "which ?", "7"),
         {"conversations": [{"from": "gpt", "value": "hello"}, *SOUND["conversations"]], "image": "a.png"},
         conversation("where ?", "here", "why ?"),
-        conversation("how does the <video> element work ? <audio> does", "as <video>"),
+        conversation("how does the `<video>` element work ? `<audio>` does", "as <video>"),
         conversation("<div>\n<video>\n</video>\n</div>", "a page"),
     ]
     data = write(folder, records)

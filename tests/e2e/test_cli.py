@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from moe_llava import __version__
 from tests.conftest import REPOSITORY, refused, run_command
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
@@ -41,6 +42,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
         (["check", "{folder}/none.json", "--model", "{folder}"], 2, "has no config.json"),
         (["evaluate", "{folder}", "--benchmark", "popp", "--data", ".", "--out", "{folder}/out"], 2, "did you mean pope?"),
         (["evaluate", "{folder}", "--benchmark", "pope", "--data", ".", "--out", "{folder}/out"], 2, "has no config.json"),
+        (["--version"], 0, f"moe-llava {__version__}"),
         (["bench", "layer", "--size", "3x4"], 2, "--size is '3x4', but must be tokens, width and FFN width"),
         (["bench", "generate", "{folder}"], 2, "has no config.json"),
         (["score", "pope", "--data", "{folder}", "--answers", "none"], 2, "POPE needs in"),
