@@ -173,9 +173,9 @@ def test_a_bad_record_stops_the_run_by_name(write_recipe, tiny_base, tmp_path, w
 
 
 def test_bad_records_are_skipped_and_counted_if_they_are_few(write_recipe, tiny_base, tmp_path):
-    data = data_with_bad_records(tiny_base, tmp_path, 3, 300)
-    steps = {"stage1__optimisation__max_steps": 75, "stage1__optimisation__per_device_batch_size": 1}
-    file = write_recipe(stage1__data=data, on_bad_record="skip", logging_steps=25, **steps)
+    data = data_with_bad_records(tiny_base, tmp_path, 3, 20)
+    steps = {"stage1__optimisation__max_steps": 5, "stage1__optimisation__per_device_batch_size": 1}
+    file = write_recipe(stage1__data=data, on_bad_record="skip", **steps)
     (stage,) = train(load_recipe(file), [1], resume=False, console=QUIET)
     skipped = read_lines(stage / "skipped.jsonl")
     assert sorted(line["problem"].split(" of ")[0] for line in skipped) == ["line 1", "line 2", "line 3"]
@@ -183,10 +183,10 @@ def test_bad_records_are_skipped_and_counted_if_they_are_few(write_recipe, tiny_
     assert logged[-1]["skipped"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in weights(stage).values())
 
-    data = data_with_bad_records(tiny_base, tmp_path, 4, 300)
+    data = data_with_bad_records(tiny_base, tmp_path, 12, 20)
     file = write_recipe(stage1__data=data, on_bad_record="skip", output=str(tmp_path / "more"), **steps)
     with pytest.raises(
-        ValueError, match=r"4 of the 300 records that the run sees could not be read, more than 1%: .*skipped.jsonl names them"
+        ValueError, match=r"1[12] of the 20 records that the run sees could not be read, more than 50%: .*skipped.jsonl names them"
     ):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
