@@ -326,6 +326,7 @@ class Harmful:
 @pytest.mark.parametrize("content", [{"weight_map": None}, {"weight_map": {"a": 1}}, {}])
 def test_an_index_that_is_none(write, towers, content):
     folder, *_ = write()
+    (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="must hold a `weight_map` from tensors to files"):
         load_published(folder, towers)

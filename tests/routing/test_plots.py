@@ -7,18 +7,8 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 
-from moe_llava.routing.plots import (
-    EXPERT_COLOURS,
-    expert_colour,
-    first_experts,
-    ink,
-    plot_answer,
-    plot_expert_load,
-    plot_modality,
-    plot_patches,
-    plot_pathways,
-    plot_router,
-)
+from moe_llava.common.colours import EXPERT_COLOURS, expert_colour, ink
+from moe_llava.routing.plots import first_experts, plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
 from moe_llava.routing.tokens import IMAGE, TEXT
 from tests.routing.test_statistics import make_trace, random_trace, summed
 

@@ -1,7 +1,6 @@
 """Read the values of a JSON body. An error names the place, such as `messages.0.content.1.image_url.detail`, the rule and the value.
 
-Unusual here: null is as no field, whatever the field, and so is an empty value in a field without effect. So what a client's library
-writes where nothing is asked for is no error.
+Unusual here: null is as no field, whatever the field. So what a client's library writes where nothing is asked for is no error.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-EMPTY: tuple[Any, ...] = ({}, [], "")  # ask for nothing in a field without effect, as null does in every field
 MOST_SHOWN = 40  # characters of a value or a name: a client sent them
 
 T = TypeVar("T")
@@ -139,7 +137,7 @@ def fields(
         rule = f"an object with {' and '.join(required)}" if required else "an object"
         raise must_be(rule, found, place)
     begin = f"{place}." if place else ""
-    given = {name: value for name, value in found.items() if value is not None and not (name in dropped and value in EMPTY)}
+    given = {name: value for name, value in found.items() if value is not None}
     readers = {**kept, **dropped}
     for name in given:
         if name not in readers:

@@ -181,7 +181,7 @@ WITHOUT_EFFECT: dict[str, Read[None]] = {
     "functions": only([]),
     "logit_bias": only({}),
     "metadata": labels,
-    "modalities": only(["text"]),
+    "modalities": only(["text"], []),
     "n": only(1),
     "parallel_tool_calls": only(False, True),
     "presence_penalty": only(0),
