@@ -7,7 +7,6 @@ shape, also where the load itself does not: of layers that it quantises or shard
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from moe_llava.checkpoints.families import UNUSED
 from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
 from moe_llava.checkpoints.processors import complete_processor, with_portable_template
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
+from moe_llava.model.modeling import FRESH
 
 # Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
 _KEEPING = ("dtype", "device_map", "quantization_config", "distributed_config")
-# What begins anew where settings make a model one of SMoES that was none.
-_STATISTICS = re.compile(r".*\.mlp\.statistics\.\w+")
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -51,7 +49,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
     Raises CheckpointError as `check_checkpoint` and `load_strictly` do.
     """
     model_class, config, others = _parts_of(path, settings)
-    fresh = _STATISTICS if settings.get("routing") == "smoes" and load_config(path).routing != "smoes" else None
+    fresh = FRESH if settings.get("routing") == "smoes" and load_config(path).routing != "smoes" else None
     return load_strictly(model_class, path, config, f"checkpoint {path}", fresh, dtype=dtype, **others)
 
 
@@ -77,12 +75,12 @@ def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaCon
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, others
 
 
-def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: re.Pattern[str] | None = None, **settings: Any) -> Any:
+def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: str | None = None, **settings: Any) -> Any:
     """Return a model of `model_class`, with `config`, in evaluation mode, with all its weights from a folder or hub id.
 
     Args:
         name: of the checkpoint, for errors.
-        fresh: the names of weights that need not be stored.
+        fresh: what is in the names of weights that need not be stored.
         settings: for `from_pretrained`.
 
     Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
@@ -100,9 +98,7 @@ def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fr
     return model
 
 
-def _check_without_data(
-    model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: re.Pattern[str] | None = None
-) -> None:
+def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: str | None = None) -> None:
     """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
     these only what is missing is found."""
     try:
@@ -129,12 +125,10 @@ def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
     return (four_bits | eight_bits) - tables.keys()
 
 
-def check_report(
-    model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: re.Pattern[str] | None = None
-) -> None:
+def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: str | None = None) -> None:
     """Raise CheckpointError unless `report`, of loading `model` with `output_loading_info`, says that every weight that is not `fresh` came
     from the checkpoint `name`, and every weight of the checkpoint, of which `stored` may tell the shapes, was used."""
-    missing = sorted(key for key in report["missing_keys"] if not (fresh and fresh.fullmatch(key)))
+    missing = sorted(key for key in report["missing_keys"] if not (fresh and fresh in key))
     unexpected = [key for key in report["unexpected_keys"] if not any(pattern.fullmatch(key) for pattern in UNUSED.values())]
     if not (missing or unexpected or report["mismatched_keys"]):
         return
