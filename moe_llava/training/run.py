@@ -142,7 +142,7 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
         if not folder.is_dir() or (folder == final and not (final / "config.json").is_file()):
             raise RecipeError(f"{folder} is in the way: it is no stage that was finished or begun")
         if not resume:
-            raise RecipeError(f"{final} exists already, finished or not: go on with --resume, or choose another output")
+            raise RecipeError(f"{folder} exists already, finished or not: go on with --resume, or choose another output")
         if not (folder / "recipe.yaml").is_file():
             continue  # it was stopped before it had begun
         made = read_recipe(folder / "recipe.yaml")
@@ -150,7 +150,7 @@ def check_folder(recipe: Recipe, final: Path, resume: bool) -> None:
         if folder != final:  # what was saved in parts is not read as a whole, nor the other way round
             before, now = before | sharding_of(made), now | sharding_of(recipe)
         if changed := changes(before, now):
-            raise RecipeError(f"{final} was made with {'; '.join(changed)}: choose another output, or remove it")
+            raise RecipeError(f"{folder} was made with {'; '.join(changed)}: choose another output, or remove it")
 
 
 def check_everything(recipe: Recipe, todo: dict[int, str]) -> dict[str, Records]:
