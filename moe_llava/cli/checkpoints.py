@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import app, heavy_imports, user_errors
+from moe_llava.cli.common import app, heavy_imports, user_errors, with_options
+from moe_llava.model.options import MoeOptions
+
+
+def _layers(text: str) -> str | list[int]:
+    """Parse --moe-layers: the name of a placement, or layer indices. Raise ValueError if it is neither."""
+    if not text[:1].isdigit():
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"--moe-layers is {text!r}, but must be a name, or indices with commas between: 0,2,4")
+    return [int(index) for index in text.split(",")]
 
 
 @app.command()
+@with_options(MoeOptions, moe_layers=str)
 def upcycle(
     dense: Annotated[str, typer.Argument(help="a dense LLaVA: a folder, or a hub id")],
     out: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; must not exist")],
-    num_experts: Annotated[int, typer.Option(help="experts per sparse layer")] = 4,
-    num_experts_per_tok: Annotated[int, typer.Option(help="experts that each token goes through")] = 2,
-    moe_layers: Annotated[str, typer.Option(help="interval, all, first_half, second_half, or indices: 0,2,4")] = "interval",
-    norm_topk_prob: Annotated[bool, typer.Option(help="make each token's weights sum to 1")] = True,
-    capacity_factor: Annotated[float | None, typer.Option(help="let experts drop tokens beyond this multiple of an even share")] = None,
-    use_residual: Annotated[bool, typer.Option(help="keep the dense FFN beside the experts")] = False,
-    routing: Annotated[
-        str, typer.Option(help="agnostic, modality_split or smoes: what a token's modality says about its experts")
-    ] = "agnostic",
     expert_start: Annotated[str, typer.Option(help="copy, or noise: experts that differ from the start")] = "copy",
     seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
+    **options: Any,
 ) -> None:
     """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same (without noise)."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.files import new_folder
 
-        layers: str | list[int] = moe_layers
-        if moe_layers[:1].isdigit():
-            if not re.fullmatch(r"\d+(,\d+)*", moe_layers):
-                raise ValueError(f"--moe-layers is {moe_layers!r}, but must be a name, or indices with commas between: 0,2,4")
-            layers = [int(index) for index in moe_layers.split(",")]
+        options["moe_layers"] = _layers(options["moe_layers"])
         check_checkpoint(dense, plain=True)
         with new_folder(out) as folder:
             # These take seconds, and a mistake is told before.
@@ -46,18 +45,7 @@ def upcycle(
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
             model, processor = load_checkpoint(dense)
-            sparse = make_sparse(
-                model,
-                num_experts=num_experts,
-                num_experts_per_tok=num_experts_per_tok,
-                moe_layers=layers,
-                norm_topk_prob=norm_topk_prob,
-                capacity_factor=capacity_factor,
-                use_residual=use_residual,
-                routing=routing,
-                expert_start=expert_start,
-                seed=seed,
-            )
+            sparse = make_sparse(model, expert_start=expert_start, seed=seed, **options)
             sparse.save_pretrained(folder)
             MoeLlavaProcessor.from_llava(processor).save_pretrained(folder)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()

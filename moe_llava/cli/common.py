@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from logging import ERROR, getLogger
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 
@@ -41,6 +43,30 @@ KeepExperts = Annotated[
     float | None,
     typer.Option(help="share of a sparse model's experts that has room in memory; the others wait on disk, or of a GPU in CPU memory"),
 ]
+
+
+def with_options(options: type, **kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a verb an option for each field of the dataclass `options`, passed as keyword arguments.
+
+    `kinds` replaces the types of fields that the command line takes in another form.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        signature, hints = inspect.signature(verb, eval_str=True), get_type_hints(options)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        derived = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=Annotated[kinds.get(f.name, hints[f.name]), typer.Option(help=f.metadata["description"])],
+            )
+            for f in dataclasses.fields(options)
+        ]
+        verb.__signature__ = signature.replace(parameters=own + derived)  # type: ignore[attr-defined]
+        return verb
+
+    return decorate
 
 
 @contextlib.contextmanager

@@ -1,32 +1,27 @@
-"""The network. Imports nothing else of the package, and its own files by relative imports: so a saved checkpoint carries them along, and
+"""The network. Imports nothing else of the package, and its own files by relative imports: a saved checkpoint carries them along, and
 loads with `trust_remote_code=True` where the package is not installed.
 
-Importing this registers configuration, model and processor with transformers' Auto classes.
+Names are imported, and registered with transformers' Auto classes, when first used; `options.py` loads neither torch nor transformers.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .configuration import MoeLlavaConfig
-from .losses import balance_loss, z_loss
-from .modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
-from .moe import Experts, Router, SparseMlp
-from .processing import MoeLlavaProcessor
-from .upcycling import evolve_experts, upcycle
-
-# The names of configuration and processor may stand in the tables already: see moe_llava/_registration.py.
-AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
-AutoModel.register(MoeLlavaConfig, MoeLlavaModel)
-AutoModelForImageTextToText.register(MoeLlavaConfig, MoeLlavaForConditionalGeneration)
-AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
-# pipeline("image-text-to-text") looks the model up by name.
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MoeLlavaConfig.model_type] = MoeLlavaForConditionalGeneration.__name__
-
-# What is saved takes these files with it, and names them in `auto_map`.
-MoeLlavaConfig.register_for_auto_class("AutoConfig")
-MoeLlavaModel.register_for_auto_class("AutoModel")
-MoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-MoeLlavaProcessor.register_for_auto_class("AutoProcessor")
+if TYPE_CHECKING:
+    from .auto import (
+        Experts,
+        MoeLlavaConfig,
+        MoeLlavaForConditionalGeneration,
+        MoeLlavaModel,
+        MoeLlavaProcessor,
+        MoeOptions,
+        Router,
+        SparseMlp,
+        balance_loss,
+        evolve_experts,
+        upcycle,
+        z_loss,
+    )
 
 __all__ = [
     "Experts",
@@ -34,6 +29,7 @@ __all__ = [
     "MoeLlavaForConditionalGeneration",
     "MoeLlavaModel",
     "MoeLlavaProcessor",
+    "MoeOptions",
     "Router",
     "SparseMlp",
     "balance_loss",
@@ -41,3 +37,9 @@ __all__ = [
     "upcycle",
     "z_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".auto", __name__), name)

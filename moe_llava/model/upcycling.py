@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .configuration import MoeLlavaConfig
 from .ffn import copy_into_experts, find_form
 from .modeling import MoeLlavaForConditionalGeneration
 from .moe import Experts, SparseMlp
+from .options import MoeOptions
 
 ROUTER_STD = 0.02
 EXPERT_STARTS = ("copy", "noise")
@@ -29,27 +31,15 @@ EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # between which beta_
 def upcycle(
     dense: LlavaForConditionalGeneration,
     *,
-    num_experts: int = 4,
-    num_experts_per_tok: int = 2,
-    moe_layers: str | list[int] = "interval",
-    norm_topk_prob: bool = True,
-    router_aux_loss_coef: float = 0.01,
-    router_z_loss_coef: float = 0.0,
-    capacity_factor: float | None = None,
-    use_residual: bool = False,
-    routing: str = "agnostic",
-    expert_bin_size: int = 2,
-    router_mi_loss_coef: float = 1e-4,
     expert_start: str = "copy",
     seed: int = 0,
+    **options: Any,
 ) -> MoeLlavaForConditionalGeneration:
-    """Copies the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
+    """Copy the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
     With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, to the rounding of its dtype: the logits differ by
     about 1e-6 of their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the
     weight is always 1, so that only the balance loss teaches the router.
-
-    The arguments that are not described here are fields of MoeLlavaConfig.
 
     Args:
         dense: any LLaVA of transformers. All its parameters but the replaced FFNs are shared with the result, not copied: training one
@@ -57,10 +47,11 @@ def upcycle(
         expert_start: "copy", or "noise", which adds Gaussian noise of its own to every expert, with NOISE_STD of the standard deviation of
             each parameter; then the result computes something near only. For a third way see `evolve_experts`.
         seed: of the routers' start, and of the noise; the routers are the same with and without it.
+        options: fields of MoeOptions, such as `num_experts=4, num_experts_per_tok=2, moe_layers="interval"`.
 
     Raises:
-        TypeError: `dense` is no LlavaForConditionalGeneration.
-        ValueError: `dense` is sparse already, `expert_start` is unknown, a setting breaks a rule of MoeLlavaConfig, or the FFN of this
+        TypeError: `dense` is no LlavaForConditionalGeneration, or MoeOptions has no such field.
+        ValueError: `dense` is sparse already, `expert_start` is unknown, an option breaks a rule of MoeOptions, or the FFN of this
             family is not known or computes something else than experts would (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
@@ -69,20 +60,7 @@ def upcycle(
         raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
-    config = sparse_config(
-        dense.config,
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        moe_layers=moe_layers,
-        norm_topk_prob=norm_topk_prob,
-        router_aux_loss_coef=router_aux_loss_coef,
-        router_z_loss_coef=router_z_loss_coef,
-        capacity_factor=capacity_factor,
-        use_residual=use_residual,
-        routing=routing,
-        expert_bin_size=expert_bin_size,
-        router_mi_loss_coef=router_mi_loss_coef,
-    )
+    config = sparse_config(dense.config, MoeOptions(**options))
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
 
 
@@ -177,15 +155,12 @@ def _common_gradients(
     return sums
 
 
-def sparse_config(dense: LlavaConfig, **moe: Any) -> MoeLlavaConfig:
-    """The configuration of a dense LLaVA, made sparse; `moe` are the fields that MoeLlavaConfig adds.
-
-    Raises ValueError as MoeLlavaConfig does.
-    """
+def sparse_config(dense: LlavaConfig, options: MoeOptions) -> MoeLlavaConfig:
+    """Return the configuration of a dense LLaVA with `options` added. Raise ValueError as MoeLlavaConfig does."""
     settings = copy.deepcopy(dense).to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    config = MoeLlavaConfig(**settings, **moe)
+    config = MoeLlavaConfig(**settings, **asdict(options))
     # LlavaConfig takes it from the text config if that says so, whatever it says itself.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # Not part of what `to_dict` gives.

@@ -121,7 +121,7 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
     """As `survey`, of a recipe that has been read."""
     start = start_on_meta(recipe.model)
-    sparse = sparse_config(start.config, **dataclasses.asdict(recipe.stage3.moe)) if not is_sparse(start) else start.config
+    sparse = sparse_config(start.config, recipe.stage3.moe) if not is_sparse(start) else start.config
     final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
     processes = recipe.sharding.fsdp_size if recipe.sharding else 1
     costs = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_llava.data.templates import TEMPLATES
+from moe_llava.model.options import MoeOptions
 from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
 
@@ -36,23 +37,6 @@ class Optimisation:
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # batches of one modality and about one length; else records come in random order
     packing: bool = False  # the samples that a process computes at once stand in one row, without padding, and do not see each other
-
-
-@dataclass
-class Moe:
-    """What `upcycle` is given in stage III; see MoeLlavaConfig for the fields."""
-
-    num_experts: int = 4
-    num_experts_per_tok: int = 2
-    moe_layers: str | list[int] = "interval"
-    norm_topk_prob: bool = True
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.0
-    capacity_factor: float | None = None
-    use_residual: bool = False
-    routing: str = "agnostic"
-    expert_bin_size: int = 2
-    router_mi_loss_coef: float = 1e-4
 
 
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
@@ -109,7 +93,7 @@ class SparseStage(Stage):
     as copies of their FFN, or as such with noise; see `upcycle`. With `dense`, the FFNs that would have become experts are trained as they
     are: the control, with the same steps and data."""
 
-    moe: Moe = field(default_factory=Moe)
+    moe: MoeOptions = field(default_factory=MoeOptions)
     tuned: Literal["experts", "all"] = "experts"
     expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
@@ -241,25 +225,8 @@ def _stage_rules(name: str, stage: Stage) -> list[str]:
             f"per_device_batch_size={settings.per_device_batch_size}"
         )
     if isinstance(stage, SparseStage):
-        problems += _moe_rules(f"{name}.moe", stage.moe)
+        problems += [f"{name}.moe.{problem}" for problem in stage.moe.moe_problems()]
     return problems + ([] if stage.adapter is None else _adapter_rules(name, stage, stage.adapter))
-
-
-def _moe_rules(where: str, moe: Moe) -> list[str]:
-    problems = []
-    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
-        problems.append(f"{where}.capacity_factor is {moe.capacity_factor}, but must be above 0, or null to drop no token")
-    if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
-        problems.append(f"{where}.num_experts_per_tok is {moe.num_experts_per_tok}, but must lie in 1..num_experts={moe.num_experts}")
-    for key in ("router_aux_loss_coef", "router_z_loss_coef", "router_mi_loss_coef"):
-        if getattr(moe, key) < 0:
-            problems.append(f"{where}.{key} is {getattr(moe, key)}, but the weight of a loss must not be negative")
-    if moe.routing != Moe.routing:
-        from moe_llava.model.configuration import routing_problem  # takes seconds, which most recipes need not wait
-
-        problem = routing_problem(moe.routing, moe.num_experts, moe.num_experts_per_tok, moe.expert_bin_size)
-        problems += [f"{where}.{problem}"] if problem else []
-    return problems
 
 
 def _sharding_rules(recipe: Recipe, sharding: Sharding) -> list[str]:

@@ -51,7 +51,7 @@ def check_start(recipe: Recipe, number: int, path: str | Parts) -> None:
         check_weights(path)
     model = start_on_meta(path)
     if not isinstance(model, MoeLlavaForConditionalGeneration):
-        on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
+        on_meta(sparse_config(model.config, recipe.stage3.moe))
         return
     if number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")
@@ -74,7 +74,7 @@ def structure(recipe: Recipe, number: int, path: str | Parts) -> LlavaForConditi
     model = start_on_meta(path)
     if number != 3 or isinstance(model, MoeLlavaForConditionalGeneration):
         return model
-    return on_meta(sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)))
+    return on_meta(sparse_config(model.config, recipe.stage3.moe))
 
 
 def start_processor(path: str | Parts) -> Any:
@@ -166,7 +166,7 @@ def moe_layers_of(recipe: Recipe, model: LlavaForConditionalGeneration) -> list[
     """The layers that are, or would be, sparse."""
     if isinstance(model, MoeLlavaForConditionalGeneration):
         return model.config.moe_layer_indices
-    return sparse_config(model.config, **dataclasses.asdict(recipe.stage3.moe)).moe_layer_indices
+    return sparse_config(model.config, recipe.stage3.moe).moe_layer_indices
 
 
 def use_bf16(precision: str) -> bool:

@@ -18,6 +18,7 @@ from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, MemoryStack, RouteStatistics, load_offloaded, offload_experts
 from moe_llava.checkpoints.weights import StoredTensor
 from moe_llava.model import MoeLlavaForConditionalGeneration
+from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
 from tests.conftest import tiny_config, tiny_inputs
 from tests.model.test_equivalences import shuffled_sparse
@@ -131,7 +132,7 @@ def test_room_for_all_is_read_once(saved):
 
 def test_loading_leaves_experts_in_their_files(tmp_path):
     """Of 50 MB of experts, nothing is in memory."""
-    config = sparse_config(tiny_config("llama"), num_experts=8, moe_layers="all")
+    config = sparse_config(tiny_config("llama"), MoeOptions(num_experts=8, moe_layers="all"))
     config.text_config.hidden_size, config.text_config.intermediate_size = 128, 1024
     MoeLlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     resident = psutil.Process().memory_info().rss

@@ -16,6 +16,7 @@ import torch
 
 from moe_llava import MoeLlavaForConditionalGeneration
 from moe_llava.model import MoeLlavaModel
+from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
 from tests.conftest import IMAGE_TOKENS, tiny_config, tiny_inputs
 
@@ -74,7 +75,7 @@ class Tester(SimpleNamespace):
     is_training = True
 
     def get_config(self):
-        return sparse_config(tiny_config("llama", layers=self.num_hidden_layers))
+        return sparse_config(tiny_config("llama", layers=self.num_hidden_layers), MoeOptions())
 
     def prepare_config_and_inputs_for_common(self):
         """The placeholder is a low id: some tests make the vocabulary smaller."""

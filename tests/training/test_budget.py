@@ -6,6 +6,7 @@ import pytest
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, PhiConfig, Qwen2Config, StableLmConfig
 
 from moe_llava import upcycle
+from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach
 from moe_llava.training.budget import active_parameters, count, on_meta, stage_cost, survey
@@ -35,7 +36,7 @@ TOWER = CLIPVisionConfig(
 
 def sparse_on_meta(name, moe_layers="interval"):
     dense = LlavaConfig(text_config=LANGUAGE_MODELS[name], vision_config=TOWER)
-    return on_meta(sparse_config(dense, num_experts=4, num_experts_per_tok=2, moe_layers=moe_layers))
+    return on_meta(sparse_config(dense, MoeOptions(num_experts=4, num_experts_per_tok=2, moe_layers=moe_layers)))
 
 
 @pytest.mark.parametrize(

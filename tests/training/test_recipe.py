@@ -160,7 +160,7 @@ def test_a_list_and_an_adapter_hold_finite_numbers_too(tmp_path):
 
 @pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef", "router_mi_loss_coef"])
 def test_no_loss_has_a_negative_weight(key):
-    with pytest.raises(RecipeError, match=f"stage3.moe.{key} is -1.0, but the weight of a loss must not be negative"):
+    with pytest.raises(RecipeError, match=f"stage3.moe.{key} is -1.0, but must be at least 0"):
         load_recipe(DIGITS, [f"stage3.moe.{key}=-1"])
 
 

@@ -126,7 +126,7 @@ def test_what_learns_in_each_stage(local, name):
     assert sum(choose_parameters(dense, "stage1", []).learning.values()) == projector
     assert sum(choose_parameters(dense, "stage2", []).learning.values()) == projector + language_model
     moe = recipe.stage3.moe
-    sparse = on_meta(sparse_config(dense.config, **vars(moe)))
+    sparse = on_meta(sparse_config(dense.config, moe))
     learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).learning
     assert learning == {"experts": layers // 2 * 4 * ffn, "routers": layers // 2 * 4 * width}
     assert (moe.num_experts_per_tok, moe.capacity_factor, moe.router_aux_loss_coef) == (2, 1.5, 0.01)

@@ -1,0 +1,132 @@
+"""The options that make a model sparse: name, type, default, description and bounds of each, defined here once.
+
+Imports the standard library only, so that recipes and the command line can check options before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+PLACEMENTS = ("interval", "all", "first_half", "second_half")
+ROUTINGS = ("agnostic", "modality_split", "smoes")
+
+
+@dataclass
+class MoeOptions:
+    """What `upcycle`, `MoeLlavaConfig`, the section `moe` of a recipe and `moe-llava upcycle` accept.
+
+    E: experts of a MoE layer; k: experts that a token uses. Equations: arXiv 2401.15947, unless another paper is named. Bounds are a
+    `minimum`, an exclusive minimum (`above`) or `choices`; None is in bounds where it is the default.
+    """
+
+    num_experts: int = field(default=4, metadata={"description": "experts E in each MoE layer", "minimum": 1})
+    num_experts_per_tok: int = field(default=2, metadata={"description": "experts k that each token uses, 1 <= k <= E", "minimum": 1})
+    moe_layers: str | list[int] = field(
+        default="interval",
+        metadata={
+            "description": "decoder layers that become sparse: interval (every other one, from layer 0, as in the paper), all, first_half, "
+            "second_half, or layer indices"
+        },
+    )
+    norm_topk_prob: bool = field(
+        default=True,
+        metadata={
+            "description": "divide the k router weights by their sum; true makes an upcycled model compute what its dense origin computes, "
+            "false is equation 6 as printed"
+        },
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01, metadata={"description": "weight alpha of the balance loss (equation 7)", "minimum": 0}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0,
+        metadata={"description": "weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5); 0 disables it", "minimum": 0},
+    )
+    capacity_factor: float | None = field(
+        default=None,
+        metadata={
+            "description": "an expert computes at most ceil(tokens * k / E * capacity_factor) tokens of a batch and drops the rest; "
+            "without it none is dropped",
+            "above": 0,
+        },
+    )
+    use_residual: bool = field(
+        default=False,
+        metadata={"description": "keep the dense FFN beside the experts and let each token mix both (residual MoE, arXiv 2201.05596)"},
+    )
+    routing: str = field(
+        default="agnostic",
+        metadata={
+            "description": "use of a token's modality: agnostic (none), modality_split (image tokens choose among the first half of the "
+            "experts, text tokens among the second), or smoes (guidance by a loss, arXiv 2604.23996); the last two balance the load within "
+            "each half or bin",
+            "choices": ROUTINGS,
+        },
+    )
+    expert_bin_size: int = field(
+        default=2, metadata={"description": "experts per bin, N_B of SMoES; there must be two bins or more", "minimum": 1}
+    )
+    router_mi_loss_coef: float = field(
+        default=1e-4,
+        metadata={
+            "description": "weight of the mutual information loss of SMoES, whose paper combines 1e-4 with router_aux_loss_coef 1e-3",
+            "minimum": 0,
+        },
+    )
+
+    def moe_problems(self) -> list[str]:
+        """Return a sentence for each option that is out of bounds or does not fit the others, with its name, its value and the rule."""
+        found = [f"{f.name} is {getattr(self, f.name)!r}, but {rule}" for f in fields(MoeOptions) if (rule := self._broken_bound(f))]
+        if 1 <= self.num_experts < self.num_experts_per_tok:
+            found.append(f"num_experts_per_tok is {self.num_experts_per_tok}, but must lie in 1..num_experts={self.num_experts}")
+        if isinstance(self.moe_layers, str):
+            if self.moe_layers not in PLACEMENTS:
+                found.append(f"moe_layers is {self.moe_layers!r}, but must be one of {', '.join(PLACEMENTS)}, or a list of layer indices")
+        elif not self.moe_layers or len(set(self.moe_layers)) < len(self.moe_layers):
+            found.append(f"moe_layers is {self.moe_layers}, but must name at least one layer, and none twice")
+        return found or self._routing_problems()
+
+    def _broken_bound(self, f: Any) -> str | None:
+        value, bounds = getattr(self, f.name), f.metadata
+        if value is None and f.default is None:
+            return None
+        if "choices" in bounds and value not in bounds["choices"]:
+            return f"must be one of {', '.join(bounds['choices'])}"
+        if {"minimum", "above"} & bounds.keys() and not math.isfinite(value):
+            return "must be finite"
+        if "minimum" in bounds and value < bounds["minimum"]:
+            return f"must be at least {bounds['minimum']}"
+        if "above" in bounds and value <= bounds["above"]:
+            return f"must be above {bounds['above']}"
+        return None
+
+    def _routing_problems(self) -> list[str]:
+        experts, used, size = self.num_experts, self.num_experts_per_tok, self.expert_bin_size
+        if self.routing == "modality_split" and experts % 2:
+            return [f"num_experts is {experts}, but must be even for routing modality_split, which gives each modality half of them"]
+        if self.routing == "modality_split" and used > experts // 2:
+            rule = f"must lie in 1..{experts // 2} for routing modality_split: half of num_experts={experts}"
+            return [f"num_experts_per_tok is {used}, but {rule}"]
+        if self.routing == "smoes" and (experts % size or experts < 2 * size):
+            rule = f"must divide num_experts={experts} into two or more equal bins for routing smoes"
+            return [f"expert_bin_size is {size}, but {rule}"]
+        return []
+
+    def sparse_layers(self, num_layers: int) -> list[int]:
+        """Return the sorted indices of the layers that `moe_layers` means in a language model of `num_layers`. Raise ValueError if it names
+        none, or one that is not there."""
+        placements = {
+            "interval": range(0, num_layers, 2),
+            "all": range(num_layers),
+            "first_half": range(num_layers // 2),
+            "second_half": range(num_layers // 2, num_layers),
+        }
+        named = placements[self.moe_layers] if isinstance(self.moe_layers, str) else self.moe_layers
+        for index in named:
+            if not 0 <= index < num_layers:
+                raise ValueError(f"moe_layers names layer {index}, but the language model has layers 0..{num_layers - 1}")
+        if not named:
+            raise ValueError(f"moe_layers is {self.moe_layers!r}, which names no layer of a language model with {num_layers}")
+        return sorted(named)
