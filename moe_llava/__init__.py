@@ -1,4 +1,4 @@
-"""MoE-LLaVA: dense vision-language models made sparse, trained, looked into and served.
+"""MoE-LLaVA: convert dense vision-language models to sparse ones, train, inspect, evaluate and serve them.
 
 Names are imported when first used: `import moe_llava` loads neither torch nor transformers.
 """

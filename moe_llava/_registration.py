@@ -1,8 +1,8 @@
-"""Makes transformers' Auto classes know the model, without loading anything until they are asked for it.
+"""Register the model with transformers' Auto classes, without loading its classes.
 
-`import moe_llava` must be quick (the command line starts with it), and the model's classes need torch. transformers finds its own models
-by name: tables in `transformers.models.auto` say which classes a model type has, and the module `transformers.models.<model type>` is
-imported when they are needed. So this puts our names into those tables when they are loaded, and serves that module.
+`import moe_llava` must be fast, because the command line starts with it, and the model's classes need torch. transformers finds its own
+models by name: tables in `transformers.models.auto` map a model type to class names, and the module `transformers.models.<model type>` is
+imported when a class is needed. This file adds our names to the tables when they are loaded, and provides that module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 
 MODEL_TYPE = "moe_llava"
 _HOME = f"transformers.models.{MODEL_TYPE}"
-# module -> its table, and our class in it
+# module -> (its table, the class to add)
 _TABLES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "MoeLlavaConfig"),
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING_NAMES", "MoeLlavaProcessor"),
@@ -24,7 +24,7 @@ _TABLES = {
 
 
 def register_with_transformers() -> None:
-    """Enters the names now where a table is loaded already, otherwise as soon as it is."""
+    """Add our names to tables that are loaded already, and to the others when they are loaded."""
     sys.meta_path.insert(0, _Finder())
     for name in _TABLES.keys() & sys.modules.keys():
         _enter(sys.modules[name])
@@ -50,7 +50,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _HomeLoader(importlib.abc.Loader):
-    """Serves `transformers.models.moe_llava`: the classes, from their real home."""
+    """Load `transformers.models.moe_llava`: the classes of `moe_llava.model`."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None

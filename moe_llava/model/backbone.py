@@ -1,10 +1,11 @@
 """The sparse language model: a family's own backbone with experts in some layers.
 
 Unusual here:
-- The class is made on the fly: a subclass of the family's backbone that swaps `layer.mlp` for a SparseMlp in its constructor and tells
-  transformers how to record the router. Nothing is patched, and no family is named.
+- The class is created at run time: a subclass of the family's backbone that replaces `layer.mlp` by a SparseMlp in its constructor and
+  declares the router outputs that transformers records. Nothing is patched, and no family is named.
 - Such a class cannot be imported, so an instance is pickled by its family's class.
-- Engines and trainers read the text config, so what they need is written there: here, and in `MoeLlavaConfig.add_training_fields`.
+- Serving engines and trainers read the text config, so the fields they need are written there: here, and in
+  `MoeLlavaConfig.add_training_fields`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,18 @@ from .ffn import sparse_mlp
 from .moe import Experts, GatedExperts, Router, activation_name, init_sparse_weights
 from .smoes import ModalityStatistics
 
-SONICMOE = ("silu", "gelu", "relu")  # the activations of its kernel
+SONICMOE = ("silu", "gelu", "relu")  # activations that its kernel computes
 
 
 class ExpertsSupport(PreTrainedModel):
-    """Mixed into every class that has experts below it: `experts_implementation`, and pickling."""
+    """Mixin of every class that contains experts: `experts_implementation`, and pickling."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers would look for the decorator in the module of the class; the experts are in moe.py
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Return the backend of the experts; None means "auto".
-
-        Raises ValueError if it is unknown, or if it cannot compute the experts' activation.
-        """
+        """Return the backend of the experts; None means "auto". Raise ValueError if it is unknown or cannot compute their activation."""
         if requested_experts == "sonicmoe":
             for experts in self.modules():
                 if isinstance(experts, Experts):
@@ -44,7 +42,7 @@ class ExpertsSupport(PreTrainedModel):
         return super().get_correct_experts_implementation("auto" if requested_experts is None else requested_experts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled model. transformers registers what a class can record in its constructor, which does not run here."""
+        """Restore a pickled model. transformers registers recordable outputs in the constructor, which does not run here."""
         super().__setstate__(state)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -52,7 +50,7 @@ class ExpertsSupport(PreTrainedModel):
 
 
 def _check_sonicmoe(experts: Experts) -> None:
-    """Raise ValueError if the kernel would compute another activation: it takes one that it does not find for SiLU."""
+    """Raise ValueError if the kernel would compute another activation: it replaces one that it does not know by SiLU."""
     name = activation_name(experts.act_fn)
     if not isinstance(experts, GatedExperts) or name not in SONICMOE:
         raise ValueError(
@@ -62,7 +60,7 @@ def _check_sonicmoe(experts: Experts) -> None:
 
 
 class SparseBackbone(ExpertsSupport):
-    """Mixed into a family's backbone by `sparse_backbone_class`."""
+    """Mixin that `sparse_backbone_class` adds to a family's backbone."""
 
     dense_class: type[PreTrainedModel]
 
@@ -71,16 +69,16 @@ class SparseBackbone(ExpertsSupport):
         for index in moe_config.moe_layer_indices:
             self.layers[index].mlp = sparse_mlp(moe_config, self.layers[index])
         if moe_config.routing == "smoes":
-            self._keep_in_fp32_modules_strict.add("statistics")  # when they are loaded; transformers has made it a set
+            self._keep_in_fp32_modules_strict.add("statistics")  # loads them in float32; transformers has made it a set
         self.post_init()
-        # How transformers gives each process whole experts, and sends it their tokens: DistributedConfig(ep_size=...).
+        # Expert parallelism of transformers, DistributedConfig(ep_size=...): each process holds whole experts and receives their tokens.
         experts = self.layers[moe_config.moe_layer_indices[0]].mlp.experts
         self._ep_plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name, _ in experts.named_parameters()}
         self._ep_plan["layers.*.mlp.experts"] = "ep_dispatch_experts"
-        # Kernels look for the activation of experts in the configuration that the experts hold.
+        # Kernels read the activation of the experts from their configuration.
         moe_config.hidden_act = activation_name(experts.act_fn)
-        # By these fields, saved with the model, an engine with kernels of its own knows that it has experts: vLLM does, and takes them
-        # to be gated by SiLU. It runs others as they are written here, if it is not told.
+        # Engines with their own kernels recognise experts by these saved fields. vLLM then assumes SiLU gating, so other experts do not
+        # get them: it runs those with the code of this package.
         if isinstance(experts, GatedExperts) and moe_config.hidden_act == "silu":
             config.num_experts = moe_config.num_experts
             config.num_experts_per_tok = moe_config.num_experts_per_tok
@@ -119,5 +117,5 @@ def sparse_backbone_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
 
 
 def _blank_backbone(dense_class: Any) -> PreTrainedModel:
-    """Return an instance without a state, for unpickling."""
+    """Return an instance without state, for unpickling."""
     return object.__new__(sparse_backbone_class(dense_class))

@@ -1,4 +1,4 @@
-"""How a model writes: the likeliest token, one after the other, up to an end.
+"""Greedy decoding, and the token ids that it needs.
 
 Shapes: B batch, S sequence.
 """
@@ -11,27 +11,27 @@ from torch import Tensor
 
 
 def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
-    """[B, S]: the inputs' ids, continued. What follows an end is padding, with a token that need not be a special one."""
+    """Return [B, S]: the ids of the inputs and their greedy continuation. An ended row is padded, possibly with an ordinary token."""
     never = never_written(model) or None
     return model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, suppress_tokens=never)
 
 
 def never_written(model: Any) -> list[int]:
-    """Tokens that are never chosen. A placeholder in an answer would be one without an image; it may lie outside the vocabulary."""
+    """Return the ids that are never generated, the image placeholder among them; it may lie outside the vocabulary."""
     image = getattr(model.config, "image_token_id", None)
     return sorted({*as_list(model.generation_config.suppress_tokens), *as_list(image)})
 
 
 def end_tokens(model: Any) -> list[int]:
-    """Those that end an answer; a model may have none."""
+    """Return the ids that end an answer; a model may have none."""
     return as_list(model.generation_config.eos_token_id)
 
 
 def positions(mask_BS: Tensor) -> Tensor:
-    """[B, S]: where each token stands in its row; padding, 0 in the mask, counts nowhere, wherever it stands."""
+    """Return [B, S]: the position of each token in its row, not counting padding (0 in the mask)."""
     return (mask_BS.cumsum(-1) - 1).clamp(min=0)
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:
-    """Configurations have one id, several, or none."""
+    """Return one id, several or none, as configurations hold them, as a list."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -1,4 +1,4 @@
-"""The routers' auxiliary losses, computed from recorded logits: balance loss and z-loss. That of SMoES is in smoes.py.
+"""Auxiliary losses of the routers, from recorded logits: balance loss and z-loss. The loss of SMoES is in smoes.py.
 
 Shapes: T tokens, E experts, G groups of N experts.
 """
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None, groups: list[Tensor] | None = None) -> Tensor:
-    """Sum over the MoE layers of E * sum_i f_i * P_i (paper, equation 7).
+    """Return the sum over the MoE layers of E * sum_i f_i * P_i (paper, equation 7).
 
-    f_i is the share of tokens whose first choice is expert i, P_i the mean probability of expert i. Padding counts in neither.
+    f_i is the share of tokens whose first choice is expert i, P_i the mean probability of expert i. Padding is in neither.
 
-    With groups, of N experts each, it is the mean over a layer's groups of N * sum_i f_i * P_i over the group, whose f and P are divided
-    by their sums there: the load is to be even within groups, whatever goes to each.
+    With groups of N experts, a layer's loss is the mean over its groups of N * sum_i f_i * P_i, with f and P normalised within the group.
+    It balances the load within each group, not between groups.
 
     Args:
         router_logits: per MoE layer [T, E].
         token_mask_T: [T] bool, False for padding; None if there is none.
-        groups: per MoE layer the experts of each group, [G, N]; None: all are one group.
+        groups: per MoE layer the experts of each group, [G, N]; None for one group.
     """
     logits = [drop_padding(logits_TE, token_mask_T) for logits_TE in router_logits]
     if groups is None:
@@ -32,7 +32,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None 
 
 
 def z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
-    """Sum over the MoE layers of the mean of logsumexp(logits)^2 over tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Return the sum over the MoE layers of the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
     losses = [drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
@@ -43,19 +43,19 @@ def _layer_balance(logits_TE: Tensor) -> Tensor:
 
 
 def _balance_within(logits_TE: Tensor, groups_GN: Tensor) -> Tensor:
-    """A group that nothing goes to adds nothing."""
+    """Return the loss of one layer; a group without tokens adds 0."""
     f_GN, p_GN = (share_E[groups_GN] for share_E in _shares(logits_TE))
     f_GN, p_GN = (share_GN / share_GN.sum(dim=-1, keepdim=True).clamp(min=1e-6) for share_GN in (f_GN, p_GN))
     return groups_GN.shape[-1] * (f_GN * p_GN).sum(dim=-1).mean()
 
 
 def _shares(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each expert: the share of tokens whose first choice it is, and its mean probability."""
+    """Return per expert the share of tokens whose first choice it is, [E], and its mean probability, [E]."""
     probs_TE = logits_TE.float().softmax(dim=-1)
     first_choice_E = F.one_hot(probs_TE.argmax(dim=-1), probs_TE.shape[-1]).float().mean(dim=0)
     return first_choice_E, probs_TE.mean(dim=0)
 
 
 def drop_padding(rows: Tensor, token_mask_T: Tensor | None) -> Tensor:
-    """The rows of [T, ...] that are tokens."""
+    """Return the rows of [T, ...] that are not padding."""
     return rows if token_mask_T is None else rows[token_mask_T.to(rows.device)]

@@ -1,5 +1,5 @@
-"""Sparse upcycling: a dense LLaVA becomes a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055); and ways
-to make its experts differ from the start.
+"""Sparse upcycling: convert a dense LLaVA to a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055), and
+initialise its experts differently, if requested.
 
 Shapes: E experts.
 """
@@ -23,8 +23,8 @@ from .options import MoeOptions
 
 ROUTER_STD = 0.02
 EXPERT_STARTS = ("copy", "noise")
-NOISE_STD = 0.1  # relative to that of the weights it is added to
-EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # between which beta_n lies, of the experts after the first
+NOISE_STD = 0.1  # relative to the standard deviation of the weights
+EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # ranges of beta_n, for the experts after the first
 
 
 @torch.no_grad()
@@ -37,22 +37,22 @@ def upcycle(
 ) -> MoeLlavaForConditionalGeneration:
     """Copy the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
-    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, to the rounding of its dtype: the logits differ by
-    about 1e-6 of their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the
-    weight is always 1, so that only the balance loss teaches the router.
+    With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, up to rounding: the logits differ by about 1e-6 of
+    their norm in float32, 0.2% in float16, 1% in bfloat16. With one expert per token and `norm_topk_prob` the weight is always 1, so
+    that only the balance loss trains the router.
 
     Args:
-        dense: any LLaVA of transformers. All its parameters but the replaced FFNs are shared with the result, not copied: training one
-            changes the other. Its mode (train or eval), dtype and device are kept.
-        expert_start: "copy", or "noise", which adds Gaussian noise of its own to every expert, with NOISE_STD of the standard deviation of
-            each parameter; then the result computes something near only. For a third way see `evolve_experts`.
-        seed: of the routers' start, and of the noise; the routers are the same with and without it.
+        dense: any LLaVA of transformers. The result shares all its parameters except the replaced FFNs: training one changes the other.
+            Its mode (train or eval), dtype and device are kept.
+        expert_start: "copy", or "noise", which adds different Gaussian noise to every expert, with NOISE_STD times the standard deviation
+            of each parameter; the result then computes approximately the same. For a third way see `evolve_experts`.
+        seed: for the initial routers and the noise; the routers are the same with and without noise.
         options: fields of MoeOptions, such as `num_experts=4, num_experts_per_tok=2, moe_layers="interval"`.
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration, or MoeOptions has no such field.
         ValueError: `dense` is sparse already, `expert_start` is unknown, an option breaks a rule of MoeOptions, or the FFN of this
-            family is not known or computes something else than experts would (see ffn.py).
+            family is unknown or computes something other than the experts would (see ffn.py).
     """
     if isinstance(dense, MoeLlavaForConditionalGeneration):
         raise ValueError("this model is sparse already: upcycle its dense origin")
@@ -88,7 +88,7 @@ def _make_sparse(
 
 
 def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
-    """Gives a SparseMlp without weights those of the dense FFN in whose place it stands, and a random router."""
+    """Initialise a SparseMlp: its experts from the dense FFN that it replaces, its router at random."""
     origin = next(ffn.parameters())  # device and dtype of this FFN: towers and language models may differ
     mlp.to_empty(device=origin.device).to(origin.dtype)
     mlp.router.weight.copy_(torch.randn(mlp.router.weight.shape, generator=generator) * ROUTER_STD)
@@ -104,28 +104,28 @@ def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
 def _add_noise(experts: Experts, generator: torch.Generator) -> None:
     for parameter in experts.parameters():
         std = NOISE_STD * parameter[0].float().std(correction=0)
-        for expert in parameter:  # one by one: a stack of large ones takes gigabytes
+        for expert in parameter:  # one by one: noise for a whole stack takes gigabytes
             expert.add_(torch.randn(expert.shape, generator=generator).to(expert) * std.to(expert))
 
 
 def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0) -> None:
-    """Makes the experts of a model that comes fresh from `upcycle` differ by expert evolution (EvoMoE, arXiv 2505.23830).
+    """Differentiate the experts of a freshly upcycled model by expert evolution (EvoMoE, arXiv 2505.23830).
 
-    The first expert of each layer, theta_1, stays as it is; the n-th after it becomes beta_n theta_1 + (1 - beta_n) grad theta_1, beta_n
-    drawn evenly from the n-th range of EVOLUTION_RATES. The gradient is that of the language loss, mean over `batches`, by what all
-    experts of a layer hold in common. EvoMoE evolves at every step of a training of theta_1; this is one such step.
+    The first expert of each layer, theta_1, is kept; the n-th after it becomes beta_n theta_1 + (1 - beta_n) grad theta_1, with beta_n
+    uniform in the n-th range of EVOLUTION_RATES. The gradient is that of the language loss, averaged over `batches`, with respect to the
+    weights that all experts of a layer have in common. EvoMoE does this at every step while it trains theta_1; this is one such step.
 
     Args:
         batches: inputs of the model, with labels.
-        seed: of the betas.
+        seed: for the betas.
 
-    Raises ValueError if the experts differ already, if there are more of them than ranges, or if there is no batch.
+    Raises ValueError if the experts differ already, if there are more experts than ranges, or without a batch.
     """
     mlps = sparse.model.sparse_mlps()
     if sparse.config.num_experts > 1 + len(EVOLUTION_RATES):
         raise ValueError(f"num_experts is {sparse.config.num_experts}, but expert evolution has rates for {1 + len(EVOLUTION_RATES)} only")
     if not batches:
-        raise ValueError("expert evolution needs at least one batch, of whose loss it takes the gradient")
+        raise ValueError("expert evolution needs at least one batch, to compute the gradient of its loss")
     for index, mlp in mlps.items():
         for name, parameter in mlp.experts.named_parameters():
             if not all(torch.equal(expert, parameter[0]) for expert in parameter):
@@ -143,7 +143,7 @@ def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[M
 def _common_gradients(
     sparse: MoeLlavaForConditionalGeneration, parameters: list[nn.Parameter], batches: Sequence[Mapping[str, Tensor]]
 ) -> list[Tensor]:
-    """Of stacked parameters [E, ...] whose slices are equal, the gradient by what they have in common: the sum over the experts'."""
+    """Return for each stacked parameter [E, ...] with equal slices the gradient with respect to the slice: the sum over the experts."""
     training = sparse.training
     sparse.eval()
     sums = [torch.zeros_like(parameter[0]) for parameter in parameters]
@@ -161,9 +161,9 @@ def sparse_config(dense: LlavaConfig, options: MoeOptions) -> MoeLlavaConfig:
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
     config = MoeLlavaConfig(**settings, **asdict(options))
-    # LlavaConfig takes it from the text config if that says so, whatever it says itself.
+    # LlavaConfig takes the value of the text config, whatever its own is.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
-    # Not part of what `to_dict` gives.
+    # `to_dict` leaves it out.
     config._attn_implementation = {"": dense._attn_implementation} | {
         name: getattr(dense, name)._attn_implementation for name in dense.sub_configs
     }
@@ -171,7 +171,7 @@ def sparse_config(dense: LlavaConfig, options: MoeOptions) -> MoeLlavaConfig:
 
 
 def _share(dense: LlavaForConditionalGeneration, sparse: MoeLlavaForConditionalGeneration) -> None:
-    """Puts every parameter and buffer of `dense` that `sparse` also has into its place there, the same tensors."""
+    """Replace every parameter and buffer of `sparse` that `dense` also has by the tensor of `dense`."""
     for name, module in sparse.named_modules(remove_duplicate=False):
         try:
             origin = dense.get_submodule(name)

@@ -78,7 +78,7 @@ def test_the_same_parameters_used_differently_are_refused(monkeypatch):
     mlp = type(dense.model.language_model.layers[0].mlp)
     plain = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x) + 0.1 * self.down_proj(self.up_proj(x)))
-    with pytest.raises(ValueError, match=r"computes something else \(.*% off\): it needs a form of its own"):
+    with pytest.raises(ValueError, match=r"computes something else \(.*% off\): it needs a row of its own"):
         upcycle(dense)
 
 

@@ -142,7 +142,7 @@ def test_a_split_router_is_two_routers():
         _, expected_TK, expected_ids_TK, _ = half(x_TD[rows_T])
         torch.testing.assert_close(weights_TK[rows_T], expected_TK)
         assert torch.equal(ids_TK[rows_T], expected_ids_TK + first)
-    with pytest.raises(RuntimeError, match="was not told which tokens are of an image"):
+    with pytest.raises(RuntimeError, match="the router got no image_mask"):
         split(x_TD)
 
 
