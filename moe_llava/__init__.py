@@ -12,11 +12,19 @@ from moe_llava._registration import register_with_transformers
 
 if TYPE_CHECKING:
     from moe_llava.checkpoints.published import load_published
-    from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
+    from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, MoeOptions, upcycle
     from moe_llava.routing.trace import trace_routing
 
 __version__ = "0.1.0"
-__all__ = ["MoeLlavaConfig", "MoeLlavaForConditionalGeneration", "MoeLlavaProcessor", "load_published", "trace_routing", "upcycle"]
+__all__ = [
+    "MoeLlavaConfig",
+    "MoeLlavaForConditionalGeneration",
+    "MoeLlavaProcessor",
+    "MoeOptions",
+    "load_published",
+    "trace_routing",
+    "upcycle",
+]
 
 _HOME = dict.fromkeys(__all__, "moe_llava.model") | {
     "load_published": "moe_llava.checkpoints.published",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # ranges of beta_n, f
 @torch.no_grad()
 def upcycle(
     dense: LlavaForConditionalGeneration,
+    options: MoeOptions | None = None,
     *,
     expert_start: str = "copy",
     seed: int = 0,
-    **options: Any,
+    **fields: Any,
 ) -> MoeLlavaForConditionalGeneration:
     """Copy the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
@@ -47,7 +48,8 @@ def upcycle(
         expert_start: "copy", or "noise", which adds different Gaussian noise to every expert, with NOISE_STD times the standard deviation
             of each parameter; the result then computes approximately the same. For a third way see `evolve_experts`.
         seed: for the initial routers and the noise; the routers are the same with and without noise.
-        options: fields of MoeOptions, such as `num_experts=4, num_experts_per_tok=2, moe_layers="interval"`.
+        options: the options of the sparse model.
+        fields: single fields of MoeOptions, such as `num_experts=4`, instead of `options` or on top of them.
 
     Raises:
         TypeError: `dense` is no LlavaForConditionalGeneration, or MoeOptions has no such field.
@@ -60,7 +62,7 @@ def upcycle(
         raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
-    config = sparse_config(dense.config, MoeOptions(**options))
+    config = sparse_config(dense.config, replace(options or MoeOptions(), **fields))
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from moe_llava import MoeLlavaConfig, upcycle
+from moe_llava import MoeLlavaConfig, MoeOptions, upcycle
 from moe_llava.cli import app
-from moe_llava.model.options import MoeOptions
 from moe_llava.training.recipe import RecipeError, load_recipe
 from tests.conftest import tiny_dense
 
@@ -76,6 +75,13 @@ def test_a_number_is_finite():
 def test_all_problems_at_once():
     with pytest.raises(ValueError, match=r"num_experts is 0.*; router_aux_loss_coef is -1"):
         MoeLlavaConfig(num_experts=0, router_aux_loss_coef=-1)
+
+
+def test_options_as_one_object():
+    options = MoeOptions(num_experts=3, moe_layers="all")
+    config = upcycle(tiny_dense("llama"), options, num_experts_per_tok=1).config
+    assert (config.num_experts, config.moe_layers, config.num_experts_per_tok) == (3, "all", 1)
+    assert options.num_experts_per_tok == 2
 
 
 def test_an_unknown_option():
