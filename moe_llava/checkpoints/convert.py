@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.processors import image_processor, make_processor, set_token_ids
 from moe_llava.checkpoints.published import Published, look_at
 from moe_llava.checkpoints.tokenization import highest_id, load_tokenizer
+from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import new_folder
 from moe_llava.data.templates import IMAGE_TOKEN
 from moe_llava.model import MoeLlavaConfig

@@ -12,8 +12,9 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from moe_llava._registration import MODEL_TYPE
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import published_family
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 
 MODEL_TYPES = ("llava", MODEL_TYPE)
 ADAPTER_CONFIG = "adapter_config.json"

@@ -32,7 +32,6 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from moe_llava.checkpoints import layout
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family
 from moe_llava.checkpoints.files import quantisation_method, read_config, read_json
 from moe_llava.checkpoints.load import load_strictly
@@ -41,8 +40,10 @@ from moe_llava.checkpoints.published import assemble, free_row, load_tower, reso
 from moe_llava.checkpoints.settings import build_config, describes_llava, extra_tokens, find_tower, llava_settings, text_config
 from moe_llava.checkpoints.tokenization import load_tokenizer
 from moe_llava.checkpoints.weights import find_weights, read_tables
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 from moe_llava.data import rendering
-from moe_llava.data.portable import portable
+from moe_llava.data.rendering import make_portable
 from moe_llava.data.templates import IMAGE_TOKEN
 
 TEXT_LENGTH = 2048  # tokens at which text alone is cut, if the tokenizer does not say less (paper, table of training settings)
@@ -96,7 +97,7 @@ def language_tokenizer(name: str, own_template: bool) -> PreTrainedTokenizerFast
     if tokenizer is None:
         raise CheckpointError(f"{name} has no tokenizer files")
     if own_template:
-        tokenizer.chat_template = portable(rendering.own_template(tokenizer), tokenizer, IMAGE_TOKEN)
+        tokenizer.chat_template = make_portable(rendering.own_template(tokenizer), tokenizer, IMAGE_TOKEN)
     tokenizer.model_max_length = min(tokenizer.model_max_length, TEXT_LENGTH)
     return tokenizer
 

@@ -15,9 +15,9 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import COEFFICIENT, EXPERT, PROJECTOR, RESIDUAL, ROUTER, TOWER, UNUSED, Family
 from moe_llava.checkpoints.weights import StoredTensor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.model import MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.ffn import FFN_FORMS
 

@@ -21,11 +21,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.families import UNUSED
 from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
 from moe_llava.checkpoints.processors import complete_processor, with_portable_template
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line, listed
 from moe_llava.model.modeling import FRESH
 
 # Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.

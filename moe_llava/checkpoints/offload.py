@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables, shape_bytes
+from moe_llava.common.errors import CheckpointError
 from moe_llava.model import Experts
 
 ALIGNMENT = 64  # bytes

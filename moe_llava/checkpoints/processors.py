@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import TOWERS
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.common.errors import CheckpointError
 from moe_llava.data.answers import end_of_turn
-from moe_llava.data.portable import portable
-from moe_llava.data.rendering import own_template
+from moe_llava.data.rendering import make_portable, own_template
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 
@@ -60,7 +59,7 @@ def make_processor(
         )
     if template is None and not tokenizer.chat_template:
         raise CheckpointError(f"the tokenizer in {source} has no chat template: name a conversation form, one of {', '.join(TEMPLATES)}")
-    jinja = portable(own_template(tokenizer) if template is None else chat_template(template, image), tokenizer, IMAGE_TOKEN)
+    jinja = make_portable(own_template(tokenizer) if template is None else chat_template(template, image), tokenizer, IMAGE_TOKEN)
     image_token_id = config.image_token_id
     if isinstance(config, MoeLlavaConfig):
         image_token_id = max(image_token_id, highest_id(tokenizer) + 1)
@@ -122,7 +121,7 @@ def with_portable_template(processor: LlavaProcessor) -> LlavaProcessor:
     """The same processor, whose chat template takes strings and lists of parts, in the processor and in its tokenizer."""
     source = processor if processor.chat_template else processor.tokenizer
     if source.chat_template:
-        jinja = portable(own_template(source), processor.tokenizer, processor.image_token)
+        jinja = make_portable(own_template(source), processor.tokenizer, processor.image_token)
         processor.chat_template = processor.tokenizer.chat_template = jinja
     return processor
 

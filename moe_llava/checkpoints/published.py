@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from moe_llava.checkpoints import layout
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import FAMILIES, Family, published_family
 from moe_llava.checkpoints.files import check_no_adapter, check_no_other_llava, check_quantisation, hub_file, read_json
 from moe_llava.checkpoints.load import load_strictly
@@ -43,6 +42,8 @@ from moe_llava.checkpoints.settings import (
 )
 from moe_llava.checkpoints.tokenization import load_tokenizer
 from moe_llava.checkpoints.weights import PROJECTOR_FILE, WEIGHT_FILES, StoredTensor, find_weights, read_tables
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 

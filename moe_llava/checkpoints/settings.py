@@ -13,9 +13,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedConfig
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import TOWERS, Family
 from moe_llava.checkpoints.files import read_config, read_json
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # With a SigLIP tower, which has no class token, "patch" takes off the first patch. The published models were trained so.

@@ -17,8 +17,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import read_json
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 from moe_llava.data.templates import IMAGE_TOKEN
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")

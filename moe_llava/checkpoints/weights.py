@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import check_pointers, read_json
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 
 # A folder's weights are the first of these that it has, in the order of transformers. An index names the shards.
 WEIGHT_FILES = (

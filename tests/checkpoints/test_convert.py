@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, load_published
 from moe_llava.checkpoints.convert import convert
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
 from tests.conftest import refused, run_command, run_here

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.join import language_config
+from moe_llava.common.errors import CheckpointError
 from tests.conftest import REPOSITORY, refused
 
 
@@ -45,7 +45,7 @@ def test_a_hub_that_is_not_there_is_asked_once(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert time.monotonic() - began < 8
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"moe_llava.checkpoints.errors.CheckpointError: checkpoint {name} ")
+    assert last.startswith(f"moe_llava.common.errors.CheckpointError: checkpoint {name} ")
     assert "Retrying" not in done.stderr
 
 

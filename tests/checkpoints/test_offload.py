@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, MemoryStack, RouteStatistics, load_offloaded, offload_experts
 from moe_llava.checkpoints.weights import StoredTensor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config

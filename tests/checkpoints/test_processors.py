@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.digits.base import build_base
 from moe_llava.model import MoeLlavaProcessor, upcycle
 from moe_llava.training.run import train

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel, ViTConfig
 
 from moe_llava import MoeLlavaForConditionalGeneration, load_published
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
 
 

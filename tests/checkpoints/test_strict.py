@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from moe_llava.checkpoints.errors import LISTED, CheckpointError
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_model
 from moe_llava.checkpoints.offload import load_offloaded
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import MOST_LISTED
 from moe_llava.model import upcycle
 from moe_llava.training.adapters import quantisation_config
 from tests.conftest import refused, run_command
@@ -113,7 +114,7 @@ def test_a_long_list_is_counted(damaged):
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
     number = sum("vision_tower" in name for name in load_file(folder / "model.safetensors")) + str(error.value).count("missing: ")
-    assert number == LISTED
+    assert number == MOST_LISTED
     assert str(error.value).splitlines()[-1].endswith(" more")
 
 

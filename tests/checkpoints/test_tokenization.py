@@ -8,8 +8,8 @@ import tiktoken
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id, load_tokenizer, read_tiktoken
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints.tiny_tokenizers import TEXT, tiktoken_ranks, write_phi, write_tiktoken
 
 # How the published code cuts a text, for both.

@@ -57,7 +57,7 @@ def test_lengths_are_those_of_training(data):
     report = check_data(data / "data.json", data, tokenizer, image_tokens=36)
     records = json.loads((data / "data.json").read_text())
     assert report.lengths == [len(encode_record(record, tokenizer, image_tokens=36)["input_ids"]) for record in records[:2]]
-    assert report.learnt == 2 + 4  # one word and its end; two of them
+    assert report.targets == 2 + 4  # one word and its end; two of them
 
 
 def test_the_limit(data):

@@ -122,7 +122,7 @@ def test_other_forms(load, byte_level):
     assert caption["input_ids"][:2] == [llama.bos_token_id, -200]
     assert caption["labels"][:2] == [-100, -100]
     assert caption["labels"][2:] == caption["input_ids"][2:]
-    with pytest.raises(DataError, match="the form 'plain' takes one question"):
+    with pytest.raises(DataError, match="the template 'plain' takes one question"):
         encode_record(record, byte_level, "plain")
 
 

@@ -9,8 +9,7 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedToken
 from moe_llava.common.errors import DataError
 from moe_llava.data.answers import render
 from moe_llava.data.encode import encode_record
-from moe_llava.data.portable import portable
-from moe_llava.data.rendering import check_prompt
+from moe_llava.data.rendering import check_prompt, make_portable
 from tests.checkpoints.tiny_tokenizers import train
 from tests.data.chat_templates import EOS, GEMMA_2, QWEN_2_5, REFUSES_SYSTEM, TEMPLATES
 
@@ -31,7 +30,7 @@ def model(request):
     """(name, tokenizer with the template as processors get it, what ends an answer)"""
     template, tokens, end = TEMPLATES[request.param]
     tokenizer = tokenizer_of(template, tokens)
-    tokenizer.chat_template = portable(template, tokenizer, "<image>")
+    tokenizer.chat_template = make_portable(template, tokenizer, "<image>")
     return request.param, tokenizer, end
 
 
@@ -110,7 +109,7 @@ def test_a_system_prompt_is_written_or_refused_by_name(model):
     name, tokenizer, _ = model
     spoken = record(("system", "Be brief."), *TALK, image="a.png")
     if name in REFUSES_SYSTEM:
-        with pytest.raises(DataError, match=f"the conversation form refuses it: {REFUSES_SYSTEM[name]}"):
+        with pytest.raises(DataError, match=f"the chat template refuses it: {REFUSES_SYSTEM[name]}"):
             encode_record(spoken, tokenizer)
         with pytest.raises(TemplateError, match=REFUSES_SYSTEM[name]):
             tokenizer.apply_chat_template([{"role": "system", "content": parts("Be brief.")}, {"role": "user", "content": "x"}])
@@ -120,12 +119,12 @@ def test_a_system_prompt_is_written_or_refused_by_name(model):
 
 def test_a_portable_template_stays_as_it_is(model):
     _, tokenizer, _ = model
-    assert portable(tokenizer.chat_template, tokenizer, "<image>") == tokenizer.chat_template
+    assert make_portable(tokenizer.chat_template, tokenizer, "<image>") == tokenizer.chat_template
 
 
 def test_a_content_part_that_no_template_takes_is_refused():
     tokenizer = tokenizer_of(QWEN_2_5, ("<|im_start|>", "<|im_end|>"))
-    jinja = portable(QWEN_2_5, tokenizer, "<image>")
+    jinja = make_portable(QWEN_2_5, tokenizer, "<image>")
     with pytest.raises(TemplateError, match="must be a text or an image, but is a video"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], chat_template=jinja, tokenize=False)
     asked = {"role": "user", "content": [{"type": "text", "text": "x"}]}
@@ -147,7 +146,7 @@ def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
         single = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
         tokenizer.backend_tokenizer.post_processor = single
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
-    tokenizer.chat_template = portable(template, tokenizer, "<image>")
+    tokenizer.chat_template = make_portable(template, tokenizer, "<image>")
     begins = int(adds or template == GEMMA_2)
     trained = encode_record(record(("human", "Why?"), ("gpt", "So.")), tokenizer)["input_ids"]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts("Why?")}], add_generation_prompt=True, tokenize=False)
@@ -162,7 +161,7 @@ def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
         ("{% for message in messages %}{{ message['role'] }}{% endfor %}", "cannot ask about an image"),
         ("<image>{% for message in messages %}{{ message['content'][-1]['text'] }}<image>{% endfor %}", "cannot ask about an image"),
         ("{% for message in messages %}{{ message['content'][-1]['text'] }}<image>{% endfor %}", "before the text"),
-        ("{{ messages[2]['content'] + 1 }}", "the conversation form refuses it"),
+        ("{{ messages[2]['content'] + 1 }}", "the chat template refuses it"),
         ("{{ raise_exception('never') }}", "refuses it: never"),
         ("{% if %}", "refuses it"),
         ("", "has no chat template"),
@@ -191,7 +190,7 @@ def test_an_answer_that_the_template_changes_is_a_problem_of_its_record():
 
 def test_a_template_survives_a_save_and_says_what_it_says(tmp_path):
     tokenizer = tokenizer_of(QWEN_2_5, ("<|im_start|>", "<|im_end|>"))
-    jinja = portable(QWEN_2_5, tokenizer, "<image>")
+    jinja = make_portable(QWEN_2_5, tokenizer, "<image>")
     for text in ("Why?", "<image>\nWhat?"):
         turns = [{"role": "system", "content": " Be. "}, {"role": "user", "content": text}]
         plain, made = (tokenizer.apply_chat_template(turns, chat_template=each, tokenize=False) for each in (QWEN_2_5, jinja))

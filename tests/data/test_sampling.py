@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_llava.data import sampling
-from moe_llava.data.sampling import GroupedSampler
+from moe_llava.data.batches import GroupedSampler
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(10, 2000, 1000)
@@ -18,7 +17,7 @@ def batches(sampler, size):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_batch_has_one_modality_and_about_one_length(monkeypatch, processes):
-    monkeypatch.setattr(sampling, "POOL", 16)
+    monkeypatch.setattr("moe_llava.data.batches.POOL", 16)
     sampler = GroupedSampler(LENGTHS, HAS_IMAGE, 4 * processes, 4, processes, seed=3)
     assert sorted(sampler) == list(range(1000))
     at_once = 4 * processes

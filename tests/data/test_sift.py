@@ -38,7 +38,7 @@ BAD = {
     "has clip.mp4 as 'video'": conversation("<video>\nwhere ?", "here", video="clip.mp4"),
     "turn 0 of line 7 of .* must be a text from 'human'": {"conversations": [{"from": "gpt", "value": "x"}] * 2},
     "has images of 72 tokens, but stage1.max_length is 60": conversation("<image><image>\nwhere ?", "here", image=["a.png", "a.png"]),
-    "line 9 of .*: the conversation form refuses it: System role not supported": SOUND | {"system": "be brief ."},
+    "line 9 of .*: the chat template refuses it: System role not supported": SOUND | {"system": "be brief ."},
     "half of a character": conversation("where ? \ud800", "here"),
     "line 11 of .* has no image, but stage I": conversation("where ?", "here"),
 }
@@ -283,4 +283,4 @@ def test_records_that_a_template_refuses_are_listed(folder, tiny_base, template)
     done = run_here("check", folder / "data.json", "--images", folder, "--model", base)
     assert done.exit_code == 1
     message = "System role not supported" if template == GEMMA_2 else "Conversation roles must alternate"
-    assert f"record 1 of {folder / 'data.json'}: the conversation form refuses it: {message}" in done.stdout
+    assert f"record 1 of {folder / 'data.json'}: the chat template refuses it: {message}" in done.stdout

@@ -24,8 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.join import TEXT_LENGTH, join, joined_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.encode import encode_record
 from moe_llava.model import MoeLlavaForConditionalGeneration

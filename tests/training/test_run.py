@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_config
-from moe_llava.common.errors import DataError
+from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
 from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
