@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +108,8 @@ def why_not_written(error: BaseException, folder: Path) -> str:
     free = f"{format_bytes(shutil.disk_usage(folder).free)} are free in {folder}"
     if not _is_cut_short(error):
         return f"{_NO_ROOM[_error_number(error)]}: {free}"
+    import resource  # does not exist on Windows
+
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     limited = "" if limit == resource.RLIM_INFINITY else f", or the limit on file sizes is reached (ulimit -f, {format_bytes(limit)})"
     return f"the disk is full, or a quota is used up{limited}: {free}"

@@ -303,7 +303,7 @@ def test_start_and_end_tokens_of_images_must_be_known(tmp_path, towers):
 
 def test_other_commands_say_what_to_do_with_a_published_checkpoint(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
-    assert "make one of ours with `moe-llava convert`" in refused("chat", folder, "What?")
+    assert "convert it with `moe-llava convert`" in refused("chat", folder, "What?")
 
 
 MEASURE = """

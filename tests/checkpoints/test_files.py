@@ -31,7 +31,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, config, message):
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         check_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="it is no folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="it is no folder, and the hub did not provide it"):
         check_checkpoint("owner/name")
 
 

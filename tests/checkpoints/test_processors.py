@@ -81,7 +81,7 @@ def test_a_placeholder_by_another_name(old):
     processor = load_processor(folder)
     assert (processor.image_token, processor.image_token_id) == ("<picture>", 4)
     change(folder / "config.json", image_token_index=5000)
-    with pytest.raises(CheckpointError, match=r"does not say its image_token, and no token has the image_token_id 5000 of config.json"):
+    with pytest.raises(CheckpointError, match=r"it lacks image_token, and no token has the image_token_id 5000 of config.json"):
         load_processor(folder)
 
 
@@ -99,7 +99,7 @@ def test_another_number_of_features_is_refused(old, settings):
 def test_a_tower_that_is_not_known(old):
     folder = old(patch_size=...)
     change(folder / "config.json", vision_config={"model_type": "vit"})
-    with pytest.raises(CheckpointError, match="does not say patch_size, and a tower of the type 'vit' is not known"):
+    with pytest.raises(CheckpointError, match="it lacks patch_size, and a tower of the type 'vit' is not known"):
         load_processor(folder)
 
 

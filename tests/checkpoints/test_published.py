@@ -244,17 +244,17 @@ def change(folder, **changes):
         ({"model_type": None}, "has model_type None"),
         ({"mm_image_tower": "openai/none"}, "the vision tower openai/none is in none of"),
         ({"mm_image_tower": None}, "must name the vision tower"),
-        ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
+        ({"hidden_size": None, "vocab_size": None}, "lacks hidden_size, vocab_size"),
         ({"image_projector_type": "qformer2_64"}, "has image_projector_type 'qformer2_64'"),
         ({"mm_vision_select_feature": "cls"}, "has mm_vision_select_feature 'cls'"),
         ({"moe": {"num_experts": [3, 2], "top_k_experts": 2, "moe_layers_idx": [1, 2]}}, r"has moe.num_experts \[3, 2\]"),
-        ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "does not say moe.moe_layers_idx"),
+        ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "lacks moe.moe_layers_idx"),
         ({"moe": {"num_experts": [3], "top_k_experts": 4, "moe_layers_idx": [1]}}, "num_experts_per_tok is 4"),
-        ({"moe": {"num_experts": [3], "top_k_experts": "2", "moe_layers_idx": [1]}}, "which must be whole"),
+        ({"moe": {"num_experts": [3], "top_k_experts": "2", "moe_layers_idx": [1]}}, "which must be integers"),
         ({"num_attention_heads": "four"}, "num_attention_heads"),
-        ({"num_attention_heads": 0}, "makes no model"),
-        ({"hidden_act": "none"}, "makes no model"),
-        ({"pad_token_id": 500}, "makes no model"),
+        ({"num_attention_heads": 0}, "defines no model"),
+        ({"hidden_act": "none"}, "defines no model"),
+        ({"pad_token_id": 500}, "defines no model"),
         ({"mm_vision_select_layer": -9}, "has mm_vision_select_layer -9, but its tower has 3 layers"),
         ({"image_aspect_ratio": "anyres"}, "has image_aspect_ratio 'anyres'"),
     ],
@@ -370,7 +370,7 @@ def test_a_folder_without_weights_or_configuration(write, towers, tmp_path):
         load_published(tmp_path, towers)
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_published(tmp_path / "none" / "at" / "all", towers)
-    with pytest.raises(CheckpointError, match="is no folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="is no folder, and the hub did not provide it"):
         load_published("nobody/nothing", towers)
 
 

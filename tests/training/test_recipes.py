@@ -339,7 +339,7 @@ def test_parts_that_do_not_do(parts, write_recipe, tiny_base, tmp_path):
             r"base is a model with a vision tower already \(llava\): a LLaVA is named as `model`",
         ),
         ({"template": "chatml"}, r"the tokenizer in .*phi does not know <\|im_end\|>, which ends an answer in .* 'chatml'"),
-        ({"template": None}, r"the tokenizer in .*phi has no chat template: name a conversation form, one of phi"),
+        ({"template": None}, r"the tokenizer in .*phi has no chat template: name one of phi"),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(load_recipe(write_recipe(model=whole | change)), [1, 2, 3], resume=False, console=QUIET)
