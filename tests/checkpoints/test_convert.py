@@ -1,9 +1,6 @@
 """Converted folders: what is in them, and that everything that reads such folders reads them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,8 +12,9 @@ from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, load_
 from moe_llava.checkpoints.convert import convert
 from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
+from tests.checkpoints.fresh import peak_of_conversion, run_without_package
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
-from tests.conftest import refused, run_command, run_here
+from tests.conftest import in_fresh_process, refused, run_here
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -45,8 +43,8 @@ def converted(tmp_path_factory, towers):
     """A converted sparse checkpoint, made by the command."""
     folder = tmp_path_factory.mktemp("converted")
     published(folder / "published", towers)
-    result = run_command("convert", folder / "published", folder / "out", "--vision-towers", towers)
-    assert result.returncode == 0, result.stderr
+    result = run_here("convert", folder / "published", folder / "out", "--vision-towers", towers)
+    assert result.exit_code == 0, result.stderr
     assert "moe_llava_qwen1_5: " in result.stdout
     assert "experts: 3, of which a token uses 2, in layers [1, 2]" in result.stdout
     return folder / "out"
@@ -84,36 +82,9 @@ def test_chat_and_pipeline(converted, tmp_path):
     assert isinstance(output[0]["generated_text"], list)
 
 
-WITHOUT_PACKAGE = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "moe_llava":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden())
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-folder, out = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "MoeLlavaModel"
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(text="<image>\\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs, output_router_logits=True).logits, out + "/logits.pt")
-model.save_pretrained(out)
-processor.save_pretrained(out)
-print("moe_llava" in sys.modules, type(model).__name__, type(processor).__name__)
-"""
-
-
 def without_package(folder, out):
     out.mkdir()
-    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules")}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
-    assert result.stdout == "False MoeLlavaForConditionalGeneration MoeLlavaProcessor\n", result.stderr
+    assert in_fresh_process(run_without_package, folder, out) == (False, "MoeLlavaForConditionalGeneration", "MoeLlavaProcessor")
     return torch.load(out / "logits.pt")
 
 
@@ -306,28 +277,6 @@ def test_other_commands_say_what_to_do_with_a_published_checkpoint(tmp_path, tow
     assert "convert it with `moe-llava convert`" in refused("chat", folder, "What?")
 
 
-MEASURE = """
-import sys, threading, psutil
-import torch
-from pathlib import Path
-import moe_llava.checkpoints.convert as module
-process, peak, done = psutil.Process(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, process.memory_info().rss)
-published, towers, out, warm = map(Path, sys.argv[1:])
-module.convert(warm, out.with_name("warmed"), towers)  # so that what libraries keep for themselves is not counted
-start = process.memory_info().rss
-thread = threading.Thread(target=watch)
-thread.start()
-module.convert(published, out, towers)
-done.set()
-thread.join()
-print(peak - start)
-"""
-
-
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_memory_of_a_conversion(tmp_path, towers, form, monkeypatch):
     """At most 1.3 times the checkpoint's size, on top of what libraries need."""
@@ -342,7 +291,4 @@ def test_memory_of_a_conversion(tmp_path, towers, form, monkeypatch):
         file = folder / "pytorch_model.bin"
     size = file.stat().st_size
     assert size > 300e6
-    arguments = [folder, towers, tmp_path / "out", tmp_path / "warm"]
-    result = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.splitlines()[-1]) < 1.3 * size
+    assert in_fresh_process(peak_of_conversion, folder, towers, tmp_path / "out", tmp_path / "warm") < 1.3 * size
