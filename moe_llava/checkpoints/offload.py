@@ -20,7 +20,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
         weakref.finalize(cache, opened.pop_all().close)
     for layer, mlp in enumerate(mlps.values()):
         mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))
-        mlp.experts.each = partial(_weights_of, cache, layer)
+        mlp.experts.each = partial(cache.weights_of, layer)
         for name in stacks[layer]:
             delattr(mlp.experts, name)
     model.set_experts_implementation("eager")
@@ -101,26 +101,27 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     return cache
 
 
-def _weights_of(cache: ExpertCache, layer: int) -> Callable[[int], dict[str, Tensor]]:
-    """Replace Experts.each: return a function from an expert of the layer to its weights."""
-    return lambda expert: cache.fetched((layer, expert))
-
-
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError("the experts of this model are not in memory, so it cannot be saved: copy the checkpoint that it was loaded from")
 
 
 @dataclass(frozen=True)
-class FileStack:
-    """A stacked parameter [E, ...] in a file that stays open, and so the same if another file takes its name."""
+class Stack:
+    """A stacked parameter [E, ...]."""
 
-    stored: StoredTensor
-    descriptor: int
+    stored: Any
 
     @property
     def layout(self) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of one expert's slice."""
         return torch.Size(self.stored.shape[1:]), self.stored.dtype
+
+
+@dataclass(frozen=True)
+class FileStack(Stack):
+    """A stack in a file that stays open, and so the same if another file takes its name. `stored`: a StoredTensor."""
+
+    descriptor: int
 
     def begin(self, expert: int) -> int:
         """Return the offset of a slice in the file. It has the same remainder as the address of the slice in a mapped file."""
@@ -136,15 +137,8 @@ class FileStack:
             view, offset = view[count:], offset + count
 
 
-@dataclass(frozen=True)
-class MemoryStack:
-    """A stacked parameter [E, ...] in CPU memory."""
-
-    stored: Tensor
-
-    @property
-    def layout(self) -> tuple[torch.Size, torch.dtype]:
-        return self.stored.shape[1:], self.stored.dtype
+class MemoryStack(Stack):
+    """A stack in CPU memory. `stored`: a tensor."""
 
     def begin(self, expert: int) -> int:
         return self.stored[expert].data_ptr()
@@ -304,6 +298,10 @@ class ExpertCache:
                 self._slots[key].ahead = True
                 self.counts.ahead += 1
 
+    def weights_of(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
+        """Return a function from an expert of a layer to its weights, in place of `Experts.each`."""
+        return lambda expert: self.fetched((layer, expert))
+
     def fetched(self, key: Key) -> dict[str, Tensor]:
         """Wait for the weights of an expert that computes now, and return them."""
         self._awaited.discard(key[1])
@@ -371,17 +369,13 @@ class ExpertCache:
 
     @torch.inference_mode()
     def _fill(self, slot: Slot, key: Key) -> None:
-        """Read an expert into a slot, in any thread."""
+        """Read an expert into a slot, in any thread. On CUDA, copies run beside computations, but after those with the slot's last
+        expert."""
         layer, expert = key
-        with self._copying(slot):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if self._stream is not None and slot.left is not None:
+                self._stream.wait_event(slot.left)
             for name, stack in self.stacks[layer].items():
                 stack.read(expert, slot.weights[name])
             if self._stream is not None:
                 self._stream.synchronize()
-
-    def _copying(self, slot: Slot) -> AbstractContextManager[Any]:
-        """Return a context in which copies to CUDA run beside computations, but after those with the slot's previous expert."""
-        if self._stream is None or slot.left is None:
-            return nullcontext()
-        self._stream.wait_event(slot.left)
-        return torch.cuda.stream(self._stream)

@@ -8,7 +8,6 @@ more memory than its weights. Pickles are read with `weights_only=True`, which r
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -142,31 +142,21 @@ def weights_digest(files: Iterable[Path]) -> str:
 
 
 def _safetensors_table(file: Path) -> dict[str, StoredTensor]:
-    """Read the safetensors format: eight bytes of length, a JSON header of that length, then the tensors."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file} is truncated: its header of {length} bytes does not fit into {size}")
-        try:
-            header = json.loads(opened.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is no safetensors file: {error}") from error
-    start = 8 + length
     try:
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: its header lacks dtype, shape or offsets of a tensor") from error
-    table = {}
-    for name, (dtype, shape, begin, end) in entries.items():
+        with safe_open(file, "pt") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            entries = [(name, tuple(found.get_shape()), found.get_dtype()) for name, found in slices]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated, or no safetensors file: {error}") from error
+    for name, _, dtype in entries:
         if dtype not in _DTYPES:
             raise CheckpointError(f"{file} stores {name} as {dtype}, but must store one of {', '.join(_DTYPES)}")
-        if start + end > size:
-            raise CheckpointError(f"{file} is truncated: {name} ends at byte {start + end}, the file at {size}")
-        stored = StoredTensor(file, shape, _DTYPES[dtype], start + begin)
-        if end - begin != shape_bytes(stored.shape, stored.dtype):
-            raise CheckpointError(f"{file} is damaged: {name} has {end - begin} bytes, which its shape {stored.shape} does not")
-        table[name] = stored
+    # The file ends with the tensors, without gaps, in the order of their offsets.
+    offset = file.stat().st_size - sum(shape_bytes(shape, _DTYPES[dtype]) for _, shape, dtype in entries)
+    table = {}
+    for name, shape, dtype in entries:
+        table[name] = StoredTensor(file, shape, _DTYPES[dtype], offset)
+        offset += shape_bytes(shape, _DTYPES[dtype])
     return table
 
 

@@ -293,13 +293,13 @@ def test_a_truncated_safetensors_file(write, towers):
     folder, *_ = write()
     file = folder / "model.safetensors"
     content = file.read_bytes()
-    for length, message in ((len(content) - 10, "is truncated"), (100, "is truncated"), (5, "is truncated"), (0, "is truncated")):
+    for length in (len(content) - 10, 100, 5, 0):
         file.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is truncated, or no safetensors file: \S"):
             load_published(folder, towers)
     for header in (b"no header at all", b'["no mapping"]', b'{"a": "no entry"}', b'{"a": {"shape": [1]}}'):
         file.write_bytes(len(header).to_bytes(8, "little") + header + content)
-        with pytest.raises(CheckpointError, match="is no safetensors file"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is truncated, or no safetensors file: \S"):
             load_published(folder, towers)
 
 
