@@ -1,4 +1,4 @@
-"""Converted folders: what is in them, and that everything that reads such folders reads them."""
+"""Converted folders: their content, and that everything that loads such folders loads them."""
 
 import json
 
@@ -50,7 +50,7 @@ def converted(tmp_path_factory, towers):
     return folder / "out"
 
 
-def test_the_folder_loads_by_the_auto_classes_and_computes_the_same(converted, towers):
+def test_auto_classes_load_the_folder_with_the_same_weights(converted, towers):
     model = AutoModelForImageTextToText.from_pretrained(converted)
     assert type(model) is MoeLlavaForConditionalGeneration
     expected = load_published(converted.parent / "published", towers).state_dict()
@@ -88,8 +88,8 @@ def without_package(folder, out):
     return torch.load(out / "logits.pt")
 
 
-def test_the_folder_works_where_the_package_is_not_installed(converted, tmp_path):
-    """And so does what is saved there."""
+def test_the_folder_loads_without_the_package(converted, tmp_path):
+    """The same holds for a folder that is saved there."""
     model, processor = AutoModelForImageTextToText.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
     inputs = processor(text="<image>\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_the_folder_works_where_the_package_is_not_installed(converted, tmp_path
     torch.testing.assert_close(without_package(tmp_path / "first", tmp_path / "second"), expected)
 
 
-def test_a_dense_checkpoint_becomes_a_llava_that_upcycles(tmp_path, towers):
+def test_a_converted_dense_checkpoint_can_be_upcycled(tmp_path, towers):
     published(tmp_path / "published", towers, sparse=False)
     convert(tmp_path / "published", tmp_path / "out", towers)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
@@ -135,7 +135,7 @@ def test_qwens_tokenizer_and_a_siglip_tower(tmp_path, towers):
 
 
 @pytest.mark.parametrize(("family", "token", "end"), [("mistral", "<|end_of_turn|>", "<|end_of_turn|>"), ("mistral", None, "</s>")])
-def test_openchat_is_a_mistral_whose_tokenizer_knows_its_turns(tmp_path, towers, golden, family, token, end):
+def test_a_mistral_with_the_end_of_turn_token_gets_the_openchat_template(tmp_path, towers, golden, family, token, end):
     folder = published(tmp_path / "published", towers, family, tokenizer=False)
     text = (golden / "tokenizers" / "llama_fast" / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text if token else text.replace("<|end_of_turn|>", "<|other|>"))
@@ -172,7 +172,7 @@ def test_a_stage_1_projector(tmp_path, towers):
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
 
-def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
+def test_a_checkpoint_without_tokenizer_is_converted_without_one(tmp_path, towers):
     published(tmp_path / "published", towers, tokenizer=False)
     result = run_here("convert", tmp_path / "published", tmp_path / "out", "--vision-towers", towers)
     assert "no tokenizer: " in result.stdout
@@ -181,7 +181,7 @@ def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
     assert told.startswith(f"checkpoint {tmp_path / 'out'} has no tokenizer: put its files beside")
 
 
-def test_a_tokenizer_beyond_the_vocabulary_is_warned_of(tmp_path, towers):
+def test_a_tokenizer_larger_than_the_vocabulary_causes_a_warning(tmp_path, towers):
     folder = published(tmp_path / "published", towers, vocab_size=450)
     lines = convert(folder, tmp_path / "out", towers)
     assert any(line.startswith("warning: the tokenizer has ids up to 502, but the model's vocabulary ends at 449") for line in lines)
@@ -190,12 +190,12 @@ def test_a_tokenizer_beyond_the_vocabulary_is_warned_of(tmp_path, towers):
     assert model.generation_config.eos_token_id == 2  # the published one
 
 
-def test_a_folder_of_ours_is_not_converted_again(converted, tmp_path, towers):
+def test_a_converted_folder_is_refused(converted, tmp_path, towers):
     with pytest.raises(CheckpointError, match="is no published checkpoint: it loads as it is"):
         convert(converted, tmp_path / "out", towers)
 
 
-def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path, towers):
+def test_a_tokenizer_without_the_end_token_is_refused(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((folder / name).read_text().replace("<|endoftext|>", "<|done|>"))
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no moe", "no tower", "no preprocessing"])
-def test_nothing_is_left_behind_by_what_is_refused(tmp_path, towers, damage):
+def test_a_refused_checkpoint_leaves_nothing_behind(tmp_path, towers, damage):
     folder = published(tmp_path / "published", towers)
     if damage == "truncated":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5])
@@ -221,7 +221,7 @@ def test_nothing_is_left_behind_by_what_is_refused(tmp_path, towers, damage):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_in_the_way_is_kept(tmp_path, towers):
+def test_an_existing_folder_is_kept(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -230,7 +230,7 @@ def test_a_folder_in_the_way_is_kept(tmp_path, towers):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_dangling_link_or_a_file_in_the_way_is_seen_before_any_work(tmp_path, towers):
+def test_an_existing_link_or_file_is_refused_before_any_work(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="exists already"):
@@ -239,7 +239,7 @@ def test_a_dangling_link_or_a_file_in_the_way_is_seen_before_any_work(tmp_path, 
     refused("convert", folder, tmp_path / "file" / "out", "--vision-towers", towers)
 
 
-def test_weights_of_another_dtype_are_told(tmp_path, towers):
+def test_converted_dtypes_are_reported(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     routers = {name: tensor.float() for name, tensor in weights.items() if ".wg." in name}
@@ -249,7 +249,7 @@ def test_weights_of_another_dtype_are_told(tmp_path, towers):
     assert f"converted from float32: 2 of {len(weights)} tensors" in lines
 
 
-def test_a_placeholder_that_the_tokenizer_knows_already_is_never_generated(tmp_path, towers):
+def test_a_placeholder_in_the_vocabulary_is_never_generated(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     state = json.loads((folder / "tokenizer.json").read_text())
     state["added_tokens"].append({**state["added_tokens"][0], "id": 503, "content": "<image>"})
@@ -272,7 +272,7 @@ def test_start_and_end_tokens_of_images_must_be_known(tmp_path, towers):
         convert(folder, tmp_path / "out", towers)
 
 
-def test_other_commands_say_what_to_do_with_a_published_checkpoint(tmp_path, towers):
+def test_other_commands_name_convert_for_a_published_checkpoint(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     assert "convert it with `moe-llava convert`" in refused("chat", folder, "What?")
 

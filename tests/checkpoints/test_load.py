@@ -24,7 +24,7 @@ def test_structure_without_weights(tiny_base):  # noqa: F811
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="tells its peak of memory by /proc")
 def test_weights_are_mapped_not_copied(tiny_base, tmp_path):  # noqa: F811
-    """With every weight read, the peak of memory has grown by the weights' size; what is not a map of their files is a fraction of it."""
+    """With every weight read, the peak of memory has grown by the size of the weights, and almost all of it maps their files."""
     config = tiny_config("llama")
     config.text_config.hidden_size, config.text_config.intermediate_size, config.text_config.vocab_size = 256, 4096, 1000
     sparse = upcycle(LlavaForConditionalGeneration(config), num_experts=4)

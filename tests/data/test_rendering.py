@@ -54,7 +54,7 @@ def parts(text):
     return [{"type": "image"}] * bool(image or rest != text) + [{"type": "text", "text": rest}]
 
 
-def test_answers_and_their_ends_are_learnt_and_nothing_after_them(model):
+def test_targets_are_answers_with_their_ends(model):
     _, tokenizer, end = model
     encoded = encode_record(record(*TALK, image="a.png"), tokenizer)
     assert learnt(encoded, tokenizer) == ["A cat. It says: yes" + end, "yes" + end]
@@ -62,8 +62,8 @@ def test_answers_and_their_ends_are_learnt_and_nothing_after_them(model):
     assert encoded["input_ids"].count(tokenizer.bos_token_id) <= 1
 
 
-def test_what_is_asked_is_how_what_was_learnt_begins(model):
-    """Of strings and of parts, in the tokenizer's hands and in a processor's."""
+def test_prompts_are_prefixes_of_the_training_text(model):
+    """This holds for strings and parts, and for tokenizer and processor."""
     _, tokenizer, _ = model
     roles = {"human": "user", "gpt": "assistant"}
     strings = [{"role": roles[role], "content": text} for role, text in TALK]
@@ -80,7 +80,7 @@ def test_what_is_asked_is_how_what_was_learnt_begins(model):
     check_prompt(tokenizer, "<image>")
 
 
-def test_an_empty_answer_is_not_learnt(model):
+def test_an_empty_answer_is_no_target(model):
     _, tokenizer, end = model
     talk = [TALK[0], ("gpt", ""), *TALK[2:]]
     assert learnt(encode_record(record(*talk, image="a.png"), tokenizer), tokenizer) == ["yes" + end]
@@ -96,7 +96,7 @@ def test_white_space_and_the_words_of_the_template_in_an_answer(model):
 
 
 def test_an_image_that_is_text(model):
-    """In a record without an image the placeholder is characters, which a model's own token is none of."""
+    """In a record without an image, the placeholder is encoded as characters, not as the model's own token."""
     _, tokenizer, _ = model
     encoded = encode_record(record(("human", "Is <image> HTML?"), ("gpt", "<image> is not.")), tokenizer)
     assert -200 not in encoded["input_ids"]
@@ -137,8 +137,8 @@ def test_a_content_part_that_no_template_takes_is_refused():
 
 @pytest.mark.parametrize("template", [QWEN_2_5, GEMMA_2])
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
-    """A tokenizer that begins texts by itself, and a template that does or does not: training and the README's Python agree."""
+def test_the_beginning_of_sequence_token_comes_once(template, adds):
+    """The tokenizer, the template, or both may write it: training and the README's Python agree."""
     tokenizer = tokenizer_of(template, ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"))
     if adds:
         from tokenizers.processors import TemplateProcessing
@@ -167,13 +167,13 @@ def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
         ("", "has no chat template"),
     ],
 )
-def test_a_model_that_cannot_be_asked_is_refused_by_name(template, message):
+def test_a_template_that_cannot_render_a_question_is_refused(template, message):
     tokenizer = tokenizer_of(template)
     with pytest.raises(DataError, match=message):
         check_prompt(tokenizer, "<image>")
 
 
-def test_of_several_templates_the_default_one_counts():
+def test_the_default_of_several_templates_is_used():
     several = {"default": QWEN_2_5, "tool_use": "{{ tools }}"}
     one, many = (tokenizer_of(jinja, ("<|im_start|>", "<|im_end|>")) for jinja in (QWEN_2_5, several))
     talk = record(("human", "Why?"), ("gpt", "So."))
@@ -188,7 +188,7 @@ def test_an_answer_that_the_template_changes_is_a_problem_of_its_record():
         encode_record(record(("human", "Why?"), ("gpt", "<think>Hm.</think>So.")), tokenizer)
 
 
-def test_a_template_survives_a_save_and_says_what_it_says(tmp_path):
+def test_a_saved_portable_template_renders_the_same_text(tmp_path):
     tokenizer = tokenizer_of(QWEN_2_5, ("<|im_start|>", "<|im_end|>"))
     jinja = make_portable(QWEN_2_5, tokenizer, "<image>")
     for text in ("Why?", "<image>\nWhat?"):

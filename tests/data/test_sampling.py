@@ -1,4 +1,4 @@
-"""Order of an epoch: every record once, one modality and about one length in a batch, the same again from the same seed."""
+"""The order of an epoch: every record once, one modality and similar lengths in a batch, and the same order from the same seed."""
 
 import numpy as np
 import pytest
