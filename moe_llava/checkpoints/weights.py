@@ -68,16 +68,13 @@ class StoredTensor:
             out.copy_(self.loaded)
             return
         target = out if out.dtype == self.dtype else torch.empty(self.shape, dtype=self.dtype)
-        if target.numel():
-            view = target.view(-1).view(torch.uint8).numpy().data
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                done = 0
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.file} is truncated: it ends {len(view) - done} bytes before a tensor does")
-                    done += count
+        view = target.view(-1).view(torch.uint8).numpy().data
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise CheckpointError(f"{self.file} is truncated: it ends {len(view)} bytes before a tensor does")
         if target is not out:
             out.copy_(target)
 
@@ -92,27 +89,20 @@ def find_weights(folder: Path) -> list[Path]:
 
     Raises CheckpointError if there are none, if a shard that the index names is missing, or if some are pointers of Git LFS.
     """
-    files = _weight_files(folder)
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+    files = [folder / name]
+    if name.endswith(".index.json"):
+        weight_map = read_json(folder / name).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / name} must hold a `weight_map` from tensors to files")
+        files = [folder / shard for shard in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
+            raise CheckpointError(f"{folder / name} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
     check_pointers(files)
     return files
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
-        file = folder / name
-        if not file.is_file():
-            continue
-        if not name.endswith(".index.json"):
-            return [file]
-        weight_map = read_json(file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{file} must hold a `weight_map` from tensors to files")
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing or not shards:
-            raise CheckpointError(f"{file} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
-        return [folder / shard for shard in shards]
-    raise CheckpointError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
 def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -37,7 +37,8 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, has_im
     if template is not None:
         bos = "" if adds_bos(tokenizer) else tokenizer.bos_token or ""
         return run_template(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token=bos)
-    jinja, special = _portable(tokenizer, own_template(tokenizer)), special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
+    jinja = make_portable(own_template(tokenizer), tokenizer, placeholder(tokenizer, None))
     messages = [
         message
         if message["role"] == "assistant"
@@ -57,11 +58,6 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, has_im
 def placeholder(tokenizer: Any, template: str | None) -> str:
     """Return the text of an image in a rendered conversation."""
     return IMAGE_TOKEN if template is not None else getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
-
-
-@lru_cache(maxsize=8)
-def _portable(tokenizer: Any, jinja: str) -> str:
-    return make_portable(jinja, tokenizer, placeholder(tokenizer, None))
 
 
 def check_template(tokenizer: Any, template: str | None) -> None:

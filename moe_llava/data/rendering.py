@@ -90,6 +90,7 @@ def check_prompt(tokenizer: Any, image: str) -> None:
         )
 
 
+@lru_cache(maxsize=8)
 def make_portable(jinja: str, tokenizer: Any, image: str) -> str:
     """Return a chat template that renders strings and lists of parts alike, an image as `image`, and that writes the beginning-of-sequence
     token if `tokenizer` adds one. A template that does all this, or cannot be made to, is returned unchanged.
@@ -98,13 +99,10 @@ def make_portable(jinja: str, tokenizer: Any, image: str) -> str:
     prelude = _PRELUDE.replace("IMAGE", json.dumps(image))
     candidates = [jinja, *(prelude.replace("CHANGED", changed).replace("CONTENT", content) + jinja for changed, content in _CONVERSIONS)]
     found = next((made for made in candidates if all(_takes(made, special, image, parts) for parts in (True, False))), jinja)
-    if adds_bos(tokenizer) and not _text_or_nothing([_user(_QUESTION)], found, special).startswith(tokenizer.bos_token):
+    question = [{"role": "user", "content": _QUESTION}]
+    if adds_bos(tokenizer) and not _text_or_nothing(question, found, special).startswith(tokenizer.bos_token):
         found = f"{{{{- {json.dumps(tokenizer.bos_token)} }}}}{found}"
     return found
-
-
-def _user(content: Any) -> Message:
-    return {"role": "user", "content": content}
 
 
 def _takes(jinja: str, special: dict[str, str], image: str, parts: bool) -> bool:
@@ -115,7 +113,7 @@ def _takes(jinja: str, special: dict[str, str], image: str, parts: bool) -> bool
         return [{"type": "text", "text": text}] if parts else text
 
     question = [{"type": "image"}, *content(_QUESTION)] if parts else f"{image}\n{_QUESTION}"
-    talk = [_user(question), {"role": "assistant", "content": content(_ANSWER)}]
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": content(_ANSWER)}]
     text = _text_or_nothing(talk, jinja, special)
     if [text.count(each) for each in (image, _QUESTION, _ANSWER)] != [1, 1, 1] or "'type'" in text:
         return False

@@ -10,7 +10,7 @@ def peak_of_conversion(published: Path, towers: Path, out: Path, warm: Path) -> 
     """Return by how many bytes memory grew at most during a conversion, after another one of `warm`: libraries keep some for themselves."""
     import psutil
 
-    from moe_llava.checkpoints.convert import convert
+    from moe_llava.checkpoints.published import convert
 
     process, peak, done = psutil.Process(), 0, threading.Event()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, load_published
-from moe_llava.checkpoints.convert import convert
+from moe_llava.checkpoints.published import convert
 from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
 from tests.checkpoints.fresh import peak_of_conversion, run_without_package
