@@ -173,8 +173,8 @@ def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], fi
 
 @dataclass
 class Counts:
-    """Of the experts that layers needed, `hits` were in memory or being fetched, of these `foreseen` because they were prefetched, and
-    `misses` were neither. `ahead`: number of prefetched experts. `bytes_read`: bytes of all that was fetched."""
+    """Counts of the experts that layers needed: `hits` were in memory or being fetched, `foreseen` of these because they were prefetched,
+    and `misses` were neither. `ahead`: number of prefetched experts. `bytes_read`: bytes of all that was fetched."""
 
     hits: int = 0
     misses: int = 0
