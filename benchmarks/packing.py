@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
+from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage, GroupedSampler
 from moe_llava.data.records import Record
-from moe_llava.data.sampling import GroupedSampler
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import write_dataset

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="moe-llava-tests-")  # read when `datasets` is imported
@@ -99,6 +102,17 @@ def refused(*arguments: str | Path) -> str:
     _, told, what = done.stderr.partition("error: ")
     assert told, done.output
     return what
+
+
+_FRESH = multiprocessing.get_context("forkserver")
+_FRESH.set_forkserver_preload(["torch", "transformers.models.auto.modeling_auto", "transformers.models.llava.modeling_llava"])
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function of a module returns in a new process, which has imported torch and transformers but not the package. Processes
+    are forked from one that has imported them once, and so start in no time and with no memory of other tests."""
+    with _FRESH.Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(function, arguments)
 
 
 def run_command(*arguments: str | Path, stdin: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
-"""The published layout, as tables: what each language model family calls its parameters and settings there, and here.
+"""The published layout, as tables: the names of parameters and settings by language model family.
 
-Nothing else in this room names a family. "Here" are transformers' names, of which the published checkpoints keep most; a table lists
-only what differs. `*` stands for the number of a layer.
+Nothing else in this room names a family. The published checkpoints keep most of transformers' names; a table lists only the differences.
+`*` is the number of a layer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 class Family:
     """One language model family.
 
-    `config`: the class of transformers' configurations, by model type.
-    `backbone`: what stands before the names of the backbone, the projector and the tower.
-    `modules`: name of a module here -> its name there.
-    `parts`: name of a module here -> its name there, and which of how many equal runs of rows of that module's parameters it is.
-    `settings`: name of a setting there -> its name here.
-    `halved`: settings whose value there is twice ours.
-    `required`: settings that must have this value, if they are there, for transformers' class to compute the same.
-    `template`: conversation form, of moe_llava/data/templates.py. `templates_by_token`: instead, for a tokenizer that knows the token.
+    `config`: transformers' model type, which has the class of the configuration.
+    `backbone`: prefix of the stored names of the backbone, the projector and the tower.
+    `modules`: transformers' name of a module -> its stored name.
+    `parts`: transformers' name of a module -> (the stored module that holds it, which part of its rows, how many equal parts).
+    `settings`: stored name of a setting -> transformers' name.
+    `halved`: settings whose stored value is twice that of transformers.
+    `required`: settings that must have this value, if they are stored, for transformers' class to compute the same.
+    `template`: the chat template, a key of TEMPLATES in moe_llava/data/templates.py.
+    `templates_by_token`: token -> the chat template for a tokenizer that has the token.
     """
 
     config: str
@@ -36,7 +37,7 @@ class Family:
     templates_by_token: dict[str, str] = field(default_factory=dict)
 
     def stored_name(self, name: str) -> tuple[str, int, int]:
-        """The published name of a backbone parameter, and which run of how many of its rows, from the name it has here."""
+        """Return (stored name, part, number of parts) of a backbone parameter from its name in transformers."""
         module, _, parameter = name.rpartition(".")
         layer = re.search(r"\.(\d+)\.", f".{module}.")
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
@@ -46,7 +47,7 @@ class Family:
         return f"{self.backbone}.{stored}.{parameter}", part, parts
 
 
-# The names of the Qwen of 2023 ("v1"). What it computes is what Qwen2 computes: w2 is the gate, w1 the way up.
+# The Qwen of 2023 ("v1"). It computes the same as Qwen2: w2 is the gate projection, w1 the up projection.
 _QWEN_V1 = Family(
     config="qwen2",
     backbone="transformer",
@@ -76,7 +77,7 @@ _QWEN_V1 = Family(
     template="qwen",
 )
 
-# model_type after "moe_llava_" or "llava_" -> the family
+# model_type without its prefix "moe_llava_" or "llava_" -> family
 FAMILIES = {
     "phi": Family(config="phi", template="phi"),
     "stablelm": Family(
@@ -90,27 +91,27 @@ FAMILIES = {
 
 
 def published_family(model_type: Any) -> tuple[Family, bool] | None:
-    """(family, whether sparse) of a config.json's model_type; None if that is no published one."""
+    """Return (family, whether it is sparse) of a config.json's model_type; None if that is no published one."""
     match = re.fullmatch(r"(moe_)?llava_(\w+)", str(model_type))
     return (FAMILIES[match[2]], match[1] is not None) if match and match[2] in FAMILIES else None
 
 
-# The kinds of vision towers, by transformers' model type.
+# transformers' model types of the vision towers.
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
-# Below `backbone`, in every family; `{}` is the number of an expert.
+# Names below `backbone`, in every family.
 PROJECTOR = {"linear_1": "mm_projector.image_spatial_proj.0", "linear_2": "mm_projector.image_spatial_proj.2"}
 TOWER = "image_tower.image_tower.vision_model"
-# Below the place of a layer's FFN.
+# Names below a layer's FFN. `{}` is the number of an expert.
 ROUTER = "deepspeed_moe.gate.wg.weight"
 EXPERT = "deepspeed_moe.experts.deepspeed_experts.{}"
 RESIDUAL = "mlp"
 COEFFICIENT = "coefficient"
 
-# What a checkpoint may hold although nothing uses it: the reason -> the names, here and there. All else that is left over is an error.
+# Weights that a checkpoint may hold although nothing uses them: reason -> names. Other weights that are left over are an error.
 UNUSED = {
     "constants that are computed": re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"),
-    "the pooling head of a SigLIP tower, which comes after the layer that the features are taken from": re.compile(
+    "the pooling head of a SigLIP tower, which comes after the layer of the features": re.compile(
         r"(.*\.(vision_model|vision_tower)\.)?head\..*"
     ),
     "the text half of a CLIP or SigLIP": re.compile(r"text_model\..*|logit_scale|logit_bias|(text|visual)_projection\.weight"),

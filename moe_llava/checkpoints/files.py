@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say. Needs neither torch nor transformers: so a command tells at once that its checkpoint is none."""
+"""Read and check a checkpoint's JSON files. This needs neither torch nor transformers, so a command refuses a wrong folder at once."""
 
 from __future__ import annotations
 
@@ -12,37 +12,42 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from moe_llava._registration import MODEL_TYPE
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.families import published_family
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 
 MODEL_TYPES = ("llava", MODEL_TYPE)
 ADAPTER_CONFIG = "adapter_config.json"
-_POINTER = b"version https://git-lfs.github.com/spec/"
+PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SETTINGS, _WEIGHTS = ["*.json", "*.tiktoken", "*.model", "*.txt"], ["*.safetensors", "*.bin"]
 
 
 def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
-    """Raises CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA; with `keep_experts`,
-    unless it is sparse and that a share of its experts, above 0 and at most 1; with either, unless its weights are not quantised."""
+    """Raise CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA.
+
+    With `keep_experts`, the model must be sparse, and the number a share above 0 and at most 1. With it or `plain`, the weights must not be
+    quantised.
+    """
     content = read_config(path)
     model_type = content.get("model_type")
     check_no_other_llava(content, path)
     if published_family(model_type):
-        raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): make one of ours with `moe-llava convert`")
+        raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): convert it with `moe-llava convert`")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
     check_quantisation(content, path)
     if (plain or keep_experts is not None) and quantisation_method(content):
-        raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: take the model as it was before")
-    if keep_experts is None:
-        return
-    if model_type != MODEL_TYPE:
-        raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
-    check_share("the share of experts to keep", keep_experts)
+        raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: use the model before quantisation")
+    if keep_experts is not None:
+        if model_type != MODEL_TYPE:
+            raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
+        check_share("the share of experts to keep", keep_experts)
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raises CheckpointError if `folder` holds an adapter (LoRA) instead of a model."""
+    """Raise CheckpointError if `folder` holds an adapter (LoRA) instead of a model."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     if (folder / "non_lora_trainables.bin").is_file():
@@ -54,30 +59,28 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def check_no_other_llava(content: dict[str, Any], path: str | Path) -> None:
-    """Raises CheckpointError if a config.json is one of the original LLaVA code, which is neither that of MoE-LLaVA nor transformers'."""
+    """Raise CheckpointError if a config.json is that of the original LLaVA code, whose layout is neither MoE-LLaVA's nor transformers'."""
     if "mm_vision_tower" in content and "mm_image_tower" not in content and "vision_config" not in content:
         raise CheckpointError(
-            f"the config.json of {path} names its tower as mm_vision_tower, as the original LLaVA code does: this layout is not read. "
+            f"the config.json of {path} names its tower as mm_vision_tower, as the original LLaVA code does: this layout is not supported. "
             "Convert it with transformers' convert_llava_weights_to_hf.py, or take a checkpoint in transformers' layout (llava-hf)"
         )
 
 
 def check_quantisation(content: dict[str, Any], path: str | Path) -> None:
-    """Raises CheckpointError if the weights that a config.json describes are quantised, unless by bitsandbytes, which is installed."""
+    """Raise CheckpointError if the weights of a config.json are quantised, except by bitsandbytes if that is installed."""
     method = quantisation_method(content)
-    if method is None:
-        return
-    if method != "bitsandbytes":
+    if method not in (None, "bitsandbytes"):
         raise CheckpointError(
             f"the config.json of {path} says that its weights are quantised by {method}: "
             "only plain weights and those of bitsandbytes can be loaded"
         )
-    if find_spec("bitsandbytes") is None:
+    if method and find_spec("bitsandbytes") is None:
         raise CheckpointError(f"the weights of {path} are quantised by bitsandbytes, which is not installed: pip install bitsandbytes")
 
 
 def quantisation_method(content: dict[str, Any]) -> str | None:
-    """The method by which the weights that a config.json describes are quantised; None if they are not."""
+    """Return the method by which the weights of a config.json are quantised; None if they are not."""
     for part in (content, content.get("text_config") or {}):
         settings = part.get("quantization_config") or part.get("compression_config")
         if settings:
@@ -87,7 +90,7 @@ def quantisation_method(content: dict[str, Any]) -> str | None:
 
 
 def is_text_model(path: str | Path) -> bool:
-    """Whether a folder or hub id is a language model without a vision tower, or a folder with a tokenizer alone."""
+    """Return whether a folder or hub id is a language model without a vision tower, or a folder with a tokenizer alone."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -97,42 +100,57 @@ def is_text_model(path: str | Path) -> bool:
 
 
 def check_share(name: str, share: float) -> None:
-    """Raises CheckpointError unless it is above 0 and at most 1."""
+    """Raise CheckpointError unless `share` is above 0 and at most 1."""
     if not 0 < share <= 1:
         raise CheckpointError(f"{name} is {share:g}, but must be above 0 and at most 1")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json of a folder or hub id. Raises CheckpointError if there is none, or if the folder is that of an adapter."""
+    """Return the config.json of a folder or hub id. Raises CheckpointError if there is none, or if the folder holds an adapter."""
     folder = Path(path)
     check_no_adapter(folder)
     if folder.is_dir():
         return read_json(folder / "config.json")
-    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
-        raise CheckpointError(f"checkpoint {path} is not a folder")
-    return read_json(hub_file(str(path), "config.json"))
+    return read_json(hub_file(path, "config.json"))
 
 
-def hub_file(name: str, file: str) -> Path:
-    """A file of a hub id, fetched unless it is here.
+def resolve(path: str | Path, with_weights: bool) -> Path:
+    """Return a folder on this machine. A hub id is downloaded; `path` may also be the file of a projector."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file() and folder.name == PROJECTOR_FILE:
+        return folder.parent
+    hub_file(path, "config.json")  # one request, where the download would retry for long
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_SETTINGS + _WEIGHTS if with_weights else _SETTINGS))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a folder, and the hub did not provide it: {first_line(error)}") from error
 
-    Raises CheckpointError if the hub does not give it, or if the hub's cache cannot be used.
+
+def hub_file(path: str | Path, file: str) -> Path:
+    """Return a file of a hub id, from the cache or downloaded.
+
+    Raises CheckpointError if `path` is no hub id, if the hub does not provide the file, or if its cache cannot be used.
     """
+    if Path(path).exists() or len(Path(path).parts) != 2 or Path(path).is_absolute():
+        raise CheckpointError(f"checkpoint {path} is not a folder")
+    name = str(path)
     try:
         if huggingface_hub.try_to_load_from_cache(name, file) is None:
-            # Asks once. The download itself would try for half a minute to reach a hub that is not there.
+            # One request. The download itself would retry for half a minute if the hub cannot be reached.
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(name, file))
-    except Exception as error:  # what the client's HTTP library raises differs from version to version
+    except Exception as error:  # the errors of the client's HTTP library differ between versions
         if isinstance(error, OSError) and error.filename is not None:
             raise CheckpointError(f"the hub's cache, {constants.HF_HOME} (HF_HOME), cannot be used: {error}") from error
         raise CheckpointError(
-            f"checkpoint {name} cannot be loaded: it is no folder, and the hub did not give it: {first_line(error)}"
+            f"checkpoint {name} cannot be loaded: it is no folder, and the hub did not provide it: {first_line(error)}"
         ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError if `file` is missing or holds no JSON object."""
+    """Return the JSON object in `file`. Raises CheckpointError if it is missing or holds none."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent} has no {file.name}")
     check_pointers([file])
@@ -146,7 +164,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_pointers(files: Iterable[Path]) -> None:
-    """Raises CheckpointError, naming the files, if Git LFS left pointers where `files` should be."""
+    """Raise CheckpointError, naming the files, if some of `files` are pointers of Git LFS."""
     pointers = []
     for file in files:
         with file.open("rb") as opened:

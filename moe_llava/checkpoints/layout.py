@@ -1,30 +1,30 @@
-"""From the published layout's tensors to the model's: which stored rows go where, whether all is there, and the copying.
+"""Fill a model from the tensors of the published layout: where the rows of each parameter are stored, whether all are there, and the
+copying.
 
-The plan is made backwards: for every parameter that the model has, families.py says what it is called in the checkpoint. So nothing can
-be forgotten, and what is left over in the checkpoint is known by name.
+The plan is made backwards: for each parameter of the model, families.py has the name in the checkpoint. So no parameter can be forgotten,
+and what is left over in the checkpoint is known by name.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import COEFFICIENT, EXPERT, PROJECTOR, RESIDUAL, ROUTER, TOWER, UNUSED, Family
 from moe_llava.checkpoints.weights import StoredTensor
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.progress import with_bar
 from moe_llava.model import MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.ffn import FFN_FORMS
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `part` of `parts` of the stored `key` become rows `slot` of `slots` of `target`, or of one expert's slice of it."""
+    """Rows `part` of `parts` of the stored `key` fill rows `slot` of `slots` of the parameter `target`, or of one expert's slice of it."""
 
     key: str
     target: str
@@ -34,20 +34,18 @@ class Piece:
     slot: int = 0
     slots: int = 1
 
-    def place(self, target: Tensor) -> Tensor:
-        """The view of `target` that this piece fills."""
-        whole = target if self.expert is None else target[self.expert]
-        rows = whole.shape[0] // self.slots
-        return whole[self.slot * rows : (self.slot + 1) * rows]
+    def view(self, target: Tensor) -> Tensor:
+        """Return the rows of `target` that this piece fills."""
+        return (target if self.expert is None else target[self.expert]).chunk(self.slots)[self.slot]
 
     def stored_shape(self, target: Tensor) -> tuple[int, ...]:
-        """The shape that the whole stored tensor must have."""
-        rows, *others = self.place(target).shape
+        """Return the shape that the whole stored tensor must have."""
+        rows, *others = self.view(target).shape
         return (rows * self.parts, *others)
 
 
 def plan(model: LlavaForConditionalGeneration, family: Family) -> list[Piece]:
-    """Where every parameter of `model` (on the meta device) comes from."""
+    """Return the pieces of every parameter of `model`, which is on the meta device."""
     sparse = isinstance(model, MoeLlavaForConditionalGeneration)
     mlps: dict[int, SparseMlp] = model.model.sparse_mlps() if sparse else {}
     pieces = []
@@ -72,13 +70,13 @@ def plan(model: LlavaForConditionalGeneration, family: Family) -> list[Piece]:
 
 
 def _sparse_pieces(family: Family, target: str, layer: int, name: str, mlp: SparseMlp) -> list[Piece]:
-    """The pieces of one parameter, called `name` within the SparseMlp of `layer`."""
+    """Return the pieces of one parameter, called `name` within the SparseMlp of `layer`."""
     form = next(form for form in FFN_FORMS if form.experts is type(mlp.experts))
 
-    def ffn(part: str, place: str) -> str:
-        """The key of a dense FFN's parameter when that FFN stands at `place` below `mlp`."""
+    def ffn(part: str, module: str) -> str:
+        """Return the key of a dense FFN's parameter, if that FFN is the submodule `module` of `mlp`."""
         before, after = family.stored_name(f"layers.{layer}.mlp.{part}")[0].split(".mlp.")
-        return f"{before}.mlp.{place}.{after}"
+        return f"{before}.mlp.{module}.{after}"
 
     before = ffn(next(iter(form.dense_names)), "").split(".mlp.")[0]
     part, _, rest = name.partition(".")
@@ -96,14 +94,14 @@ def _sparse_pieces(family: Family, target: str, layer: int, name: str, mlp: Spar
     ]
 
 
-def unused(tables: dict[str, StoredTensor]) -> dict[str, list[str]]:
-    """The stored names that nothing uses, by reason."""
-    found = {reason: sorted(key for key in tables if pattern.fullmatch(key)) for reason, pattern in UNUSED.items()}
-    return {reason: names for reason, names in found.items() if names}
+def unused(names: Collection[str]) -> dict[str, list[str]]:
+    """Return reason -> the stored names that nothing uses."""
+    found = {reason: sorted(filter(pattern.fullmatch, names)) for reason, pattern in UNUSED.items()}
+    return {reason: matching for reason, matching in found.items() if matching}
 
 
 def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForConditionalGeneration, source: str) -> None:
-    """Raises CheckpointError, listing every missing, unexpected and misshapen name, unless `tables` holds exactly what `pieces` need."""
+    """Raise CheckpointError, listing every missing, unexpected and misshapen name, unless `tables` holds exactly what `pieces` need."""
     targets = model.state_dict()
     wanted = {piece.key: piece.stored_shape(targets[piece.target]) for piece in pieces}
     problems = [f"missing: {key} {list(wanted[key])}" for key in sorted(wanted.keys() - tables.keys())]
@@ -118,19 +116,13 @@ def check(pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForC
         raise CheckpointError(f"{source} does not hold the weights that config.json describes:\n  " + "\n  ".join(problems))
 
 
-def without(pieces: list[Piece], prefix: str) -> list[Piece]:
-    """`pieces` less those of the parameters whose names begin with `prefix`."""
-    return [piece for piece in pieces if not piece.target.startswith(prefix)]
-
-
 def read(
     pieces: list[Piece], tables: dict[str, StoredTensor], model: LlavaForConditionalGeneration, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Name -> tensor in `dtype`, read file by file in the order in which the tensors lie there."""
+    """Return name -> tensor in `dtype`. Files are read one after another, in the order in which the tensors are stored."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {target: torch.empty(shapes[target], dtype=dtype) for target in dict.fromkeys(piece.target for piece in pieces)}
     in_order = sorted(pieces, key=lambda piece: (tables[piece.key].file, tables[piece.key].offset))
-    console = Console(stderr=True)
-    for piece in track(in_order, "reading weights", console=console, transient=True, disable=not sys.stderr.isatty()):
-        tables[piece.key].rows(piece.part, piece.parts).read_into(piece.place(state[piece.target]))
+    for piece in with_bar(in_order, "reading weights"):
+        tables[piece.key].rows(piece.part, piece.parts).read_into(piece.view(state[piece.target]))
     return state

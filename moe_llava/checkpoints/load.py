@@ -1,7 +1,7 @@
 """Load a dense or sparse LLaVA folder with its processor, or report what is wrong with the folder.
 
-Unusual here: before a folder is loaded, its weights are loaded without their data. This costs no memory, and compares every name and
-shape, also where the load itself does not: of layers that it quantises or shards. So random weights are never used in silence.
+Unusual here: before a folder is loaded, its weights are loaded without their data. This costs no memory, and compares every name and shape,
+also of layers that are quantised or sharded, which the load itself does not compare. So random weights are never used silently.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.families import UNUSED
 from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
-from moe_llava.checkpoints.processors import complete_processor, with_portable_template
+from moe_llava.checkpoints.processors import complete_processor
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line, listed
 from moe_llava.model.modeling import FRESH
 
-# Settings of `from_pretrained` that say where and in what form weights are kept, which their names and shapes do not depend on.
-_KEEPING = ("dtype", "device_map", "quantization_config", "distributed_config")
+# Settings of `from_pretrained` that change neither the names nor the shapes of weights.
+_PLACEMENT = ("dtype", "device_map", "quantization_config", "distributed_config")
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -62,32 +63,44 @@ def check_weights(path: str | Path) -> None:
 
 def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaConfig, dict[str, Any]]:
     """Return (class, configuration, the settings that are no fields of it) of a folder or hub id."""
-    check_checkpoint(path)
+    fields = {key: value for key, value in settings.items() if key not in _PLACEMENT}
+    config, others = _read_config(path, return_unused_kwargs=True, **fields)
     generation = Path(path) / "generation_config.json"
     if generation.is_file():
-        read_json(generation)  # transformers passes over one that it cannot read, and answers would have no end
-    fields = {key: value for key, value in settings.items() if key not in _KEEPING}
+        read_json(generation)  # transformers ignores one that it cannot read, and answers would have no end
+    return (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)],
+        config,
+        others | {key: settings[key] for key in settings if key in _PLACEMENT},
+    )
+
+
+def load_config(path: str | Path) -> LlavaConfig:
+    """Return the configuration of a folder or hub id. Raises CheckpointError as `check_checkpoint` does."""
+    return _read_config(path)
+
+
+def _read_config(path: str | Path, **settings: Any) -> Any:
+    check_checkpoint(path)
     try:
-        config, others = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **fields)
+        return AutoConfig.from_pretrained(path, **settings)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
-    others |= {key: value for key, value in settings.items() if key in _KEEPING}
-    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config, others
 
 
 def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: str | None = None, **settings: Any) -> Any:
     """Return a model of `model_class`, with `config`, in evaluation mode, with all its weights from a folder or hub id.
 
     Args:
-        name: of the checkpoint, for errors.
-        fresh: what is in the names of weights that need not be stored.
+        name: that of the checkpoint, for errors.
+        fresh: part of the names of weights that need not be stored.
         settings: for `from_pretrained`.
 
     Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
     """
     try:
         if Path(path).is_dir():
-            others = {key: settings[key] for key in settings.keys() - set(_KEEPING)}
+            others = {key: settings[key] for key in settings.keys() - set(_PLACEMENT)}
             _check_without_data(model_class, Path(path), config, name, others, fresh)
         model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -99,8 +112,8 @@ def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fr
 
 
 def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: str | None = None) -> None:
-    """Raise CheckpointError unless the weights in `folder` are those that the model has. The shapes of quantised ones say nothing, so of
-    these only what is missing is found."""
+    """Raise CheckpointError unless the weights in `folder` are those of the model. Quantised weights have other shapes, so of these only
+    the missing ones are found."""
     try:
         tables = read_tables(find_weights(folder))
     except CheckpointError as error:
@@ -119,32 +132,32 @@ def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, 
 
 
 def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
-    """Return the names of the scales that bitsandbytes stores beside each quantised weight and that `tables` lacks."""
+    """Return the names of the scales that bitsandbytes stores beside quantised weights and that `tables` lacks."""
     four_bits = {f"{key}.absmax" for key, tensor in tables.items() if key.endswith(".weight") and tensor.dtype == torch.uint8}
     eight_bits = {f"{key.removesuffix('weight')}SCB" for key, tensor in tables.items() if tensor.dtype == torch.int8}
     return (four_bits | eight_bits) - tables.keys()
 
 
 def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: str | None = None) -> None:
-    """Raise CheckpointError unless `report`, of loading `model` with `output_loading_info`, says that every weight that is not `fresh` came
-    from the checkpoint `name`, and every weight of the checkpoint, of which `stored` may tell the shapes, was used."""
+    """Raise CheckpointError unless every weight of `model` that is not `fresh` came from the checkpoint `name`, and every weight of the
+    checkpoint was used. `report`: from loading with `output_loading_info`. `stored`: stored tensors, for their shapes."""
     missing = sorted(key for key in report["missing_keys"] if not (fresh and fresh in key))
     unexpected = [key for key in report["unexpected_keys"] if not any(pattern.fullmatch(key) for pattern in UNUSED.values())]
     if not (missing or unexpected or report["mismatched_keys"]):
         return
-    asked = model.state_dict()
-    problems = [f"missing: {key}" + (f" {list(asked[key].shape)}" if key in asked else "") for key in missing]
+    wanted = model.state_dict()
+    problems = [f"missing: {key}" + (f" {list(wanted[key].shape)}" if key in wanted else "") for key in missing]
     problems += [f"unexpected: {key}" + (f" {list(stored[key].shape)}" if key in stored else "") for key in sorted(unexpected)]
     problems += [
-        f"misshapen: {key} is {list(found)}, but the configuration asks for {list(wanted)}"
-        for key, found, wanted in sorted(report["mismatched_keys"])
+        f"misshapen: {key} is {list(found)}, but the configuration asks for {list(shape)}"
+        for key, found, shape in sorted(report["mismatched_keys"])
     ]
     raise CheckpointError(f"{name} does not hold the weights that its config.json describes:\n  {listed(problems)}")
 
 
 def _check_tied(model: Any, name: str) -> None:
-    """Raise CheckpointError if the checkpoint holds two different tables where the configuration has one. transformers would load both, but
-    what is made of the model would lose the second."""
+    """Raise CheckpointError if the configuration ties the head to the embedding table, but the checkpoint holds two different tables.
+    transformers would load both, but a model that is made from this one would lose the second."""
     head = model.get_output_embeddings()
     if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
         raise CheckpointError(
@@ -154,8 +167,8 @@ def _check_tied(model: Any, name: str) -> None:
 
 
 def load_processor(path: str | Path) -> Any:
-    """Return the processor of a folder or hub id. What an older one does not say is taken from the configuration; it pads on the left, as
-    generation needs it, and its chat template takes strings and lists of parts alike.
+    """Return the processor of a folder or hub id. Settings that an older one lacks are taken from the configuration; it pads on the left,
+    as generation requires, and its chat template takes strings and lists of parts alike.
 
     Raises CheckpointError as `check_checkpoint` does, if there is no processor, or one that does not fit the configuration.
     """
@@ -168,30 +181,18 @@ def load_processor(path: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(path)
         complete_processor(processor, config, path)
-        return with_portable_template(processor)
+        return processor
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
 
 
 def best_device() -> torch.device:
-    """The accelerator, if there is one."""
+    """Return the accelerator if there is one, otherwise the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_config(path: str | Path) -> LlavaConfig:
-    """The configuration of a folder or hub id. Raises CheckpointError as `check_checkpoint` does."""
-    check_checkpoint(path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
-
-
 def load_on_meta(path: str | Path) -> LlavaForConditionalGeneration:
-    """The model of a checkpoint without its weights: its structure, in no memory.
-
-    Raises CheckpointError as `check_checkpoint` does.
-    """
+    """Return the model of a checkpoint without its weights, in no memory. Raises CheckpointError as `check_checkpoint` does."""
     config = load_config(path)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)

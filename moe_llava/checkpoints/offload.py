@@ -1,13 +1,14 @@
-"""Experts beyond memory: a sparse model computes while most of its experts stay on disk or, beside a CUDA device, in CPU memory.
+"""Offload experts: a sparse model computes while most of its experts stay on disk or, with a CUDA device, in CPU memory.
 
 Unusual here:
-- Single experts come and go, not layers. One cache has room for some of them, whatever their layers.
-- The experts compute as ever without gradients, one after another: so results are those of the "eager" backend to the bit. Kernels
-  may round by where in memory a matrix begins, and so an expert is put at the same remainder of ALIGNMENT as in a model that
-  `from_pretrained` maps from its file.
-- Which experts will be needed next is told from what the router before chose, by running statistics. A wrong guess costs time alone.
-- The thread that runs the model keeps the books, and others only fill slots: so there is no lock. What these have not begun when it is
-  needed, the first reads itself.
+- Experts are cached one by one, not by layer. One cache has slots for some experts of all layers.
+- Experts compute one after another, as always without gradients, so results equal those of the "eager" backend bit by bit. Kernels may
+  round depending on the address of a matrix, so an expert is put at the same remainder of ALIGNMENT as in a model that `from_pretrained`
+  maps from its file.
+- The experts that will be needed next are predicted from the choices of the previous router, by running statistics. A wrong prediction only
+  costs time.
+- Only the thread that runs the model changes the cache; other threads fill slots. So there is no lock. If an expert is needed before a
+  reader has begun with it, the first thread reads it itself.
 
 Shapes: T tokens, K experts per token, S = T * K rows, E experts, L MoE layers, D width.
 """
@@ -19,7 +20,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,81 +31,74 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError
-from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.files import check_checkpoint, resolve
 from moe_llava.checkpoints.load import best_device, load_checkpoint
-from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables, shape_bytes
+from moe_llava.common.errors import CheckpointError
 from moe_llava.model import Experts
 
 ALIGNMENT = 64  # bytes
-LIKELY = 0.5  # what is less likely to be used is not fetched ahead
-READERS = 2  # threads: a disk gives two more than one
-MEMORY = 20  # forward passes, about, that the statistics go back
+LIKELY = 0.5  # the lowest probability of use with which an expert is prefetched
+READERS = 2  # threads: a disk serves two faster than one
+MEMORY = 20  # forward passes, about, that the statistics remember
 
-Key = tuple[int, int]  # the MoE layer, counted from 0, and the expert
+Key = tuple[int, int]  # the number of the MoE layer, from 0, and of the expert
 
 
 def load_offloaded(path: str | Path, keep: float) -> tuple[LlavaForConditionalGeneration, Any, ExpertCache]:
-    """(model on the best device, processor, cache) from a folder or hub id. The share `keep` of the experts has room on the device; all of
-    them stay in CPU memory or, if the device is the CPU, in the checkpoint's files.
+    """Return (model on the best device, processor, cache) from a folder or hub id. The device has slots for the share `keep` of the
+    experts; all of them stay in CPU memory or, if the device is the CPU, in the checkpoint's files.
 
     Raises CheckpointError as `check_checkpoint` does, ValueError as `offload_experts` does.
     """
     check_checkpoint(path, keep)
     device = best_device()
-    # Weights are mapped from their files: what nobody looks at is not read.
+    # Weights are mapped from their files, so those of experts are not read here.
     model, processor = load_checkpoint(path)
     return model, processor, offload_experts(model, keep, device, resolve(path, True) if device.type == "cpu" else None)
 
 
 def offload_experts(model: Any, keep: float, device: torch.device, folder: Path | None = None) -> ExpertCache:
-    """Takes the experts out of a sparse model on the CPU, and moves the rest of it to `device`. From then on it infers only, in one thread
-    at a time, and cannot be saved.
+    """Take the experts out of a sparse model on the CPU, and move the rest of it to `device`. The model can then be used for inference
+    only, in one thread at a time, and cannot be saved.
 
     Args:
-        keep: the share of all experts, above 0 and at most 1, that has room on the device.
-        folder: of the checkpoint that the model was loaded from, in whose files the experts stay; None: they stay in CPU memory.
+        keep: the share of all experts, above 0 and at most 1, that has slots on the device.
+        folder: that of the model's checkpoint, in whose files the experts stay; None to keep them in CPU memory.
 
-    Raises ValueError if `keep` has not room for two experts, if experts cannot go to that device, if they are adapted or quantised, or if
-    the checkpoint has them in another form.
+    Raises ValueError if `keep` is less than two experts, if the device is not supported, if experts are adapted or quantised, or if the
+    checkpoint stores them in another way.
     """
     mlps = model.model.sparse_mlps()
     total = len(mlps) * model.config.num_experts
     kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
     if kept < 2:
-        raise ValueError(f"{keep:g} of {total} experts are to be kept, but 2 to {total} must be: one computes while the next comes")
+        raise ValueError(f"{keep:g} of {total} experts are to be kept, but 2 to {total} must be: one computes while the next is fetched")
     if device.type not in (("cpu", "cuda") if folder is None else ("cpu",)):
         raise ValueError(f"experts go from CPU memory to a CUDA device, and from files to CPU memory, but not to {device} from {folder}")
     for index, mlp in mlps.items():
         if not isinstance(mlp.experts, Experts) or any("." in name for name, _ in mlp.experts.named_parameters()):
-            raise ValueError(f"the experts of layer {index} are adapted or quantised: only plain ones can be kept out of memory")
+            raise ValueError(f"the experts of layer {index} are adapted or quantised: only plain ones can be offloaded")
     with ExitStack() as opened:
         files = {file: opened.enter_context(file.open("rb")).fileno() for file in find_weights(folder)} if folder else {}
         tables = read_tables(files)
-        stacks: list[Stacks] = [
-            _in_files(mlp.experts, f"model.language_model.layers.{index}.mlp.experts.", tables, files)
-            if folder
-            else _in_memory(mlp.experts, device)
+        prefix = "model.language_model.layers.{}.mlp.experts."
+        stacks = [
+            _in_files(mlp.experts, prefix.format(index), tables, files) if folder else _in_memory(mlp.experts, device)
             for index, mlp in mlps.items()
         ]
         cache = ExpertCache(stacks, kept, model.config.num_experts, model.config.num_experts_per_tok, device)
         weakref.finalize(cache, opened.pop_all().close)
     for layer, mlp in enumerate(mlps.values()):
         mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))
-        mlp.experts.each = partial(_fetch, cache, layer)
+        mlp.experts.each = partial(cache.weights_of, layer)
         for name in stacks[layer]:
             delattr(mlp.experts, name)
     model.set_experts_implementation("eager")
     model.register_state_dict_pre_hook(_refuse_to_save)
-    model.save_pretrained = _refuse_to_save  # before it writes anything
+    model.save_pretrained = _refuse_to_save  # which would write files before it takes the state dict
     model.to(device)
     return cache
-
-
-def _fetch(cache: ExpertCache, layer: int) -> Callable[[int], dict[str, Tensor]]:
-    """In place of Experts.each: from an expert of the layer to its weights."""
-    return lambda expert: cache.fetched((layer, expert))
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -112,23 +106,29 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
 
 
 @dataclass(frozen=True)
-class FileStack:
-    """A stacked parameter [E, ...] in an open file: the same one, should another take its name."""
+class Stack:
+    """A stacked parameter [E, ...]."""
 
-    stored: StoredTensor
-    descriptor: int
+    stored: Any
 
     @property
-    def form(self) -> tuple[torch.Size, torch.dtype]:
-        """Of one expert's slice."""
+    def layout(self) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of one expert's slice."""
         return torch.Size(self.stored.shape[1:]), self.stored.dtype
 
+
+@dataclass(frozen=True)
+class FileStack(Stack):
+    """A stack in a file that stays open, and so the same if another file takes its name. `stored`: a StoredTensor."""
+
+    descriptor: int
+
     def begin(self, expert: int) -> int:
-        """Where a slice begins: in the file, and by the remainder of a page's size in memory that the file is mapped to."""
-        return self.stored.offset + expert * shape_bytes(*self.form)
+        """Return the offset of a slice in the file. It has the same remainder as the address of the slice in a mapped file."""
+        return self.stored.offset + expert * shape_bytes(*self.layout)
 
     def read(self, expert: int, out: Tensor) -> None:
-        """Raises CheckpointError if the file has become shorter."""
+        """Read an expert's slice. Raises CheckpointError if the file has become shorter."""
         view, offset = out.view(-1).view(torch.uint8).numpy().data, self.begin(expert)
         while view:
             count = os.preadv(self.descriptor, [view], offset)
@@ -137,15 +137,8 @@ class FileStack:
             view, offset = view[count:], offset + count
 
 
-@dataclass(frozen=True)
-class MemoryStack:
-    """A stacked parameter [E, ...] in CPU memory."""
-
-    stored: Tensor
-
-    @property
-    def form(self) -> tuple[torch.Size, torch.dtype]:
-        return self.stored.shape[1:], self.stored.dtype
+class MemoryStack(Stack):
+    """A stack in CPU memory. `stored`: a tensor."""
 
     def begin(self, expert: int) -> int:
         return self.stored[expert].data_ptr()
@@ -154,24 +147,25 @@ class MemoryStack:
         out.copy_(self.stored[expert], non_blocking=True)
 
 
-Stacks = dict[str, FileStack | MemoryStack]  # of a layer, by their names in its experts
+Stacks = dict[str, FileStack | MemoryStack]  # the stacked parameters of a layer, by their names in its experts
 
 
 def _in_memory(experts: Experts, device: torch.device) -> Stacks:
-    """Pinned if they are to travel: so they do while others compute."""
+    """Return the stacks of a layer in CPU memory, pinned for CUDA, so that copies run beside computations."""
     found = {name: parameter.detach() for name, parameter in experts.named_parameters()}
     return {name: MemoryStack(stored.pin_memory() if device.type == "cuda" else stored) for name, stored in found.items()}
 
 
 def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], files: dict[Path, int]) -> Stacks:
+    """Return the stacks of a layer in its checkpoint's files."""
     stacks: Stacks = {}
     for name, parameter in experts.named_parameters():
         stored = tables.get(prefix + name)
-        asked, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
-        if stored is None or stored.loaded is not None or found != asked:
+        wanted, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
+        if stored is None or stored.loaded is not None or found != wanted:
             raise ValueError(
-                f"the checkpoint must have {prefix}{name} as {asked}, in a plain run of bytes, but has {found}: experts are read as they "
-                "are stored. Load the whole model, or save it anew"
+                f"the checkpoint must have {prefix}{name} as {wanted}, in contiguous bytes, but has {found}: experts are read as they are "
+                "stored. Load the whole model, or save it again"
             )
         stacks[name] = FileStack(stored, files[stored.file])
     return stacks
@@ -179,8 +173,8 @@ def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], fi
 
 @dataclass
 class Counts:
-    """Of experts that a layer asked for: `hits` were there or on their way, `foreseen` of these because they were fetched ahead; `misses`
-    were not. `ahead`: how many were fetched ahead, of use or not. `bytes_read`: of all that was fetched."""
+    """Counts of the experts that layers needed: `hits` were in memory or being fetched, `foreseen` of these because they were prefetched,
+    and `misses` were neither. `ahead`: number of prefetched experts. `bytes_read`: bytes of all that was fetched."""
 
     hits: int = 0
     misses: int = 0
@@ -190,17 +184,17 @@ class Counts:
 
     def __str__(self) -> str:
         return (
-            f"experts asked for: {self.hits + self.misses:,}, in memory {self.hits:,}, of which fetched ahead {self.foreseen:,} "
+            f"experts needed: {self.hits + self.misses:,}, in memory {self.hits:,}, of which prefetched {self.foreseen:,} "
             f"(of {self.ahead:,}); read {self.bytes_read / 1e6:,.1f} MB"
         )
 
 
 class RouteStatistics:
-    """What the routers chose, as means over forward passes of which the last MEMORY count most.
+    """Running means of the routers' choices, dominated by the last MEMORY forward passes.
 
-    `used_LE`: how often a pass used an expert. `follows_LEE[l, i, j]`: of the tokens that chose i in the MoE layer before l, the share that
-    chose j in l. What comes before the first is the last one, of the pass before: there tokens are compared by their places in the batch.
-    Each pass counts once, however many tokens it has: the thousands of a prompt should not outweigh those that are written after it.
+    `used_LE`: the share of passes that used an expert. `follows_LEE[l, i, j]`: of the tokens that chose i in the MoE layer before l, the
+    share that chose j in l. The layer before the first is the last one in the pass before, whose tokens are matched by their position in
+    the batch. Each pass has the same weight, so that the thousands of tokens in a prompt do not outweigh decoding.
     """
 
     def __init__(self, layers: int, experts: int, top_k: int):
@@ -224,69 +218,69 @@ class RouteStatistics:
         self._before_TK = ids_TK
 
     def chances(self, layer: int) -> Tensor:
-        """[E]: how likely each expert of a layer is to be used by the tokens last observed, in the layer before. A token is as likely to
-        choose it as its choice there says that says most for it."""
+        """Return [E] probabilities that each expert of a layer is used by the tokens last observed, in the layer before. Of a token's
+        choices there, the one with the highest probability counts."""
         assert self._before_TK is not None
         chance_TE = self.follows_LEE[layer][self._before_TK].amax(1)
         return 1 - (1 - chance_TE).prod(0)
 
     def _chosen(self, ids_TK: Tensor) -> Tensor:
-        """[T, E], 1 where a token chose an expert."""
+        """Return [T, E], 1 for the experts that a token chose."""
         return F.one_hot(ids_TK, self.used_LE.shape[1]).sum(1).float()
 
 
 class Slot:
-    """Room for one expert: `weights` by their names, once `coming` is done. `ahead`: fetched ahead, and not used yet."""
+    """Memory for one expert: `weights` by their names, valid when `coming` is done. `ahead`: prefetched, and not used yet."""
 
     def __init__(self, num_bytes: int, device: torch.device):
         self.room = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.weights: dict[str, Tensor] = {}
         self.coming: Future[None] | None = None
         self.ahead = False
-        self.left = torch.cuda.Event() if device.type == "cuda" else None  # the computations with what was here before
+        self.left = torch.cuda.Event() if device.type == "cuda" else None  # the computations with the expert before
 
     def lay_out(self, stacks: Stacks, expert: int) -> None:
-        """Makes `weights` views of the room, each at the remainder of ALIGNMENT that its slice begins at."""
+        """Make `weights` views of the memory, each at the same remainder of ALIGNMENT as its slice."""
         end = 0
         for name, stack in stacks.items():
-            shape, dtype = stack.form
+            shape, dtype = stack.layout
             begin = end + (stack.begin(expert) - self.room.data_ptr() - end) % ALIGNMENT
             end = begin + shape_bytes(shape, dtype)
             self.weights[name] = self.room[begin:end].view(dtype).view(shape)
 
 
 class ExpertCache:
-    """Room for `kept` experts of all layers. The one whose next use is furthest off makes room for another: layers follow each other, and
-    an expert that passes use with probability p is used by every 1/p-th."""
+    """Slots for `kept` experts of all layers. The expert whose next use is expected last is evicted: layers follow each other, and an
+    expert that a pass uses with probability p is used every 1/p passes."""
 
     def __init__(self, stacks: list[Stacks], kept: int, experts: int, top_k: int, device: torch.device):
         self.counts = Counts()
         self.likely = LIKELY
         self.statistics = RouteStatistics(len(stacks), experts, top_k)
         self.stacks = stacks
-        self._sizes = [sum(shape_bytes(*stack.form) for stack in layer.values()) for layer in stacks]
+        self._sizes = [sum(shape_bytes(*stack.layout) for stack in layer.values()) for layer in stacks]
         largest = max(self._sizes) + ALIGNMENT * len(stacks[0])
         self._free = [Slot(largest, device) for _ in range(kept)]
         self._slots: dict[Key, Slot] = {}
-        self._layer = 0  # that computes
-        self._awaited: set[int] = set()  # its experts that have yet to compute
-        self._chances: list[list[float]] = []  # [L][E]: of being used when a layer's turn comes
+        self._layer = 0  # the layer that computes
+        self._awaited: set[int] = set()  # its experts that have not computed yet
+        self._chances: list[list[float]] = []  # [L][E]: the probability of use in the next pass of a layer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(READERS, "experts")
 
     @torch.compiler.disable
     def expect(self, layer: int, experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Called before a layer's experts compute, with their arguments: begins to fetch those that they need, and those that the next
-        layer is likely to need.
+        """Begin to fetch the experts that a layer needs, and those that the next layer is likely to need. This is a hook before the experts
+        compute, with their arguments.
 
-        Raises ValueError if gradients are not switched off, or another backend was asked for.
+        Raises ValueError if gradients are enabled, or another backend is set.
         """
         if experts.config._experts_implementation != "eager":
-            raise ValueError(f"experts that are not in memory compute by the backend eager, not {experts.config._experts_implementation}")
+            raise ValueError(f"offloaded experts compute with the backend eager, not {experts.config._experts_implementation}")
         if torch.is_grad_enabled():
             raise ValueError(
-                "experts that are not in memory have no gradient: load the whole model to train it, or to take the gradient of its inputs; "
-                "otherwise ask it under torch.no_grad()"
+                "offloaded experts have no gradient: load the whole model to train it, or for the gradient of its inputs; otherwise run it "
+                "under torch.no_grad()"
             )
         ids_TK = arguments[1].cpu()
         self.statistics.observe(layer, ids_TK)
@@ -304,14 +298,18 @@ class ExpertCache:
                 self._slots[key].ahead = True
                 self.counts.ahead += 1
 
+    def weights_of(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
+        """Return a function from an expert of a layer to its weights, in place of `Experts.each`."""
+        return lambda expert: self.fetched((layer, expert))
+
     def fetched(self, key: Key) -> dict[str, Tensor]:
-        """The weights of an expert that computes now; waits for them."""
+        """Wait for the weights of an expert that computes now, and return them."""
         self._awaited.discard(key[1])
         if key not in self._slots:
-            self._fetch(key, -1.0)  # there was no room while others were awaited
+            self._fetch(key, -1.0)  # no slot was free while other experts were awaited
         slot = self._slots[key]
         if slot.coming is not None:
-            # Free until it is whole: what could not be read is tried again.
+            # The slot counts as free until it is filled, so that a failed read is tried again.
             self._free.append(self._slots.pop(key))
             if slot.coming.cancel():
                 self._fill(slot, key)
@@ -322,7 +320,7 @@ class ExpertCache:
         return slot.weights
 
     def settle(self) -> None:
-        """Returns when nothing is being fetched any more."""
+        """Wait until nothing is being fetched."""
         wait([slot.coming for slot in self._slots.values() if slot.coming is not None])
 
     def _ask(self, key: Key) -> None:
@@ -336,7 +334,7 @@ class ExpertCache:
         slot.ahead = False
 
     def _fetch(self, key: Key, due: float) -> bool:
-        """Begins to fetch an expert, unless that would take the room of one that is due as soon as `due`."""
+        """Begin to fetch an expert, and return True; or False, if that would evict one that is due as early as `due`."""
         if not self._free:
             last = max(self._slots, key=self._due)
             if self._due(last) <= due:
@@ -350,7 +348,7 @@ class ExpertCache:
         return True
 
     def _empty(self, key: Key) -> None:
-        """Frees a slot that nobody writes to any more, and that says when nobody reads it any more."""
+        """Free a slot once no reader writes to it, and record the computations that still use it."""
         slot = self._slots.pop(key)
         if slot.coming is not None:
             if slot.coming.cancel():
@@ -362,7 +360,7 @@ class ExpertCache:
         self._free.append(slot)
 
     def _due(self, key: Key) -> float:
-        """After how many layers an expert is expected to be used; 0 if the layer that computes awaits it."""
+        """Return the number of layers after which an expert is expected to be used; 0 if the layer that computes awaits it."""
         layer, expert = key
         if layer == self._layer and expert in self._awaited:
             return 0.0
@@ -371,17 +369,13 @@ class ExpertCache:
 
     @torch.inference_mode()
     def _fill(self, slot: Slot, key: Key) -> None:
-        """In any of the threads."""
+        """Read an expert into a slot, in any thread. On CUDA, copies run beside computations, but after those with the slot's last
+        expert."""
         layer, expert = key
-        with self._copying(slot):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if self._stream is not None and slot.left is not None:
+                self._stream.wait_event(slot.left)
             for name, stack in self.stacks[layer].items():
                 stack.read(expert, slot.weights[name])
             if self._stream is not None:
                 self._stream.synchronize()
-
-    def _copying(self, slot: Slot) -> AbstractContextManager[Any]:
-        """On CUDA, copies go beside what computes, but after what still computes with the slot's expert before."""
-        if self._stream is None or slot.left is None:
-            return nullcontext()
-        self._stream.wait_event(slot.left)
-        return torch.cuda.stream(self._stream)

@@ -1,4 +1,4 @@
-"""Processors: a tower's preprocessing and a tokenizer, put together for a LLaVA."""
+"""Build the processor of a LLaVA from a tower's preprocessing and a tokenizer, and complete those of older checkpoints."""
 
 from __future__ import annotations
 
@@ -7,34 +7,30 @@ from typing import Any
 
 from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.families import TOWERS
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.common.errors import CheckpointError
 from moe_llava.data.answers import end_of_turn
-from moe_llava.data.portable import portable
-from moe_llava.data.rendering import own_template
+from moe_llava.data.rendering import make_portable, own_template
 from moe_llava.data.templates import IMAGE_TOKEN, TEMPLATES, chat_template
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor
 
-# What tells how many placeholders an image gets.
+# They determine the number of placeholders of an image.
 FEATURE_SETTINGS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
 def image_processor(tower: str, pad: bool) -> LlavaImageProcessorPil:
-    """The preprocessing of a tower (folder or hub id); with `pad`, after padding to a square with the tower's mean colour.
+    """Return the preprocessing of a tower (folder or hub id); with `pad`, images are first padded to a square with the tower's mean colour.
 
-    Raises CheckpointError if the tower comes without it.
+    Raises CheckpointError if the tower has none.
     """
     try:
         settings, _ = LlavaImageProcessorPil.get_image_processor_dict(tower)
     except OSError as error:
         raise CheckpointError(f"the vision tower {tower} has no preprocessor_config.json") from error
-    return LlavaImageProcessorPil.from_pretrained(
-        tower,
-        do_pad=pad,
-        do_center_crop=settings.get("do_center_crop", False),  # SigLIP's file does not mention it
-    )
+    crop = settings.get("do_center_crop", False)  # SigLIP's file does not mention it
+    return LlavaImageProcessorPil.from_pretrained(tower, do_pad=pad, do_center_crop=crop)
 
 
 def make_processor(
@@ -45,69 +41,67 @@ def make_processor(
     source: str,
     image: str = IMAGE_TOKEN,
 ) -> LlavaProcessor:
-    """Images and text to the inputs of a model with `config`.
+    """Return the processor for a model with `config`.
 
     Args:
-        template: the conversation form of its chat template, a key of TEMPLATES; None keeps the tokenizer's own.
-        source: where the tokenizer is from, for errors.
-        image: what stands for an image in a text of that form.
+        template: its chat template, a key of TEMPLATES; None for the tokenizer's own.
+        source: the tokenizer's folder, for errors.
+        image: the text of an image in that template.
 
-    Raises CheckpointError if the tokenizer does not know what ends an answer in that form, or has no chat template of its own.
+    Raises CheckpointError if the tokenizer does not know what ends an answer in that template, or has no chat template of its own.
     """
     if template is not None and TEMPLATES[template].end.strip() not in tokenizer.get_vocab():
         raise CheckpointError(
-            f"the tokenizer in {source} does not know {TEMPLATES[template].end}, which ends an answer in the conversation form {template!r}"
+            f"the tokenizer in {source} does not know {TEMPLATES[template].end}, which ends an answer in the chat template {template!r}"
         )
     if template is None and not tokenizer.chat_template:
-        raise CheckpointError(f"the tokenizer in {source} has no chat template: name a conversation form, one of {', '.join(TEMPLATES)}")
-    jinja = portable(own_template(tokenizer) if template is None else chat_template(template, image), tokenizer, IMAGE_TOKEN)
-    image_token_id = config.image_token_id
-    if isinstance(config, MoeLlavaConfig):
-        image_token_id = max(image_token_id, highest_id(tokenizer) + 1)
-    tokenizer = add_placeholder(tokenizer, image_token_id, jinja)
-    arguments: dict[str, Any] = {
-        "image_processor": images,
-        "tokenizer": tokenizer,
-        "patch_size": config.vision_config.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": extra_tokens(config.vision_config),
-        "chat_template": tokenizer.chat_template,
-    }
-    return MoeLlavaProcessor(**arguments) if isinstance(config, MoeLlavaConfig) else LlavaProcessor(**arguments)
+        raise CheckpointError(f"the tokenizer in {source} has no chat template: name one of {', '.join(TEMPLATES)}")
+    jinja = make_portable(own_template(tokenizer) if template is None else chat_template(template, image), tokenizer, IMAGE_TOKEN)
+    sparse, image_token_id = isinstance(config, MoeLlavaConfig), config.image_token_id
+    tokenizer = add_placeholder(tokenizer, max(image_token_id, highest_id(tokenizer) + 1) if sparse else image_token_id, jinja)
+    return (MoeLlavaProcessor if sparse else LlavaProcessor)(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=extra_tokens(config.vision_config),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def complete_processor(processor: Any, config: LlavaConfig, path: str | Path) -> None:
-    """Take from `config` what the files of a LlavaProcessor, loaded from `path`, do not say, and make its tokenizer pad on the left.
+    """Take from `config` what the files in `path` of a LlavaProcessor lack, and make its tokenizer pad on the left and its chat template
+    take strings and lists of parts.
 
-    Raises CheckpointError if that cannot be known, or if what the files say gives an image other features than the model makes.
+    Raises CheckpointError if something is unknown, or if an image would get another number of placeholders than the model has features.
     """
     tokenizer = processor.tokenizer
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is among the latter is saved
-    if not isinstance(processor, LlavaProcessor):
-        return
-    said, _ = type(processor).get_processor_dict(path)
-    _complete_features(processor, config, said)
-    if said.get("image_token") is None and processor.image_token not in tokenizer.get_vocab():
-        token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        if token is None:
-            raise CheckpointError(
-                f"it does not say its image_token, and no token has the image_token_id {config.image_token_id} of config.json"
-            )
-        processor.image_token, processor.image_token_id = token, config.image_token_id
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
+    if isinstance(processor, LlavaProcessor):
+        stored, _ = type(processor).get_processor_dict(path)
+        _complete_features(processor, config, stored)
+        if stored.get("image_token") is None and processor.image_token not in tokenizer.get_vocab():
+            token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+            if token is None:
+                raise CheckpointError(f"it lacks image_token, and no token has the image_token_id {config.image_token_id} of config.json")
+            processor.image_token, processor.image_token_id = token, config.image_token_id
+    source = processor if processor.chat_template else tokenizer
+    if source.chat_template:
+        processor.chat_template = tokenizer.chat_template = make_portable(own_template(source), tokenizer, processor.image_token)
 
 
-def _complete_features(processor: LlavaProcessor, config: LlavaConfig, said: dict[str, Any]) -> None:
-    """The same for the settings that tell how many placeholders an image gets. Only of the known towers, the configuration tells them."""
+def _complete_features(processor: LlavaProcessor, config: LlavaConfig, stored: dict[str, Any]) -> None:
+    """Take the FEATURE_SETTINGS from the configuration, which has them for the known towers."""
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    lacking = [name for name in FEATURE_SETTINGS if said.get(name) is None]
+    missing = [name for name in FEATURE_SETTINGS if stored.get(name) is None]
     if vision.model_type not in TOWERS:
-        if lacking:
-            raise CheckpointError(f"it does not say {', '.join(lacking)}, and a tower of the type {vision.model_type!r} is not known")
+        if missing:
+            raise CheckpointError(f"it lacks {', '.join(missing)}, and a tower of the type {vision.model_type!r} is not known")
         return
-    if lacking:
-        lacking.append("num_additional_image_tokens")  # of which older versions wrote their default, 0, and never asked for it
+    if missing:
+        missing.append("num_additional_image_tokens")  # older versions wrote their default, 0, without using it
     for name, value in zip(FEATURE_SETTINGS, (vision.patch_size, strategy, extra_tokens(vision)), strict=True):
-        if name in lacking:
+        if name in missing:
             setattr(processor, name, value)
     number = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     if (processor.patch_size, number) != (vision.patch_size, extra_tokens(vision) - (strategy == "default")):
@@ -118,20 +112,11 @@ def _complete_features(processor: LlavaProcessor, config: LlavaConfig, said: dic
         )
 
 
-def with_portable_template(processor: LlavaProcessor) -> LlavaProcessor:
-    """The same processor, whose chat template takes strings and lists of parts, in the processor and in its tokenizer."""
-    source = processor if processor.chat_template else processor.tokenizer
-    if source.chat_template:
-        jinja = portable(own_template(source), processor.tokenizer, processor.image_token)
-        processor.chat_template = processor.tokenizer.chat_template = jinja
-    return processor
-
-
 def set_token_ids(
     generation: GenerationConfig, config: LlavaConfig, processor: LlavaProcessor, template: str | None, vocab_size: int
 ) -> None:
-    """Which ids end an answer (the tokenizer's end of text, and what ends an answer in the form `template`, or in the processor's chat
-    template), pad, and are never generated. `vocab_size`: of the language model as it was published."""
+    """Set the ids that end an answer, that pad, and that are never generated. An answer ends with the tokenizer's end of text, or with what
+    ends it in the chat template, named or the processor's. `vocab_size`: that of the language model as it was published."""
     tokenizer = processor.tokenizer
     end = end_of_turn(tokenizer, tokenizer.chat_template) if template is None else TEMPLATES[template].end
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(end.strip())} - {None}

@@ -1,14 +1,13 @@
-"""Weight files of a checkpoint: safetensors or PyTorch pickles, single or sharded.
+"""The weight files of a checkpoint: safetensors or PyTorch pickles, single or sharded.
 
-Unusual here: nothing is loaded to look at a file. Both formats store a tensor as one run of bytes, so a table of names, shapes and
-offsets is read first, and each tensor later goes straight from the file into the memory that will keep it. So a conversion needs little
-more memory than the weights it makes. Pickles are read with `weights_only=True` alone, which runs no code.
+Unusual here: files are inspected without loading them. Both formats store a tensor as contiguous bytes. So a table of names, shapes and
+offsets is read first, and each tensor is later read from the file straight into the memory that will keep it. A conversion needs little
+more memory than its weights. Pickles are read with `weights_only=True`, which runs no code.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable
@@ -16,20 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
 from moe_llava.checkpoints.files import check_pointers, read_json
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line
 
-# A folder's weights are the first of these that it has, in the order of transformers. An index names the shards.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-PROJECTOR_FILE = "mm_projector.bin"  # what stage I of the original code leaves
+# The weights of a folder are in the first of these files that it has, in the order of transformers. An index names the shards.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -49,7 +44,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: contiguous, at `offset` bytes; or `loaded` already, where the file's form allows nothing else."""
+    """A contiguous tensor in a file, at `offset` bytes; or `loaded` already, if the file's layout allows nothing else."""
 
     file: Path
     shape: tuple[int, ...]
@@ -58,15 +53,14 @@ class StoredTensor:
     loaded: Tensor | None = None
 
     def rows(self, part: int, parts: int) -> StoredTensor:
-        """One of `parts` equal runs of rows."""
-        count = self.shape[0] // parts
+        """Return one of `parts` equal runs of rows."""
+        shape = (self.shape[0] // parts, *self.shape[1:])
         if self.loaded is not None:
-            return replace(self, shape=(count, *self.shape[1:]), loaded=self.loaded[part * count : (part + 1) * count])
-        shape = (count, *self.shape[1:])
+            return replace(self, shape=shape, loaded=self.loaded.chunk(parts)[part])
         return replace(self, shape=shape, offset=self.offset + part * shape_bytes(shape, self.dtype))
 
     def read_into(self, out: Tensor) -> None:
-        """Copies the values into `out`, which has the same shape, is contiguous, and may have another dtype.
+        """Copy the values into `out`, which has the same shape, is contiguous, and may have another dtype.
 
         Raises CheckpointError if the file ends before the tensor does.
         """
@@ -74,54 +68,45 @@ class StoredTensor:
             out.copy_(self.loaded)
             return
         target = out if out.dtype == self.dtype else torch.empty(self.shape, dtype=self.dtype)
-        if target.numel():
-            view = target.view(-1).view(torch.uint8).numpy().data
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                done = 0
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.file} is truncated: it ends {len(view) - done} bytes before a tensor does")
-                    done += count
+        view = target.view(-1).view(torch.uint8).numpy().data
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise CheckpointError(f"{self.file} is truncated: it ends {len(view)} bytes before a tensor does")
         if target is not out:
             out.copy_(target)
 
 
 def shape_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the number of bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The weight files of `folder`, shards in order.
+    """Return the weight files of `folder`, shards in order.
 
-    Raises CheckpointError if there are none, if a shard that the index names is missing, or if Git LFS left pointers in their place.
+    Raises CheckpointError if there are none, if a shard that the index names is missing, or if some are pointers of Git LFS.
     """
-    files = _weight_files(folder)
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+    files = [folder / name]
+    if name.endswith(".index.json"):
+        weight_map = read_json(folder / name).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / name} must hold a `weight_map` from tensors to files")
+        files = [folder / shard for shard in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
+            raise CheckpointError(f"{folder / name} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
     check_pointers(files)
     return files
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
-        file = folder / name
-        if not file.is_file():
-            continue
-        if not name.endswith(".index.json"):
-            return [file]
-        weight_map = read_json(file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{file} must hold a `weight_map` from tensors to files")
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing or not shards:
-            raise CheckpointError(f"{file} names shards that {folder} does not have: {', '.join(missing) or 'none at all'}")
-        return [folder / shard for shard in shards]
-    raise CheckpointError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
-
-
 def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Name -> where it lies, over all `files`.
+    """Return name -> tensor of all `files`.
 
     Raises CheckpointError, naming the file, if one is damaged, holds code, or repeats a name of another.
     """
@@ -136,7 +121,7 @@ def read_tables(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def weights_digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of the tensors in `files`: of names, types, shapes and values, however they are shared out among files."""
+    """Return the SHA-256 of the names, types, shapes and values of the tensors in `files`, however they are distributed among files."""
     digest = hashlib.sha256()
     for name, stored in sorted(read_tables(files).items()):
         values = torch.empty(stored.shape, dtype=stored.dtype)
@@ -147,56 +132,38 @@ def weights_digest(files: Iterable[Path]) -> str:
 
 
 def _safetensors_table(file: Path) -> dict[str, StoredTensor]:
-    """Eight bytes of length, a JSON header of that length, then the tensors (the safetensors format)."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file} is truncated: its header of {length} bytes does not fit into {size}")
-        try:
-            header = json.loads(opened.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is no safetensors file: {error}") from error
-    start = 8 + length
     try:
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: its header says no dtype, shape and offsets for every tensor") from error
-    table = {}
-    for name, (dtype, shape, begin, end) in entries.items():
+        with safe_open(file, "pt") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            entries = [(name, tuple(found.get_shape()), found.get_dtype()) for name, found in slices]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated, or no safetensors file: {error}") from error
+    for name, _, dtype in entries:
         if dtype not in _DTYPES:
             raise CheckpointError(f"{file} stores {name} as {dtype}, but must store one of {', '.join(_DTYPES)}")
-        if start + end > size:
-            raise CheckpointError(f"{file} is truncated: {name} ends at byte {start + end}, the file at {size}")
-        stored = StoredTensor(file, shape, _DTYPES[dtype], start + begin)
-        if end - begin != shape_bytes(stored.shape, stored.dtype):
-            raise CheckpointError(f"{file} is damaged: {name} has {end - begin} bytes, which its shape {stored.shape} does not")
-        table[name] = stored
+    # The file ends with the tensors, without gaps, in the order of their offsets.
+    offset = file.stat().st_size - sum(shape_bytes(shape, _DTYPES[dtype]) for _, shape, dtype in entries)
+    table = {}
+    for name, shape, dtype in entries:
+        table[name] = StoredTensor(file, shape, _DTYPES[dtype], offset)
+        offset += shape_bytes(shape, _DTYPES[dtype])
     return table
 
 
 def _pickle_table(file: Path) -> dict[str, StoredTensor]:
-    """Under FakeTensorMode torch reads a pickle without its tensors, and notes where in the file each one lies."""
-    with FakeTensorMode():
-        tensors = _load_pickle(file)
+    with FakeTensorMode():  # reads a pickle without its tensors, and records the offset of each storage in the file
+        fakes = _load_pickle(file)
+    starts = {name: getattr(fake.untyped_storage(), "_checkpoint_offset", None) for name, fake in fakes.items()}
     plain = zipfile.is_zipfile(file) and all(entry.compress_type == zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist())
-    if plain and all(tensor.is_contiguous() and _storage_offset(tensor) is not None for tensor in tensors.values()):
-        return {name: StoredTensor(file, tuple(t.shape), t.dtype, offset=_offset(t)) for name, t in tensors.items()}
-    # Files of PyTorch before 1.6, compressed ones, and transposed tensors: no plain runs of bytes.
+    if plain and all(fake.is_contiguous() and starts[name] is not None for name, fake in fakes.items()):
+        offsets = {name: (starts[name] or 0) + int(fake.storage_offset()) * fake.dtype.itemsize for name, fake in fakes.items()}
+        return {name: StoredTensor(file, tuple(fake.shape), fake.dtype, offsets[name]) for name, fake in fakes.items()}
+    # Files of PyTorch before 1.6, compressed ones, and transposed tensors are not contiguous bytes.
     return {name: StoredTensor(file, tuple(t.shape), t.dtype, loaded=t.detach()) for name, t in _load_pickle(file).items()}
 
 
-def _storage_offset(tensor: Tensor) -> int | None:
-    """Where in its file a fake tensor's storage begins."""
-    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-
-
-def _offset(tensor: Tensor) -> int:
-    return (_storage_offset(tensor) or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
-
-
 def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, and nothing else: `weights_only` refuses what could run."""
+    """Return tensors by name. `weights_only` refuses what could run code."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

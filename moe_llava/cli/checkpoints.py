@@ -62,7 +62,7 @@ def convert(
     """Turns a published checkpoint, sparse or of stage I or II, into one that this package and transformers load."""
     with user_errors():
         with heavy_imports():
-            from moe_llava.checkpoints.convert import convert as run
+            from moe_llava.checkpoints.published import convert as run
 
         for line in [*run(published, out, vision_towers, language_model), f"written to {out}"]:
             print(line)

@@ -20,7 +20,7 @@ def check(
     data: Annotated[Path, typer.Argument(help="a JSON list, JSON lines, or a folder of `datasets`")],
     images: Annotated[Path, typer.Option(help="folder that its image names are relative to")] = Path("."),
     model: Annotated[str | None, typer.Option(help="a LLaVA, a language model or a tokenizer, to count tokens with")] = None,
-    template: Annotated[str | None, typer.Option(help="a conversation form, such as phi or plain; default: the tokenizer's own")] = None,
+    template: Annotated[str | None, typer.Option(help="a chat template, such as phi or plain; default: the tokenizer's own")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens beyond which a record is cut")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="to tell how much of a batch would be padding")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -42,7 +42,7 @@ def check(
         "problems": len(report.problems),
     }
     if tokenizer is not None:
-        counts |= {"tokens": sum(report.lengths), "learnt": report.learnt, "cut": report.cut, "padding": report.padding(batch_size)}
+        counts |= {"tokens": sum(report.lengths), "learnt": report.targets, "cut": report.cut, "padding": report.padding(batch_size)}
     if as_json:
         print(json.dumps(counts | {"problems": report.problems, "lengths": report.histogram()}))
     else:

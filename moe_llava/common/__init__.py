@@ -1,1 +1,1 @@
-"""What every room uses. Imports nothing else of the package, and neither torch nor transformers."""
+"""Helpers for every room. They import neither another room, nor torch, nor transformers."""

@@ -1,4 +1,4 @@
-"""Open an image: the one way for training, evaluation, chat and server."""
+"""Open an image, in the same way for training, evaluation, chat and server."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moe_llava.common.errors import DataError
 
-# Preprocessing pads an image to a square, or enlarges it until its shorter side has a given length. Its memory grows with the square of the
-# longer side in the first case, with the ratio of the sides in the second. So both have a bound.
+# Preprocessing pads an image to a square, or enlarges it until its shorter side has a given length. The memory of the first grows with the
+# square of the longer side, that of the second with the ratio of the sides. So both are limited.
 MOST_RATIO = 200
-MOST_SIDE = 6144  # pixels: photographs of 24 megapixels keep each of theirs
+MOST_SIDE = 6144  # pixels: photographs of 24 megapixels keep their size
 
-# What Pillow may raise for a file that is damaged or hostile.
+# Errors that Pillow may raise for a damaged or hostile file.
 BROKEN = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
     *(struct.error, Image.DecompressionBombError),
 )
 
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes
-ORIENTATION = 0x0112  # the tag of EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,14 +35,16 @@ TURNS = {
 
 
 class ImageSource(Protocol):
-    """An image that is no file of its own; its name is what `str` gives."""
+    """An image that is no file of its own. `str` gives its name."""
 
     def open(self) -> BinaryIO: ...
 
 
 def open_image(image: Path | ImageSource, source: str, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Decode an image to RGB as `to_rgb` does; of one of `formats`, as Pillow names them, where they are given. Raises DataError, naming
-    `source`, if that cannot be done."""
+    """Return an image in RGB, as `to_rgb` does. `formats`: Pillow's names of the formats that are accepted, None for all.
+
+    Raises DataError, naming `source`, if the image is missing or cannot be decoded.
+    """
     try:
         with image.open("rb") if isinstance(image, Path) else image.open() as file, Image.open(file, formats=formats) as opened:
             return to_rgb(opened)
@@ -61,31 +62,31 @@ def missing_image(source: str, image: Path | ImageSource) -> DataError:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image as viewers show it, in RGB: upright by its EXIF orientation, transparency on white, 16 bits scaled to 8, the
-    first frame of an animation. The longer side becomes at most MOST_SIDE.
+    """Return an opened image in RGB as viewers show it: upright by its EXIF orientation, transparency on white, 16 bits scaled to 8, the
+    first frame of an animation. An image with a longer side than MOST_SIDE is reduced to that.
 
-    Raises ValueError if its pixels have no defined range, or one side is more than MOST_RATIO times the other.
+    Raises ValueError if the range of its pixels is undefined, or one side is more than MOST_RATIO times the other.
     """
     check_shape(image.size)
     stored = _stored_as(image)
     image.load()
     _scale_key(image, stored)
-    turn = TURNS.get(_orientation(image))  # asked after loading: a TIFF turns itself then
+    turn = TURNS.get(_orientation(image))  # after loading, because Pillow turns a TIFF itself then
     rgb = _without_alpha(_with_eight_bits(image, stored))
     rgb = rgb if turn is None else rgb.transpose(turn)
-    rgb.info.clear()  # nothing there is true any more: not the orientation, not the transparency
+    rgb.info.clear()  # orientation and transparency no longer apply
     size = fitting(rgb.size)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
 
 
 def check_shape(size: tuple[int, int]) -> None:
-    """Raises ValueError if one side is more than MOST_RATIO times the other."""
+    """Raise ValueError if one side is more than MOST_RATIO times the other."""
     if max(size) > MOST_RATIO * min(size):
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, but one side may be at most {MOST_RATIO} times the other")
 
 
 def fitting(size: tuple[int, int]) -> tuple[int, int]:
-    """The size to which `to_rgb` makes an image of `size` smaller."""
+    """Return the size of an image of `size` after `to_rgb`."""
     longest = max(size)
     if longest <= MOST_SIDE:
         return size
@@ -93,14 +94,14 @@ def fitting(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _stored_as(image: Image.Image) -> str:
-    """Pillow's raw mode: how the file of an image that is not loaded yet stores a pixel. Empty if that is unknown."""
+    """Return Pillow's raw mode of an image that is not loaded yet: how its file stores a pixel. Empty if that is unknown."""
     tiles = getattr(image, "tile", None)
     settings: Any = tiles[0][3] if tiles else ""
     return str(settings[0] if isinstance(settings, tuple) and settings else settings)
 
 
 def _scale_key(image: Image.Image, stored: str) -> None:
-    """Bring the transparent value of a PNG without alpha to the 8 bits of the loaded pixels, which Pillow does for one bit only."""
+    """Scale the transparent value of a PNG without alpha to the 8 bits of the loaded pixels. Pillow does so for one bit only."""
     key = image.info.get("transparency")
     if stored in ("L;2", "L;4") and isinstance(key, int):
         image.info["transparency"] = key * 255 // (2 ** int(stored[-1]) - 1)
@@ -110,17 +111,17 @@ def _scale_key(image: Image.Image, stored: str) -> None:
 
 def _orientation(image: Image.Image) -> Any:
     try:
-        return image.getexif().get(ORIENTATION)
-    except BROKEN:  # damaged EXIF says nothing; viewers show the picture as it is stored
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except BROKEN:  # with damaged EXIF, viewers show the image as it is stored
         return None
 
 
 def _with_eight_bits(image: Image.Image, stored: str) -> Image.Image:
-    """An image of 16-bit grey in 8 bits; its transparent value becomes white. Others stay as they are.
+    """Return an image of 16-bit grey in 8 bits, its transparent value in white; and other images unchanged.
 
-    Raises ValueError for numbers of which nothing says what is black and what is white.
+    Raises ValueError for pixel types that do not define black and white.
     """
-    # Of files with 32-bit integers, these two hold 16 bits.
+    # PNG and PPM files that are loaded as 32-bit integers hold 16 bits.
     if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in ("PNG", "PPM")):
         if image.mode in ("I", "F"):
             kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
@@ -135,8 +136,8 @@ def _with_eight_bits(image: Image.Image, stored: str) -> Image.Image:
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
-    """A copy in RGB, transparency on white."""
-    # The colours of a palette may have alpha, too.
+    """Return a copy in RGB, transparency on white."""
+    # The colours of a palette may also have alpha.
     if image.mode != "P" and image.mode not in ALPHA and "transparency" not in image.info:
         return image.convert("RGB")
     colours = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

@@ -1,4 +1,4 @@
-"""LLaVA records: reading and checking them, conversation forms, token ids and labels, batches."""
+"""From records to batches: files, chat templates, token ids and labels."""
 
 from moe_llava.data.encode import encode_record
 

@@ -1,13 +1,13 @@
-"""Find the answers in what a chat template makes of a conversation: what is learnt, and no more.
+"""Find the answers in what a chat template renders: the targets of training.
 
-A template may mark its answers with `{% generation %}` blocks, or not; change white space around a text; write what belongs to no turn.
-Nothing here knows a template by name.
+A template may or may not mark its answers with `{% generation %}` blocks, change white space around a text, or write what belongs to no
+turn. Nothing here knows a template by name.
 
 Unusual here:
-- Without blocks, answers are found by rendering the conversation a second time with a mark in the place of each answer: what stands between
-  the marks is not an answer, whatever the answers say.
-- What ends a turn is read from a short conversation: the first special token after an answer, or, where there is none, what follows it.
-- Questions are handed to a tokenizer's own template as parts, as in chat, server and evaluation, so that what is learnt is what is asked.
+- Without blocks, answers are found by rendering the conversation a second time with a mark in place of each answer. The text between the
+  marks is not an answer, whatever the answers say.
+- The end of a turn is read from a short conversation: the first special token after an answer or, without one, all that follows it.
+- Questions are given to a tokenizer's own template as parts, as in chat, server and evaluation, so that training sees the same prompts.
 """
 
 from __future__ import annotations
@@ -17,35 +17,38 @@ from functools import lru_cache
 from typing import Any
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.portable import portable
 from moe_llava.data.records import IMAGE_TOKEN, content_parts
-from moe_llava.data.rendering import MARK, Message, Span, adds_beginning, own_template, rendered, special_tokens
+from moe_llava.data.rendering import MARK, Message, Span, adds_bos, make_portable, own_template, run_template, special_tokens
 from moe_llava.data.templates import TEMPLATES, chat_template
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOT_BY_TURNS = (
-    "the tokenizer's chat template does not add turn to turn, and has no {% generation %} blocks, so its answers cannot be told from the "
-    f"rest: name one of {', '.join(TEMPLATES)}"
+    "the tokenizer's chat template does not add turn to turn, and has no {% generation %} blocks, so its answers cannot be found: "
+    f"name one of {', '.join(TEMPLATES)}"
 )
 
 
 def render(messages: list[Message], tokenizer: Any, template: str | None, has_images: bool = False) -> tuple[str, list[Span]]:
-    """Return the text of a conversation, and the [start, end) of each answer in it: the answer and what ends its turn, and nothing after
-    that. An empty answer is not one of them. With `has_images`, `<image>` in a question means one, and becomes `placeholder`.
+    """Return the text of a conversation, and [start, end) of each answer in it: the answer and what ends its turn, nothing after that.
+    Empty answers are left out. With `has_images`, `<image>` in a question is an image, and rendered as `placeholder`.
 
     Raises DataError if the tokenizer has no chat template, or one that refuses the messages or does not build a conversation turn by turn.
     """
     if template is not None:
-        begin = "" if adds_beginning(tokenizer) else tokenizer.bos_token or ""
-        return rendered(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token=begin)
-    jinja, special = _portable(tokenizer, own_template(tokenizer)), special_tokens(tokenizer)
+        bos = "" if adds_bos(tokenizer) else tokenizer.bos_token or ""
+        return run_template(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token=bos)
+    special = special_tokens(tokenizer)
+    jinja = make_portable(own_template(tokenizer), tokenizer, placeholder(tokenizer, None))
     messages = [
-        message if message["role"] == "assistant" else message | {"content": _parts(message["content"], has_images)} for message in messages
+        message
+        if message["role"] == "assistant"
+        else message | {"content": content_parts(message["content"], has_images and IMAGE_TOKEN in message["content"])}
+        for message in messages
     ]
     end = end_of_turn(tokenizer, jinja)
     if not _GENERATION.search(jinja):
         return _render_with_marks(messages, jinja, special, end)
-    text, blocks = rendered(messages, jinja, return_assistant_tokens_mask=True, **special)
+    text, blocks = run_template(messages, jinja, return_assistant_tokens_mask=True, **special)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if len(answers) == len(blocks):
         blocks = [block for block, answer in zip(blocks, answers, strict=True) if answer]
@@ -53,36 +56,27 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, has_im
 
 
 def placeholder(tokenizer: Any, template: str | None) -> str:
-    """Return what stands for an image in a rendered text."""
+    """Return the text of an image in a rendered conversation."""
     return IMAGE_TOKEN if template is not None else getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
 
 
-@lru_cache(maxsize=8)
-def _portable(tokenizer: Any, jinja: str) -> str:
-    return portable(jinja, tokenizer, placeholder(tokenizer, None))
-
-
-def _parts(text: str, has_images: bool) -> list[dict[str, str]]:
-    return content_parts(text) if has_images and IMAGE_TOKEN in text else [{"type": "text", "text": text}]
-
-
 def check_template(tokenizer: Any, template: str | None) -> None:
-    """Raises DataError if the answers of a conversation in this template cannot be told from the rest."""
+    """Raise DataError if the answers of a conversation in this chat template cannot be found."""
     render([{"role": role, "content": "x"} for role in ("user", "assistant") * 2], tokenizer, template)
 
 
 @lru_cache(maxsize=8)
 def end_of_turn(tokenizer: Any, jinja: str) -> str:
-    """Return what ends an answer in a chat template, "" if nothing does or the template has no place for an answer."""
+    """Return what ends an answer in a chat template: "" if nothing does, or if the template renders no answers."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-    _, _, rest = rendered(turns, jinja, **special_tokens(tokenizer))[0].partition(MARK)
+    _, _, rest = run_template(turns, jinja, **special_tokens(tokenizer))[0].partition(MARK)
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     ends = [rest.index(token) + len(token) for token in tokens if token in rest]
     return rest[: min(ends)] if ends else rest.rstrip() or rest
 
 
 def _with_end(text: str, low: int, high: int, end: str) -> Span:
-    """A block that ends where its turn does: it may hold more than the turn, or leave out what ends it."""
+    """Return the span of a block up to the end of its turn: the block may hold more than the turn, or leave out what ends it."""
     inside = text.rfind(end, low, high) if end else -1
     if inside >= 0 and not text[inside + len(end) : high].strip():
         return low, inside + len(end)
@@ -90,11 +84,11 @@ def _with_end(text: str, low: int, high: int, end: str) -> Span:
 
 
 def _render_with_marks(messages: list[Message], jinja: str, special: dict[str, str], end: str) -> tuple[str, list[Span]]:
-    """As `render`, of a template without blocks. An answer begins where the prompt for it ends."""
-    whole, _ = rendered(messages, jinja, **special)
+    """Do the same as `render` for a template without blocks. An answer begins at the end of the prompt for it."""
+    whole, _ = run_template(messages, jinja, **special)
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant" and message["content"]]
     marked = [message | {"content": MARK} if index in indices else message for index, message in enumerate(messages)]
-    first, *others = rendered(marked, jinja, **special)[0].split(MARK)
+    first, *others = run_template(marked, jinja, **special)[0].split(MARK)
     if len(others) != len(indices) or not whole.startswith(first):
         raise DataError(_NOT_BY_TURNS)
     at, answers = len(first), []
@@ -102,7 +96,7 @@ def _render_with_marks(messages: list[Message], jinja: str, special: dict[str, s
         content = messages[index]["content"]
         variants = (content, content.strip(), content.rstrip(), content.lstrip())  # templates trim
         answer = next((variant for variant in variants if whole.startswith(variant + after, at)), None)
-        prompt, _ = rendered(messages[:index], jinja, add_generation_prompt=True, **special)
+        prompt, _ = run_template(messages[:index], jinja, add_generation_prompt=True, **special)
         if answer is None or len(prompt) > at or not whole.startswith(prompt):
             raise DataError(_NOT_BY_TURNS)
         stop = at + len(answer)

@@ -1,22 +1,23 @@
-"""From records to batches: token ids, label masks, pixels.
+"""From records to batches: token ids, labels, pixels, and the order of an epoch.
 
-A record that cannot be read is handed on as what is wrong with it, under "problem", and "problems" of a batch: it is for the trainer to
-stop or to go on without it, in whatever process it was read.
+A record that cannot be read is passed on as its problem, under "problem" of an item and "problems" of a batch, whatever process read it.
+The trainer decides whether to stop.
 
 Shapes: B rows, S sequence, N images of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
@@ -24,12 +25,15 @@ from moe_llava.data.answers import check_template
 from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within
 from moe_llava.data.records import Record
 
+POOL = 64  # random batches that are sorted by length together: enough for little padding, few enough to stay random
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
+
 
 class ConversationDataset(Dataset):
     """Records as model inputs: `input_ids` and `labels` [S], `pixel_values` [images, 3, H, W] (absent without images).
 
-    Labels are the answers, their end token included. `template` is a conversation form, None the tokenizer's own. What comes after
-    `max_length` tokens is cut off.
+    Labels are the answers, including their end tokens. `template`: a chat template, a key of TEMPLATES; None for the tokenizer's own. Items
+    are cut after `max_length` tokens.
     """
 
     def __init__(self, records: Sequence[Record], processor: Any, template: str | None = None, max_length: int | None = None):
@@ -65,7 +69,7 @@ class ConversationDataset(Dataset):
 
 
 def image_tokens(processor: Any, pixel_values: Tensor) -> int:
-    """Placeholders per image: patches, plus the tower's extra tokens, less the class token where the features leave it out."""
+    """Return the number of placeholders of an image: its patches and the tower's extra tokens, less a class token that is left out."""
     height, width = pixel_values.shape[-2:]
     number = (height // processor.patch_size) * (width // processor.patch_size) + processor.num_additional_image_tokens
     return number - (processor.vision_feature_select_strategy == "default")
@@ -73,10 +77,10 @@ def image_tokens(processor: Any, pixel_values: Tensor) -> int:
 
 @dataclass(frozen=True)
 class EmptyImage:
-    """Stands in a batch of text alone, where no token sees it: so the projector takes part in every step, in every process. Without it a
-    process without images would keep its neighbours waiting for the projector's gradients.
+    """An image for a batch of text alone, which no token sees. With it the projector takes part in every step of every process; otherwise a
+    process without images would keep the others waiting for the projector's gradients.
 
-    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`, as many as any image has: the processor brings all to one size.
+    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`, as many as any image has: the processor resizes all to one size.
     """
 
     pixels: Tensor
@@ -89,8 +93,8 @@ class EmptyImage:
         return cls(pixels, image_tokens(processor, pixels), processor.image_token_id)
 
     def add_to(self, batch: dict[str, Tensor]) -> None:
-        """Puts it after the end of the first row, outside the labels, and outside the attention mask, or as one more packed sample: that
-        has no attention mask, so a `token_mask` tells the routers' losses and capacities of it."""
+        """Append the image to the first row, outside labels and attention mask. A packed batch has no attention mask: there it is one more
+        sample, and a `token_mask` excludes it from the routers' losses and capacities."""
         rows = batch["input_ids"].shape[0]
         if "position_ids" in batch:
             batch["token_mask"] = torch.ones_like(batch["input_ids"])
@@ -103,13 +107,10 @@ class EmptyImage:
         batch["pixel_values"] = self.pixels
 
 
-_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
-
-
 @dataclass(frozen=True)
 class Collator:
-    """Pads to the longest row on the right; or, `packed`, puts all samples into one row, where each has positions of its own. transformers
-    tells them apart by these, and lets none attend to another. `empty_image` goes into batches that have none."""
+    """Pad items on the right to the longest row. With `packed`, put all samples into one row instead, each with positions of its own, by
+    which transformers keeps their attention apart. `empty_image` is added to batches without images."""
 
     pad_token_id: int
     empty_image: EmptyImage | None = None
@@ -117,7 +118,7 @@ class Collator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [item["problem"] for item in items if "problem" in item]
-        # Where nothing is left, a token that is not learnt keeps the step in step with other processes.
+        # If nothing is left, one token without a label keeps this process in step with the others.
         nothing = {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([IGNORE_INDEX])}
         items = [item for item in items if "problem" not in item] or [nothing]
         batch: dict[str, Any] = self._pack(items) if self.packed else self._pad(items)
@@ -140,10 +141,53 @@ class Collator:
     def _pack(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
         labels = [item["labels"].clone() for item in items]
         for sample in labels:
-            sample[0] = IGNORE_INDEX  # what comes before it belongs to another sample
+            sample[0] = IGNORE_INDEX  # the token before it belongs to another sample
         return {
             "input_ids": torch.cat([item["input_ids"] for item in items])[None],
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([torch.arange(len(item["labels"])) for item in items])[None],
-            "use_cache": False,  # with a cache transformers does not look at the positions
+            "use_cache": False,  # with a cache, transformers ignores the positions
         }
+
+
+class GroupedSampler(Sampler[int]):
+    """Sample batches of one modality and similar length, in random order: little padding, and no process with images waits for one without.
+
+    The records of a step depend on `seed` and the epoch alone, so a run can be resumed in the middle of an epoch, also with another number
+    of processes. Records that fill no batch of their own, fewer than two batches, come at the end of an epoch.
+
+    `lengths` [N] of the records, in any unit; `has_image` [N] bool; `batch_size` of a step, of which each of `processes` computes
+    `per_device` at once.
+    """
+
+    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, batch_size: int, per_device: int, processes: int, seed: int):
+        self.lengths, self.has_image = lengths, has_image
+        self.batch_size, self.per_device, self.processes, self.seed = batch_size, per_device, processes, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        size = self.batch_size
+        batches, rest = [], []
+        for modality in (True, False):
+            group = order[self.has_image[order] == modality]
+            for start in range(0, len(group), POOL * size):
+                pool = self._longest_first(group[start : start + POOL * size])
+                whole = len(pool) // size * size
+                batches += np.split(pool[:whole], whole // size) if whole else []
+                rest.append(pool[whole:])
+        random.shuffle(batches)
+        for batch in batches:
+            # Neighbours in length go to different processes, so that none gets all the long ones.
+            yield from batch.reshape(-1, self.per_device, self.processes).transpose(0, 2, 1).ravel().tolist()
+        yield from self._longest_first(np.concatenate(rest)).tolist()
+
+    def _longest_first(self, indices: np.ndarray) -> np.ndarray:
+        return indices[np.argsort(-self.lengths[indices], kind="stable")]

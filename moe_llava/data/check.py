@@ -1,7 +1,4 @@
-"""Looks through a data file before it is trained on: every problem by record, the lengths, what padding would cost.
-
-Shapes: none; lengths are tokens.
-"""
+"""Check a data file before training: every problem by record, the lengths of records, and the cost of padding. Lengths are in tokens."""
 
 from __future__ import annotations
 
@@ -10,20 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
+from moe_llava.common.progress import with_bar
 from moe_llava.data.encode import encode_within
 from moe_llava.data.files import read_items
-from moe_llava.data.records import IMAGE_TOKEN, Record, parse_record
+from moe_llava.data.records import IMAGE_TOKEN, parse_record
 
 
 @dataclass
 class Report:
-    """`image_as_text`: records without an image whose text has `<image>`. `problems`: (where, what). `lengths`: of each sound record,
-    in tokens, with its images. `cut`: how many of them the limit cuts. Lengths and cuts need a tokenizer."""
+    """The result of `check_data`. Without a tokenizer there are no lengths, targets and cuts.
+
+    `image_as_text`: number of records without an image whose text has `<image>`. `problems`: a line for each. `lengths`: of each valid
+    record, with its images. `targets`: number of tokens to train on. `cut`: number of records that the limit cuts.
+    """
 
     records: int = 0
     images: int = 0
@@ -31,19 +29,19 @@ class Report:
     image_as_text: int = 0
     problems: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    learnt: int = 0
+    targets: int = 0
     cut: int = 0
 
     def histogram(self) -> dict[str, int]:
-        """Records by length, in powers of two."""
+        """Return the number of records by length, in powers of two."""
         counts = Counter((length - 1).bit_length() for length in self.lengths)
         return {f"{2 ** (power - 1) + 1}-{2**power}" if power else "1": counts[power] for power in sorted(counts)}
 
     def padding(self, batch_size: int) -> float:
-        """The share of a batch that is padding, if batches of `batch_size` are drawn in the file's order."""
+        """Return the share of padding in batches of `batch_size` that are drawn in the file's order."""
         batches = [self.lengths[start : start + batch_size] for start in range(0, len(self.lengths), batch_size)]
-        places = sum(max(batch) * len(batch) for batch in batches)
-        return 1 - sum(self.lengths) / places if places else 0.0
+        size = sum(max(batch) * len(batch) for batch in batches)
+        return 1 - sum(self.lengths) / size if size else 0.0
 
 
 def check_data(
@@ -54,18 +52,16 @@ def check_data(
     image_tokens: int = 1,
     max_length: int | None = None,
 ) -> Report:
-    """Reads every record and decodes every image once.
+    """Read every record, decode every image once, and return a Report.
 
     Args:
-        tokenizer: to count tokens with, and to see that there is something to learn; without it, neither is done.
-        template, image_tokens: as `encode_record`.
-        max_length: tokens beyond which a record is cut.
+        tokenizer: counts tokens, and finds records without targets; None leaves both out.
+        template, image_tokens, max_length: as for `encode_within`.
 
     Raises DataError only if the file itself cannot be read.
     """
     report, seen = Report(), set()
-    console = Console(stderr=True)
-    for source, item in track(read_items(file), "checking", console=console, transient=True, disable=not console.is_terminal):
+    for source, item in with_bar(read_items(file), "checking"):
         report.records += 1
         try:
             record = parse_record(source, item, Path(images))
@@ -74,17 +70,13 @@ def check_data(
                     seen.add(path)
                     open_image(path, source)
             if tokenizer is not None:
-                _measure(report, record, tokenizer, template, image_tokens, max_length)
+                encoded, was_cut = encode_within(record, tokenizer, template, image_tokens, max_length)
+                report.cut += was_cut
+                report.lengths.append(len(encoded["labels"]))
+                report.targets += sum(label >= 0 for label in encoded["labels"])
             report.text_only += not record.images
             report.image_as_text += not record.images and any(IMAGE_TOKEN in text for turn in record.turns for text in turn)
         except DataError as error:
             report.problems.append(str(error))
     report.images = len(seen)
     return report
-
-
-def _measure(report: Report, record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> None:
-    kept, was_cut = encode_within(record, tokenizer, template, image_tokens, max_length)
-    report.cut += was_cut
-    report.lengths.append(len(kept["labels"]))
-    report.learnt += sum(label >= 0 for label in kept["labels"])

@@ -1,4 +1,4 @@
-"""One conversation, and the rules that it has to keep. Two forms of records:
+"""One conversation, and the rules for it. A record follows one of two schemas:
 
 {"id": "7", "image": "7.png", "conversations": [{"from": "human", "value": "<image>\\nWhere?"}, {"from": "gpt", "value": "here"}]}
 {"id": "7", "images": ["7.png"], "messages": [{"role": "user", "content": "<image>\\nWhere?"}, {"role": "assistant", "content": "here"}]}
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.folders import IMAGE_KEYS, StoredImage
+from moe_llava.data.files import IMAGE_KEYS, StoredImage
 
 IMAGE_TOKEN = "<image>"
 MEDIA_KEYS = ("video", "videos", "video_path", "audio", "audios", "audio_path", "speech")
-NO_NAME = ("", "none", "null", "nan")  # what stands for no file name in tables that became JSON
+NO_NAME = ("", "none", "null", "nan")  # stand for a missing file name in tables that were converted to JSON
 # A placeholder of another medium. With its end tag, or in backquotes, it is HTML that the text is about.
 _MEDIA = re.compile(r"(?<!`)<(video|audio|speech)>(?!`)", re.IGNORECASE)
 # key of the turns, (key of a turn's role, of its text), the roles
-FORMS = (
+SCHEMAS = (
     ("conversations", ("from", "value"), ("human", "gpt")),
     ("messages", ("role", "content"), ("user", "assistant")),
 )
@@ -31,29 +31,33 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `source` says where it stands, for messages; `extra` holds the keys that are not LLaVA's own; `system` is the
-    system prompt, empty for that of the conversation form."""
+    """One conversation.
+
+    `source`: file and record, for messages. `turns`: (question, answer). `extra`: the keys that are not LLaVA's own. `system`: the system
+    prompt, empty for that of the chat template.
+    """
 
     source: str
-    turns: tuple[tuple[str, str], ...]  # (human, answer)
+    turns: tuple[tuple[str, str], ...]
     images: tuple[Path | StoredImage, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     system: str = ""
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation in the form that transformers' chat templates take."""
+        """Return the conversation as transformers' chat templates take it."""
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for question, answer in self.turns:
-            parts = content_parts(question) if self.images else [{"type": "text", "text": question}]
-            messages.append({"role": "user", "content": parts})
+            messages.append({"role": "user", "content": content_parts(question, bool(self.images))})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
 
 
-def content_parts(text: str) -> list[dict[str, str]]:
-    """Cuts a human turn at its `<image>` placeholders."""
+def content_parts(text: str, has_images: bool = True) -> list[dict[str, str]]:
+    """Split a question at its `<image>` placeholders. Without images it is one part, unchanged."""
+    if not has_images:
+        return [{"type": "text", "text": text}]
     parts: list[dict[str, str]] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
         if index:
@@ -64,12 +68,12 @@ def content_parts(text: str) -> list[dict[str, str]]:
 
 
 def parse_record(source: str, item: Any, images: Path) -> Record:
-    """Whether its images exist is not looked at. `item` is what `read_items` gives: a DataError where nothing could be read.
+    """Return the Record of an item of `read_items`. Image names are relative to `images`; whether the files exist is not checked.
 
-    An answer may be empty, a question at the end have none, and an answer before the first question is dropped, as in the original code.
-    `<image>` is text in a record that names no image.
+    As in the original code, an answer may be empty, the last question may have no answer, and an answer before the first question is
+    dropped. `<image>` is text in a record that names no image.
 
-    Raises DataError, naming `source` and the rule, for the first thing wrong with a record.
+    Raises DataError, naming `source` and the rule, for the first rule that the record breaks, or if `item` is a DataError.
     """
     if isinstance(item, DataError):
         raise item
@@ -80,27 +84,27 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
     if not all(isinstance(name, (str, StoredImage)) and not _is_empty(name) for name in names):
         found = names[0] if len(names) == 1 else names
         raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(found)[:60]}")
-    has_images = bool(names) or any(item.get(key) not in (None, []) for key in IMAGE_KEYS)  # a name may be there, and empty
-    system, values = _turns(source, item, has_images)
+    has_images = bool(names) or any(item.get(key) not in (None, []) for key in IMAGE_KEYS)  # an empty name counts here
+    system, values = _parse_turns(source, item, has_images)
     if not "".join([system, *values]).isascii():
         check_characters(source, [system, *values])
     number = sum(value.count(IMAGE_TOKEN) for value in values)
     if has_images and number != len(names):
         raise DataError(f"found {number} image tokens in {source} but {len(names)} images")
-    places = tuple(images / name if isinstance(name, str) else name for name in names)
     turns = tuple(zip(values[::2], values[1::2], strict=True))
-    known = {key for key, *_ in FORMS} | {*IMAGE_KEYS, "system"}
-    return Record(source, turns, places, {key: value for key, value in item.items() if key not in known}, system)
+    files = tuple(images / name if isinstance(name, str) else name for name in names)
+    known = {key for key, *_ in SCHEMAS} | {*IMAGE_KEYS, "system"}
+    return Record(source, turns, files, {key: value for key, value in item.items() if key not in known}, system)
 
 
 def image_names(item: Mapping[str, Any]) -> list[Any]:
-    """Return what a record has as images, of its first key that is not empty."""
+    """Return the images under the first image key of a record that is not empty."""
     names: Any = next((item[key] for key in IMAGE_KEYS if not _is_empty(item.get(key))), [])
     return names if isinstance(names, list) else [names]
 
 
 def check_media(source: str, item: Mapping[str, Any]) -> None:
-    """Raises DataError, naming `source`, if a record has a video or audio, which nothing here reads."""
+    """Raise DataError, naming `source`, if a record has a video or audio."""
     for key in MEDIA_KEYS:
         if key in item and not _is_empty(item[key]):
             raise DataError(f"{source} has {str(item[key])[:60]} as {key!r}, but models here read text and images alone")
@@ -109,11 +113,11 @@ def check_media(source: str, item: Mapping[str, Any]) -> None:
 def _is_empty(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_empty, value))
-    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in NO_NAME)
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in NO_NAME)  # NaN is not itself
 
 
 def check_characters(source: str, texts: list[str]) -> None:
-    """Raises DataError, naming `source`, if a text holds what no tokenizer can read."""
+    """Raise DataError, naming `source`, if a text holds half a surrogate pair, which no tokenizer takes."""
     for text in texts:
         try:
             text.encode()
@@ -121,9 +125,9 @@ def check_characters(source: str, texts: list[str]) -> None:
             raise DataError(f"{source} holds half of a character, {text[error.start : error.end]!a}, which is no text") from error
 
 
-def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, list[str]]:
-    """(system prompt, texts of a record, questions and answers in turn)."""
-    for key, (role_key, text_key), roles in FORMS:
+def _parse_turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, list[str]]:
+    """Return (system prompt, texts of questions and answers in turn) of a record."""
+    for key, (role_key, text_key), roles in SCHEMAS:
         if key not in item:
             continue
         system, turns = split_system(item, item[key], role_key, text_key)
@@ -135,41 +139,35 @@ def _turns(source: str, item: dict[str, Any], has_images: bool) -> tuple[str, li
         values = []
         for number, turn in enumerate(turns[begin:]):
             role, text = role_and_text(turn, role_key, text_key)
-            place = f"turn {number + begin} of {source}"
+            name = f"turn {number + begin} of {source}"
             if role != roles[number % 2] or text is None:
-                raise DataError(f"{place} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
+                raise DataError(f"{name} must be a text from {roles[number % 2]!r}, but is {str(turn)[:60]}")
             if number % 2 and has_images and IMAGE_TOKEN in text:
-                raise DataError(f"{place} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
-            if number % 2 == 0:
-                _check_media_text(place, text)
+                raise DataError(f"{name} is an answer with {IMAGE_TOKEN}, which only human turns may hold")
+            medium = _MEDIA.search(text) if number % 2 == 0 and "<" in text else None
+            if medium and f"</{medium[1].lower()}>" not in text.lower():
+                raise DataError(f"{name} has {medium[0]}, but models here read text and images alone")
             values.append(text)
         return system, values + [""] * (len(values) % 2)
     raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
 
 
-def _check_media_text(place: str, text: str) -> None:
-    found = _MEDIA.search(text) if "<" in text else None
-    if found and f"</{found[1].lower()}>" not in text.lower():
-        raise DataError(f"{place} has {found[0]}, but models here read text and images alone")
-
-
 def split_system(item: Any, turns: Any, role_key: str, text_key: str) -> tuple[Any, Any]:
-    """(system prompt, the other turns): the first turn may be one, or the record have it as `system`."""
-    system = item.get("system") or ""
+    """Return (system prompt, other turns) of a record. The system prompt is the first turn, or the key `system`."""
     if isinstance(turns, list) and turns:
         role, text = role_and_text(turns[0], role_key, text_key)
         if role == "system":
             return text, turns[1:]
-    return system, turns
+    return item.get("system") or "", turns
 
 
 def role_and_text(turn: Any, role_key: str, text_key: str) -> tuple[Any, str | None]:
-    """Who says what in a turn; None for what it does not say."""
-    return (turn.get(role_key), text_of(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
+    """Return the role and the text of a turn, each None if it is missing."""
+    return (turn.get(role_key), _text_of(turn.get(text_key))) if isinstance(turn, dict) else (None, None)
 
 
-def text_of(content: Any) -> str | None:
-    """A turn's text, of a string or of parts, which stand on lines of their own; None of anything else."""
+def _text_of(content: Any) -> str | None:
+    """Return the text of a turn's content, a string or parts, which are put on lines of their own; None for anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -1,11 +1,11 @@
-"""The conversation forms of the published models, as data, and as chat templates.
+"""The chat templates of the published models, as data.
 
     A chat between ... questions. USER: <image>
     What is this? ASSISTANT: A cat.<|endoftext|>USER: Sure? ASSISTANT: Yes.<|endoftext|>
 
-Most of them read so; they differ in what ends an answer, and in whether the beginning-of-sequence token comes first. "llama_2" is Llama
-2's own form, "llama_3" and "gemma" are those of Llama 3 and of Gemma 1 to 3; "chatml" is that of many models since, here without a default
-system prompt, because some tokenizers' own template cannot be built turn by turn; "plain", of stage I, is an image and its caption.
+Most of them render this; they differ in what ends an answer, and in whether a beginning-of-sequence token comes first. "llama_2", "llama_3"
+and "gemma" are those of Llama 2, of Llama 3, and of Gemma 1 to 3. "chatml" is that of many newer models, without a default system prompt,
+because some tokenizers' own cannot be rendered turn by turn. "plain", for stage I, is an image and its caption.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
 LLAMA_2_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
@@ -29,9 +27,8 @@ LLAMA_2_SYSTEM = (
     "If you don't know the answer to a question, please don't share false information."
 )
 
-# A message is a string, or parts; parts stand on lines of their own, an image as its placeholder. What a model learns to say is marked:
-# the space before an answer belongs to it, because most tokenizers join it to the first word. An empty answer is none: the original
-# code writes neither the space nor the end.
+# In the templates below, words in capitals are replaced by `chat_template`.
+# The content of a message is a string, or parts, each on a line of its own, with a placeholder for an image.
 _TEXT = (
     "{%- macro text(content) -%}"
     "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
@@ -39,79 +36,67 @@ _TEXT = (
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
 )
-_TWO = _TEXT + (
-    "{{- BOS -}}"
-    "{%- if messages[0]['role'] == 'system' -%}{{- text(messages[0]['content']) -}}{%- else -%}{{- SYSTEM -}}{%- endif -%}{{- ' ' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- 'USER: ' + text(message['content']) + ' ASSISTANT:' -}}"
-    "{%- elif message['role'] == 'assistant' and text(message['content']) -%}"
-    "{%- generation -%}{{- ' ' + text(message['content']) + END -}}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+_SYSTEM_PROMPT = "{%- set system = text(messages[0]['content']) if messages[0]['role'] == 'system' else SYSTEM -%}"
+_WITHOUT_SYSTEM = "{%- set messages = messages | selectattr('role', 'in', ['user', 'assistant']) | list -%}"
+
+
+def _each_message(question: str, answer: str, after: str = "''") -> str:
+    """Return a loop over messages that renders the Jinja expression `question` for each, but for answers `answer`, which is marked, and
+    then `after`. `content` in them is the text of the message. As in the original code, nothing is rendered for an empty answer.
+
+    The space before an answer belongs in `answer`, because most tokenizers join it to the first word.
+    """
+    return (
+        "{%- for message in messages -%}{%- set content = text(message['content']) -%}"
+        f"{{%- if message['role'] != 'assistant' -%}}{{{{- {question} -}}}}"
+        f"{{%- elif content -%}}{{%- generation -%}}{{{{- {answer} -}}}}{{%- endgeneration -%}}{{{{- {after} -}}}}{{%- endif -%}}"
+        "{%- endfor -%}"
+    )
+
+
+_USER_AND_ASSISTANT = f"{_TEXT}{{{{- BOS -}}}}{_SYSTEM_PROMPT}{_WITHOUT_SYSTEM}{{{{- system + ' ' -}}}}" + _each_message(
+    "'USER: ' + content + ' ASSISTANT:'", "' ' + content + END"
 )
-_LLAMA_2 = _TEXT + (
-    "{{- BOS -}}"
-    "{%- set system = text(messages[0]['content']) if messages[0]['role'] == 'system' else SYSTEM -%}"
-    "{%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{%- if not loop.first -%}{{- '<s>' -}}{%- endif -%}{{- '[INST] ' -}}"
-    "{%- if loop.first -%}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' -}}{%- endif -%}"
-    "{{- text(message['content']) + ' [/INST]' -}}"
-    "{%- elif text(message['content']) -%}"
-    "{%- generation -%}{{- ' ' + text(message['content']) + END -}}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+_LLAMA_2 = f"{_TEXT}{{{{- BOS -}}}}{_SYSTEM_PROMPT}{_WITHOUT_SYSTEM}" + _each_message(
+    "('[INST] <<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first else '<s>[INST] ') + content + ' [/INST]'", "' ' + content + END"
 )
 _PLAIN = _TEXT + (
     "{{- IMAGE -}}{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
     "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}"
     "{%- endif -%}{%- endfor -%}"
 )
-# Gemma 3's: Gemma 1 and 2 write the same, and refuse a system prompt, which Gemma 3 puts before the first question.
-_GEMMA = _TEXT + (
-    "{{- BOS -}}"
+# Gemma 3 puts a system prompt before the first question. Gemma 1 and 2 refuse one, and render the rest in the same way.
+_GEMMA = (
+    f"{_TEXT}{{{{- BOS -}}}}"
     "{%- set system = text(messages[0]['content']) + '\n\n' if messages[0]['role'] == 'system' else '' -%}"
-    "{%- for message in messages | rejectattr('role', 'equalto', 'system') -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- '<start_of_turn>user\n' + (system if loop.first else '') + text(message['content']) | trim + END + '\n' -}}"
-    "{{- '<start_of_turn>model\n' -}}"
-    "{%- elif text(message['content']) -%}"
-    "{%- generation -%}{{- text(message['content']) | trim + END -}}{%- endgeneration -%}{{- '\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+    + _WITHOUT_SYSTEM
+    + _each_message(
+        "'<start_of_turn>user\n' + (system if loop.first else '') + content | trim + END + '\n<start_of_turn>model\n'",
+        "content | trim + END",
+        "'\n'",
+    )
 )
-_LLAMA_3 = _TEXT + (
-    "{{- BOS -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] != 'assistant' -%}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + text(message['content']) | trim + END -}}"
-    "{%- if message['role'] == 'user' -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"
-    "{%- elif text(message['content']) -%}"
-    "{%- generation -%}{{- text(message['content']) | trim + END -}}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+_LLAMA_3 = f"{_TEXT}{{{{- BOS -}}}}" + _each_message(
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + content | trim + END"
+    " + ('<|start_header_id|>assistant<|end_header_id|>\n\n' if message['role'] == 'user' else '')",
+    "content | trim + END",
 )
-_CHATML = _TEXT + (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] != 'assistant' -%}"
-    "{{- '<|im_start|>' + message['role'] + '\n' + text(message['content']) + END + '\n' -}}"
-    "{%- if message['role'] == 'user' -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-    "{%- elif text(message['content']) -%}"
-    "{%- generation -%}{{- text(message['content']) + END -}}{%- endgeneration -%}{{- '\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+_CHATML = _TEXT + _each_message(
+    "'<|im_start|>' + message['role'] + '\n' + content + END + '\n' + ('<|im_start|>assistant\n' if message['role'] == 'user' else '')",
+    "content + END",
+    "'\n'",
 )
 
 
 @dataclass(frozen=True)
 class Template:
-    """`end`: what ends an answer. `bos`: whether the tokenizer's beginning-of-sequence token comes first."""
+    """`end`: what ends an answer. `bos`: whether the tokenizer's beginning-of-sequence token comes first. `system`: the default system
+    prompt."""
 
     end: str
     bos: bool = False
     system: str = SYSTEM
-    jinja: str = _TWO
+    jinja: str = _USER_AND_ASSISTANT
 
 
 TEMPLATES = {
@@ -131,15 +116,9 @@ TEMPLATES = {
 
 
 def chat_template(name: str, image: str = IMAGE_TOKEN) -> str:
-    """The Jinja template of a conversation form, for tokenizers and processors; `image` is what stands for an image."""
+    """Return a template of TEMPLATES in Jinja, for tokenizers and processors. `image` is the placeholder of an image."""
     template = TEMPLATES[name]
-    values = {"IMAGE": image, "SYSTEM": template.system, "END": template.end}
     text = template.jinja.replace("BOS", "bos_token" if template.bos else "''")
-    for key, value in values.items():
-        text = text.replace(key, _quote(value))
+    for key, value in {"IMAGE": image, "SYSTEM": template.system, "END": template.end}.items():
+        text = text.replace(key, json.dumps(value, ensure_ascii=False))
     return text
-
-
-def _quote(text: str) -> str:
-    """A Jinja string."""
-    return json.dumps(text, ensure_ascii=False)

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_llava.common.files import write_whole
-from moe_llava.common.settings import changes
-from moe_llava.common.suggestions import did_you_mean
+from moe_llava.common.messages import changes, did_you_mean
 from moe_llava.evaluation.ask.calibration import yes_or_no
 from moe_llava.evaluation.ask.tasks import prepare
 from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark

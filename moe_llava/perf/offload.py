@@ -39,7 +39,7 @@ class ColdStack(FileStack):
 
     def read(self, expert: int, out: torch.Tensor) -> None:
         super().read(expert, out)
-        os.posix_fadvise(self.descriptor, self.begin(expert), shape_bytes(*self.form), os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self.descriptor, self.begin(expert), shape_bytes(*self.layout), os.POSIX_FADV_DONTNEED)
 
 
 class Runner:

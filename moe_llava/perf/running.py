@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_llava.common.progress import SECONDS, timespan
+from moe_llava.common.messages import format_duration
+from moe_llava.common.progress import SECONDS
 from moe_llava.perf.measure import CutShort, bench_device, summary
 from moe_llava.perf.report import print_case, print_conditions
 
@@ -59,7 +60,7 @@ class Cases:
         text = f"case {len(self.report['cases']) + 1} of {self.total}, round {min(done + 1, rounds)} of {rounds}"
         if not 2 <= done < rounds:  # the first round comes with the warm-up
             return text
-        return f"{text}, about {timespan((self.ends[-1] - self.ends[0]) / (done - 1) * (rounds - done))} left of it"
+        return f"{text}, about {format_duration((self.ends[-1] - self.ends[0]) / (done - 1) * (rounds - done))} left of it"
 
 
 @contextmanager

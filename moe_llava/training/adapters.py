@@ -27,11 +27,12 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line, listed
 from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import first_line, listed
 from moe_llava.model import Experts, MoeLlavaConfig, Router
 from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError

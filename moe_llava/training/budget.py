@@ -20,7 +20,7 @@ from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_on_meta
-from moe_llava.checkpoints.published import look_at
+from moe_llava.checkpoints.published import inspect_published
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
@@ -143,7 +143,7 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
 
 def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
     if published_family(read_config(path).get("model_type")):
-        return look_at(path, vision_towers, with_weights=False).on_meta()
+        return inspect_published(path, vision_towers, with_weights=False).on_meta()
     return load_on_meta(path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from moe_llava.common.digests import file_digest
+from moe_llava.common.files import file_digest
 
 MANIFEST = "checksums.json"
 

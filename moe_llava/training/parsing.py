@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from moe_llava.common.suggestions import did_you_mean
+from moe_llava.common.messages import did_you_mean
 
 
 class RecipeError(ValueError):

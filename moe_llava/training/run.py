@@ -23,12 +23,10 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments, set_s
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines, write_whole
-from moe_llava.common.settings import changes
-from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage
+from moe_llava.common.messages import changes
+from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage, GroupedSampler
 from moe_llava.data.rendering import check_prompt
-from moe_llava.data.sampling import GroupedSampler
-from moe_llava.data.sift import sift
-from moe_llava.data.store import Records, check_problems, joined, read_records, weighted
+from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.training.adapters import attach, check_adapter, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checksums import write_manifest

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moe_llava.common.disk import no_room, size, why_not_written
 from moe_llava.common.errors import DataError
-from moe_llava.common.files import read_lines, write_whole
+from moe_llava.common.files import no_room, read_lines, why_not_written, write_whole
+from moe_llava.common.messages import format_bytes
 
 SAVING = ".saving"
 
@@ -57,7 +57,7 @@ def saving(work: Path, what: str) -> Iterator[Path]:
         if found := saves(work):
             kept = f"{found[-1]} is whole: go on from it with --resume"
             if no_room(error):
-                reason += f", and the last save took {size(sum(file.stat().st_size for file in found[-1].rglob('*')))}"
+                reason += f", and the last save took {format_bytes(sum(file.stat().st_size for file in found[-1].rglob('*')))}"
         raise SaveError(f"{what} could not be saved in {work}: {reason}; {kept}") from error
 
 

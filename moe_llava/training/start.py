@@ -11,10 +11,10 @@ import yaml
 from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_config, load_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import new_folder, write_whole
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.model.upcycling import sparse_config

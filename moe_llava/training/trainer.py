@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
-from moe_llava.data.sampling import GroupedSampler
+from moe_llava.data.batches import GroupedSampler
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares

@@ -1,9 +1,6 @@
-"""Converted folders: what is in them, and that everything that reads such folders reads them."""
+"""Converted folders: their content, and that everything that loads such folders loads them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, load_published
-from moe_llava.checkpoints.convert import convert
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.checkpoints.published import convert
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
+from tests.checkpoints.fresh import peak_of_conversion, run_without_package
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
-from tests.conftest import refused, run_command, run_here
+from tests.conftest import in_fresh_process, refused, run_here
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -45,14 +43,14 @@ def converted(tmp_path_factory, towers):
     """A converted sparse checkpoint, made by the command."""
     folder = tmp_path_factory.mktemp("converted")
     published(folder / "published", towers)
-    result = run_command("convert", folder / "published", folder / "out", "--vision-towers", towers)
-    assert result.returncode == 0, result.stderr
+    result = run_here("convert", folder / "published", folder / "out", "--vision-towers", towers)
+    assert result.exit_code == 0, result.stderr
     assert "moe_llava_qwen1_5: " in result.stdout
     assert "experts: 3, of which a token uses 2, in layers [1, 2]" in result.stdout
     return folder / "out"
 
 
-def test_the_folder_loads_by_the_auto_classes_and_computes_the_same(converted, towers):
+def test_auto_classes_load_the_folder_with_the_same_weights(converted, towers):
     model = AutoModelForImageTextToText.from_pretrained(converted)
     assert type(model) is MoeLlavaForConditionalGeneration
     expected = load_published(converted.parent / "published", towers).state_dict()
@@ -84,41 +82,14 @@ def test_chat_and_pipeline(converted, tmp_path):
     assert isinstance(output[0]["generated_text"], list)
 
 
-WITHOUT_PACKAGE = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "moe_llava":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden())
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-folder, out = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "MoeLlavaModel"
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(text="<image>\\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs, output_router_logits=True).logits, out + "/logits.pt")
-model.save_pretrained(out)
-processor.save_pretrained(out)
-print("moe_llava" in sys.modules, type(model).__name__, type(processor).__name__)
-"""
-
-
 def without_package(folder, out):
     out.mkdir()
-    environment = {**os.environ, "HF_MODULES_CACHE": str(out / "modules")}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
-    assert result.stdout == "False MoeLlavaForConditionalGeneration MoeLlavaProcessor\n", result.stderr
+    assert in_fresh_process(run_without_package, folder, out) == (False, "MoeLlavaForConditionalGeneration", "MoeLlavaProcessor")
     return torch.load(out / "logits.pt")
 
 
-def test_the_folder_works_where_the_package_is_not_installed(converted, tmp_path):
-    """And so does what is saved there."""
+def test_the_folder_loads_without_the_package(converted, tmp_path):
+    """The same holds for a folder that is saved there."""
     model, processor = AutoModelForImageTextToText.from_pretrained(converted), AutoProcessor.from_pretrained(converted)
     inputs = processor(text="<image>\nWhat is this?", images=[Image.new("RGB", (50, 30))], return_tensors="pt")
     with torch.no_grad():
@@ -127,7 +98,7 @@ def test_the_folder_works_where_the_package_is_not_installed(converted, tmp_path
     torch.testing.assert_close(without_package(tmp_path / "first", tmp_path / "second"), expected)
 
 
-def test_a_dense_checkpoint_becomes_a_llava_that_upcycles(tmp_path, towers):
+def test_a_converted_dense_checkpoint_can_be_upcycled(tmp_path, towers):
     published(tmp_path / "published", towers, sparse=False)
     convert(tmp_path / "published", tmp_path / "out", towers)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
@@ -164,7 +135,7 @@ def test_qwens_tokenizer_and_a_siglip_tower(tmp_path, towers):
 
 
 @pytest.mark.parametrize(("family", "token", "end"), [("mistral", "<|end_of_turn|>", "<|end_of_turn|>"), ("mistral", None, "</s>")])
-def test_openchat_is_a_mistral_whose_tokenizer_knows_its_turns(tmp_path, towers, golden, family, token, end):
+def test_a_mistral_with_the_end_of_turn_token_gets_the_openchat_template(tmp_path, towers, golden, family, token, end):
     folder = published(tmp_path / "published", towers, family, tokenizer=False)
     text = (golden / "tokenizers" / "llama_fast" / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text if token else text.replace("<|end_of_turn|>", "<|other|>"))
@@ -201,7 +172,7 @@ def test_a_stage_1_projector(tmp_path, towers):
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
 
-def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
+def test_a_checkpoint_without_tokenizer_is_converted_without_one(tmp_path, towers):
     published(tmp_path / "published", towers, tokenizer=False)
     result = run_here("convert", tmp_path / "published", tmp_path / "out", "--vision-towers", towers)
     assert "no tokenizer: " in result.stdout
@@ -210,7 +181,7 @@ def test_without_a_tokenizer_there_is_a_model(tmp_path, towers):
     assert told.startswith(f"checkpoint {tmp_path / 'out'} has no tokenizer: put its files beside")
 
 
-def test_a_tokenizer_beyond_the_vocabulary_is_warned_of(tmp_path, towers):
+def test_a_tokenizer_larger_than_the_vocabulary_causes_a_warning(tmp_path, towers):
     folder = published(tmp_path / "published", towers, vocab_size=450)
     lines = convert(folder, tmp_path / "out", towers)
     assert any(line.startswith("warning: the tokenizer has ids up to 502, but the model's vocabulary ends at 449") for line in lines)
@@ -219,12 +190,12 @@ def test_a_tokenizer_beyond_the_vocabulary_is_warned_of(tmp_path, towers):
     assert model.generation_config.eos_token_id == 2  # the published one
 
 
-def test_a_folder_of_ours_is_not_converted_again(converted, tmp_path, towers):
+def test_a_converted_folder_is_refused(converted, tmp_path, towers):
     with pytest.raises(CheckpointError, match="is no published checkpoint: it loads as it is"):
         convert(converted, tmp_path / "out", towers)
 
 
-def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path, towers):
+def test_a_tokenizer_without_the_end_token_is_refused(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((folder / name).read_text().replace("<|endoftext|>", "<|done|>"))
@@ -233,7 +204,7 @@ def test_a_tokenizer_that_does_not_know_the_end_of_an_answer_is_refused(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no moe", "no tower", "no preprocessing"])
-def test_nothing_is_left_behind_by_what_is_refused(tmp_path, towers, damage):
+def test_a_refused_checkpoint_leaves_nothing_behind(tmp_path, towers, damage):
     folder = published(tmp_path / "published", towers)
     if damage == "truncated":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5])
@@ -250,7 +221,7 @@ def test_nothing_is_left_behind_by_what_is_refused(tmp_path, towers, damage):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_in_the_way_is_kept(tmp_path, towers):
+def test_an_existing_folder_is_kept(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -259,7 +230,7 @@ def test_a_folder_in_the_way_is_kept(tmp_path, towers):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_dangling_link_or_a_file_in_the_way_is_seen_before_any_work(tmp_path, towers):
+def test_an_existing_link_or_file_is_refused_before_any_work(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="exists already"):
@@ -268,7 +239,7 @@ def test_a_dangling_link_or_a_file_in_the_way_is_seen_before_any_work(tmp_path, 
     refused("convert", folder, tmp_path / "file" / "out", "--vision-towers", towers)
 
 
-def test_weights_of_another_dtype_are_told(tmp_path, towers):
+def test_converted_dtypes_are_reported(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     routers = {name: tensor.float() for name, tensor in weights.items() if ".wg." in name}
@@ -278,7 +249,7 @@ def test_weights_of_another_dtype_are_told(tmp_path, towers):
     assert f"converted from float32: 2 of {len(weights)} tensors" in lines
 
 
-def test_a_placeholder_that_the_tokenizer_knows_already_is_never_generated(tmp_path, towers):
+def test_a_placeholder_in_the_vocabulary_is_never_generated(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
     state = json.loads((folder / "tokenizer.json").read_text())
     state["added_tokens"].append({**state["added_tokens"][0], "id": 503, "content": "<image>"})
@@ -301,31 +272,9 @@ def test_start_and_end_tokens_of_images_must_be_known(tmp_path, towers):
         convert(folder, tmp_path / "out", towers)
 
 
-def test_other_commands_say_what_to_do_with_a_published_checkpoint(tmp_path, towers):
+def test_other_commands_name_convert_for_a_published_checkpoint(tmp_path, towers):
     folder = published(tmp_path / "published", towers)
-    assert "make one of ours with `moe-llava convert`" in refused("chat", folder, "What?")
-
-
-MEASURE = """
-import sys, threading, psutil
-import torch
-from pathlib import Path
-import moe_llava.checkpoints.convert as module
-process, peak, done = psutil.Process(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, process.memory_info().rss)
-published, towers, out, warm = map(Path, sys.argv[1:])
-module.convert(warm, out.with_name("warmed"), towers)  # so that what libraries keep for themselves is not counted
-start = process.memory_info().rss
-thread = threading.Thread(target=watch)
-thread.start()
-module.convert(published, out, towers)
-done.set()
-thread.join()
-print(peak - start)
-"""
+    assert "convert it with `moe-llava convert`" in refused("chat", folder, "What?")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -342,7 +291,4 @@ def test_memory_of_a_conversion(tmp_path, towers, form, monkeypatch):
         file = folder / "pytorch_model.bin"
     size = file.stat().st_size
     assert size > 300e6
-    arguments = [folder, towers, tmp_path / "out", tmp_path / "warm"]
-    result = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.splitlines()[-1]) < 1.3 * size
+    assert in_fresh_process(peak_of_conversion, folder, towers, tmp_path / "out", tmp_path / "warm") < 1.3 * size

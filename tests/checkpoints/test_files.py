@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.join import language_config
+from moe_llava.common.errors import CheckpointError
 from tests.conftest import REPOSITORY, refused
 
 
@@ -31,13 +31,13 @@ def test_folders_that_are_no_checkpoint(tmp_path, config, message):
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         check_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="it is no folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="it is no folder, and the hub did not provide it"):
         check_checkpoint("owner/name")
 
 
 @pytest.mark.parametrize("name", ["owner/name", "https://nowhere/at"])
-def test_a_hub_that_is_not_there_is_asked_once(name):
-    """The hub's client by itself tries for half a minute. Here nothing listens."""
+def test_an_unreachable_hub_gets_one_request(name):
+    """Nothing listens at that address. The hub's client by itself retries for half a minute."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
     del environment["HF_HUB_OFFLINE"]
     began = time.monotonic()
@@ -45,11 +45,11 @@ def test_a_hub_that_is_not_there_is_asked_once(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert time.monotonic() - began < 8
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"moe_llava.checkpoints.errors.CheckpointError: checkpoint {name} ")
+    assert last.startswith(f"moe_llava.common.errors.CheckpointError: checkpoint {name} ")
     assert "Retrying" not in done.stderr
 
 
-def test_a_recipe_of_parts_that_are_not_here():
+def test_a_recipe_with_missing_parts():
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
     del environment["HF_HUB_OFFLINE"]
     began = time.monotonic()
@@ -72,7 +72,7 @@ def test_an_unusable_cache_of_the_hub_is_named(tmp_path):
 @pytest.mark.parametrize("place", [None, "text_config"])
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "a_new_one"])
-def test_quantised_by_what_is_not_loaded(tmp_path, method, key, place):
+def test_unsupported_quantisation_is_refused(tmp_path, method, key, place):
     content = {key: {"quant_method": method, "bits": 4}}
     content = {"model_type": "llava", "vision_config": {}, **({place: content} if place else content)}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -80,21 +80,21 @@ def test_quantised_by_what_is_not_loaded(tmp_path, method, key, place):
         assert f"the config.json of {tmp_path} says that its weights are quantised by {method}: only plain" in refused(*arguments)
 
 
-def test_a_language_model_that_is_quantised(tmp_path):
+def test_a_quantised_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(CheckpointError, match=f"the language model {tmp_path} is quantised by bitsandbytes: a LLaVA is joined from plain"):
         language_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(("model_type", "verb"), [("llava", "chat"), ("llava_llama", "chat"), ("llava_llama", "convert")])
-def test_the_layout_of_the_original_llava_is_named(tmp_path, model_type, verb):
+def test_the_layout_of_the_original_llava_is_refused(tmp_path, model_type, verb):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": "openai/clip", "vocab_size": 9}))
     assert f"{tmp_path} names its tower as mm_vision_tower, as the original LLaVA code does" in refused(verb, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("arguments", [("chat", "hello"), ("convert", "{out}"), ("upcycle", "{out}"), ("params",)])
-def test_adapters_are_called_adapters(tmp_path, arguments):
-    """Those of the original code hold a config.json of the whole model, ours do not."""
+def test_adapters_are_refused(tmp_path, arguments):
+    """An adapter of the original code holds a config.json of the whole model, one of PEFT does not."""
     verb, *rest = (argument.format(out=tmp_path / "out") for argument in arguments)
     folder = tmp_path / "lora"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Against what the original implementation computed, recorded in float32."""
+"""Compare with outputs of the original implementation, recorded in float32."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def load(golden):
 
 
 def inputs_of(model, recorded, rows):
-    """The recorded sequences as our inputs: -200 becomes as many placeholders as an image has features; padded on the right."""
+    """Return the recorded sequences as inputs: -200 becomes as many placeholders as an image has features; padding is on the right."""
     ids, labels = [], []
     for row in rows:
         real = recorded["attention_mask"][row].bool()
@@ -48,7 +48,7 @@ def close(found, expected, tolerance):
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("row", [0, 1])
 @torch.no_grad()
-def test_a_sparse_checkpoint_computes_what_it_did(load, name, row):
+def test_a_sparse_checkpoint_computes_the_recorded_outputs(load, name, row):
     model, recorded = load(name)
     assert type(model) is MoeLlavaForConditionalGeneration
     outputs = model(**inputs_of(model, recorded, [row]), output_router_logits=True, output_hidden_states=True)
@@ -90,7 +90,7 @@ def test_the_same_greedy_tokens(load, name):
 
 @pytest.mark.parametrize("name", [*SPARSE, "phi_stage2"])
 @torch.no_grad()
-def test_a_padded_batch_gives_each_sequence_what_it_gets_alone(load, name):
+def test_a_padded_batch_equals_its_sequences_alone(load, name):
     model, recorded = load(name)
     logits = model(**inputs_of(model, recorded, [0, 1])).logits
     for row in (0, 1):
@@ -111,7 +111,7 @@ def test_a_dense_stage_2_checkpoint(load, row):
 @pytest.mark.parametrize("top_k", [1, 2])
 @torch.no_grad()
 def test_upcycling_it(load, top_k):
-    """With the recorded routers; the original leaves the weight of a single expert as it is."""
+    """Use the recorded routers. The original does not renormalise the weight of a single expert."""
     dense, recorded = load("phi_stage2")
     model = upcycle(dense, num_experts=4, num_experts_per_tok=top_k, norm_topk_prob=top_k > 1)
     for layer, mlp in model.model.sparse_mlps().items():

@@ -1,4 +1,4 @@
-"""Experts beyond memory: the same answers to the bit, what is fetched ahead, and what is refused."""
+"""Offloaded experts: bit-equal results, prefetching, and refusals."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, MemoryStack, RouteStatistics, load_offloaded, offload_experts
 from moe_llava.checkpoints.weights import StoredTensor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
@@ -30,7 +30,7 @@ WRITE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Saves a sparse model with experts that differ, once for each kind."""
+    """Save a sparse model with different experts, once for each kind."""
     folders = {}
 
     def save(family="llama", dtype=torch.float32, **settings):
@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
 
 
 def load(folder) -> MoeLlavaForConditionalGeneration:
-    """All in memory, and with the backend that an offloaded model computes with."""
+    """Return the whole model, with the backend of an offloaded one."""
     model = MoeLlavaForConditionalGeneration.from_pretrained(folder)
     model.set_experts_implementation("eager")
     return model
@@ -63,7 +63,7 @@ def load(folder) -> MoeLlavaForConditionalGeneration:
 )
 @torch.no_grad()
 def test_the_same_to_the_bit(saved, monkeypatch, family, settings, on_disk):
-    """Of 16 experts there is room for 3: fewer than a prompt needs in one layer. What is counted as read was read."""
+    """There are slots for 3 of 16 experts, fewer than a prompt needs in one layer. The count of bytes read is exact."""
     folder, read, reading = saved(family, **settings), [], FileStack.read
     monkeypatch.setattr(FileStack, "read", lambda self, expert, out: (read.append(out.nbytes), reading(self, expert, out)))
     inputs = tiny_inputs(batch=2)
@@ -81,7 +81,7 @@ def test_the_same_to_the_bit(saved, monkeypatch, family, settings, on_disk):
 
 
 @torch.no_grad()
-def test_what_follows_is_fetched_ahead(saved):
+def test_the_next_layers_experts_are_prefetched(saved):
     """Routers that send every token to the same two experts, others in each layer: after one pass, nothing but these is fetched, and all
     of it before it is needed."""
     model = load(saved())
@@ -101,12 +101,12 @@ def test_what_follows_is_fetched_ahead(saved):
 
 
 def _always(layer, _, arguments, output):
-    """The router's output, but for the experts."""
+    """Return the router's output with other experts."""
     logits, weights, ids, dropped = output
     return logits, weights, torch.tensor([layer, (layer + 1) % 4]).expand_as(ids), dropped
 
 
-def test_statistics_know_what_follows_what():
+def test_statistics_of_successive_choices():
     """Experts 0 and 1 lead to 2 and 3; in every other pass, 0 to 0."""
     statistics = RouteStatistics(2, 4, 1)
     for step in range(40):
@@ -121,7 +121,7 @@ def test_statistics_know_what_follows_what():
 
 
 @torch.no_grad()
-def test_room_for_all_is_read_once(saved):
+def test_with_slots_for_all_every_expert_is_read_once(saved):
     model = load(saved())
     size = sum(parameter.nbytes for mlp in model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
     cache = offload_experts(model, 1.0, CPU, saved())
@@ -131,7 +131,7 @@ def test_room_for_all_is_read_once(saved):
 
 
 def test_loading_leaves_experts_in_their_files(tmp_path):
-    """Of 50 MB of experts, nothing is in memory."""
+    """No byte of 50 MB of experts is in memory."""
     config = sparse_config(tiny_config("llama"), MoeOptions(num_experts=8, moe_layers="all"))
     config.text_config.hidden_size, config.text_config.intermediate_size = 128, 1024
     MoeLlavaForConditionalGeneration(config).save_pretrained(tmp_path)
@@ -146,8 +146,8 @@ def test_loading_leaves_experts_in_their_files(tmp_path):
 
 
 @torch.no_grad()
-def test_the_files_may_be_replaced(saved, tmp_path):
-    """By another training, say: what was loaded stays."""
+def test_replaced_files_do_not_matter(saved, tmp_path):
+    """A loaded model keeps the weights of the files that it was loaded from."""
     folder = shutil.copytree(saved(), tmp_path / "model")
     whole, model = load(saved()), load(folder)
     offload_experts(model, 0.2, CPU, folder)
@@ -157,8 +157,8 @@ def test_the_files_may_be_replaced(saved, tmp_path):
 
 
 @torch.no_grad()
-def test_what_cannot_be_read_is_tried_again(tmp_path):
-    """An error of reading reaches who asked; the next who asks gets the expert, though there is room for no more."""
+def test_a_failed_read_is_tried_again(tmp_path):
+    """A read error reaches the caller, and the slot stays usable: the next call gets the expert."""
     file = tmp_path / "experts"
     values = torch.randn(3, 4)
     file.write_bytes(values.numpy().tobytes()[:-8])
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_tried_again(tmp_path):
 
 
 class SlowStack(MemoryStack):
-    """What is fetched by the other thread takes its time."""
+    """A stack that other threads read slowly."""
 
     begun = threading.Event()
 
@@ -189,8 +189,8 @@ class SlowStack(MemoryStack):
 
 
 @torch.no_grad()
-def test_a_slot_is_not_given_away_while_it_is_written_to():
-    """There is room for two, and the first of three is still being read when the last is asked for."""
+def test_a_slot_that_is_being_filled_is_not_reused():
+    """There are two slots, and the first of three experts is still being read when the third is needed."""
     values = torch.randn(3, 16)
     cache = ExpertCache([{"weight": SlowStack(values)}], kept=2, experts=3, top_k=1, device=CPU)
     for expert in range(3):
@@ -201,7 +201,7 @@ def test_a_slot_is_not_given_away_while_it_is_written_to():
     assert torch.equal(weights, values[2])
 
 
-def test_it_only_infers(saved, tmp_path):
+def test_gradients_saving_and_other_backends_are_refused(saved, tmp_path):
     model = load(saved())
     offload_experts(model, 0.5, CPU, saved())
     with pytest.raises(ValueError, match="have no gradient: load the whole model to train it"):
@@ -210,17 +210,17 @@ def test_it_only_infers(saved, tmp_path):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model.set_experts_implementation("grouped_mm")
-    with pytest.raises(ValueError, match="by the backend eager, not grouped_mm"), torch.no_grad():
+    with pytest.raises(ValueError, match="with the backend eager, not grouped_mm"), torch.no_grad():
         model(**tiny_inputs())
 
 
 @pytest.mark.parametrize("keep", [0.0625, -1.0, 1.1, float("nan")])
-def test_room_is_for_two_experts_at_least(saved, keep):
+def test_less_than_two_experts_is_refused(saved, keep):
     with pytest.raises(ValueError, match="of 16 experts are to be kept, but 2 to 16 must be"):
         offload_experts(load(saved()), keep, CPU, saved())
 
 
-def test_the_model_must_be_as_its_files_are(saved):
+def test_a_model_that_differs_from_its_files_is_refused(saved):
     model = load(saved()).to(torch.bfloat16)
     with pytest.raises(
         ValueError, match=r"the checkpoint must have model.language_model.layers.0.mlp.experts.gate_up_proj as .*bfloat16.* has .*float32"

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.digits.base import build_base
 from moe_llava.model import MoeLlavaProcessor, upcycle
 from moe_llava.training.run import train
@@ -54,7 +54,7 @@ def change(file, **settings):
     ],
     ids=str,
 )
-def test_what_an_older_processor_does_not_say(old, tiny_base, settings):  # noqa: F811
+def test_settings_that_an_older_processor_lacks(old, tiny_base, settings):  # noqa: F811
     expected, processor = load_processor(tiny_base / "base"), load_processor(old(**settings))
     for name in (*SETTINGS, "image_token_id"):
         assert getattr(processor, name) == getattr(expected, name), name
@@ -63,7 +63,7 @@ def test_what_an_older_processor_does_not_say(old, tiny_base, settings):  # noqa
 
 
 def test_a_folder_with_the_image_processor_alone(old):
-    """As LLaVA's were saved at first: a preprocessor_config.json."""
+    """The first LLaVA checkpoints were saved so, with a preprocessor_config.json."""
     folder = old()
     images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     (folder / "processor_config.json").unlink()
@@ -81,7 +81,7 @@ def test_a_placeholder_by_another_name(old):
     processor = load_processor(folder)
     assert (processor.image_token, processor.image_token_id) == ("<picture>", 4)
     change(folder / "config.json", image_token_index=5000)
-    with pytest.raises(CheckpointError, match=r"does not say its image_token, and no token has the image_token_id 5000 of config.json"):
+    with pytest.raises(CheckpointError, match=r"it lacks image_token, and no token has the image_token_id 5000 of config.json"):
         load_processor(folder)
 
 
@@ -96,16 +96,16 @@ def test_another_number_of_features_is_refused(old, settings):
         assert "by its config.json they are 8, 'default', 1" in told
 
 
-def test_a_tower_that_is_not_known(old):
+def test_an_unknown_tower(old):
     folder = old(patch_size=...)
     change(folder / "config.json", vision_config={"model_type": "vit"})
-    with pytest.raises(CheckpointError, match="does not say patch_size, and a tower of the type 'vit' is not known"):
+    with pytest.raises(CheckpointError, match="it lacks patch_size, and a tower of the type 'vit' is not known"):
         load_processor(folder)
 
 
 @pytest.mark.parametrize("padding", ["right", ...])
-def test_what_is_made_of_an_older_folder_is_complete(old, write_recipe, padding):  # noqa: F811
-    """By upcycling and by training: transformers alone loads it, and it pads on the left."""
+def test_results_from_an_older_folder_are_complete(old, write_recipe, padding):  # noqa: F811
+    """Results of upcycling and training load with transformers alone, and pad on the left."""
     folder = old(padding, **dict.fromkeys(SETTINGS, ...))
     MoeLlavaProcessor.from_llava(AutoProcessor.from_pretrained(folder)).save_pretrained(folder.parent / "by-hand")
     assert AutoTokenizer.from_pretrained(folder.parent / "by-hand").padding_side == "left"
@@ -123,8 +123,8 @@ def load(file):
     return load_recipe(file)
 
 
-def test_a_padded_batch_answers_as_each_row_alone(old):
-    """Of an older folder, whose tokenizer pads on the right."""
+def test_a_padded_batch_equals_its_rows_alone(old):
+    """The tokenizer of this older folder pads on the right."""
     model, processor = load_checkpoint(old())
     questions = [
         "which digit is green ?",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel, ViTConfig
 
 from moe_llava import MoeLlavaForConditionalGeneration, load_published
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints import tiny_published as tiny
 
 
@@ -22,7 +22,7 @@ def towers(tmp_path_factory):
 
 @pytest.fixture
 def write(tmp_path, towers):
-    """Writes a checkpoint and returns (folder, settings, weights)."""
+    """Write a checkpoint and return (folder, settings, weights)."""
 
     def write(family="qwen1_5", with_tower=True, **options):
         settings = tiny.settings_of(family, **options)
@@ -46,7 +46,7 @@ def features(model, pixels):
     ids=["top2", "top1", "residual", "top1_residual", "dense"],
 )
 @torch.no_grad()
-def test_every_family_computes_what_its_arithmetic_says(write, towers, family, options):
+def test_every_family_equals_the_reference(write, towers, family, options):
     folder, settings, weights = write(family, **options)
     model = load_published(folder, towers)
     assert type(model) is (MoeLlavaForConditionalGeneration if options.get("sparse", True) else LlavaForConditionalGeneration)
@@ -62,7 +62,7 @@ def test_every_family_computes_what_its_arithmetic_says(write, towers, family, o
 @pytest.mark.parametrize("with_tower", [True, False], ids=["tower in the checkpoint", "tower beside it"])
 @torch.no_grad()
 def test_towers_leave_out_the_first_token(write, towers, tower, tower_class, count, with_tower):
-    """CLIP's class token; of SigLIP, which has none, the first patch."""
+    """It is CLIP's class token, and the first patch of SigLIP, which has none."""
     folder, _, weights = write(tower=tower, with_tower=with_tower)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     hidden = tower_class.from_pretrained(towers / tower)(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -74,7 +74,7 @@ def test_towers_leave_out_the_first_token(write, towers, tower, tower_class, cou
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_the_checkpoints_own_tower_counts(write, towers):
+def test_a_tower_in_the_checkpoint_takes_precedence(write, towers):
     folder, _, weights = write()
     key = "model.image_tower.image_tower.vision_model.embeddings.class_embedding"
     weights[key] = weights[key] + 1
@@ -87,7 +87,7 @@ def test_the_checkpoints_own_tower_counts(write, towers):
 
 
 def shard(weights, folder, suffix):
-    """Three shards and their index."""
+    """Write three shards and their index."""
     (folder / "model.safetensors").unlink()
     stem, save = ("model", save_file) if suffix == "safetensors" else ("pytorch_model", torch.save)
     names = sorted(weights)
@@ -118,7 +118,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_forms_of_files_give_the_same_model(write, towers, form, dtype):
+def test_all_file_layouts_load_the_same_model(write, towers, form, dtype):
     folder, _, weights = write("qwen")
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors")
@@ -162,7 +162,7 @@ def test_a_tied_head_is_the_embedding_table(write, towers, stored):
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
 
 
-def test_what_is_known_to_be_unused_is_passed_over(write, towers):
+def test_known_unused_weights_are_ignored(write, towers):
     folder, _, weights = write()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     weights["model.image_tower.image_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
@@ -204,7 +204,7 @@ def test_a_stage_1_projector_alone_and_with_its_language_model(write, towers, tm
 
 
 @torch.no_grad()
-def test_the_placeholder_takes_no_row_of_a_sparse_model(write, towers):
+def test_a_sparse_models_placeholder_has_no_row(write, towers):
     folder, *_ = write()
     model = load_published(folder, towers)
     assert model.config.image_token_id == tiny.VOCAB
@@ -213,7 +213,7 @@ def test_the_placeholder_takes_no_row_of_a_sparse_model(write, towers):
 
 
 @torch.no_grad()
-def test_the_placeholder_of_a_dense_model_is_a_row_that_no_token_has(write, towers):
+def test_a_dense_models_placeholder_is_a_free_row(write, towers):
     folder, *_ = write(sparse=False)
     model = load_published(folder, towers)
     assert model.config.image_token_id == tiny.VOCAB - 1
@@ -244,17 +244,17 @@ def change(folder, **changes):
         ({"model_type": None}, "has model_type None"),
         ({"mm_image_tower": "openai/none"}, "the vision tower openai/none is in none of"),
         ({"mm_image_tower": None}, "must name the vision tower"),
-        ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
+        ({"hidden_size": None, "vocab_size": None}, "lacks hidden_size, vocab_size"),
         ({"image_projector_type": "qformer2_64"}, "has image_projector_type 'qformer2_64'"),
         ({"mm_vision_select_feature": "cls"}, "has mm_vision_select_feature 'cls'"),
         ({"moe": {"num_experts": [3, 2], "top_k_experts": 2, "moe_layers_idx": [1, 2]}}, r"has moe.num_experts \[3, 2\]"),
-        ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "does not say moe.moe_layers_idx"),
+        ({"moe": {"num_experts": [3], "top_k_experts": 2, "moe_layers_idx": []}}, "lacks moe.moe_layers_idx"),
         ({"moe": {"num_experts": [3], "top_k_experts": 4, "moe_layers_idx": [1]}}, "num_experts_per_tok is 4"),
-        ({"moe": {"num_experts": [3], "top_k_experts": "2", "moe_layers_idx": [1]}}, "which must be whole"),
+        ({"moe": {"num_experts": [3], "top_k_experts": "2", "moe_layers_idx": [1]}}, "which must be integers"),
         ({"num_attention_heads": "four"}, "num_attention_heads"),
-        ({"num_attention_heads": 0}, "makes no model"),
-        ({"hidden_act": "none"}, "makes no model"),
-        ({"pad_token_id": 500}, "makes no model"),
+        ({"num_attention_heads": 0}, "defines no model"),
+        ({"hidden_act": "none"}, "defines no model"),
+        ({"pad_token_id": 500}, "defines no model"),
         ({"mm_vision_select_layer": -9}, "has mm_vision_select_layer -9, but its tower has 3 layers"),
         ({"image_aspect_ratio": "anyres"}, "has image_aspect_ratio 'anyres'"),
     ],
@@ -267,7 +267,7 @@ def test_configurations_that_are_refused(write, towers, changes, message):
     assert str(folder) in str(caught.value) or "tower" in message
 
 
-def test_a_qwen_that_computes_something_else_is_refused(write, towers):
+def test_a_qwen_with_biases_is_refused(write, towers):
     folder, *_ = write("qwen")
     change(folder, no_bias=False)
     with pytest.raises(CheckpointError, match="has no_bias False, but only True"):
@@ -293,13 +293,13 @@ def test_a_truncated_safetensors_file(write, towers):
     folder, *_ = write()
     file = folder / "model.safetensors"
     content = file.read_bytes()
-    for length, message in ((len(content) - 10, "is truncated"), (100, "is truncated"), (5, "is truncated"), (0, "is truncated")):
+    for length in (len(content) - 10, 100, 5, 0):
         file.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is truncated, or no safetensors file: \S"):
             load_published(folder, towers)
     for header in (b"no header at all", b'["no mapping"]', b'{"a": "no entry"}', b'{"a": {"shape": [1]}}'):
         file.write_bytes(len(header).to_bytes(8, "little") + header + content)
-        with pytest.raises(CheckpointError, match="is no safetensors file"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is truncated, or no safetensors file: \S"):
             load_published(folder, towers)
 
 
@@ -324,7 +324,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("content", [{"weight_map": None}, {"weight_map": {"a": 1}}, {}])
-def test_an_index_that_is_none(write, towers, content):
+def test_an_invalid_index(write, towers, content):
     folder, *_ = write()
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
@@ -340,7 +340,7 @@ def test_a_pickle_of_something_else(write, towers, content):
         load_published(folder, towers)
 
 
-def test_whole_numbers_are_no_weights(write, towers):
+def test_integer_weights_are_refused(write, towers):
     folder, _, weights = write()
     weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int32)
     save_file(weights, folder / "model.safetensors")
@@ -370,7 +370,7 @@ def test_a_folder_without_weights_or_configuration(write, towers, tmp_path):
         load_published(tmp_path, towers)
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_published(tmp_path / "none" / "at" / "all", towers)
-    with pytest.raises(CheckpointError, match="is no folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="is no folder, and the hub did not provide it"):
         load_published("nobody/nothing", towers)
 
 
@@ -391,7 +391,7 @@ def test_another_kind_of_tower_is_refused(write, tmp_path):
         load_published(folder, tmp_path / "towers")
 
 
-def test_a_tower_that_only_the_hub_could_have(write):
+def test_a_tower_that_is_not_cached(write):
     folder, *_ = write()
     with pytest.raises(CheckpointError, match="the vision tower openai/clip-tiny cannot be loaded from openai/clip-tiny"):
         load_published(folder)
@@ -413,7 +413,7 @@ def test_a_tower_without_all_its_weights(write, towers, tmp_path):
         load_published(folder, copy)
 
 
-def test_the_stored_tensors_are_left_as_they_are(write, towers):
+def test_changing_the_model_leaves_its_files_unchanged(write, towers):
     folder, _, weights = write()
     before = (folder / "model.safetensors").read_bytes()
     model = load_published(folder, towers)

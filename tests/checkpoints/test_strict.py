@@ -1,4 +1,4 @@
-"""Weights that are missing, unexpected or misshapen are listed, by whatever way a checkpoint is loaded; and what is no mistake is none."""
+"""Missing, unexpected or misshapen weights are listed in every way to load a checkpoint; harmless differences are accepted."""
 
 import json
 import shutil
@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from moe_llava.checkpoints.errors import LISTED, CheckpointError
 from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_model
 from moe_llava.checkpoints.offload import load_offloaded
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.messages import MOST_LISTED
 from moe_llava.model import upcycle
 from moe_llava.training.adapters import quantisation_config
-from tests.conftest import refused, run_command
+from tests.conftest import refused
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 PROJECTOR, HEAD = "multi_modal_projector.linear_1.weight", "lm_head.weight"
@@ -33,7 +34,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def damaged(sparse, tiny_base, tmp_path):  # noqa: F811
-    """Copies a checkpoint, lets `change` change its tensors by their stored names, and stores them in the form `how`."""
+    """Copy a checkpoint, let `change` modify its tensors by their stored names, and store them in the layout `how`."""
 
     def make(change, kind="sparse", how="single", config=None):
         folder = tmp_path / "damaged"
@@ -61,7 +62,7 @@ def damaged(sparse, tiny_base, tmp_path):  # noqa: F811
 
 
 def stored(tensors, end):
-    """The one stored name that ends so, below the language model where it may be in several places."""
+    """Return the only stored name with this ending; within the language model, if other parts have it too."""
     found = [name for name in tensors if name.endswith(end) and ("layers" not in end or "language_model" in name)]
     assert len(found) == 1, found
     return found[0]
@@ -90,7 +91,7 @@ def shaped(end, *shape):
         ("dense", shaped("layers.3.self_attn.k_proj.weight", 32, 32), "k_proj.weight is [32, 32], but the configuration asks for [16, 32]"),
     ],
 )
-def test_what_a_file_does_not_hold_as_it_should(damaged, kind, change, told, how):
+def test_missing_unexpected_and_misshapen_weights(damaged, kind, change, told, how):
     folder = damaged(change, kind, how)
     for load in (load_model, check_weights):
         with pytest.raises(CheckpointError) as error:
@@ -100,7 +101,7 @@ def test_what_a_file_does_not_hold_as_it_should(damaged, kind, change, told, how
 
 
 def test_a_configuration_that_does_not_fit(damaged):
-    """All are listed; of very many, the first ones and their number."""
+    """All problems are listed; a long list is cut, and counted."""
     folder = damaged(lambda tensors: None, config={"num_experts": 8})
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
@@ -113,11 +114,11 @@ def test_a_long_list_is_counted(damaged):
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
     number = sum("vision_tower" in name for name in load_file(folder / "model.safetensors")) + str(error.value).count("missing: ")
-    assert number == LISTED
+    assert number == MOST_LISTED
     assert str(error.value).splitlines()[-1].endswith(" more")
 
 
-def test_settings_that_the_weights_do_not_have(sparse):
+def test_settings_that_do_not_fit_the_weights(sparse):
     assert load_model(sparse, num_experts_per_tok=1).config.num_experts_per_tok == 1
     with pytest.raises(CheckpointError, match=r"router.weight is \[4, 32\], but the configuration asks for \[8, 32\]"):
         load_model(sparse, num_experts=8)
@@ -133,7 +134,7 @@ def test_settings_that_the_weights_do_not_have(sparse):
         "vision_tower.vision_model.head.probe",
     ],
 )
-def test_buffers_that_nothing_uses_are_no_mistake(damaged, tiny_base, name):  # noqa: F811
+def test_unused_buffers_are_accepted(damaged, tiny_base, name):  # noqa: F811
     folder = damaged(lambda tensors: tensors.update({name: torch.zeros(4)}), "dense")
     expected = load_model(tiny_base / "base").state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load_model(folder).state_dict().items())
@@ -141,7 +142,7 @@ def test_buffers_that_nothing_uses_are_no_mistake(damaged, tiny_base, name):  # 
 
 @pytest.mark.parametrize("how", ["single", "pickle"])
 def test_a_tied_head(damaged, how):
-    """It may be missing or stored again, but a head of its own would be lost where a model is made of this one."""
+    """It may be missing or stored twice, but a different head would be lost in a model that is made from this one."""
 
     def stored_twice(tensors):
         tensors[HEAD if HEAD in tensors else stored(tensors, HEAD)] = tensors[stored(tensors, "embed_tokens.weight")].clone()
@@ -218,13 +219,12 @@ def test_experts_on_disk(damaged):
 
 
 def test_every_verb_that_loads_a_checkpoint(damaged, write_recipe, tiny_base, tmp_path):  # noqa: F811
-    """One as a user runs it. No verb leaves half a result behind."""
+    """No verb leaves half a result behind."""
     data = tiny_base / "data"
     folder = damaged(without("layers.0.mlp.experts.down_proj"))
     told = "missing: model.language_model.layers.0.mlp.experts.down_proj [4, 32, 48]"
-    done = run_command("chat", folder, "hello")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: checkpoint {folder} does not hold the weights that its config.json describes:\n  {told}\n"
+    whole = f"checkpoint {folder} does not hold the weights that its config.json describes:\n  {told}\n"
+    assert refused("chat", folder, "hello") == whole
     out = tmp_path / "out"
     for arguments in (
         ("chat", folder, "hello", "--keep-experts", "0.5"),
@@ -243,20 +243,20 @@ def test_every_verb_that_loads_a_checkpoint(damaged, write_recipe, tiny_base, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_the_public_way_to_load_draws_nothing_at_random(damaged):
+def test_from_pretrained_uses_no_random_weights(damaged):
     folder = damaged(lambda tensors: tensors.pop("model.language_model.layers.0.mlp.router.weight"))
     with pytest.raises(ValueError, match=r"damaged does not hold model.language_model.layers.0.mlp.router.weight"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_whole_numbers_are_no_weights(damaged):
+def test_integer_weights_are_refused(damaged):
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     folder = damaged(lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=rf"not floating point, and no quantization_config:\n  {name} is stored as int8"):
         load_model(folder)
 
 
-def test_of_a_file_and_an_index_the_file_counts_as_in_transformers(damaged, sparse):
+def test_a_file_takes_precedence_over_an_index_as_in_transformers(damaged, sparse):
     folder = damaged(lambda tensors: tensors.pop(HEAD), how="shards")
     with pytest.raises(CheckpointError, match=f"missing: {HEAD}"):
         load_model(folder)
@@ -264,7 +264,7 @@ def test_of_a_file_and_an_index_the_file_counts_as_in_transformers(damaged, spar
     assert torch.equal(load_model(folder).lm_head.weight, load_model(sparse).lm_head.weight)
 
 
-def test_generation_settings_that_cannot_be_read(damaged):
+def test_unreadable_generation_settings(damaged):
     folder = damaged(lambda tensors: None)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not JSON"):

@@ -8,8 +8,8 @@ import tiktoken
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id, load_tokenizer, read_tiktoken
+from moe_llava.common.errors import CheckpointError
 from tests.checkpoints.tiny_tokenizers import TEXT, tiktoken_ranks, write_phi, write_tiktoken
 
 # How the published code cuts a text, for both.
@@ -85,13 +85,13 @@ def test_the_placeholder_gets_its_id_and_changes_no_other(tmp_path, token_id):
         assert found.chat_template == "{{ messages }}"
 
 
-def test_a_placeholder_that_is_known_keeps_its_id(tmp_path):
+def test_an_existing_placeholder_keeps_its_id(tmp_path):
     tokenizer = load_tokenizer(write_phi(tmp_path, fast=True), 512)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     assert add_placeholder(tokenizer, 600, "").convert_tokens_to_ids("<image>") == 503
 
 
-def test_sentencepiece_files_give_what_the_fast_tokenizer_gives(golden, tmp_path):
+def test_sentencepiece_files_equal_the_fast_tokenizer(golden, tmp_path):
     """A folder of the original code often has `tokenizer.model` alone; the recorded one has both."""
     source = golden / "tokenizers" / "llama_fast"
     for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):

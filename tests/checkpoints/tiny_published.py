@@ -43,7 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def settings_of(
     family: str, sparse: bool = True, tower: str = CLIP, top_k: int = 2, use_residual: bool = False, vocab_size: int = VOCAB
 ) -> dict[str, Any]:
-    """The content of config.json."""
+    """Return the content of config.json."""
     settings = {
         "model_type": f"moe_llava_{family}" if sparse else f"llava_{family}",
         "hidden_size": D,

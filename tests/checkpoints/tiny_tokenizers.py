@@ -24,7 +24,7 @@ def train(size=900):
 
 
 def to_bytes(token):
-    """Of a byte-level token's characters."""
+    """Return the bytes of a byte-level token's characters."""
     byte_of = {}
     spare = 256
     for byte in range(256):

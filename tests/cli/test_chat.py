@@ -188,7 +188,7 @@ def test_experts_that_wait_on_disk(sparse, image, tiny_base):  # noqa: F811
     done = run_here(*asked, "--keep-experts", "0.5")
     assert done.exit_code == 0, done.output
     assert done.stdout == run_here(*asked).stdout
-    assert re.fullmatch(r"experts asked for: \d+, in memory \d+, of which fetched ahead \d+ \(of \d+\); read \d\.\d MB\n", told(done))
+    assert re.fullmatch(r"experts needed: \d+, in memory \d+, of which prefetched \d+ \(of \d+\); read \d\.\d MB\n", told(done))
     assert refused(*asked, "--keep-experts", "0.5", "--bits", "8").startswith("--bits and --keep-experts do not go together")
     assert refused(*asked, "--keep-experts", "0").startswith("the share of experts to keep is 0, but must be above 0")
     assert refused(*asked, "--keep-experts", "0.1").startswith("0.1 of 6 experts are to be kept, but 2 to 6 must be")

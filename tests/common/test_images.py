@@ -1,4 +1,4 @@
-"""What an image file means, in RGB: made by hand or by Pillow, opened by the one function that every entry point uses."""
+"""Images in RGB, made by hand or by Pillow, and opened by the function that every entry point uses."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ GREY16 = np.array([[0, 255, 256, 0x1234, 0x8000, 65535]], np.uint16)
 
 
 class Held:
-    """The bytes of a file."""
+    """Return the bytes of a file."""
 
     def __init__(self, content):
         self._content = content
@@ -89,7 +89,7 @@ def test_an_image_is_upright(orientation, kind):
     assert np.abs(found.astype(int) - upright).max() <= (12 if kind == "JPEG" else 0)
 
 
-def test_it_is_turned_once_only():
+def test_it_is_turned_only_once():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = opened(saved(Image.new("RGB", (60, 40)), "JPEG", exif=exif))
@@ -101,12 +101,12 @@ def test_it_is_turned_once_only():
     "exif",
     [b"Exif\0\0", b"Exif\0\0rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x026\0\0\0"],
 )
-def test_broken_exif_says_nothing(exif):
+def test_broken_exif_is_ignored(exif):
     assert opened(saved(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (6, 4)
 
 
 @pytest.mark.parametrize("value", [0, 9, 77])
-def test_an_unknown_orientation_says_nothing(value):
+def test_an_unknown_orientation_is_ignored(value):
     assert value not in TURNS
     exif = Image.Exif()
     exif[0x0112] = value
@@ -128,7 +128,7 @@ def test_alpha_is_on_white(mode, kind):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
 def test_every_mode_with_alpha(mode):
-    """Also those that no file has, but pictures in memory."""
+    """Some modes exist in memory only."""
     stored = Image.fromarray(np.dstack([np.full_like(ALPHAS, 60)] * 3 + [ALPHAS]), "RGBA")
     image = {
         "PA": lambda: stored.convert("P").convert("PA"),
@@ -186,7 +186,7 @@ def test_numbers_without_a_range_are_refused(array, why, tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_other_colours(mode):
-    """White, black, and a grey between them, in whatever numbers a mode writes them."""
+    """White, black and a grey keep their values in every mode."""
     plain = Image.fromarray(np.repeat(np.array([[0, 128, 255]], np.uint8)[..., None], 3, axis=2))
     if mode == "LAB":
         image = Image.fromarray(np.array([[[0, 0, 0], [137, 0, 0], [255, 0, 0]]], np.uint8), "LAB")
@@ -198,7 +198,7 @@ def test_other_colours(mode):
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_a_photograph_in_cmyk(kind):
-    """Adobe's JPEGs hold the inverse."""
+    """JPEGs of Adobe hold inverted values."""
     found = pixels(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind))
     assert np.abs(found.astype(int) - (255, 0, 0)).max() < 8
 
@@ -223,7 +223,7 @@ def test_the_thinnest_image():
 
 @pytest.mark.parametrize(("size", "expected"), [((MOST_SIDE, 40), (MOST_SIDE, 40)), ((80, MOST_SIDE * 2), (40, MOST_SIDE))])
 def test_a_long_image_is_made_small(size, expected):
-    """Before it is padded to a square."""
+    """This happens before it is padded to a square."""
     half = Image.new("L", size)
     half.paste(255, (0, 0, size[0], size[1] // 2))
     image = opened(saved(half, "PNG"))
@@ -233,13 +233,13 @@ def test_a_long_image_is_made_small(size, expected):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_what_is_no_image_is_named(content):
+def test_a_file_that_is_no_image_is_named(content):
     with pytest.raises(DataError, match="test names the image held, which cannot be decoded: it is no image format that can be read"):
         opened(content)
 
 
 def test_the_same_on_the_command_line(tmp_path):
-    """`check` names what cannot be read, and takes what can be."""
+    """`check` names unreadable images, and accepts the others."""
     images = {
         "thin.png": saved(Image.new("L", (1, 30_000)), "PNG"),
         "float.tif": saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),

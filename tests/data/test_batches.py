@@ -34,7 +34,7 @@ def test_labels_are_the_answers_with_their_end(processor, records):
     assert torch.equal(item["labels"][item["labels"] != IGNORE_INDEX], item["input_ids"][item["labels"] != IGNORE_INDEX])
 
 
-def test_ids_are_what_the_processor_gives(processor, records):
+def test_ids_equal_those_of_the_processor(processor, records):
     item = ConversationDataset(records, processor)[0]
     text = processor.tokenizer.apply_chat_template(records[0].messages(), tokenize=False)
     expected = processor(text=text, images=Image.open(records[0].images[0]), add_special_tokens=False, return_tensors="pt")
@@ -56,8 +56,8 @@ def test_batches_are_padded_on_the_right(processor, records):
     assert "pixel_values" not in Collator(0)([dataset[1]])
 
 
-def test_an_empty_image_changes_nothing_that_is_learnt(processor, records):
-    """But its projector takes part."""
+def test_an_empty_image_changes_no_loss(processor, records):
+    """The projector takes part in the backward pass."""
     model, _ = build_base()
     dataset = ConversationDataset([records[1], records[1]], processor)
     plain = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
@@ -74,7 +74,7 @@ def test_an_empty_image_changes_nothing_that_is_learnt(processor, records):
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
-def test_a_template_whose_answers_cannot_be_told_is_refused(processor, records):
+def test_a_template_whose_answers_cannot_be_found_is_refused(processor, records):
     from copy import deepcopy
 
     plain = deepcopy(processor)
@@ -92,7 +92,7 @@ def test_a_template_whose_answers_cannot_be_told_is_refused(processor, records):
         ConversationDataset(records, plain)
 
 
-def test_a_record_that_cannot_be_read_is_left_out_and_told(processor, records, tmp_path):
+def test_an_unreadable_record_is_left_out_and_reported(processor, records, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     broken = Record("three", records[0].turns, (tmp_path / "b.png",))
     dataset = ConversationDataset([broken, *records], processor)
@@ -109,7 +109,7 @@ def test_a_record_that_cannot_be_read_is_left_out_and_told(processor, records, t
     assert empty["pixel_values"].shape == (1, 3, 48, 48)
 
 
-def test_what_comes_after_the_limit_is_cut_off(processor, records):
+def test_records_are_cut_at_the_limit(processor, records):
     whole = ConversationDataset(records, processor)[0]
     length = len(whole["input_ids"])
     cut = ConversationDataset(records, processor, max_length=length - 2)[0]
@@ -168,7 +168,7 @@ def test_an_empty_image_beside_packed_samples(processor, records):
 
 @pytest.mark.parametrize("capacity", [None, 1.0])
 def test_an_empty_image_beside_packed_samples_changes_no_router(processor, records, capacity):
-    """Losses and gradients of a sparse model, whose projector learns, are those of the padded batch, and of one without it."""
+    """Losses and gradients of a sparse model with a trainable projector equal those of the padded batch, and of a batch without it."""
     dense, _ = build_base()
     model = upcycle(dense, num_experts=4, num_experts_per_tok=2, router_z_loss_coef=0.01, capacity_factor=capacity).train()
     dataset = ConversationDataset([records[1], Record("three", (("how many digits are there ?", "2"),))], processor)
@@ -185,7 +185,7 @@ def test_an_empty_image_beside_packed_samples_changes_no_router(processor, recor
     assert all(each.grad is not None for each in model.model.multi_modal_projector.parameters())
 
 
-def test_text_alone_is_cut_where_the_model_ends(processor, records):
+def test_text_alone_is_cut_at_the_models_limit(processor, records):
     from copy import deepcopy
 
     short = deepcopy(processor)
@@ -195,7 +195,7 @@ def test_text_alone_is_cut_where_the_model_ends(processor, records):
     assert "problem" not in ConversationDataset([records[0]], short)[0]
 
 
-def test_a_system_prompt_takes_the_place_of_the_forms_own(processor, records):
+def test_a_system_prompt_replaces_that_of_the_template(processor, records):
     spoken = Record("s", records[1].turns, system="there is a red 7 .")
     dataset = ConversationDataset([records[1], spoken], processor, "v1")
     plain, other = (processor.tokenizer.decode(dataset[index]["input_ids"]) for index in (0, 1))

@@ -8,7 +8,7 @@ from PIL import Image
 from moe_llava.data.check import Report, check_data
 from moe_llava.data.encode import encode_record
 from moe_llava.digits.tokenizer import build_tokenizer
-from tests.conftest import refused, run_command, run_here
+from tests.conftest import refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
@@ -57,7 +57,7 @@ def test_lengths_are_those_of_training(data):
     report = check_data(data / "data.json", data, tokenizer, image_tokens=36)
     records = json.loads((data / "data.json").read_text())
     assert report.lengths == [len(encode_record(record, tokenizer, image_tokens=36)["input_ids"]) for record in records[:2]]
-    assert report.learnt == 2 + 4  # one word and its end; two of them
+    assert report.targets == 2 + 4  # one word and its end; two of them
 
 
 def test_the_limit(data):
@@ -78,8 +78,8 @@ def test_padding_and_histogram():
 
 
 def test_the_command(data, tiny_base):  # noqa: F811
-    result = run_command("check", data / "data.json", "--images", data, "--model", tiny_base / "base", "--json")
-    assert result.returncode == 1
+    result = run_here("check", data / "data.json", "--images", data, "--model", tiny_base / "base", "--json")
+    assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert len(found["problems"]) == 5
     assert found["records"] == 7

@@ -1,4 +1,4 @@
-"""Token ids and labels, against what the original code made of the same records, and what is right where it failed."""
+"""Token ids and labels equal those of the original code for the same records, and are right where it failed."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_ids_and_labels_equal_the_recorded(load, name):
 
 
 def learnt(encoded, tokenizer):
-    """The texts of the runs of tokens that are learnt."""
+    """Return the text of each run of targets."""
     texts, run = [], []
     for label in [*encoded["labels"], -100]:
         if label == -100:
@@ -60,7 +60,7 @@ def byte_level(load):
 
 @pytest.mark.parametrize("name", ["phi__bytebpe", "v1__llama_fast"])
 def test_where_the_original_failed(load, name):
-    """What is right: every answer and its end, whatever is in it, and nothing else."""
+    """The targets are every answer with its end, whatever it contains, and nothing else."""
     tokenizer, records, results = load(name)
     template = name.split("__")[0]
     end = "<|endoftext|>" if template == "phi" else "</s>"
@@ -79,12 +79,12 @@ def test_where_the_original_failed(load, name):
         encode_record(records["bad_role_order"], tokenizer, template)
 
 
-def test_padding_that_is_the_end_of_text_is_learnt_where_it_ends_an_answer(byte_level):
+def test_an_end_of_text_that_is_also_padding_is_a_target(byte_level):
     byte_level.pad_token = byte_level.eos_token
     assert encode_record(conversation("<image>\nWhat?", "A cat."), byte_level, "phi")["labels"][-1] == byte_level.eos_token_id
 
 
-def test_an_image_in_an_answer_stands_where_it_was_and_splits_what_is_learnt(byte_level):
+def test_an_image_in_an_answer_splits_the_targets(byte_level):
     encoded = encode_record(conversation("<image>\nWhere?", "Here: <image> done."), byte_level, "phi", image_tokens=3)
     assert encoded["input_ids"].count(-200) == 6
     assert encoded["labels"].count(-200) == 3
@@ -92,7 +92,7 @@ def test_an_image_in_an_answer_stands_where_it_was_and_splits_what_is_learnt(byt
 
 
 def test_long_records(byte_level):
-    """Text is cut at the limit; an image record is not: its images would lose their places."""
+    """Text is cut at the limit; a record with images is not, because its images could be cut."""
     byte_level.model_max_length = 60
     text = encode_record(conversation("Why?", "because " * 100, image=False), byte_level, "phi")
     assert len(text["input_ids"]) == len(text["labels"]) == 60
@@ -107,7 +107,7 @@ def test_image_tokens(byte_level):
     assert len(many["labels"]) == len(many["input_ids"])
 
 
-def test_other_forms(load, byte_level):
+def test_other_templates(load, byte_level):
     llama = load("v1__llama_fast")[0]
     record = conversation("<image>\nWhat?", "A cat.", "Sure?", "Yes.")
     for template, end in (("stablelm", "<|endoftext|>"), ("qwen", "<|endoftext|>")):
@@ -122,7 +122,7 @@ def test_other_forms(load, byte_level):
     assert caption["input_ids"][:2] == [llama.bos_token_id, -200]
     assert caption["labels"][:2] == [-100, -100]
     assert caption["labels"][2:] == caption["input_ids"][2:]
-    with pytest.raises(DataError, match="the form 'plain' takes one question"):
+    with pytest.raises(DataError, match="the template 'plain' takes one question"):
         encode_record(record, byte_level, "plain")
 
 
@@ -143,7 +143,7 @@ def test_a_language_models_own_template(byte_level):
         encode_record(conversation("What?", "A cat.", "Sure?", "Yes."), byte_level)
 
 
-def test_both_forms_of_records(byte_level):
+def test_both_schemas(byte_level):
     expected = encode_record(conversation("<image>\nWhat?", "A cat."), byte_level, "phi")
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     for content in ("<image>\nWhat?", parts):

@@ -1,4 +1,4 @@
-"""Every form of data file gives the same records, whatever its size; folders of `datasets` keep their images in their rows."""
+"""Every kind of data file yields the same records, whatever its size; folders of `datasets` hold images in their rows."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, chunk, indent):
     ],
 )
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
-def test_a_damaged_list_is_named_with_the_place(tmp_path, monkeypatch, text, message, chunk):
+def test_an_error_in_a_list_names_the_position(tmp_path, monkeypatch, text, message, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(DataError, match=message):
@@ -62,7 +62,7 @@ def messages(question, answer):
 
 
 def save_table(folder, form):
-    """Three rows: one image, none, two."""
+    """Save three rows: with one image, none, two."""
     pictures = [[picture("red")], [], [picture("green"), picture("blue")]]
     talks = [messages("<image>\nWhat?", "Red."), messages("Hello", "Hi"), messages("<image><image>\nWhich?", "Both.")]
     turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
@@ -118,7 +118,7 @@ def test_an_image_of_a_row_that_cannot_be_decoded_is_named(tmp_path):
     assert f"row 2 of {tmp_path / 'broken'} names the image 0 of row 2 of" in report.problems[1]
 
 
-def test_folders_that_are_none(tmp_path):
+def test_folders_without_a_table(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty is no folder of `datasets`"):
         load_records(tmp_path / "empty", tmp_path)
@@ -155,7 +155,7 @@ def test_an_image_that_went_missing_after_the_first_reading(tmp_path):
     assert str(caught.value).count("a.png, which does not exist") == 2
 
 
-def test_files_joined(tmp_path):
+def test_joined_files(tmp_path):
     """Rows of several files are one sequence, with their lengths: a token for four characters, 10 for an image."""
     save_table(tmp_path / "table", "saved")
     (tmp_path / "list.json").write_text(json.dumps(ITEMS))
@@ -174,7 +174,7 @@ def test_a_list_may_begin_late(tmp_path, before):
 
 
 @pytest.mark.parametrize("look", [load_records, check_data])
-def test_what_is_no_text(tmp_path, look):
+def test_a_file_that_is_not_utf_8(tmp_path, look):
     (tmp_path / "latin.json").write_bytes('[{"conversations": "Größe"}]'.encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.json is no text in UTF-8"):
         look(tmp_path / "latin.json", tmp_path)
@@ -203,7 +203,7 @@ def test_a_folder_with_the_name_of_a_module(tmp_path, monkeypatch):
     assert len(load_records("parquet", tmp_path)) == 3
 
 
-def test_records_know_each_other_by_what_they_say(tmp_path):
+def test_the_digest_depends_on_content_and_order(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(ITEMS))
     first = load_records(tmp_path / "list.json", tmp_path)
     (tmp_path / "again.json").write_text(json.dumps(ITEMS, indent=2))

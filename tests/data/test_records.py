@@ -1,4 +1,4 @@
-"""Bad data is named, with file, record, value and rule, before any work."""
+"""Invalid data is reported with file, record, value and rule, before any work."""
 
 import json
 
@@ -26,7 +26,7 @@ def conversation(*values, **keys):
     return {"conversations": [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)], **keys}
 
 
-def test_records_of_every_form(write):
+def test_records_with_and_without_images(write):
     records = load_records(
         *write(
             conversation("<image>\nWhat?", "This.", "And?", "That.", image="a.png", id="x", family="colour"),
@@ -106,7 +106,7 @@ def test_lines_and_messages(write):
         load_records(*write(wrong))
 
 
-def test_all_problems_are_told_at_once(write):
+def test_all_problems_are_reported_at_once(write):
     good, bad = conversation("x", "y"), conversation("<image>", "y", image="")
     with pytest.raises(DataError) as caught:
         load_records(*write(good, bad, good, bad))
@@ -159,7 +159,7 @@ def test_a_missing_image_is_named(tmp_path):
 
 
 def test_system_prompts(write):
-    """As a first turn, or as a key."""
+    """A system prompt is the first turn, or a key."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     first, key, none = load_records(
         *write(
@@ -190,7 +190,7 @@ def test_html_is_text(write, text):
 
 
 @pytest.mark.parametrize(("name", "lines"), [("data.json", "[%s]"), ("data.jsonl", "%s\n")])
-def test_a_key_that_is_there_twice_is_named(write, name, lines):
+def test_a_duplicate_key_is_named(write, name, lines):
     record = json.dumps(conversation("<image>\nwhat ?", "x", image="a.png"))[:-1] + ', "image": "b.png"}'
     with pytest.raises(DataError, match=r"(record 0|line 1) of .* has the key 'image' twice"):
         load_records(*write(lines % record, name=name))

@@ -9,8 +9,7 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedToken
 from moe_llava.common.errors import DataError
 from moe_llava.data.answers import render
 from moe_llava.data.encode import encode_record
-from moe_llava.data.portable import portable
-from moe_llava.data.rendering import check_prompt
+from moe_llava.data.rendering import check_prompt, make_portable
 from tests.checkpoints.tiny_tokenizers import train
 from tests.data.chat_templates import EOS, GEMMA_2, QWEN_2_5, REFUSES_SYSTEM, TEMPLATES
 
@@ -31,7 +30,7 @@ def model(request):
     """(name, tokenizer with the template as processors get it, what ends an answer)"""
     template, tokens, end = TEMPLATES[request.param]
     tokenizer = tokenizer_of(template, tokens)
-    tokenizer.chat_template = portable(template, tokenizer, "<image>")
+    tokenizer.chat_template = make_portable(template, tokenizer, "<image>")
     return request.param, tokenizer, end
 
 
@@ -55,7 +54,7 @@ def parts(text):
     return [{"type": "image"}] * bool(image or rest != text) + [{"type": "text", "text": rest}]
 
 
-def test_answers_and_their_ends_are_learnt_and_nothing_after_them(model):
+def test_targets_are_answers_with_their_ends(model):
     _, tokenizer, end = model
     encoded = encode_record(record(*TALK, image="a.png"), tokenizer)
     assert learnt(encoded, tokenizer) == ["A cat. It says: yes" + end, "yes" + end]
@@ -63,8 +62,8 @@ def test_answers_and_their_ends_are_learnt_and_nothing_after_them(model):
     assert encoded["input_ids"].count(tokenizer.bos_token_id) <= 1
 
 
-def test_what_is_asked_is_how_what_was_learnt_begins(model):
-    """Of strings and of parts, in the tokenizer's hands and in a processor's."""
+def test_prompts_are_prefixes_of_the_training_text(model):
+    """This holds for strings and parts, and for tokenizer and processor."""
     _, tokenizer, _ = model
     roles = {"human": "user", "gpt": "assistant"}
     strings = [{"role": roles[role], "content": text} for role, text in TALK]
@@ -81,7 +80,7 @@ def test_what_is_asked_is_how_what_was_learnt_begins(model):
     check_prompt(tokenizer, "<image>")
 
 
-def test_an_empty_answer_is_not_learnt(model):
+def test_an_empty_answer_is_no_target(model):
     _, tokenizer, end = model
     talk = [TALK[0], ("gpt", ""), *TALK[2:]]
     assert learnt(encode_record(record(*talk, image="a.png"), tokenizer), tokenizer) == ["yes" + end]
@@ -97,7 +96,7 @@ def test_white_space_and_the_words_of_the_template_in_an_answer(model):
 
 
 def test_an_image_that_is_text(model):
-    """In a record without an image the placeholder is characters, which a model's own token is none of."""
+    """In a record without an image, the placeholder is encoded as characters, not as the model's own token."""
     _, tokenizer, _ = model
     encoded = encode_record(record(("human", "Is <image> HTML?"), ("gpt", "<image> is not.")), tokenizer)
     assert -200 not in encoded["input_ids"]
@@ -110,7 +109,7 @@ def test_a_system_prompt_is_written_or_refused_by_name(model):
     name, tokenizer, _ = model
     spoken = record(("system", "Be brief."), *TALK, image="a.png")
     if name in REFUSES_SYSTEM:
-        with pytest.raises(DataError, match=f"the conversation form refuses it: {REFUSES_SYSTEM[name]}"):
+        with pytest.raises(DataError, match=f"the chat template refuses it: {REFUSES_SYSTEM[name]}"):
             encode_record(spoken, tokenizer)
         with pytest.raises(TemplateError, match=REFUSES_SYSTEM[name]):
             tokenizer.apply_chat_template([{"role": "system", "content": parts("Be brief.")}, {"role": "user", "content": "x"}])
@@ -120,12 +119,12 @@ def test_a_system_prompt_is_written_or_refused_by_name(model):
 
 def test_a_portable_template_stays_as_it_is(model):
     _, tokenizer, _ = model
-    assert portable(tokenizer.chat_template, tokenizer, "<image>") == tokenizer.chat_template
+    assert make_portable(tokenizer.chat_template, tokenizer, "<image>") == tokenizer.chat_template
 
 
 def test_a_content_part_that_no_template_takes_is_refused():
     tokenizer = tokenizer_of(QWEN_2_5, ("<|im_start|>", "<|im_end|>"))
-    jinja = portable(QWEN_2_5, tokenizer, "<image>")
+    jinja = make_portable(QWEN_2_5, tokenizer, "<image>")
     with pytest.raises(TemplateError, match="must be a text or an image, but is a video"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], chat_template=jinja, tokenize=False)
     asked = {"role": "user", "content": [{"type": "text", "text": "x"}]}
@@ -138,8 +137,8 @@ def test_a_content_part_that_no_template_takes_is_refused():
 
 @pytest.mark.parametrize("template", [QWEN_2_5, GEMMA_2])
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
-    """A tokenizer that begins texts by itself, and a template that does or does not: training and the README's Python agree."""
+def test_the_beginning_of_sequence_token_comes_once(template, adds):
+    """The tokenizer, the template, or both may write it: training and the README's Python agree."""
     tokenizer = tokenizer_of(template, ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"))
     if adds:
         from tokenizers.processors import TemplateProcessing
@@ -147,7 +146,7 @@ def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
         single = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
         tokenizer.backend_tokenizer.post_processor = single
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
-    tokenizer.chat_template = portable(template, tokenizer, "<image>")
+    tokenizer.chat_template = make_portable(template, tokenizer, "<image>")
     begins = int(adds or template == GEMMA_2)
     trained = encode_record(record(("human", "Why?"), ("gpt", "So.")), tokenizer)["input_ids"]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts("Why?")}], add_generation_prompt=True, tokenize=False)
@@ -162,19 +161,19 @@ def test_the_beginning_stands_once_wherever_a_text_is_made(template, adds):
         ("{% for message in messages %}{{ message['role'] }}{% endfor %}", "cannot ask about an image"),
         ("<image>{% for message in messages %}{{ message['content'][-1]['text'] }}<image>{% endfor %}", "cannot ask about an image"),
         ("{% for message in messages %}{{ message['content'][-1]['text'] }}<image>{% endfor %}", "before the text"),
-        ("{{ messages[2]['content'] + 1 }}", "the conversation form refuses it"),
+        ("{{ messages[2]['content'] + 1 }}", "the chat template refuses it"),
         ("{{ raise_exception('never') }}", "refuses it: never"),
         ("{% if %}", "refuses it"),
         ("", "has no chat template"),
     ],
 )
-def test_a_model_that_cannot_be_asked_is_refused_by_name(template, message):
+def test_a_template_that_cannot_render_a_question_is_refused(template, message):
     tokenizer = tokenizer_of(template)
     with pytest.raises(DataError, match=message):
         check_prompt(tokenizer, "<image>")
 
 
-def test_of_several_templates_the_default_one_counts():
+def test_the_default_of_several_templates_is_used():
     several = {"default": QWEN_2_5, "tool_use": "{{ tools }}"}
     one, many = (tokenizer_of(jinja, ("<|im_start|>", "<|im_end|>")) for jinja in (QWEN_2_5, several))
     talk = record(("human", "Why?"), ("gpt", "So."))
@@ -189,9 +188,9 @@ def test_an_answer_that_the_template_changes_is_a_problem_of_its_record():
         encode_record(record(("human", "Why?"), ("gpt", "<think>Hm.</think>So.")), tokenizer)
 
 
-def test_a_template_survives_a_save_and_says_what_it_says(tmp_path):
+def test_a_saved_portable_template_renders_the_same_text(tmp_path):
     tokenizer = tokenizer_of(QWEN_2_5, ("<|im_start|>", "<|im_end|>"))
-    jinja = portable(QWEN_2_5, tokenizer, "<image>")
+    jinja = make_portable(QWEN_2_5, tokenizer, "<image>")
     for text in ("Why?", "<image>\nWhat?"):
         turns = [{"role": "system", "content": " Be. "}, {"role": "user", "content": text}]
         plain, made = (tokenizer.apply_chat_template(turns, chat_template=each, tokenize=False) for each in (QWEN_2_5, jinja))

@@ -1,10 +1,9 @@
-"""Order of an epoch: every record once, one modality and about one length in a batch, the same again from the same seed."""
+"""The order of an epoch: every record once, one modality and similar lengths in a batch, and the same order from the same seed."""
 
 import numpy as np
 import pytest
 
-from moe_llava.data import sampling
-from moe_llava.data.sampling import GroupedSampler
+from moe_llava.data.batches import GroupedSampler
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(10, 2000, 1000)
@@ -18,7 +17,7 @@ def batches(sampler, size):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_batch_has_one_modality_and_about_one_length(monkeypatch, processes):
-    monkeypatch.setattr(sampling, "POOL", 16)
+    monkeypatch.setattr("moe_llava.data.batches.POOL", 16)
     sampler = GroupedSampler(LENGTHS, HAS_IMAGE, 4 * processes, 4, processes, seed=3)
     assert sorted(sampler) == list(range(1000))
     at_once = 4 * processes

@@ -38,7 +38,7 @@ BAD = {
     "has clip.mp4 as 'video'": conversation("<video>\nwhere ?", "here", video="clip.mp4"),
     "turn 0 of line 7 of .* must be a text from 'human'": {"conversations": [{"from": "gpt", "value": "x"}] * 2},
     "has images of 72 tokens, but stage1.max_length is 60": conversation("<image><image>\nwhere ?", "here", image=["a.png", "a.png"]),
-    "line 9 of .*: the conversation form refuses it: System role not supported": SOUND | {"system": "be brief ."},
+    "line 9 of .*: the chat template refuses it: System role not supported": SOUND | {"system": "be brief ."},
     "half of a character": conversation("where ? \ud800", "here"),
     "line 11 of .* has no image, but stage I": conversation("where ?", "here"),
 }
@@ -62,7 +62,7 @@ def told(recipe, stages, **settings):
 
 @pytest.fixture
 def strict_base(tiny_base, tmp_path):  # noqa: F811
-    """The tiny model with a template that refuses system prompts."""
+    """Return the tiny model with a template that refuses system prompts."""
     processor = AutoProcessor.from_pretrained(tiny_base / "base")
     folder = tmp_path / "base"
     folder.mkdir()
@@ -93,7 +93,7 @@ def test_every_kind_of_bad_record_is_left_out_counted_and_logged(folder, strict_
     assert json.loads((stage / "records.json").read_text())["records"] == 8
 
 
-def test_what_is_left_out_again_when_a_run_goes_on(folder, tiny_base, write_recipe, stopping):  # noqa: F811
+def test_left_out_records_are_the_same_after_resuming(folder, tiny_base, write_recipe, stopping):  # noqa: F811
     data = write(folder, [SOUND] * 8 + ["{", conversation("x", "y", audio=["a.wav"])])
     file = write_recipe(stage1__data=data, on_bad_record="skip", save_steps=1)
     with stopping(2):
@@ -109,7 +109,7 @@ def test_nothing_is_left(folder, write_recipe):  # noqa: F811
         told(write_recipe(stage1__data=data, on_bad_record="skip"), [1])
 
 
-def test_what_the_original_code_reads_is_trained_on(folder, write_recipe):  # noqa: F811
+def test_records_that_the_original_code_accepts_are_trained_on(folder, write_recipe):  # noqa: F811
     """An empty answer, which is not learnt; a placeholder without an image, which is text; an answer before the first question, a question
     after the last answer."""
     records = [
@@ -158,7 +158,7 @@ def test_other_media_are_named(folder, record, message):
         assert len(load_records(folder / "data.json", folder)) == 2
 
 
-def test_names_that_are_empty(folder):
+def test_empty_names(folder):
     for empty in ("", " ", "None", "none", "nan", "NaN", "null", None, [], [""], [None], ["nan", ""], math.nan, [math.nan]):
         for key in ("image", "images"):
             (folder / "data.json").write_text(json.dumps([conversation("where ?", "here", **{key: empty})]))
@@ -175,7 +175,7 @@ def test_an_empty_name_beside_a_placeholder_is_a_problem(folder):
 
 
 def test_rows_of_tables_follow_the_same_rules(folder):
-    """Images without bytes and path, and names that a table made of nothing."""
+    """Rows may hold images without bytes and path, and empty names."""
     turns = [[{"from": "human", "value": "<image>\nwhere ?"}, {"from": "gpt", "value": "here"}], conversation("a", "")["conversations"]]
     red = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(red, "png")
@@ -200,7 +200,7 @@ def test_rows_of_tables_follow_the_same_rules(folder):
     assert [record.images for record in load_records(folder / "named.parquet", folder)] == [(), (), ()]
 
 
-def test_lines_that_cannot_be_read(folder):
+def test_unreadable_lines(folder):
     good = json.dumps(conversation("a", "b")).encode()
     deep, long = b"[" * 100_000, b'{"id": ' + b"1" * 5000 + b"}"
     (folder / "data.jsonl").write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b"{", b'{"a": "\xff"}', deep, long, good]))
@@ -225,8 +225,8 @@ def set_template(base, folder, template):
     return folder
 
 
-def test_a_template_that_takes_strings_alone_is_trained_and_asked(tiny_base, write_recipe, tmp_path):  # noqa: F811
-    """And what is saved takes parts from anybody: transformers' processor is handed none of ours."""
+def test_a_template_for_strings_trains_and_chats(tiny_base, write_recipe, tmp_path):  # noqa: F811
+    """The saved template takes parts, also with transformers' own processor."""
     base = set_template(tiny_base / "base", tmp_path / "strings", QWEN_2_5)
     (stage,), _ = told(write_recipe(model=str(base)), [1])
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
@@ -251,7 +251,7 @@ def test_a_template_without_a_place_for_images_is_refused_before_stage_one(tiny_
 
 
 def test_a_language_model_alone_counts_tokens(tiny_base, tmp_path):  # noqa: F811
-    """And a tokenizer alone. What they count, but for the image, is what the LLaVA counts."""
+    """So does a tokenizer alone. Both count what the LLaVA counts, except for the image."""
     language, tokenizer = tmp_path / "language", tmp_path / "tokenizer"
     for folder, config in ((language, {"model_type": "llama", "vocab_size": 99}), (tokenizer, None)):
         folder.mkdir()
@@ -283,4 +283,4 @@ def test_records_that_a_template_refuses_are_listed(folder, tiny_base, template)
     done = run_here("check", folder / "data.json", "--images", folder, "--model", base)
     assert done.exit_code == 1
     message = "System role not supported" if template == GEMMA_2 else "Conversation roles must alternate"
-    assert f"record 1 of {folder / 'data.json'}: the conversation form refuses it: {message}" in done.stdout
+    assert f"record 1 of {folder / 'data.json'}: the chat template refuses it: {message}" in done.stdout

@@ -1,4 +1,4 @@
-"""What the chat templates render. That it is what the original code made of records, test_encode.py compares, token by token."""
+"""The text of the chat templates. test_encode.py compares the tokens with those of the original code."""
 
 import re
 
@@ -24,20 +24,20 @@ def render(messages, template, add_generation_prompt=False):
     return prompts[0], [prompts[0][start:end] for start, end in spans[0]]
 
 
-def test_parts_stand_on_lines_of_their_own():
+def test_parts_are_on_lines_of_their_own():
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare."}]
     prompt, _ = render([{"role": "user", "content": content}], chat_template("phi"), add_generation_prompt=True)
     assert prompt.endswith("questions. USER: <image>\n<image>\nCompare. ASSISTANT:")
     assert render([{"role": "user", "content": content}], chat_template("phi", "<im_start><image><im_end>"))[0].count("<im_end>") == 2
 
 
-def test_a_system_message_takes_the_place_of_the_default():
+def test_a_system_message_replaces_the_default():
     messages = [{"role": "system", "content": 'Say "yes".'}, {"role": "user", "content": "Really?"}]
     assert render(messages, chat_template("v1"))[0] == '<s>Say "yes". USER: Really? ASSISTANT:'
 
 
 def test_chatml_by_hand():
-    """Two turns and an image: what is learnt is the answers and the token that ends them. No system prompt, unless there is one."""
+    """In two turns with an image, the targets are the answers and their end tokens. There is no default system prompt."""
     backend = train(size=400)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<|im_start|>", "<|im_end|>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -82,7 +82,8 @@ BY_HAND = {
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_gemma_and_llama_3_by_hand(name, adds):
-    """Contents are trimmed, as the models' own templates do. The beginning stands once, whether or not the tokenizer adds it."""
+    """Contents are trimmed, as in the models' own templates. The beginning-of-sequence token comes once, whether or not the tokenizer adds
+    it."""
     whole, end = BY_HAND[name]
     backend = train(size=400)
     tokens = re.findall(r"<\|?\w+\|?>", whole)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_llava import upcycle
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_checkpoint, load_model, load_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.training import adapters
 from moe_llava.training.recipe import Adapter
 from moe_llava.training.run import train

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import upcycle
-from moe_llava.checkpoints.errors import CheckpointError
+from moe_llava.common.errors import CheckpointError
 from moe_llava.experiments.demo import demo_recipe
 from moe_llava.training import adapters, run
 from moe_llava.training.recipe import Adapter, RecipeError, load_recipe

@@ -114,7 +114,7 @@ def test_other_files_of_a_stage_that_was_begun(stopped, name, place):
     content = bytearray((work / name).read_bytes())
     content[int(place * len(content))] = 0
     (work / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{work / name}(, line \d+)? is damaged: it is no JSON"):
+    with pytest.raises(DataError, match=rf"{work / name}(, line \d+)? is damaged: it is not JSON"):
         train(load_recipe(file), [1], resume=True, console=QUIET)
 
 

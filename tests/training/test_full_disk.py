@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from moe_llava.common.disk import no_room, size, why_not_written
+from moe_llava.common.files import no_room, why_not_written
+from moe_llava.common.messages import format_bytes
 from moe_llava.training.recipe import load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.saves import SaveError, append_line, full_disk_named
@@ -67,7 +68,7 @@ def test_a_log_on_a_full_disk(tmp_path):
 
 
 def test_sizes():
-    assert [size(number) for number in (999, 1500, 2.5e6, 3e9, 4e15)] == ["999 bytes", "1.5 kB", "2.5 MB", "3.0 GB", "4,000.0 TB"]
+    assert [format_bytes(number) for number in (999, 1500, 2.5e6, 3e9, 4e15)] == ["999 bytes", "1.5 kB", "2.5 MB", "3.0 GB", "4,000.0 TB"]
 
 
 def on_a_disk_of(number, folder, command):

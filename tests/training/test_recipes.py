@@ -24,8 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.join import TEXT_LENGTH, join, joined_processor
+from moe_llava.common.errors import CheckpointError
 from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.encode import encode_record
 from moe_llava.model import MoeLlavaForConditionalGeneration
@@ -339,7 +339,7 @@ def test_parts_that_do_not_do(parts, write_recipe, tiny_base, tmp_path):
             r"base is a model with a vision tower already \(llava\): a LLaVA is named as `model`",
         ),
         ({"template": "chatml"}, r"the tokenizer in .*phi does not know <\|im_end\|>, which ends an answer in .* 'chatml'"),
-        ({"template": None}, r"the tokenizer in .*phi has no chat template: name a conversation form, one of phi"),
+        ({"template": None}, r"the tokenizer in .*phi has no chat template: name one of phi"),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(load_recipe(write_recipe(model=whole | change)), [1, 2, 3], resume=False, console=QUIET)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
-from moe_llava.checkpoints.errors import CheckpointError
 from moe_llava.checkpoints.load import load_config
-from moe_llava.common.errors import DataError
+from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
 from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
@@ -203,7 +202,7 @@ def test_a_batch_that_cannot_be_shared_out(write_recipe, monkeypatch):
 def test_stage_one_needs_images(write_recipe, tmp_path):
     records = [{"conversations": [{"from": "human", "value": "is there a red 7 ?"}, {"from": "gpt", "value": "no"}]}]
     (tmp_path / "text.json").write_text(json.dumps(records))
-    with pytest.raises(DataError, match=r"record 0 of .*text.json has no image, but stage I teaches the projector"):
+    with pytest.raises(DataError, match=r"record 0 of .*text.json has no image, but stage I trains the projector"):
         train(load_recipe(write_recipe(stage1__data__file=str(tmp_path / "text.json"))), [1], resume=False, console=QUIET)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from moe_llava.checkpoints.errors import CheckpointError, first_line
-from moe_llava.common.digests import file_digest
+from moe_llava.common.errors import CheckpointError
+from moe_llava.common.files import file_digest
+from moe_llava.common.messages import first_line
 from moe_llava.evaluation.score.benchmark import InlineImage, Question
 
 LENGTH = 16  # hexadecimal digits: enough to tell files apart, and short enough to list many

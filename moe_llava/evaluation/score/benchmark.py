@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from moe_llava.common.suggestions import did_you_mean
+from moe_llava.common.messages import did_you_mean
 from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json, read_json_lines, take, take_list, take_text
 from moe_llava.evaluation.score.statistics import bootstrap
 

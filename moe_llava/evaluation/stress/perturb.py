@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from moe_llava.common.images import to_rgb
-from moe_llava.common.suggestions import did_you_mean
+from moe_llava.common.messages import did_you_mean
 from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
 
 STRENGTHS = (1, 2, 3, 4, 5)

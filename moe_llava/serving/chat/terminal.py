@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.table import Table
 
-from moe_llava.common.suggestions import did_you_mean
+from moe_llava.common.messages import did_you_mean
 from moe_llava.serving.chat.completion import Completer
 from moe_llava.serving.chat.conversation import Conversation, Turn
 
