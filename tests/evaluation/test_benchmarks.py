@@ -4,20 +4,10 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score import choices
-from moe_llava.evaluation.score.benchmark import (
-    LETTER,
-    NAMES,
-    SINGLE_WORD,
-    BenchmarkError,
-    find_benchmark,
-    find_folder,
-    read_json,
-    read_json_lines,
-    result,
-    take,
-)
-from moe_llava.evaluation.score.means import mean_by
+from moe_llava.evaluation.score.benchmark import NAMES, find_benchmark, find_folder, result
+from moe_llava.evaluation.score.means import mean_by, mean_by_group
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json, read_json_lines, take
 from moe_llava.evaluation.score.scoring import score_answers
 from tests.conftest import REPOSITORY, run_command
 
@@ -82,7 +72,7 @@ def test_a_resample_without_a_group_does_not_count_for_it():
 
 def test_multiple_choice_too():
     items = [{"right": number % 2 == 0, "right (lenient)": True} for number in range(5)]
-    scored = choices.scored(items, [["accuracy", "type/x"] if number == 0 else ["accuracy"] for number in range(5)], list("abcde"))
+    scored = mean_by_group(items, [["accuracy", "type/x"] if number == 0 else ["accuracy"] for number in range(5)], list("abcde"))
     found = result(find_benchmark("seed-bench"), scored, [], [])
     assert found["intervals"]["type/x"] == (100, 100)
     assert found["intervals"]["accuracy (lenient)"] == (100, 100)

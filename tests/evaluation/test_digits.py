@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, find_benchmark, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, result
 from moe_llava.evaluation.score.definitions.digits_world import accuracy, compare, existence, judge
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.statistics import bootstrap_mean
 from tests.training.conftest import tiny_base  # noqa: F401
 

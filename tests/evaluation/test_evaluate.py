@@ -21,8 +21,9 @@ from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate
 from moe_llava.evaluation.ask import tasks as plan
 from moe_llava.evaluation.ask.answers import answer_file, merge, writing
-from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import parse_perturbations
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import REPOSITORY, refused, run_command
@@ -110,7 +111,7 @@ def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
     assert 20 <= len(before) < number
     done = run_command(*command[1:])
     assert done.returncode == 0, done.stderr
-    assert f"asking digits: {number - len(before)} in" in done.stdout
+    assert f"evaluating digits: {number - len(before)} in" in done.stdout
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(after) == number
     assert {answer["answer_id"] for answer in before} <= {answer["answer_id"] for answer in after}
@@ -123,7 +124,7 @@ def test_two_processes(tiny_base, whole, tmp_path, limit):  # noqa: F811
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("asking digits") == 1
+    assert done.stdout.count("evaluating digits") == 1
     lines = (whole / "answers.jsonl").read_text().splitlines()
     assert (tmp_path / "digits" / "answers.jsonl").read_text().splitlines() == (lines[:1] if limit else lines)
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from moe_llava.evaluation.ask.tasks import prepare
-from moe_llava.evaluation.score.benchmark import BenchmarkError, check_truth, find_benchmark, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import check_truth, find_benchmark, result, split_in
 from moe_llava.evaluation.score.choices import LETTERS
 from moe_llava.evaluation.score.definitions.mmmu import DISCIPLINE
-from moe_llava.evaluation.score.reading import read_json_lines
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 from moe_llava.evaluation.score.scoring import judge_answers, score_answers
 from tests.conftest import refused
 from tests.training.conftest import tiny_base  # noqa: F401

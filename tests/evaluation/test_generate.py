@@ -12,8 +12,9 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import answer, in_background, prompt_inputs, prompt_text
-from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import attacked_pixels
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.model.upcycling import upcycle
@@ -115,8 +116,8 @@ def test_nothing_after_the_end(asked):
 
 def test_what_prompts_share_is_read_once(asked, monkeypatch):
     model, processor, questions = asked
-    read, real = [], generate._read_heads
-    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    read, real = [], generate._prefill_heads
+    monkeypatch.setattr(generate, "_prefill_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
     answers(model, processor, questions, batch_size=4, max_new_tokens=2)
     pictures = {question.images for question in questions if len(question.images) == 1}
     assert read == [1, len(pictures)]  # two images in a prompt of its own; then all the others
@@ -137,7 +138,7 @@ def test_images_come_first_or_where_the_prompt_says(asked):
 def test_a_template_that_refuses_a_question_is_named(asked, monkeypatch, template):
     _, processor, _ = asked
     monkeypatch.setattr(processor, "chat_template", template)
-    with pytest.raises(BenchmarkError, match=r"the model's conversation form refuses question 1: (no users|can only concatenate str)"):
+    with pytest.raises(BenchmarkError, match=r"the model's chat template refuses question 1: (no users|can only concatenate str)"):
         prompt_text(processor, Question("1", "where ?", ()))
 
 

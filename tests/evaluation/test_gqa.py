@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 GQA = find_benchmark("gqa")
 SUFFIX = "\nAnswer the question using a single word or phrase."

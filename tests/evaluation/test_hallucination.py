@@ -8,7 +8,7 @@ import pytest
 
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.digits.scenes import COLOURS
-from moe_llava.evaluation.score.benchmark import BenchmarkError, read_json_lines
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 from moe_llava.evaluation.score.scoring import score_answers
 from moe_llava.evaluation.stress.pope_questions import read_annotations, write_pope_questions
 from tests.conftest import REPOSITORY, run_command

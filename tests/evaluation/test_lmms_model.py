@@ -21,8 +21,9 @@ from moe_llava.evaluation import lmms_model
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.lmms_model import MoeLlava, TaskImage
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import REPOSITORY
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -148,13 +149,13 @@ def test_two_processes(tasks, tiny_base, questions, tmp_path):  # noqa: F811
     printed, found = run(tasks, tmp_path / "out", *command, arguments=f"pretrained={tiny_base / 'base'},dtype=float32")
     expected = {name: plainly(tiny_base / "base", questions[:5], tokens) for name, tokens in (("short", 3), ("long", 12))}
     assert found == expected, printed
-    assert printed.count("asking: ") == 1
+    assert printed.count("evaluating: ") == 1
 
 
 def test_each_picture_is_read_once(asked, questions, monkeypatch):
     """Whether two questions are about one picture cannot be seen from where a task has it: in memory, once for each question."""
-    read, real = [], generate._read_heads
-    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    read, real = [], generate._prefill_heads
+    monkeypatch.setattr(generate, "_prefill_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
     ask(asked, [[picture(question), text(question.prompt)] for question in questions])
     assert sum(read) == len({question.images for question in questions}) < len(questions)
 
@@ -245,9 +246,9 @@ def test_chats_that_are_refused(asked, monkeypatch, messages, message):
 
 def test_other_requests_and_arguments_are_refused(asked, sparse):
     given = requests(asked, [[]], {})
-    with pytest.raises(BenchmarkError, match="some: the likelihood of given answers cannot be had of this model"):
+    with pytest.raises(BenchmarkError, match="some: the likelihood of given answers is not supported"):
         asked.loglikelihood(given)
-    with pytest.raises(BenchmarkError, match="some: answers in several rounds cannot be had of this model"):
+    with pytest.raises(BenchmarkError, match="some: answers in several rounds is not supported"):
         asked.generate_until_multi_round(given)
     for batch_size in ("auto", 0, "-1"):
         with pytest.raises(BenchmarkError, match=f"batch_size must be a number from 1, but is {batch_size!r}"):

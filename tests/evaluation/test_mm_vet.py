@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark
+from moe_llava.evaluation.score.benchmark import find_benchmark
 from moe_llava.evaluation.score.definitions.mm_vet import read_share
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_answers
 from moe_llava.evaluation.score.tables import write_table
 from tests.conftest import run_command, run_here

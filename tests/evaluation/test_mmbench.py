@@ -6,8 +6,10 @@ import csv
 import pytest
 from openpyxl import load_workbook
 
-from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result, split_in
 from moe_llava.evaluation.score.definitions.mmbench import read, upload_rows
+from moe_llava.evaluation.score.questions import LETTER, pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import score_answers
 from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.evaluation.stress.robustness import robustness

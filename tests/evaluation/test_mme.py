@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.mme import TASKS, read, read_leniently
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 MME = find_benchmark("mme")
 

@@ -4,8 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_llava.evaluation.score.benchmark import LETTER, SINGLE_WORD, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.mmmu import DISCIPLINE, DISCIPLINES, matches, read_letter, read_open
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 MMMU = find_benchmark("mmmu")
 OPTIONS = {"A": "red", "B": "dark red", "C": "None", "D": "NA"}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_llava.evaluation.score.benchmark import LETTER, SINGLE_WORD, BenchmarkError, Question
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import (
     ADVERSARIAL,
     KINDS,

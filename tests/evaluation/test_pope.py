@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.pope import says_yes, says_yes_leniently
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import read_json_lines
 
 POPE = find_benchmark("pope")
 NAMES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score", "yes": "Yes ratio"}

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from moe_llava.common.colours import EXPERT_COLOURS
-from moe_llava.evaluation.score.benchmark import BenchmarkError
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.questions import LETTER, pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 SCIENCEQA = find_benchmark("scienceqa")
 UNANSWERED = "1259"  # the published script takes it as answered with "FAILED"
@@ -116,7 +118,7 @@ def change(folder, to, name, old, new):
     ("name", "old", "new", "message"),
     [
         ("pid_splits.json", '"test": [', '"test": ["77", ', "1 are in one only, such as 77"),
-        ("problems.json", '"1000"', '"77"', r"problems.json has no problem 1000, which llava_test_CQM-A.json asks about"),
+        ("problems.json", '"1000"', '"77"', r"problems.json has no problem 1000, which is a question of llava_test_CQM-A.json"),
         ("problems.json", '"answer": 0', '"answer": 2', r"question 1000 of .*problems.json has the answer 2, but the options A, B"),
         ("problems.json", '"grade2"', '"grade13"', r"problem 1000 of .*problems.json has the grade 'grade13', but must have grade1 to"),
         ("llava_test_CQM-A.json", '"conversations"', '"turns"', r"record 1 of .*llava_test_CQM-A.json has no 'conversations'"),

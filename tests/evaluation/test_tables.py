@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from moe_llava.evaluation.score import published
-from moe_llava.evaluation.score.benchmark import NAMES, BenchmarkError
+from moe_llava.evaluation.score.benchmark import NAMES
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.tables import write_table
 from tests.conftest import run_command
 
@@ -158,7 +159,7 @@ def test_what_is_wrong_is_named(runs, tmp_path):
         write_table([runs[0] / "pope"], "csv", False)
     for more, message in (
         ({"model": None}, r"first/pope/result.json has no 'model'"),
-        ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', as too little of POPE was asked: ask without --limit"),
+        ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', because too few questions of POPE were evaluated"),
         ({"perturbation": {"name": "noise"}}, r"perturbation of .*first/pope/result.json has no 'strength'"),
         ({"judge": "gpt"}, r"judge of .*first/pope/result.json must be an object, but is gpt"),
         ({"scores": {"f1": float("nan")}}, r"first/pope/result.json must have a number and an interval of two numbers for 'f1'"),

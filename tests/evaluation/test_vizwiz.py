@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result, split_in
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import score_answers
 
 VIZWIZ = find_benchmark("vizwiz")
