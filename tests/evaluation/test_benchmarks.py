@@ -9,7 +9,7 @@ from moe_llava.evaluation.score.means import mean_by, mean_by_group
 from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD
 from moe_llava.evaluation.score.reading import BenchmarkError, read_json, read_json_lines, take
 from moe_llava.evaluation.score.scoring import score_answers
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, run_here
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
@@ -127,8 +127,8 @@ def test_prompts_that_find_no_question_are_an_error(golden, tmp_path):
 def test_the_command_on_recorded_answers(golden, name):
     folder = find_folder(find_benchmark(name), golden / "eval")
     answers = folder / "answers" / "fixture-model.jsonl"
-    found = run_command("score", name, "--data", golden / "eval", "--answers", answers, "--json")
-    assert found.returncode == 0, found.stderr
+    found = run_here("score", name, "--data", golden / "eval", "--answers", answers, "--json")
+    assert found.exit_code == 0, found.output
     scores = json.loads(found.stdout)
     assert scores["benchmark"] == name
     assert set(find_benchmark(name).headline) <= scores["scores"].keys()

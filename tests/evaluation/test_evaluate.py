@@ -26,7 +26,7 @@ from moe_llava.evaluation.score.questions import InlineImage, Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import parse_perturbations
 from moe_llava.model.upcycling import upcycle
-from tests.conftest import REPOSITORY, refused, run_command
+from tests.conftest import REPOSITORY, refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 BIN = Path(sys.executable).parent
@@ -48,9 +48,9 @@ def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=Non
 def whole(tiny_base, tmp_path_factory):  # noqa: F811
     """The folder of a run that was left alone."""
     out = tmp_path_factory.mktemp("whole")
-    done = run_command(*arguments(tiny_base, out))
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    done = run_here(*arguments(tiny_base, out))
+    assert done.exit_code == 0, done.output
+    assert "accuracy" in done.output
     return out / "digits"
 
 
@@ -97,7 +97,7 @@ def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_ba
 
 
 def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
-    write_dataset(tmp_path / "data", train_images=1, test_images=40)
+    write_dataset(tmp_path / "data", train_images=1, test_images=10)
     command = [BIN / "moe-llava", *arguments(tiny_base, tmp_path / "out", "--batch-size", "4", data=tmp_path / "data")]
     file = tmp_path / "out" / "digits" / "answers.jsonl"
     number = len(digits_world.questions(tmp_path / "data"))
@@ -109,25 +109,38 @@ def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
     process.wait()
     before = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 20 <= len(before) < number
-    done = run_command(*command[1:])
-    assert done.returncode == 0, done.stderr
-    assert f"evaluating digits: {number - len(before)} in" in done.stdout
+    done = run_here(*command[1:])
+    assert done.exit_code == 0, done.output
+    assert f"evaluating digits: {number - len(before)} in" in done.output
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(after) == number
     assert {answer["answer_id"] for answer in before} <= {answer["answer_id"] for answer in after}
 
 
-@pytest.mark.parametrize("limit", [[], ["--limit", "1"]], ids=["all", "fewer questions than processes"])
-def test_two_processes(tiny_base, whole, tmp_path, limit):  # noqa: F811
+def write_vizwiz(folder):
+    """One question of the test set, whose answers only a server knows."""
+    (folder / "vizwiz" / "test").mkdir(parents=True)
+    Image.new("RGB", (48, 48)).save(folder / "vizwiz" / "test" / "a.jpg")
+    question = {"question_id": 0, "image": "a.jpg", "text": "what is this ?"}
+    (folder / "vizwiz" / "llava_test.jsonl").write_text(json.dumps(question) + "\n")
+
+
+def test_two_processes(tiny_base, whole, tmp_path):  # noqa: F811
+    """One benchmark has fewer questions than there are processes."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_vizwiz(data)
+    (data / "digits").mkdir()
+    (data / "digits" / "data").symlink_to(tiny_base / "data")
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", BIN / "moe-llava"]
-    command += arguments(tiny_base, tmp_path, *limit)
+    command += ["evaluate", tiny_base / "base", "--benchmark", "digits,vizwiz", "--data", data, "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("evaluating digits") == 1
-    lines = (whole / "answers.jsonl").read_text().splitlines()
-    assert (tmp_path / "digits" / "answers.jsonl").read_text().splitlines() == (lines[:1] if limit else lines)
-    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert done.stdout.count("evaluating digits") == done.stdout.count("evaluating vizwiz") == 1
+    assert (out / "digits" / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
+    assert sorted(path.name for path in (out / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert len((out / "vizwiz" / "answers.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in (out / "vizwiz").iterdir()) == [".lock", "answers.jsonl", "settings.json", "vizwiz.json"]
 
 
 def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa: F811
@@ -228,7 +241,7 @@ def test_two_runs_do_not_write_into_the_same_folder(tiny_base, tmp_path):  # noq
 
 def test_answers_that_vanish_are_not_scored_as_wrong(tiny_base, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(evaluate, "answer", lambda *rest: iter([[(0, "7")]]))
-    with pytest.raises(BenchmarkError, match="2 questions of digits have been asked, but their answers are gone"):
+    with pytest.raises(BenchmarkError, match="2 questions of digits were evaluated, but their answers are gone"):
         run(tiny_base, tmp_path, limit=3)
     assert not (tmp_path / "digits" / "result.json").exists()
 
@@ -252,8 +265,8 @@ def test_merging(tmp_path):
 def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
     """Asked once more under each, paired with the answers without, and drawn."""
     out = tmp_path / "digits"
-    done = run_command(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
-    assert done.returncode == 0, done.stderr
+    done = run_here(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
+    assert done.exit_code == 0, done.output
     assert "12 right without perturbation" in done.stdout
     assert str(out / "robustness.png") in done.stdout
     questions = digits_world.questions(tiny_base / "data")[:12]
@@ -286,7 +299,7 @@ def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
     # With more questions, what was asked fewer is left out, and said so.
     (found,), printed = run(tiny_base, tmp_path, limit=14, perturb="blur:1")
     assert [drop["name"] for drop in found["robustness"]["drops"]] == ["blur"]
-    assert "digits under noise:5 was asked fewer questions than these: left out" in printed
+    assert "digits under noise:5 has answers to fewer questions: left out" in printed
 
 
 def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path):  # noqa: F811
@@ -298,27 +311,14 @@ def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path)
 
 def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
     """Known before anything is asked: its answers are for the upload, and there is nothing to compare."""
-    folder = tmp_path / "vizwiz"
-    (folder / "test").mkdir(parents=True)
-    Image.new("RGB", (48, 48)).save(folder / "test" / "a.jpg")
-    (folder / "llava_test.jsonl").write_text(json.dumps({"question_id": 0, "image": "a.jpg", "text": "what is this ?"}) + "\n")
-    done = run_command("evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "is what its server takes" in done.stdout
+    write_vizwiz(tmp_path)
+    command = ["evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path]
+    done = run_here(*command, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "is what its server takes" in done.output
     assert not (tmp_path / "out" / "vizwiz" / "result.json").exists()
-    command = (
-        "evaluate",
-        tiny_base / "base",
-        "--benchmark",
-        "vizwiz",
-        "--data",
-        tmp_path,
-        "--out",
-        tmp_path / "new",
-        "--perturb",
-        "noise:1",
-    )
-    assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in refused(*command)
+    message = refused(*command, "--out", tmp_path / "new", "--perturb", "noise:1")
+    assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in message
     assert not (tmp_path / "new").exists()
 
 

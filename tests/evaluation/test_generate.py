@@ -26,7 +26,7 @@ from tests.training.conftest import tiny_base  # noqa: F401
 def asked(tiny_base):  # noqa: F811
     """(model, processor, questions about an image, about none and about two)"""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    questions = digits_world.questions(tiny_base / "data")[:14]
+    questions = digits_world.questions(tiny_base / "data")[:14:2]
     images = questions[0].images * 2
     text = Question("text", "which digit is leftmost ?")
     return model, processor, [*questions, text, Question("two", "<image> is this <image> a red 7 ?", images)]
@@ -51,7 +51,7 @@ def plainly(model, processor, question, max_new_tokens=12, attack=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_answers_as_one_by_one(asked, family, sparse):
     _, processor, questions = asked
-    config = tiny_config(family)
+    config = tiny_config(family, layers=4 if "gemma" in family else 2)  # with two, those of Gemma repeat one word
     config.image_token_id = processor.tokenizer.image_token_id
     config.vision_config.image_size = 48
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from moe_llava.digits.scenes import COLOURS
 from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 from moe_llava.evaluation.score.scoring import score_answers
 from moe_llava.evaluation.stress.pope_questions import read_annotations, write_pope_questions
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, run_here
 
 # Pictures that show it: cup 5, fork 5, table 5, dog 4, ball 4, lamp 3, apple 3.
 SHOWN = {
@@ -116,8 +116,8 @@ def test_the_same_for_the_same_seed(tmp_path):
 def test_pope_scores_them(tmp_path):
     """By the command, and with pictures in folders."""
     file = write_coco(tmp_path / "annotations", {f"test/{image}": items for image, items in SHOWN.items()})
-    done = run_command("pope-questions", file, tmp_path / "pope")
-    assert done.returncode == 0, done.stderr
+    done = run_here("pope-questions", file, tmp_path / "pope")
+    assert done.exit_code == 0, done.output
     assert "34 questions of each kind, about 7 pictures" in done.stdout
     assert "1 pictures left out: no objects\n1 pictures left out: all objects of the set\n" in done.stdout
     questions = read_json_lines(tmp_path / "pope" / "llava_pope_test.jsonl")

@@ -1,6 +1,7 @@
 """The judge's client against a server that misbehaves: what can be mended is, what was answered is never asked again."""
 
 import json
+import sys
 
 import pytest
 
@@ -117,6 +118,27 @@ def test_the_key_is_not_kept(kept, monkeypatch):
         judge = Judge(server.url, "m", kept)
         judge.ask(say("a"), read, REMINDER)
     assert "sk-secret" not in kept.read_text() + json.dumps(judge.summary())
+
+
+def test_no_other_key_is_sent(kept, monkeypatch):
+    """Nor anything else that the client reads from its own environment variables."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "other")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Other: other\nAuthorization: other")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/")
+    with serving(lambda prompt, before: Told("7")) as server:
+        Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        monkeypatch.setenv(module.KEY_VARIABLE, "sk-secret")
+        Judge(server.url, "m", kept).ask(say("b"), read, REMINDER)
+    for request in server.requests:
+        assert "other" not in str(request["headers"])
+    assert [request["headers"].get("Authorization") for request in server.requests] == [None, "Bearer sk-secret"]
+
+
+def test_the_client_may_be_missing(kept, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match=r"a judge needs openai, which is not installed: pip install -e '\.\[judge\]'"):
+        Judge("http://localhost/v1", "m", kept)
 
 
 def test_a_key_with_blanks_is_not_shown(kept, monkeypatch):

@@ -233,7 +233,7 @@ def test_wishes_that_are_refused(asked, monkeypatch, settings, message):
         ([{"role": "user", "content": [{"type": "video"}]}], "question 0 of task some comes with video; this model takes text and images"),
         ([{"role": "user", "content": [{"type": "audio"}, {"type": "video"}]}], "comes with audio, video"),
         ([{"role": "user", "content": [part({})]}], "question 0 of task some must have pictures or files as its images, but has {}"),
-        ([{"role": "user", "content": [part("a.png")]}], "asks about the image a.png, which does not exist"),
+        ([{"role": "user", "content": [part("a.png")]}], "lmms-eval needs the image a.png, which does not exist"),
         ([{"role": "user", "content": [text("<image> ?")]}], "question 0 of task some of lmms-eval has 1 <image> and 0 images"),
     ],
     ids=["system", "video", "audio", "image", "file", "placeholder"],

@@ -120,7 +120,7 @@ def test_both_layouts_of_the_release(folder):
 
 def test_an_answer_without_its_prompt_is_not_guessed(folder, answers):
     del answers[3]["prompt"]
-    with pytest.raises(BenchmarkError, match=r"answer 4 of .* as 2 questions have, and no 'prompt'"):
+    with pytest.raises(BenchmarkError, match=r"answer 4 of .* as 2 questions have, but no 'prompt'"):
         scored(folder, answers)
 
 

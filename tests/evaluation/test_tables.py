@@ -11,7 +11,7 @@ from moe_llava.evaluation.score import published
 from moe_llava.evaluation.score.benchmark import NAMES
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.tables import write_table
-from tests.conftest import run_command
+from tests.conftest import refused, run_here
 
 
 def write(folder, model, benchmark, score, value, **more):
@@ -138,11 +138,10 @@ def test_html(runs):
 
 
 def test_the_command(runs):
-    done = run_command("table", *runs, "--format", "csv")
-    assert done.returncode == 0, done.stderr
+    done = run_here("table", *runs, "--format", "csv")
+    assert done.exit_code == 0, done.output
     assert done.stdout == write_table(runs, "csv", False)
-    done = run_command("table", runs[0], "--format", "pdf")
-    assert (done.returncode, done.stderr) == (2, "error: --format is 'pdf', but must be one of markdown, csv, html\n")
+    assert refused("table", runs[0], "--format", "pdf") == "--format is 'pdf', but must be one of markdown, csv, html\n"
 
 
 def change(file, **more):

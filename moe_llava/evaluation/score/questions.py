@@ -88,7 +88,7 @@ def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], fi
         choices = by_id.get(identity, [])
         if len(choices) > 1:
             if prompt is None:
-                raise BenchmarkError(f"{where} has question_id {identity!r} like {len(choices)} questions, and no 'prompt' to select one")
+                raise BenchmarkError(f"{where} has question_id {identity!r}, as {len(choices)} questions have, but no 'prompt'")
             choices = [question for question in choices if plain(question.prompt) == plain(prompt)]
         if not choices:
             unknown.append(identity)

@@ -279,8 +279,4 @@ VISUAL = {"noise": _noise, "blur": _blur, "jpeg": _jpeg, "brightness": _brightne
 TEXTUAL: dict[str, Callable[[str, Any, np.random.Generator], str]]
 TEXTUAL = {"typos": _typos, "case": _case, "order": _order, "paraphrase": _paraphrase, "distraction": _distraction}
 ADVERSARIAL = ("fgsm", "pgd")  # in attack.py
-KINDS = {
-    **dict.fromkeys(VISUAL, "visual"),
-    **dict.fromkeys(TEXTUAL, "textual"),
-    **dict.fromkeys(ADVERSARIAL, "adversarial"),
-}
+KINDS = {**dict.fromkeys(VISUAL, "visual"), **dict.fromkeys(TEXTUAL, "textual"), **dict.fromkeys(ADVERSARIAL, "adversarial")}

@@ -84,11 +84,7 @@ def pope_questions(
         for category, negatives in not_there.items():
             for positive, negative in zip(there, negatives, strict=True):
                 sets[category] += [_record(image, positive, "yes"), _record(image, negative, "no")]
-    return sets, {
-        "no objects": len(empty),
-        "all objects of the set": len(full),
-        "not drawn": 0 if images is None else len(usable) - images,
-    }
+    return sets, {"no objects": len(empty), "all objects of the set": len(full), "not drawn": 0 if images is None else len(usable) - images}
 
 
 def _together(shown: Annotation) -> dict[str, Counter[str]]:
