@@ -92,7 +92,7 @@ class MoeLlava(lmms):
         check_questions("lmms-eval", questions)
         groups: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(_settings(request).get("max_new_tokens") or MAX_NEW_TOKENS, []).append(index)
+            groups.setdefault(request.args[2].get("max_new_tokens") or MAX_NEW_TOKENS, []).append(index)
         console = Console(quiet=self.rank != 0)
         warn_of_capacity(self.model, console)
         answers: dict[int, str] = {}
@@ -100,7 +100,7 @@ class MoeLlava(lmms):
             for max_new_tokens, members in groups.items():
                 asked = [questions[index] for index in members]
                 for batch in answer(self.model, self.processor, asked, self.batch_size, max_new_tokens):
-                    answers |= {members[place]: _cut(text, _stops(requests[members[place]])) for place, text in batch}
+                    answers |= {members[place]: _cut(text, requests[members[place]]) for place, text in batch}
                     advance(len(batch))
         return [answers[index] for index in range(len(requests))]
 
@@ -136,13 +136,9 @@ def _refuse(requests: list[Instance], wish: str) -> NoReturn:
     raise BenchmarkError(f"{tasks}: {wish} is not supported: this model answers one question at a time")
 
 
-def _settings(request: Instance) -> dict[str, Any]:
-    return request.args[2]
-
-
 def _unsupported(request: Instance) -> Iterator[str]:
     """Yield the settings of a request that are not supported."""
-    for key, value in _settings(request).items():
+    for key, value in request.args[2].items():
         where = f"task {request.task_name} wants {key}={value!r}"
         if key == "max_new_tokens":
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -154,14 +150,11 @@ def _unsupported(request: Instance) -> Iterator[str]:
             yield f"{where}, which this model does not know"
 
 
-def _stops(request: Instance) -> list[str]:
-    until = _settings(request).get("until") or []
-    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != DEFAULT_STOP]
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
+def _cut(text: str, request: Instance) -> str:
+    """Return an answer up to the first stop string of its request."""
+    until = request.args[2].get("until") or []
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop and stop != DEFAULT_STOP else text
     return text
 
 

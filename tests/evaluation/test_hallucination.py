@@ -175,11 +175,11 @@ def test_the_digits_world(tmp_path, monkeypatch):
         ('{"annotations": [], "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "categories": []}', "'a' once more"),
         (
             '{"annotations": [], "images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}], "categories": []}',
-            "image 1 of .* has the id 7 once more, after image 0 of",
+            "image 1 of .* has the id '7' once more, after image 0 of",
         ),
         (
             '{"annotations": [], "images": [], "categories": [{"id": 1, "name": "cup"}, {"id": 1, "name": "dog"}]}',
-            "category 1 of .* has the id 1 once more, after category 0 of",
+            "category 1 of .* has the id '1' once more, after category 0 of",
         ),
         ('{"annotations": [], "images": [{"id": [1], "file_name": "a"}], "categories": []}', r"must have a number or a string as 'id'"),
         ('{"annotations": [], "images": [{"id": 1, "file_name": 2}], "categories": []}', "image 0 of .* must have a string as 'file_name'"),
@@ -195,12 +195,12 @@ def test_bad_annotations(tmp_path, content, message):
 def test_too_few_pictures(tmp_path):
     file = write_lines(tmp_path / "annotations", SHOWN)
     with pytest.raises(
-        BenchmarkError, match=r"has 7 pictures to ask about, but must have at least 8.* 1 of 9 pictures show none, 1 show all"
+        BenchmarkError, match=r"has 7 usable pictures, but must have at least 8.* 1 of 9 pictures show none, 1 show all"
     ):
         write_pope_questions(file, tmp_path / "out", images=8)
     assert not (tmp_path / "out").exists()
     with pytest.raises(
-        BenchmarkError, match=r"has 0 pictures to ask about, but must have at least 1.*2 of 3 pictures show none, 1 show all"
+        BenchmarkError, match=r"has 0 usable pictures, but must have at least 1.*2 of 3 pictures show none, 1 show all"
     ):
         write_pope_questions(write_lines(tmp_path / "annotations", {"1.jpg": [], "2.jpg": [], "3.jpg": ["cup"]}), tmp_path / "out")
 

@@ -141,8 +141,17 @@ def _missing(benchmark: Benchmark, folder: Path) -> str:
     return "".join(f"\n  {name.replace(' | ', ' or ')}: {benchmark.files[name]}" for name in missing)
 
 
+def upload_each(name: str, record: Callable[[Question, str], Any]) -> Callable[[Path, list[Question], Answers, Path], list[Path]]:
+    """Return a function for `Benchmark.upload` that writes a JSON list with a record of each question and its answer, "" if it has none."""
+
+    def upload(folder: Path, questions: list[Question], answers: Answers, out: Path) -> list[Path]:
+        records = [record(question, text or "") for question, text in zip(questions, answers, strict=True)]
+        return write_json(out / name, records)
+
+    return upload
+
+
 def write_json(file: Path, content: Any) -> list[Path]:
-    """Write an upload as JSON, and return it as `Benchmark.upload` does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")
     return [file]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 
 LETTERS = string.ascii_uppercase
+Reader = Callable[[str, Mapping[str, str]], str | None]  # answer, options -> letter
 
 # "(A)", "**b**", "A."
 ALONE = re.compile(r"\W*([A-Za-z])\W*")
@@ -86,17 +87,18 @@ def _mentioned(text: str, options: Mapping[str, str]) -> list[str]:
     return letters
 
 
-def judged(question: Question, text: str | None, read: str | None, options: Mapping[str, str], expected: str, file: Path) -> dict[str, Any]:
+def judged(question: Question, text: str | None, read: Reader, options: Mapping[str, str], expected: str, file: Path) -> dict[str, Any]:
     """Return the item of a question; `read` is the published reading. Raises BenchmarkError if the expected letter is not an option."""
     if expected not in list(options):  # a list, because `expected` may be of any type
         raise BenchmarkError(f"question {question.id} of {file} has the answer {expected!r}, but the options {', '.join(options)}")
-    leniently = read if read in options or text is None else read_leniently(text, options)
+    letter = None if text is None else read(text, options)
+    leniently = letter if letter in options or text is None else read_leniently(text, options)
     return {
         "id": question.id,
         "given": text,
-        "read": read,
+        "read": letter,
         f"read{LENIENT}": leniently,
         "expected": expected,
-        "right": read == expected,
+        "right": letter == expected,
         f"right{LENIENT}": leniently == expected,
     }

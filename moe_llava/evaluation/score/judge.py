@@ -14,7 +14,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ ATTEMPTS = 6
 FIRST_WAIT = 1.0  # seconds, doubled after each attempt
 LONGEST_WAIT = 60.0
 TIMEOUT = 120.0  # seconds
-# The parameters of every request, until the endpoint rejects one: see `_without`.
+# The parameters of every request, until the endpoint rejects one: see `Judge._adapt`.
 PARAMETERS = {"temperature": 0, "max_tokens": 1024}
 MAX_COMPLETION_TOKENS = 8192  # for models that think before they reply, and count their thoughts
 # All that is sent beside the key. The client would add keys and headers from variables such as OPENAI_CUSTOM_HEADERS.
@@ -44,14 +44,6 @@ Read = TypeVar("Read")
 
 class JudgeError(ValueError):
     """A judge is unreachable or refuses a request, or its saved replies are damaged. The message says which and why."""
-
-
-class _Rejected(JudgeError):
-    """A rejected request (400, 422). `reason` is the whole answer of the server."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Judge:
@@ -72,19 +64,21 @@ class Judge:
         self._stopped = threading.Event()
         self._client = _client(self.url, self._secret)
 
-    def ask_about(
-        self, prompts: Mapping[int, str], system: str, read: Callable[[str], Read | None], reminder: str
-    ) -> dict[int, Read | None]:
-        """Return number -> what `read` makes of the reply to its prompt, after the message `system`; see `ask`."""
-        conversations = [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts.values()]
-        return dict(zip(prompts, self.ask(conversations, read, reminder), strict=True))
+    def opinions(self, prompts: Sequence[str | None], system: str, read: Callable[[str], Read | None], reminder: str) -> list[Read | None]:
+        """Return what `read` makes of the reply to each prompt, after the message `system`, as `ask` does; None without a prompt."""
+        conversations = [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts if prompt]
+        found = iter(self.ask(conversations, read, reminder))
+        return [next(found) if prompt else None for prompt in prompts]
 
     def ask(self, conversations: Sequence[Messages], read: Callable[[str], Read | None], reminder: str) -> list[Read | None]:
         """Return what `read` makes of the reply to each conversation. If that is None, the judge is queried once more with the `reminder`;
         the value stays None if that does not help."""
         values = [read(reply) for reply in self._all_replies(conversations)]
         unread = [number for number, value in enumerate(values) if value is None]
-        reminded = [_with_reminder(conversations[number], reminder) for number in unread]
+        reminded = [
+            [*messages, {**last, "content": f"{last['content']}\n\n{reminder}"}]
+            for *messages, last in (conversations[number] for number in unread)
+        ]
         for number, reply in zip(unread, self._all_replies(reminded), strict=True):
             values[number] = read(reply)
         return values
@@ -112,7 +106,8 @@ class Judge:
         from rich.console import Console
         from rich.progress import Progress
 
-        keys = [self._key(messages) for messages in conversations]
+        texts = [json.dumps([self.model, messages], sort_keys=True) for messages in conversations]
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         self._used.update(keys)
         waiting = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in self._replies}
         progress = Progress(console=Console(stderr=True), disable=not (waiting and sys.stderr.isatty()))
@@ -130,9 +125,6 @@ class Judge:
         # Some servers leave the model's thoughts in front of the reply.
         return [re.sub(r"^\s*<think>.*?</think>", "", self._replies[key]["reply"], flags=re.DOTALL).strip() for key in keys]
 
-    def _key(self, messages: Messages) -> str:
-        return hashlib.sha256(json.dumps([self.model, messages], sort_keys=True).encode()).hexdigest()
-
     def _request_and_save(self, key: str, messages: Messages) -> None:
         reply = self._request(messages)
         line = json.dumps({"key": key, "model": self.model, "messages": messages, **reply})
@@ -144,38 +136,28 @@ class Judge:
             self._asked += 1
 
     def _request(self, messages: Messages) -> dict[str, Any]:
-        """Return the reply as `_attempt` does, and the `parameters` that were sent. Parameters that the endpoint rejects are left out or
-        renamed, for all later requests too."""
-        while True:
-            parameters = self._parameters
-            try:
-                return self._attempt(messages, parameters) | {"parameters": parameters}
-            except _Rejected as error:
-                with self._lock:  # keeps what other rejected requests changed
-                    self._parameters = _without(self._parameters, error.reason)
-                    if self._parameters == parameters:
-                        raise
-
-    def _attempt(self, messages: Messages, parameters: Parameters) -> dict[str, Any]:
-        """Return `reply`, `served` (the endpoint's name for the model) and `usage`. Tries again where that may help."""
+        """Return `reply`, `served` (the endpoint's name for the model), `usage` and the `parameters` sent. Tries again where that may help.
+        Parameters that the endpoint rejects are left out or renamed, for all later requests too."""
         from openai import APIConnectionError, APIStatusError
 
         # UTF-8 has no lone surrogates.
         sent = [{key: text.encode(errors="replace").decode() for key, text in message.items()} for message in messages]
-        wait, trouble = FIRST_WAIT, ""
-        for attempt in range(ATTEMPTS):
-            # Wait before all attempts but the first; end early if another request failed for good.
-            if attempt and self._stopped.wait(min(wait, LONGEST_WAIT)):
-                break
+        attempt, wait, trouble = 0, FIRST_WAIT, ""
+        # Wait before all attempts but the first; end early if another request failed for good.
+        while attempt < ATTEMPTS and not (attempt and self._stopped.wait(min(wait, LONGEST_WAIT))):
             wait = FIRST_WAIT * 2**attempt
+            attempt += 1
+            parameters = self._parameters
             try:
-                return _read_completion(self._client.chat.completions.create(model=self.model, messages=sent, **parameters))
+                completion = self._client.chat.completions.create(model=self.model, messages=sent, **parameters)
+                return _read_completion(completion) | {"parameters": parameters}
             except APIStatusError as error:
                 code, reason = error.status_code, self._reason(error.response.text)
+                if code in (400, 422) and self._adapt(parameters, reason):
+                    attempt = 0
+                    continue
                 hint = f" (the key is read from the environment variable {KEY_VARIABLE})" if code in (401, 403) else ""
                 trouble = f"{self.url} says {code} {error.response.reason_phrase}{hint}: {reason[:300]}"
-                if code in (400, 422):
-                    raise _Rejected(trouble, reason) from error
                 if code not in (408, 429) and code < 500:
                     raise JudgeError(trouble) from error
                 after = error.response.headers.get("Retry-After", "")
@@ -185,7 +167,19 @@ class Judge:
                 trouble = f"{self.url} gives no answer: {cause if str(cause) else type(cause).__name__}"
                 if isinstance(cause, FINAL):
                     raise JudgeError(trouble) from error
-        raise JudgeError(f"{trouble}; gave up after {attempt + 1} attempts. Judgements so far are saved in {self.kept}: run it again")
+        raise JudgeError(f"{trouble}; gave up after {attempt} attempts. Judgements so far are saved in {self.kept}: run it again")
+
+    def _adapt(self, parameters: Parameters, refusal: str) -> bool:
+        """Leave out or rename the parameters that a refusal names: some models want their own temperature, and `max_completion_tokens`
+        instead of `max_tokens`. Return whether they now differ from those that were sent."""
+        # Servers name max_tokens, too, if a prompt leaves no room for the reply.
+        room = re.search("too large|context length|at most", refusal)
+        with self._lock:  # other refused requests may have changed some
+            left = {name: value for name, value in self._parameters.items() if name != "temperature" or name not in refusal}
+            if "max_tokens" in refusal and not room and left.pop("max_tokens", None) is not None:
+                left["max_completion_tokens"] = MAX_COMPLETION_TOKENS
+            self._parameters = left
+            return left != parameters
 
     def _reason(self, text: str) -> str:
         """Return the start of a server's answer in one line, without the key, which some servers repeat."""
@@ -215,19 +209,6 @@ def _first_cause(error: BaseException) -> BaseException:
     while not isinstance(error, FINAL) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return error
-
-
-def _without(parameters: Parameters, refusal: str) -> Parameters:
-    """Return the parameters without those that a refusal names: some models want their own temperature, and `max_completion_tokens` instead
-    of `max_tokens`."""
-    left = dict(parameters)
-    if "temperature" in refusal:
-        left.pop("temperature", None)
-    # Servers name max_tokens, too, if a prompt leaves no room for the reply.
-    room = re.search("too large|context length|at most", refusal)
-    if "max_tokens" in refusal and not room and left.pop("max_tokens", None) is not None:
-        left["max_completion_tokens"] = MAX_COMPLETION_TOKENS
-    return left
 
 
 def _base_url(endpoint: str) -> str:
@@ -276,8 +257,3 @@ def _read_completion(completion: Any) -> dict[str, Any]:
         raise JudgeError(f"its answer is no chat completion, but {str(completion)[:100]!r}") from error
     # If a judge declines to reply, its reply is empty, and the reader rejects it.
     return {"reply": str(text or ""), "served": str(completion.model or ""), "usage": counts}
-
-
-def _with_reminder(messages: Messages, reminder: str) -> Messages:
-    last = messages[-1]
-    return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{reminder}"}]

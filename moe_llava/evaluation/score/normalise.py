@@ -8,7 +8,7 @@ are normalised too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,12 @@ def leave_one_out(answer: str, truths: Sequence[str]) -> float:
     same = [truth == answer for truth in truths]
     matches = sum(same)
     return total(np.array([min(1.0, (matches - left_out) / 3) for left_out in same])) / len(same)
+
+
+def vqa_item(text: str | None, truths: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:
+    """Return the item of an answer that is scored by VQA accuracy."""
+    read = None if text is None else normalise(text)
+    return {"given": text, "read": read, "expected": truths, "right": 0.0 if read is None else leave_one_out(read, truths)}
 
 
 def annotators(record: Mapping[str, Any], where: str) -> list[str]:

@@ -57,17 +57,18 @@ def first_image(question: Question, where: str) -> Path | InlineImage:
     return question.images[0]
 
 
-def llava_questions(file: Path, images: Path, unique: tuple[str, ...] = ("question_id",)) -> list[Question]:
-    """Read questions in LLaVA's schema: JSON lines of question_id, image, text, category. `unique`: the keys that identify a record.
+def llava_questions(name: str, images: str, folder: Path, unique: tuple[str, ...] = ("question_id",)) -> list[Question]:
+    """Read the file `name` in LLaVA's schema: JSON lines of question_id, image, text, category; `images` is the folder of its images.
+    `unique`: the keys that identify a record.
 
     Raises BenchmarkError, naming the record, if two records have the same keys, or if a value is missing or of another type.
     """
-    questions = []
+    questions, file = [], folder / name
     for where, record in numbered(read_json_lines(file), "record", file, *unique):
         image = take_text(record, "image", where) if record.get("image") is not None else ""
         extra = {key: value for key, value in record.items() if key not in ("question_id", "text", "image")}
         identity, text = str(take(record, "question_id", where)), take_text(record, "text", where)
-        questions.append(Question(identity, text, (images / image,) if image else (), extra))
+        questions.append(Question(identity, text, (folder / images / image,) if image else (), extra))
     return questions
 
 

@@ -67,13 +67,13 @@ def _checked(value: Any, where: str, kind: type | tuple[type, ...], rule: str) -
     return value
 
 
-def numbered(records: Iterable[Any], name: str, file: Path, *unique: str) -> Iterator[tuple[str, Any]]:
+def numbered(records: Iterable[Any], name: str, file: Path, *unique: str, start: int = 1) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for each record; the place is "`name` 3 of `file`", for error messages.
 
     Raises BenchmarkError if two records have the same values under all of the keys `unique`.
     """
     seen: dict[Any, str] = {}
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(records, start=start):
         where = f"{name} {number} of {file}"
         if unique:
             once(seen, " and ".join(unique), ", ".join(str(take(record, key, where)) for key in unique), where)

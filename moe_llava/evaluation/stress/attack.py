@@ -25,6 +25,8 @@ EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
 STEP_SHARE = 2.5  # the sum of PGD's steps over epsilon, as in the CIFAR-10 challenge of Madry et al.
 
+Inputs = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class PixelRange:
@@ -45,7 +47,7 @@ def pixel_range(image_processor: Any) -> PixelRange:
     return PixelRange(*(value.float()[:, None, None] for value in (black, white, unit)))
 
 
-def answer_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+def answer_losses(model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label."""
     logits = model(**inputs, position_ids=positions(inputs["attention_mask"]), use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
@@ -53,34 +55,21 @@ def answer_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> T
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
 
 
-def fgsm(model: Any, inputs: Mapping[str, Tensor], labels: Tensor, pixels: PixelRange, epsilon: float) -> Tensor:
-    """Return pixel values like the inputs', after one step of `epsilon` against the labels [B, S].
-
-    Raises ValueError for a model in training, inputs without images, or pixels out of range.
-    """
-    return _climb(model, inputs, labels, pixels, epsilon, steps=1, step_size=epsilon, seed=None)
-
-
-def pgd(
-    model: Any, inputs: Mapping[str, Tensor], labels: Tensor, pixels: PixelRange, epsilon: float, steps: int, step_size: float, seed: int
-) -> Tensor:
-    """Return pixel values like the inputs', after `steps` of `step_size` (in 1/255, like epsilon) from a random start. All images start
-    with the same noise, so that none depends on the others in its batch. Raises ValueError as `fgsm` does."""
-    return _climb(model, inputs, labels, pixels, epsilon, steps, step_size, seed)
+def fgsm(model: Any, inputs: Inputs, labels: Tensor, pixels: PixelRange, epsilon: float) -> Tensor:
+    """Return pixel values like the inputs', after one step of `epsilon` against the labels [B, S]. Raises ValueError as `pgd` does."""
+    return pgd(model, inputs, labels, pixels, epsilon, steps=1, step_size=epsilon, seed=None)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _climb(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    labels: Tensor,
-    pixels: PixelRange,
-    epsilon: float,
-    steps: int,
-    step_size: float,
-    seed: int | None,
+def pgd(
+    model: Any, inputs: Inputs, labels: Tensor, pixels: PixelRange, epsilon: float, steps: int, step_size: float, seed: int | None
 ) -> Tensor:
+    """Return pixel values like the inputs', after `steps` of `step_size` (in 1/255, like epsilon) against the labels [B, S], from a random
+    start if there is a `seed`. All images start with the same noise, so that none depends on the others in its batch.
+
+    Raises ValueError for a model in training, inputs without images, or pixels out of range.
+    """
     if model.training:
         raise ValueError("the model is in training, where dropout changes its gradient: call eval() before an attack")
     if "pixel_values" not in inputs:
@@ -107,7 +96,7 @@ def _climb(
     return attacked.detach()
 
 
-def attacked_pixels(model: Any, image_processor: Any, inputs: Mapping[str, Tensor], attack: Perturbation, max_new_tokens: int) -> Tensor:
+def attacked_pixels(model: Any, image_processor: Any, inputs: Inputs, attack: Perturbation, max_new_tokens: int) -> Tensor:
     """Return pixel values like the inputs', attacked by fgsm or pgd. The inputs are a batch of prompts, padded on the left.
 
     The attack is against the model's own answer without it, including its end, so no ground truth is needed. Raises ValueError as `fgsm`
@@ -123,7 +112,7 @@ def attacked_pixels(model: Any, image_processor: Any, inputs: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def own_answers(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return (inputs continued by the model's greedy answers, labels [B, S]: the answers up to their end, -100 elsewhere)."""
     written = write_greedily(model, dict(inputs), max_new_tokens)
     start = inputs["input_ids"].shape[1]

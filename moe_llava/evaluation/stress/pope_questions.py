@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def write_pope_questions(annotations: Path, out: Path, images: int | None = None
     sets, left_out = pope_questions(shown, annotations, images, seed)
     with new_folder(out) as folder:
         (folder / "coco").mkdir()
-        asked: list[dict[str, Any]] = []
+        questions: list[dict[str, Any]] = []
         # LLaVA's file has this order.
         for category in sorted(sets):
             labels = [{"question_id": number, **record} for number, record in enumerate(sets[category], start=1)]
@@ -49,10 +49,10 @@ def write_pope_questions(annotations: Path, out: Path, images: int | None = None
             _write(folder / "coco" / f"coco_pope_{category}.json", [label | {"image": Path(label["image"]).name} for label in labels])
             for record in sets[category]:
                 text = record["text"] + SINGLE_WORD
-                asked.append({"question_id": len(asked) + 1, "image": record["image"], "text": text, "category": category})
-        _write(folder / QUESTIONS, asked)
-    questions = sets[CATEGORIES[0]]
-    return {"images": len({record["image"] for record in questions}), "questions": len(questions), "left_out": left_out}
+                questions.append({"question_id": len(questions) + 1, "image": record["image"], "text": text, "category": category})
+        _write(folder / QUESTIONS, questions)
+    records = sets[CATEGORIES[0]]
+    return {"images": len({record["image"] for record in records}), "questions": len(records), "left_out": left_out}
 
 
 def pope_questions(
@@ -60,13 +60,16 @@ def pope_questions(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Return (way of choosing -> records of image, text, label; reason -> how many pictures were left out for it)."""
     frequency = Counter(item for items in shown.values() for item in items)
-    together = _together(shown)
+    together: dict[str, Counter[str]] = {}  # object -> other object -> how many pictures show both
+    for items in shown.values():
+        for item in items:
+            together.setdefault(item, Counter()).update(other for other in items if other != item)
     empty = [image for image, items in shown.items() if not items]
     full = [image for image, items in shown.items() if items and len(items) == len(frequency)]
     usable = [image for image, items in shown.items() if 0 < len(items) < len(frequency)]
     if len(usable) < (images or 1):
         raise BenchmarkError(
-            f"{source} has {len(usable)} pictures to ask about, but must have at least {images or 1}. A picture can be asked about if it "
+            f"{source} has {len(usable)} usable pictures, but must have at least {images or 1}. A picture is usable if it "
             f"shows at least one of the set's {len(frequency)} objects, and at least one is absent: {len(empty)} of {len(shown)} pictures "
             f"show none, {len(full)} show all"
         )
@@ -85,15 +88,6 @@ def pope_questions(
             for positive, negative in zip(there, negatives, strict=True):
                 sets[category] += [_record(image, positive, "yes"), _record(image, negative, "no")]
     return sets, {"no objects": len(empty), "all objects of the set": len(full), "not drawn": 0 if images is None else len(usable) - images}
-
-
-def _together(shown: Annotation) -> dict[str, Counter[str]]:
-    """Return object -> other object -> how many pictures show both."""
-    together: dict[str, Counter[str]] = {}
-    for items in shown.values():
-        for item in items:
-            together.setdefault(item, Counter()).update(other for other in items if other != item)
-    return together
 
 
 def _adversarial(there: list[str], absent: list[str], together: dict[str, Counter[str]], frequency: Counter[str]) -> list[str]:
@@ -139,32 +133,24 @@ def _read_coco(file: Path) -> Annotation | None:
         raise
     if not isinstance(content, dict) or "annotations" not in content:
         return None
-    names = {}
-    seen: dict[Any, str] = {}
-    for where, category in _list(content, "categories", "category", file):
-        identity = _identity(category, "id", where)
-        once(seen, "id", identity, where)
-        names[identity] = _object(take(category, "name", where), where)
+    categories, images, annotations = (take_list(content, key, str(file)) for key in ("categories", "images", "annotations"))
+    names = {
+        _identity(category, "id", where): _object(take(category, "name", where), where)
+        for where, category in numbered(categories, "category", file, "id", start=0)
+    }
     shown: dict[Any, dict[str, None]] = {}  # image id -> objects in their order, once each
     files = {}
-    ids: dict[Any, str] = {}
-    pictures: dict[Any, str] = {}
-    for where, image in _list(content, "images", "image", file):
+    seen: dict[Any, str] = {}
+    for where, image in numbered(images, "image", file, "id", start=0):
         identity = _identity(image, "id", where)
-        once(ids, "id", identity, where)
         files[identity], shown[identity] = _picture(image, "file_name", where), {}
-        once(pictures, "file_name", files[identity], where)
-    for where, annotation in _list(content, "annotations", "annotation", file):
+        once(seen, "file_name", files[identity], where)
+    for where, annotation in numbered(annotations, "annotation", file, start=0):
         image, category = _identity(annotation, "image_id", where), _identity(annotation, "category_id", where)
         if image not in shown or category not in names:
             raise BenchmarkError(f"{where} has image_id {image} and category_id {category}, but one of them is not in the file")
         shown[image][names[category]] = None
     return {files[image]: list(items) for image, items in shown.items()}
-
-
-def _list(content: dict[str, Any], key: str, name: str, file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, record) of a list of COCO's, which are counted from 0."""
-    return ((f"{name} {number} of {file}", record) for number, record in enumerate(take_list(content, key, str(file))))
 
 
 def _identity(record: dict[str, Any], key: str, where: str) -> int | str:
@@ -182,11 +168,10 @@ def _picture(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _read_lines(file: Path) -> Annotation:
-    shown: Annotation = {}
-    for where, record in numbered(read_json_lines(file), "record", file, "image"):
-        objects = [_object(item, where) for item in take_list(record, "objects", where)]
-        shown[_picture(record, "image", where)] = list(dict.fromkeys(objects))
-    return shown
+    return {
+        _picture(record, "image", where): list(dict.fromkeys(_object(item, where) for item in take_list(record, "objects", where)))
+        for where, record in numbered(read_json_lines(file), "record", file, "image")
+    }
 
 
 def _object(name: Any, where: str) -> str:

@@ -6,10 +6,11 @@ as EvalAI does, so that "a dog" is "dog". In percent; binary questions are those
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import Benchmark, Scored, find_file, write_json
+from moe_llava.evaluation.score.benchmark import Benchmark, Scored, find_file, upload_each
 from moe_llava.evaluation.score.means import mean_by
 from moe_llava.evaluation.score.normalise import evalai
 from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
@@ -19,10 +20,6 @@ QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 TRUTH = "data/testdev_balanced_questions.json | testdev_balanced_questions.json"
 # Steps of a question's program that only end it or name an object do not count.
 NO_STEPS = ("exist", "query: name", "choose name")
-
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "data" / "images")
 
 
 def read_answer(text: str) -> str:
@@ -69,20 +66,16 @@ def _count_steps(program: list[dict[str, Any]], where: str) -> int:
     return sum(not any(name in step for name in NO_STEPS) for step in steps)
 
 
-def upload(folder: Path, questions: list[Question], answers: Answers, out: Path) -> list[Path]:
-    """Write `testdev_balanced_predictions.json` as the published script reads it; "" for a question without an answer."""
-    pairs = zip(questions, answers, strict=True)
-    predictions = [{"questionId": question.id, "prediction": read_answer(text or "")} for question, text in pairs]
-    return write_json(out / "testdev_balanced_predictions.json", predictions)
-
-
 BENCHMARK = Benchmark(
     name="gqa",
     title="GQA",
     folder="gqa",
     files={QUESTIONS: "the questions", TRUTH: "their answers and types"},
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "data/images"),
     score=score,
     headline=("accuracy",),
-    upload=upload,
+    # As the published script reads it.
+    upload=upload_each(
+        "testdev_balanced_predictions.json", lambda question, text: {"questionId": question.id, "prediction": read_answer(text)}
+    ),
 )

@@ -9,6 +9,7 @@ The wording of the judge's prompt is new here, so scores compare only within the
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,6 @@ Mark both answers from 1 (of no use) to 10 (as good as can be): are they right, 
 wants? Which of them comes first must not matter. Begin with a line that holds the mark of A, a blank, the mark of B, and nothing else, \
 such as "4 6". Give your reasons below it."""
 REMINDER = "Your first line must hold two numbers from 1 to 10 and nothing else."
-
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "images")
 
 
 def read_marks(reply: str) -> tuple[float, float] | None:
@@ -84,17 +81,18 @@ def _texts(file: Path, key: str, value: str) -> dict[str, str]:
 
 def judge(folder: Path, questions: list[Question], answers: Answers, by: Judge) -> Scored:
     descriptions, references = check(folder, questions)
-    prompts = {
-        number: FORM.format(
+    prompts = [
+        None
+        if text is None
+        else FORM.format(
             description=descriptions[question.images[0].name], question=question.prompt, reference=references[question.id], ours=text
         )
-        for number, (question, text) in enumerate(zip(questions, answers, strict=True))
-        if text is not None
-    }
-    marks = by.ask_about(prompts, TASK, read_marks, REMINDER)
+        for question, text in zip(questions, answers, strict=True)
+    ]
+    marks = by.opinions(prompts, TASK, read_marks, REMINDER)
     items = [
-        {"id": question.id, "category": question.extra["category"], "given": text, "read": marks.get(number)}
-        for number, (question, text) in enumerate(zip(questions, answers, strict=True))
+        {"id": question.id, "category": question.extra["category"], "given": text, "read": read}
+        for question, text, read in zip(questions, answers, marks, strict=True)
     ]
     reference, ours = np.array([item["read"] or WORST for item in items]).reshape(-1, 2).T
     columns = {"category": np.array([item["category"] for item in items]), "reference": reference, "ours": ours}
@@ -121,7 +119,7 @@ BENCHMARK = Benchmark(
         "context.jsonl": "what is on the pictures, for the judge",
         "answers_gpt4.jsonl": "the reference answers",
     },
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "images"),
     max_new_tokens=1024,
     judge=judge,
     check=check,

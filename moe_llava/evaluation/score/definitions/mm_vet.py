@@ -10,6 +10,7 @@ The wording of the judge's prompt is new here, so scores compare only within the
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,6 @@ wrongly counts against it. Reply with one number and nothing else: 0.0 for nothi
 REMINDER = "Your reply must be one number from 0.0 to 1.0 and nothing else."
 
 
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "images")
-
-
 def read_share(reply: str) -> float | None:
     """Read the first line as a number from 0 to 1; None if it is anything else."""
     line = reply.strip().split("\n")[0].replace("*", "").strip().rstrip(".")
@@ -66,16 +63,14 @@ def _truth(folder: Path, records: dict[str, Any], question: Question) -> tuple[s
 
 def judge(folder: Path, questions: list[Question], answers: Answers, by: Judge) -> Scored:
     truth = check(folder, questions)
-    prompts = {
-        number: FORM.format(question=question.prompt, expected=expected, given=text)
-        for number, (question, text, (expected, _)) in enumerate(zip(questions, answers, truth, strict=True))
-        if text is not None
-    }
-    shares = by.ask_about(prompts, TASK, read_share, REMINDER)
+    prompts = [
+        None if text is None else FORM.format(question=question.prompt, expected=expected, given=text)
+        for question, text, (expected, _) in zip(questions, answers, truth, strict=True)
+    ]
+    shares = by.opinions(prompts, TASK, read_share, REMINDER)
     items = [
-        {"id": question.id, "given": text, "read": shares.get(number), "right": shares.get(number) or 0.0}
-        | {"expected": expected, "capabilities": capabilities}
-        for number, (question, text, (expected, capabilities)) in enumerate(zip(questions, answers, truth, strict=True))
+        {"id": question.id, "given": text, "read": read, "expected": expected, "capabilities": capabilities, "right": read or 0.0}
+        for question, text, read, (expected, capabilities) in zip(questions, answers, shares, truth, strict=True)
     ]
     groups = [["total", *(f"capability/{name}" for name in names), f"combination/{'+'.join(names)}"] for _, names in truth]
     return mean_by_group(items, groups, [question.unit for question in questions])
@@ -91,7 +86,7 @@ BENCHMARK = Benchmark(
     title="MM-Vet",
     folder="mm-vet",
     files={QUESTIONS: "the questions", TRUTH: "the expected answers, and what each needs"},
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "images"),
     upload=upload,
     max_new_tokens=1024,
     judge=judge,

@@ -88,7 +88,7 @@ def score_rotations(file: Path, questions: list[Question], answers: Answers) -> 
     groups: dict[str, list[str]] = {}
     for question, text in zip(questions, answers, strict=True):
         row, options, index = question.extra["row"], question.extra["options"], str(int(question.id) % ROTATION)
-        item = judged(question, text, None if text is None else read(text, options), options, row["answer"], file)
+        item = judged(question, text, read, options, row["answer"], file)
         rotations.setdefault(index, []).append(item)
         groups.setdefault(index, ["accuracy", *(f"{key}/{row[key]}" for key in CATEGORIES if row.get(key))])
     return mean_by_group([_item(index, rows) for index, rows in rotations.items()], list(groups.values()), list(groups))

@@ -10,6 +10,7 @@ Perception and cognition are sums over their tasks.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,7 @@ TASKS = {
 }
 ALL_TASKS = tuple(task for tasks in TASKS.values() for task in tasks)
 
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / RELEASE, unique=("question_id", "text"))
+read_questions = partial(llava_questions, QUESTIONS, RELEASE, unique=("question_id", "text"))
 
 
 def read(text: str) -> str:
@@ -79,7 +78,7 @@ def _bare(text: str) -> str:
 
 def _check_whole(folder: Path) -> None:
     """Raise BenchmarkError unless the question file has every task, for the totals, and two questions per image, for acc_plus."""
-    file, whole = folder / QUESTIONS, questions(folder)
+    file, whole = folder / QUESTIONS, read_questions(folder)
     tasks = {_task(question) for question in whole}
     if tasks != set(ALL_TASKS):
         raise BenchmarkError(f"{file} must have the tasks {', '.join(ALL_TASKS)}, but has {', '.join(sorted(tasks)) or 'none'}")
@@ -129,7 +128,7 @@ BENCHMARK = Benchmark(
     title="MME",
     folder="MME",
     files={QUESTIONS: "the questions", **{f"{RELEASE}/{task}": f"answers and images of {task}" for task in ALL_TASKS}},
-    questions=questions,
+    questions=read_questions,
     score=score,
     headline=("perception", "cognition"),
 )

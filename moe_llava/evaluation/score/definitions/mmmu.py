@@ -160,7 +160,7 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     for question, text in zip(questions, answers, strict=True):
         subject, options, answer = (question.extra[key] for key in ("subject", "options", "answer"))
         if options:
-            item = judged(question, text, None if text is None else read_letter(text, options), options, answer, folder / subject)
+            item = judged(question, text, read_letter, options, answer, folder / subject)
         else:
             found = set() if text is None else read_open(text)
             right = matches(found, answer)

@@ -8,6 +8,7 @@ yes, so "NO" does, too. Lenient reading: the first word that says yes or no, in 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,6 @@ from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json_l
 
 QUESTIONS = "llava_pope_test.jsonl"
 CATEGORIES = ("random", "popular", "adversarial")
-
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "val2014")
 
 
 def says_yes(text: str) -> bool:
@@ -101,7 +98,7 @@ BENCHMARK = Benchmark(
         QUESTIONS: "the questions",
         **{f"coco/coco_pope_{category}.json": f"the labels of the {category} ones" for category in CATEGORIES},
     },
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "val2014"),
     score=score,
     headline=("f1",),
 )

@@ -52,7 +52,7 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
         options = lettered(take_list(problem, "choices", where))
         answer = take(problem, "answer", where)
         expected = next((letter for index, letter in enumerate(options) if index == answer), answer)
-        items.append(judged(question, text, None if text is None else read(text), options, expected, file))
+        items.append(judged(question, text, lambda text, _: read(text), options, expected, file))
         groups.append(["accuracy"] + ["IMG-accuracy"] * bool(question.images) + _parts(problem, where))
     return mean_by_group(items, groups, [question.id for question in questions])
 

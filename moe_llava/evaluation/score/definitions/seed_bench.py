@@ -8,7 +8,9 @@ reads, or in the questions file.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moe_llava.evaluation.score.benchmark import Benchmark, Scored
@@ -22,8 +24,9 @@ ANSWERS = "SEED-Bench.json"
 KINDS = {"SEED-Bench-image": "image", "SEED-Bench-video-image": "video"}
 
 
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder)
+def read(text: str, options: Mapping[str, str]) -> str | None:
+    """Read a letter as published."""
+    return text if text in options else None
 
 
 def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
@@ -32,9 +35,8 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     items, groups = [], []
     for question, text in zip(questions, answers, strict=True):
         where = f"question {question.id} of {file}"
-        options = options_in(question.prompt)
-        read = text if text in options else None
-        items.append(judged(question, text, read, options, _expected(question, letters, where), file))
+        expected = _expected(question, letters, where)
+        items.append(judged(question, text, read, options_in(question.prompt), expected, file))
         groups.append(["total", _kind(question, where), f"type/{take(question.extra, 'category', where)}"])
     return mean_by_group(items, groups, [question.unit for question in questions])
 
@@ -76,7 +78,7 @@ def upload(folder: Path, questions: list[Question], answers: Answers, out: Path)
 
 
 def split(benchmark: Benchmark, folder: Path) -> Benchmark:
-    if all(question.extra.get("answer") is not None for question in questions(folder)):
+    if all(question.extra.get("answer") is not None for question in benchmark.questions(folder)):
         return benchmark
     return replace(benchmark, files=benchmark.files | {ANSWERS: f"the answers, which not all questions of {QUESTIONS} have"})
 
@@ -86,7 +88,7 @@ BENCHMARK = Benchmark(
     title="SEED-Bench",
     folder="seed_bench",
     files={QUESTIONS: f"the questions; where they have no answer, {ANSWERS} is needed, too"},
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "."),
     score=score,
     headline=("total",),
     upload=upload,

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from moe_llava.evaluation.score.benchmark import Benchmark, Scored
 from moe_llava.evaluation.score.means import mean_by
-from moe_llava.evaluation.score.normalise import annotators, evalai, leave_one_out
+from moe_llava.evaluation.score.normalise import annotators, evalai, vqa_item
 from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
 from moe_llava.evaluation.score.reading import BenchmarkError, numbered, once, read_object, take, take_list, take_text
 
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
-
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "train_images", unique=())  # `score` counts them
 
 
 def bare_question(prompt: str) -> str:
@@ -47,9 +44,7 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
             raise BenchmarkError(
                 f"{folder / QUESTIONS} has the question {key[1]!r} about image {key[0]} more often than {ANNOTATIONS}: {times[key]} times"
             )
-        read = None if text is None else evalai(text)
-        right = 0.0 if read is None else leave_one_out(read, truths[key])
-        items.append({"id": question.id, "question": key[1], "given": text, "read": read, "expected": truths[key], "right": right})
+        items.append({"id": question.id, "question": key[1], **vqa_item(text, truths[key], evalai)})
     return mean_by(items, (), [question.id for question in questions])
 
 
@@ -74,7 +69,7 @@ BENCHMARK = Benchmark(
     title="TextVQA",
     folder="textvqa",
     files={QUESTIONS: "the questions", ANNOTATIONS: "the annotators' answers"},
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "train_images", unique=()),  # `score` counts them
     score=score,
     headline=("accuracy",),
 )

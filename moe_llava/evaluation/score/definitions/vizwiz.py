@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.score.benchmark import Benchmark, Columns, Scored, find_file, write_json
+from moe_llava.evaluation.score.benchmark import Benchmark, Columns, Scored, find_file, upload_each
 from moe_llava.evaluation.score.means import mean_by, yes_or_no
-from moe_llava.evaluation.score.normalise import annotators, evalai, leave_one_out, vqa
+from moe_llava.evaluation.score.normalise import annotators, evalai, vqa, vqa_item
 from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, first_image, llava_questions
 from moe_llava.evaluation.score.reading import numbered, once, read_list, take, take_text
 
@@ -29,7 +29,7 @@ def questions(folder: Path) -> list[Question]:
     """Read the questions of the validation set if they are there, or else the test set's."""
     file = find_file(folder, QUESTIONS)
     if file.name == TEST:
-        return llava_questions(file, folder / "test")
+        return llava_questions(TEST, "test", folder)
     return [
         Question(image, take_text(record, "question", f"{image} of {file}") + UNANSWERABLE + SINGLE_WORD, (folder / "val" / image,))
         for image, record in _records(file).items()
@@ -57,25 +57,11 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
 
 
 def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any]:
-    truths = annotators(record, where)
-    read = None if text is None else vqa(text)
+    item = vqa_item(text, annotators(record, where), vqa)
     unanswerable = not take(record, "answerable", where)
-    return {
-        "given": text,
-        "read": read,
-        "expected": truths,
-        "right": 0.0 if read is None else leave_one_out(read, truths),
-        "answer_type": str(take(record, "answer_type", where)),
-        "unanswerable": unanswerable,
-        # A missing answer counts as the wrong one.
-        "refused": not unanswerable if read is None else read == "unanswerable",
-    }
-
-
-def upload(folder: Path, questions: list[Question], answers: Answers, out: Path) -> list[Path]:
-    """Write `vizwiz.json` as LLaVA does: the answers in EvalAI's normalisation; "" for a question without an answer."""
-    pairs = zip(questions, answers, strict=True)
-    return write_json(out / "vizwiz.json", [{"image": _image(question), "answer": evalai(text or "")} for question, text in pairs])
+    # A missing answer counts as the wrong one.
+    refused = not unanswerable if text is None else item["read"] == "unanswerable"
+    return item | {"answer_type": str(take(record, "answer_type", where)), "unanswerable": unanswerable, "refused": refused}
 
 
 def _image(question: Question) -> str:
@@ -103,6 +89,7 @@ BENCHMARK = Benchmark(
     questions=questions,
     score=score,
     headline=("accuracy",),
-    upload=upload,
+    # As LLaVA writes it.
+    upload=upload_each("vizwiz.json", lambda question, text: {"image": _image(question), "answer": evalai(text)}),
     split=split,
 )

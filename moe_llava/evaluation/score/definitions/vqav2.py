@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_llava.evaluation.score.benchmark import Benchmark, Scored, find_file, write_json
 from moe_llava.evaluation.score.means import mean_by
-from moe_llava.evaluation.score.normalise import annotators, evalai, leave_one_out, strip_punctuation, vqa
+from moe_llava.evaluation.score.normalise import annotators, evalai, strip_punctuation, vqa, vqa_item
 from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
 from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, read_object, take, take_list
 
@@ -28,7 +28,7 @@ QUESTIONS = f"{VALIDATION} | {TEST_DEV}"
 def questions(folder: Path) -> list[Question]:
     """Read the questions of the validation set if they are there, or else test-dev's."""
     file = find_file(folder, QUESTIONS)
-    return llava_questions(file, folder / ("val2014" if file.name == VALIDATION else "test2015"))
+    return llava_questions(file.name, "val2014" if file.name == VALIDATION else "test2015", folder)
 
 
 def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
@@ -43,10 +43,8 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
         truths = annotators(record, where)
         if len(set(truths)) > 1:
             truths = [strip_punctuation(truth) for truth in truths]
-        read = None if text is None else vqa(text)
-        right = 0.0 if read is None else leave_one_out(read, truths)
         kinds = {kind: str(take(record, kind, where)) for kind in KINDS}
-        items.append({"id": question.id, "given": text, "read": read, "expected": truths, "right": right, **kinds})
+        items.append({"id": question.id, **vqa_item(text, truths, vqa), **kinds})
     return mean_by(items, KINDS, [question.unit for question in questions])
 
 
