@@ -25,7 +25,7 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.offload import load_offloaded
 from moe_llava.common.files import write_whole
 from moe_llava.common.progress import show_progress
-from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
+from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, line, merge, read_answers, writing
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.ask.tasks import GREEDY, Task, plan_tasks
 from moe_llava.evaluation.score.benchmark import Scored, result
@@ -125,7 +125,7 @@ def _wait(processes: int) -> None:
 
 def _unanswered(task: Task) -> list[Question]:
     """Return the questions without an answer; questions with the same id and prompt are evaluated once."""
-    pairs = zip(task.asked, given(task.out, task.asked), strict=True)
+    pairs = zip(task.selected, read_answers(task.out, task.selected), strict=True)
     return list({(question.id, question.prompt): question for question, text in pairs if text is None}.values())
 
 
@@ -153,7 +153,7 @@ def _write_answers(task: Task, share: list[Question], model: Any, processor: Any
 def _finish(plan: list[Task], batch_size: int, limit: int | None, console: Console) -> Iterator[dict[str, Any]]:
     """Write uploads, scores and robustness, and yield the result if the benchmark can be scored here."""
     for task in plan:
-        lost = given(task.out, task.asked).count(None)
+        lost = read_answers(task.out, task.selected).count(None)
         if lost:
             raise BenchmarkError(f"{lost} questions of {task} were evaluated, but their answers are gone from {answer_file(task.out)}")
     clean = plan[0]
@@ -177,7 +177,7 @@ def _write_uploads(task: Task, limit: int | None, console: Console) -> list[Path
     if limit is not None:
         console.print(f"{benchmark.title}: no upload, which would need the answers to all questions", highlight=False)
         return []
-    uploads = benchmark.upload(task.data, task.asked, given(task.out, task.asked), task.out)
+    uploads = benchmark.upload(task.data, task.selected, read_answers(task.out, task.selected), task.out)
     for upload in uploads:
         console.print(f"{benchmark.title}: {upload} is what its server takes", highlight=False, soft_wrap=True)
     return uploads
@@ -185,11 +185,11 @@ def _write_uploads(task: Task, limit: int | None, console: Console) -> list[Path
 
 def _score(task: Task) -> Scored:
     assert task.benchmark.score is not None
-    return task.benchmark.score(task.data, task.asked, given(task.out, task.asked))
+    return task.benchmark.score(task.data, task.selected, read_answers(task.out, task.selected))
 
 
 def _write_result(task: Task, scored: Scored, batch_size: int, uploads: Sequence[Path]) -> dict[str, Any]:
-    found = result(task.benchmark, scored, task.asked, given(task.out, task.asked))
+    found = result(task.benchmark, scored, task.selected, read_answers(task.out, task.selected))
     found |= {
         "questions_in_all": len(task.questions),
         "model": task.settings["checkpoint"],
@@ -214,7 +214,7 @@ def _compare(clean: Task, scored: Mapping[Perturbation | None, Scored], console:
             perturbed[perturbation] = scored[perturbation].items
         elif (task.out / SETTINGS).is_file():
             check_settings(task.out, task.settings)
-            if None in given(task.out, task.asked):
+            if None in read_answers(task.out, task.selected):
                 console.print(f"{task} has answers to fewer questions: left out", highlight=False)
             else:
                 perturbed[perturbation] = _score(task).items

@@ -98,8 +98,8 @@ class MoeLlava(lmms):
         answers: dict[int, str] = {}
         with show_progress("evaluating", len(questions), console) as advance:
             for max_new_tokens, members in groups.items():
-                asked = [questions[index] for index in members]
-                for batch in answer(self.model, self.processor, asked, self.batch_size, max_new_tokens):
+                selected = [questions[index] for index in members]
+                for batch in answer(self.model, self.processor, selected, self.batch_size, max_new_tokens):
                     answers |= {members[place]: _cut(text, requests[members[place]]) for place, text in batch}
                     advance(len(batch))
         return [answers[index] for index in range(len(requests))]

@@ -1,4 +1,4 @@
-"""What holds of every benchmark."""
+"""Properties of every benchmark."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_a_record_without_anything(tmp_path):
 
 
 def test_a_resample_without_a_group_does_not_count_for_it():
-    """One of ten pictures has the question of a kind, and it is right."""
+    """The only question of a kind is right, so its interval has no width."""
     items = [{"right": number % 2, "kind": "common"} for number in range(9)] + [{"right": 1, "kind": "rare"}]
     scored = mean_by(items, ("kind",), [str(number) for number in range(10)])
     found = result(find_benchmark("vqav2"), scored, [], [])
@@ -103,7 +103,7 @@ def test_answers_that_answer_nothing_are_an_error(golden, tmp_path, answers, mes
 
 
 def test_answers_with_a_part_of_the_prompt_are_scored(golden, tmp_path):
-    """As LLaVA keeps some: without how to answer."""
+    """LLaVA saves some prompts without the instruction how to answer."""
     folder, file = golden / "eval" / "scienceqa", tmp_path / "answers.jsonl"
     good = read_json_lines(folder / "answers" / "fixture-model.jsonl")
     shorter = [answer | {"prompt": f"<image>\n{answer['prompt']}".removesuffix(LETTER)} for answer in good]
@@ -115,7 +115,7 @@ def test_answers_with_a_part_of_the_prompt_are_scored(golden, tmp_path):
 
 
 def test_prompts_that_find_no_question_are_an_error(golden, tmp_path):
-    """MME's questions are known by their prompts, of which a part is not enough."""
+    """MME's questions are identified by their whole prompts."""
     folder, file = golden / "eval" / "MME", tmp_path / "answers.jsonl"
     good = read_json_lines(folder / "answers" / "fixture-model.jsonl")
     file.write_text("".join(json.dumps(answer | {"prompt": answer["prompt"].removesuffix(SINGLE_WORD)}) + "\n" for answer in good))

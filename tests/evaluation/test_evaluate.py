@@ -1,4 +1,4 @@
-"""From a checkpoint to answers and scores, through kills, in one process or two."""
+"""From a checkpoint to answers and scores, after kills, in one process or two."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=Non
 
 @pytest.fixture(scope="module")
 def whole(tiny_base, tmp_path_factory):  # noqa: F811
-    """The folder of a run that was left alone."""
+    """The folder of a run without interruption."""
     out = tmp_path_factory.mktemp("whole")
     done = run_here(*arguments(tiny_base, out))
     assert done.exit_code == 0, done.output
@@ -231,7 +231,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
 
 
 def test_two_runs_do_not_write_into_the_same_folder(tiny_base, tmp_path):  # noqa: F811
-    """Not even under different perturbations: both would ask the questions as they are."""
+    """Not even under different perturbations: both would evaluate without perturbation, too."""
     with writing(tmp_path / "digits"):
         told = refused(*arguments(tiny_base, tmp_path, "--limit", "2", "--perturb", "noise:1"))
     assert f"another run is writing into {tmp_path / 'digits'}: wait for its end, or choose another --out" in told
@@ -263,7 +263,7 @@ def test_merging(tmp_path):
 
 
 def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
-    """Asked once more under each, paired with the answers without, and drawn."""
+    """The evaluation is repeated under each perturbation, paired with the one without, and plotted."""
     out = tmp_path / "digits"
     done = run_here(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
     assert done.exit_code == 0, done.output
@@ -310,7 +310,7 @@ def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path)
 
 
 def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
-    """Known before anything is asked: its answers are for the upload, and there is nothing to compare."""
+    """This is known before the evaluation: there is an upload, and nothing to compare."""
     write_vizwiz(tmp_path)
     command = ["evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path]
     done = run_here(*command, "--out", tmp_path / "out")
@@ -323,7 +323,7 @@ def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
 
 
 def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
-    """The same answers; attacks need the whole model."""
+    """The answers are the same; attacks need the whole model."""
     model, processor = load_checkpoint(tiny_base / "base")
     for part in (upcycle(model), processor):
         part.save_pretrained(tmp_path / "sparse")
@@ -339,7 +339,7 @@ def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
 
 
 def change(file):
-    """Another byte under the same name, size and time; of JSON a blank, so that it can still be read."""
+    """Change a byte, but neither name, size nor time; in JSON a blank, so that it stays valid. Return the content before."""
     before, times = file.read_bytes(), file.stat()
     content = bytearray(before)
     content[content.index(b" ") if file.suffix == ".json" else -2] ^= 0x2A  # a blank becomes a line break
@@ -349,7 +349,7 @@ def change(file):
 
 
 def test_checkpoint_and_pictures_are_known_by_their_contents(tiny_base, tmp_path):  # noqa: F811
-    """What changed is named, and what was answered stays; another time alone is no change."""
+    """The error names the changed file, and answers are kept; a new time alone is no change."""
     shutil.copytree(tiny_base, tmp_path / "in")
     base, data = tmp_path / "in" / "base", tmp_path / "in" / "data"
     out = tmp_path / "out"
@@ -389,7 +389,7 @@ def test_checkpoint_and_pictures_are_known_by_their_contents(tiny_base, tmp_path
 
 
 def test_a_kept_answer_that_stands_twice(tmp_path):
-    """The same text is what a kill may leave; another one is not chosen from."""
+    """A kill may leave the same text twice; two different texts are an error."""
     questions = [Question("1", "a")]
     one, other = (json.dumps({"question_id": "1", "prompt": "a", "text": text}) + "\n" for text in ("x", "y"))
     answer_file(tmp_path).write_text(one + one)

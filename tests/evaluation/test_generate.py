@@ -1,4 +1,4 @@
-"""Answers do not depend on the company a question keeps in its batch."""
+"""Answers do not depend on the other questions of a batch."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -24,7 +24,7 @@ from tests.training.conftest import tiny_base  # noqa: F401
 
 @pytest.fixture(scope="module")
 def asked(tiny_base):  # noqa: F811
-    """(model, processor, questions about an image, about none and about two)"""
+    """Return (model, processor, questions about one image, none, and two)."""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
     questions = digits_world.questions(tiny_base / "data")[:14:2]
     images = questions[0].images * 2
@@ -38,7 +38,7 @@ def answers(model, processor, questions, batch_size, max_new_tokens=12, perturba
 
 
 def plainly(model, processor, question, max_new_tokens=12, attack=None):
-    """As anybody would ask with transformers, without anything shared."""
+    """Return the answer by plain transformers, with nothing shared."""
     inputs = prompt_inputs(processor, [question])
     if attack is not None and question.images:
         inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
@@ -57,14 +57,14 @@ def test_a_batch_answers_as_one_by_one(asked, family, sparse):
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     model = upcycle(model, num_experts=3).eval() if sparse else model
-    together = answers(model, processor, questions, batch_size=16)
-    assert together == answers(model, processor, questions, batch_size=1)
-    assert together == [plainly(model, processor, question) for question in questions]
+    together = answers(model, processor, questions, 16, max_new_tokens=6)
+    assert together == answers(model, processor, questions, 1, max_new_tokens=6)
+    assert together == [plainly(model, processor, question, max_new_tokens=6) for question in questions]
     assert len(set(together)) > 1
 
 
 def changed(question, perturbation):
-    """The question, with pictures that were changed beforehand."""
+    """Return the question with pictures that are perturbed beforehand."""
     images = []
     for image in question.images:
         file = BytesIO()
@@ -96,7 +96,7 @@ def test_every_question_is_attacked_for_itself(asked, name):
 
 
 def test_nothing_after_the_end(asked):
-    """Neither the end token, nor the padding behind it, whatever token that is."""
+    """Answers contain neither the end token nor the padding after it, whatever token that is."""
     model, processor, questions = asked
     before = [text.split() for text in answers(model, processor, questions, batch_size=16)]
     # A word in the middle of the longest answer ends it, and pads what is shorter.

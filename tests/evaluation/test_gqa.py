@@ -32,7 +32,7 @@ TRUTH = {
 
 @pytest.fixture(params=["data", "."])
 def folder(tmp_path, request):
-    """The truth stands in either place."""
+    """The ground truth may be in either place."""
     folder = tmp_path / "gqa"
     (folder / request.param).mkdir(parents=True)
     (folder / request.param / "testdev_balanced_questions.json").write_text(json.dumps(TRUTH))

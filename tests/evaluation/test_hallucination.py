@@ -1,4 +1,4 @@
-"""Questions made as POPE makes them: how many, of what, the same for the same seed; `score pope` takes them."""
+"""Questions made as POPE's are: their number, their objects, the same for the same seed; `score pope` accepts them."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def write_coco(file, shown):
 
 
 def labels(folder, category, image):
-    """(asked for and there, asked for and not there) of a picture."""
+    """Return the objects in the questions about a picture: (shown, absent)."""
     records = [record for record in read_json_lines(folder / "coco" / f"coco_pope_{category}.json") if record["image"] == image]
     assert [record["label"] for record in records] == ["yes", "no"] * (len(records) // 2)
     objects = [record["text"].removesuffix(" in the image?").split(maxsplit=3)[3] for record in records]
@@ -114,7 +114,7 @@ def test_the_same_for_the_same_seed(tmp_path):
 
 
 def test_pope_scores_them(tmp_path):
-    """By the command, and with pictures in folders."""
+    """The command writes them, also for pictures in folders."""
     file = write_coco(tmp_path / "annotations", {f"test/{image}": items for image, items in SHOWN.items()})
     done = run_here("pope-questions", file, tmp_path / "pope")
     assert done.exit_code == 0, done.output
@@ -138,7 +138,7 @@ def test_articles(tmp_path):
 
 
 def test_the_digits_world(tmp_path, monkeypatch):
-    """Its pictures, annotated as the document says."""
+    """The pictures of the digits world, annotated as in the documentation."""
     (tmp_path / "runs" / "demo" / "data").mkdir(parents=True)
     write_dataset(tmp_path / "runs" / "demo" / "data", train_images=1, test_images=30)
     monkeypatch.chdir(tmp_path)
@@ -194,19 +194,15 @@ def test_bad_annotations(tmp_path, content, message):
 
 def test_too_few_pictures(tmp_path):
     file = write_lines(tmp_path / "annotations", SHOWN)
-    with pytest.raises(
-        BenchmarkError, match=r"has 7 usable pictures, but must have at least 8.* 1 of 9 pictures show none, 1 show all"
-    ):
+    with pytest.raises(BenchmarkError, match=r"has 7 usable pictures, but must have at least 8.* 1 of 9 pictures show none, 1 show all"):
         write_pope_questions(file, tmp_path / "out", images=8)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        BenchmarkError, match=r"has 0 usable pictures, but must have at least 1.*2 of 3 pictures show none, 1 show all"
-    ):
+    with pytest.raises(BenchmarkError, match=r"has 0 usable pictures, but must have at least 1.*2 of 3 pictures show none, 1 show all"):
         write_pope_questions(write_lines(tmp_path / "annotations", {"1.jpg": [], "2.jpg": [], "3.jpg": ["cup"]}), tmp_path / "out")
 
 
 def test_pictures_of_a_single_object(tmp_path):
-    """As many questions to affirm as to deny, about each picture."""
+    """Each picture has as many questions with yes as with no."""
     shown = {f"{number}.jpg": [("cup", "dog", "fork")[number % 3]] for number in range(6)}
     counts = write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
     assert (counts["images"], counts["questions"]) == (6, 12)

@@ -1,4 +1,4 @@
-"""lmms-eval's own command with a task of local files, and what its tasks may not want."""
+"""lmms-eval's own command with tasks of local files, and unsupported settings of tasks."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def asked(sparse):
 
 @pytest.fixture
 def tasks(questions, tmp_path):
-    """A folder with two tasks of the same questions and other lengths."""
+    """A folder with two tasks that have the same questions and different lengths."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     docs = [
@@ -104,7 +104,7 @@ def plainly(checkpoint, questions, max_new_tokens):
 
 
 def run(tasks, out, *command, arguments):
-    """(what lmms-eval printed, task -> its answers in order)"""
+    """Return (lmms-eval's output, task -> its answers in order)."""
     command = [*command, "--model", "moe_llava", "--model_args", arguments, "--device", "cpu", "--batch_size", "4"]
     command += ["--include_path", tasks, "--tasks", "short,long", "--output_path", out, "--log_samples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -118,7 +118,7 @@ def run(tasks, out, *command, arguments):
 
 
 def requests(model, chats, settings):
-    """A request for each chat, as lmms-eval hands them over."""
+    """Return a request for each chat, as lmms-eval passes them."""
     model.task_dict = {"some": {"test": chats}}
     return [
         Instance("generate_until", ("", list, settings, number, "some", "test"), 0, {"task": "some", "doc_id": number, "repeats": 1})
@@ -153,7 +153,7 @@ def test_two_processes(tasks, tiny_base, questions, tmp_path):  # noqa: F811
 
 
 def test_each_picture_is_read_once(asked, questions, monkeypatch):
-    """Whether two questions are about one picture cannot be seen from where a task has it: in memory, once for each question."""
+    """Tasks hold a picture in memory once per question, so it is identified by its content."""
     read, real = [], generate._prefill_heads
     monkeypatch.setattr(generate, "_prefill_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
     ask(asked, [[picture(question), text(question.prompt)] for question in questions])

@@ -1,4 +1,4 @@
-"""MMMU: Parquet files by subject, images where the prompt says, options and open answers read as the published script does."""
+"""MMMU: Parquet files by subject, images in their places in the prompt, answers read as by the published script."""
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -49,7 +49,7 @@ def test_disciplines():
 
 
 def test_scores_by_discipline(folder):
-    """Art has two questions: disciplines and the whole are over questions, not over subjects."""
+    """Art has two questions: the means are over questions, not over subjects."""
     write(folder / "Art", [row("Art"), row("Art", 2, question_type="open", options="[]", answer="['$MgS$', 'MgS']")])
     found = scores(folder, {"validation_Art_1": "A", "validation_Art_2": "It is MgS.", "validation_Math_1": "(b) it's"})
     assert len(found["missing"]) == 28

@@ -1,4 +1,4 @@
-"""Short answers become the same as in the published code, step by step."""
+"""Short answers are normalised as by the published code, step by step."""
 
 import json
 

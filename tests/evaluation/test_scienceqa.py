@@ -1,4 +1,4 @@
-"""ScienceQA's scores are those of the published script, item by item; what it fails to read is read leniently beside it."""
+"""ScienceQA's scores equal those of the published script, item by item; unread answers are read leniently in addition."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
 
 
 def test_the_first_questions_are_scored_alone(folder, answers):
-    """The second one has no image, and is the only one asked."""
+    """The only selected question, the second one, has no image."""
     asked = SCIENCEQA.questions(folder)[1:2]
     found = result(SCIENCEQA, SCIENCEQA.score(folder, asked, [None]), asked, [None])
     assert found["scores"]["accuracy"] == 0

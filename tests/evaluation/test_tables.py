@@ -1,4 +1,4 @@
-"""One table of many results: every form says the same, and published scores never stand among measured ones."""
+"""One table of many results: every format has the same content, and published scores are apart from measured ones."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def write(folder, model, benchmark, score, value, **more):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two models; the second has no LLaVA-Bench, and was judged by another judge in MM-Vet."""
+    """Results of two models; the second has no LLaVA-Bench, and another judge in MM-Vet."""
     first, second = tmp_path / "first", tmp_path / "second"
     write(first, "a|<b>", "mm-vet", "total", 30.126, judge={"model": "judge-1"}, unreadable=["1", "2"])
     write(first, "a|<b>", "llava-bench", "all", 75.0, judge={"model": "judge-1"})
@@ -95,7 +95,7 @@ def test_csv(runs):
 
 
 class Rows(HTMLParser):
-    """The texts of every table's rows."""
+    """Return the cell texts of each table's rows."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""TextVQA's scores are those of the published script, item by item."""
+"""TextVQA's scores equal those of the published script, item by item."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def scored(folder, answers):
 
 @pytest.mark.parametrize("step", [1, -1])
 def test_scores_are_the_published_ones(folder, answers, step):
-    """In whatever order the answers come."""
+    """The order of the answers does not matter."""
     items, found = scored(folder, answers[::step])
     expected = json.loads((folder / "expected.json").read_text())
     assert len(items) == expected["n"]

@@ -109,7 +109,7 @@ def merge(folder: Path, questions: Sequence[Question]) -> None:
             file.unlink()
 
 
-def given(folder: Path, questions: Sequence[Question]) -> Answers:
+def read_answers(folder: Path, questions: Sequence[Question]) -> Answers:
     """Return the answer to each question, None if there is none yet."""
     found = _by_key(answer_file(folder))
     records = (found.get((question.id, question.prompt)) for question in questions)

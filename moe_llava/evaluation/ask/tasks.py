@@ -24,14 +24,14 @@ GREEDY = {"do_sample": False, "num_beams": 1}
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark, as it is or under a perturbation. `data` holds its files, `out` its answers; `questions` are all of them, `asked` those
-    that this run evaluates."""
+    """A benchmark, as it is or under a perturbation. `data` holds its files, `out` its answers. `selected` are the questions that this run
+    evaluates."""
 
     benchmark: Benchmark
     data: Path
     out: Path
     questions: list[Question]
-    asked: list[Question]
+    selected: list[Question]
     settings: dict[str, Any]
     perturbation: Perturbation | None = None
 

@@ -77,7 +77,7 @@ class Benchmark:
     max_new_tokens: int = 128
     judge: Callable[[Path, list[Question], Answers, Judge], Scored] | None = None
     check: Callable[[Path, list[Question]], object] | None = None
-    headline: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ("accuracy",)
     split: Callable[[Benchmark, Path], Benchmark] | None = None
 
 

@@ -59,18 +59,18 @@ class Judge:
         self._replies = _read_kept(kept)
         self._used: set[str] = set()
         self._parameters: Parameters = PARAMETERS
-        self._asked = 0
+        self._requests = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._client = _client(self.url, self._secret)
 
     def opinions(self, prompts: Sequence[str | None], system: str, read: Callable[[str], Read | None], reminder: str) -> list[Read | None]:
-        """Return what `read` makes of the reply to each prompt, after the message `system`, as `ask` does; None without a prompt."""
+        """Return what `read` makes of the reply to each prompt, after the message `system`, as `query` does; None without a prompt."""
         conversations = [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts if prompt]
-        found = iter(self.ask(conversations, read, reminder))
+        found = iter(self.query(conversations, read, reminder))
         return [next(found) if prompt else None for prompt in prompts]
 
-    def ask(self, conversations: Sequence[Messages], read: Callable[[str], Read | None], reminder: str) -> list[Read | None]:
+    def query(self, conversations: Sequence[Messages], read: Callable[[str], Read | None], reminder: str) -> list[Read | None]:
         """Return what `read` makes of the reply to each conversation. If that is None, the judge is queried once more with the `reminder`;
         the value stays None if that does not help."""
         values = [read(reply) for reply in self._all_replies(conversations)]
@@ -92,7 +92,7 @@ class Judge:
             "model": self.model,
             "served": sorted({reply["served"] for reply in used if reply["served"]}),
             "replies": len(used),
-            "asked": self._asked,
+            "asked": self._requests,
             "parameters": [json.loads(text) for text in sorted({json.dumps(reply["parameters"], sort_keys=True) for reply in used})],
             **tokens,
             "replies_without_usage": sum(not reply["usage"] for reply in used),
@@ -133,7 +133,7 @@ class Judge:
             with self.kept.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self._replies[key] = reply
-            self._asked += 1
+            self._requests += 1
 
     def _request(self, messages: Messages) -> dict[str, Any]:
         """Return `reply`, `served` (the endpoint's name for the model), `usage` and the `parameters` sent. Tries again where that may help.

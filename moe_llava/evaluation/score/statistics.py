@@ -72,11 +72,9 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 def paired_p(differences: Sequence[float]) -> float:
     """Return the two-sided p of the paired t-test. It is 1 if all differences are 0, and 0 if all are the same but not 0."""
-    error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-    mean = float(np.mean(differences))
-    if error == 0:
-        return float(mean == 0)
-    return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+    if np.std(differences) == 0:
+        return float(np.mean(differences) == 0)
+    return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

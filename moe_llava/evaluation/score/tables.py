@@ -125,8 +125,6 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     benchmark = find_benchmark(name)
     model, scores, intervals, questions = (take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions"))
     missing = take_list(record, "missing", str(file))
-    if not benchmark.headline:
-        raise BenchmarkError(f"{file}: none of the scores of {benchmark.title} is for a table")
     judge = str(take(record["judge"], "model", f"judge of {file}")) if "judge" in record else ""
     if "perturbation" in record:
         kind, strength = (take(record["perturbation"], key, f"perturbation of {file}") for key in ("name", "strength"))
@@ -139,7 +137,8 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
         numbers = [take(scores, score, f"scores of {file}"), *take_list(intervals, score, f"intervals of {file}")]
         if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
-        cells[Column(benchmark.name, benchmark.title, score, judge)] = Cell(*numbers, questions, len(missing))
+        value, low, high = numbers
+        cells[Column(benchmark.name, benchmark.title, score, judge)] = Cell(value, low, high, questions, len(missing))
     return str(model), cells, [f"{benchmark.title}: {remark}" for remark in _remarks(record, questions, missing)]
 
 

@@ -144,8 +144,8 @@ def perturb_question(question: Question, perturbation: Perturbation) -> Question
     end = kept.start() if kept else len(question.prompt)
     # Several questions may share an id if their prompts differ.
     random = _random(perturbation.seed, perturbation.name, question.id, question.prompt)
-    asked = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
-    return dataclasses.replace(question, prompt=asked + question.prompt[end:])
+    changed = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
+    return dataclasses.replace(question, prompt=changed + question.prompt[end:])
 
 
 def _random(*parts: object) -> np.random.Generator:
@@ -232,18 +232,18 @@ def _order(text: str, share: float, random: np.random.Generator) -> str:
 
 
 def _paraphrase(text: str, frame: str, random: np.random.Generator) -> str:
-    def change(asked: str) -> str:
+    def change(text: str) -> str:
         if frame in VALUES["paraphrase"][REWORDED_FROM - 1 :]:
             for pattern, words in REWORDINGS:
-                asked = re.sub(pattern, words, asked)
-        return frame.format(asked)
+                text = re.sub(pattern, words, text)
+        return frame.format(text)
 
     return _on_question(text, change)
 
 
 def _distraction(text: str, number: int, random: np.random.Generator) -> str:
     drawn = [DISTRACTIONS[index] for index in random.permutation(len(DISTRACTIONS))[:number]]
-    return _on_question(text, lambda asked: " ".join([*drawn, asked]))
+    return _on_question(text, lambda text: " ".join([*drawn, text]))
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
@@ -267,9 +267,9 @@ def _on_question(text: str, change: Callable[[str], str]) -> str:
     """Change the last line with text; the lines before it are context."""
     lines = text.split("\n")
     for number in reversed(range(len(lines))):
-        before, asked, after = LINE.fullmatch(lines[number]).groups()  # type: ignore[union-attr]
-        if asked:
-            lines[number] = before + change(asked) + after
+        before, words, after = LINE.fullmatch(lines[number]).groups()  # type: ignore[union-attr]
+        if words:
+            lines[number] = before + change(words) + after
             break
     return "\n".join(lines)
 

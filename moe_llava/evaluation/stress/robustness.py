@@ -67,10 +67,10 @@ def plot_robustness(summary: dict[str, Any], title: str = "") -> Figure:
     figure, grid = plt.subplots(1, number, figsize=(4.4 * number, 3.6), sharey=True, squeeze=False, layout="constrained")
     for axis, kind in zip(grid[0], kinds, strict=False):
         names = [name for name in KINDS if KINDS[name] == kind]
-        asked = [name for name in names if any(drop["name"] == name for drop in summary["drops"])]
-        for name in asked:
+        shown = [name for name in names if any(drop["name"] == name for drop in summary["drops"])]
+        for name in shown:
             # A perturbation has one colour in all pictures. The shift keeps intervals from hiding one another.
-            place, shift = names.index(name), 0.08 * (asked.index(name) - (len(asked) - 1) / 2)
+            place, shift = names.index(name), 0.08 * (shown.index(name) - (len(shown) - 1) / 2)
             drops = sorted((drop for drop in summary["drops"] if drop["name"] == name), key=lambda drop: drop["strength"])
             strengths = [drop["strength"] + shift for drop in drops]
             middle, low, high = (np.array([100 * drop[key] for drop in drops]) for key in ("drop", "low", "high"))

@@ -131,6 +131,5 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", "images/test": "the pictures"},
     questions=questions,
     score=score,
-    headline=("accuracy",),
     max_new_tokens=40,
 )

@@ -1,7 +1,7 @@
 """GQA (Hudson and Manning, arXiv 1902.09506), balanced test-dev questions: made from scene graphs, with one short answer each.
 
 Published reading: without full stops at its end and in lower case, an answer must be the expected one. Lenient reading: both are normalised
-as EvalAI does, so that "a dog" is "dog". In percent; binary questions are those that do not ask for a name (`query`).
+as EvalAI does, so that "a dog" is "dog". In percent; binary questions are those whose answer is no name (`query`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", TRUTH: "their answers and types"},
     questions=partial(llava_questions, QUESTIONS, "data/images"),
     score=score,
-    headline=("accuracy",),
     # As the published script reads it.
     upload=upload_each(
         "testdev_balanced_predictions.json", lambda question, text: {"questionId": question.id, "prediction": read_answer(text)}

@@ -137,7 +137,6 @@ def mmbench(name: str, title: str, folder: str, table: str, suffix: str) -> Benc
         files={table: "questions, images and answers"},
         questions=lambda place: read_questions(place / table, suffix),
         score=lambda place, questions, answers: score_rotations(place / table, questions, answers),
-        headline=("accuracy",),
         upload=lambda _, questions, answers, out: write_excel(out / f"{folder}.xlsx", questions, answers),
         split=split,
         max_new_tokens=1024,

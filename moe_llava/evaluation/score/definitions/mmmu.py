@@ -178,5 +178,4 @@ BENCHMARK = Benchmark(
     files=dict.fromkeys(DISCIPLINE, "the validation split, in Parquet files"),
     questions=questions,
     score=score,
-    headline=("accuracy",),
 )

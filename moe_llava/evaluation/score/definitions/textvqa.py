@@ -71,5 +71,4 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions", ANNOTATIONS: "the annotators' answers"},
     questions=partial(llava_questions, QUESTIONS, "train_images", unique=()),  # `score` counts them
     score=score,
-    headline=("accuracy",),
 )

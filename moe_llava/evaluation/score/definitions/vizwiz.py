@@ -88,7 +88,6 @@ BENCHMARK = Benchmark(
     files={QUESTIONS: "the questions, of the validation set (scored here, and taken if both are there) or of the test set (by upload)"},
     questions=questions,
     score=score,
-    headline=("accuracy",),
     # As LLaVA writes it.
     upload=upload_each("vizwiz.json", lambda question, text: {"image": _image(question), "answer": evalai(text)}),
     split=split,

@@ -81,7 +81,6 @@ BENCHMARK = Benchmark(
     },
     questions=questions,
     score=score,
-    headline=("accuracy",),
     upload=upload,
     split=split,
 )
