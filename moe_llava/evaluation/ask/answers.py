@@ -20,9 +20,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moe_llava.common.files import drop_torn_line, write_whole
+from moe_llava.common.files import drop_torn_line, read_object, write_whole
 from moe_llava.evaluation.score.questions import Answers, Question
-from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines, read_object, take, take_text
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines, take, take_text
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_question
 
 SETTINGS = "settings.json"
