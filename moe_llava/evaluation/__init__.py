@@ -1,1 +1,1 @@
-"""Asking a model the questions of a benchmark, and scoring what it says."""
+"""Evaluate checkpoints on benchmarks, and score their answers."""

@@ -1,7 +1,7 @@
 """From a checkpoint to answers, scores and uploads.
 
-Every benchmark has a folder under `out` (see answers.py), with one inside for each perturbation. A run goes on where the one before was
-stopped, with as many processes as it likes: each asks its share of the questions that have no answer yet, and process 0 scores.
+Each benchmark has a folder under `out` (see answers.py), with one inside for each perturbation. A run resumes where the last one was
+stopped, with any number of processes: each evaluates its share of the questions without an answer, and process 0 scores.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.offload import load_offloaded
 from moe_llava.common.files import write_whole
 from moe_llava.common.progress import show_progress
-from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, given, line, merge, writing
+from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, line, merge, read_answers, writing
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.ask.tasks import GREEDY, Task, plan_tasks
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, Scored, result
+from moe_llava.evaluation.score.benchmark import Scored, result
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_command
 from moe_llava.evaluation.stress.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
@@ -47,16 +49,20 @@ def evaluate(
     perturbations: Sequence[Perturbation] = (),
     keep_experts: float | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields, benchmark after benchmark, what its result.json holds and, as "robustness", what its robustness.json does; nothing in
-    processes other than the first. `limit`: only so many questions of each. `perturbations`: to ask under, one at a time, after the
-    questions as they are. `keep_experts`: the share of the experts that has room in memory; None: all.
+    """Yield for each benchmark the content of its result.json and, as "robustness", that of its robustness.json; nothing in processes other
+    than the first.
 
-    Raises CheckpointError or BenchmarkError, with all that is wrong with files and folders, before the model is loaded; later, what is
-    wrong with an image, or with a score, once everything has been asked.
+    Args:
+        limit: evaluate only so many questions of each benchmark.
+        perturbations: repeat the evaluation under each of them, after the one without.
+        keep_experts: the share of the experts to keep in memory; None: all.
+
+    Raises CheckpointError or BenchmarkError, with everything wrong with files and folders, before the model is loaded; later for an image
+    or a score, after everything has been evaluated.
     """
     attacks = sorted({perturbation.name for perturbation in perturbations} & set(ADVERSARIAL))
     if attacks and keep_experts is not None:
-        raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, which experts that are not all in memory do not have")
+        raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, and so all experts in memory: leave out --keep-experts")
     plans = plan_tasks(checkpoint, names, data, out, limit, perturbations)
     problems: list[str] = []
     with _processes() as (process, processes), contextlib.ExitStack() as stack:
@@ -68,18 +74,18 @@ def evaluate(
                     begin(task.out, task.settings)
                     merge(task.out, task.questions)
         _wait(processes)
-        shares = {str(task): _share(_left(task), process, processes) for plan in plans for task in plan}
+        shares = {str(task): _share(_unanswered(task), process, processes) for plan in plans for task in plan}
         if any(shares.values()):
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)
                 model.to(best_device())
             else:
                 model, processor, _ = load_offloaded(checkpoint, keep_experts)
-            tell_of_capacity(model, console)
+            warn_of_capacity(model, console)
         for plan in plans:
             for task in plan:
                 if shares[str(task)]:
-                    _ask(task, shares[str(task)], model, processor, batch_size, process, console)
+                    _write_answers(task, shares[str(task)], model, processor, batch_size, process, console)
                 _wait(processes)
                 if process == 0:
                     merge(task.out, task.questions)
@@ -92,15 +98,15 @@ def evaluate(
         raise BenchmarkError("\n  ".join(problems))
 
 
-def tell_of_capacity(model: Any, console: Console) -> None:
-    """Says so if answers are not those to one question at a time."""
+def warn_of_capacity(model: Any, console: Console) -> None:
+    """Print a warning if answers depend on the other questions of a batch."""
     if getattr(model.config, "capacity_factor", None) is not None:
-        console.print("this model's experts have a capacity, which questions asked together share: answers depend on their company")
+        console.print("this model's experts have a capacity, which the questions of a batch share: answers depend on the batch")
 
 
 @contextlib.contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
-    """(this one, how many) of those that torchrun started. They meet over gloo, and wait for each other as long as it takes."""
+    """Yield (rank, number) of the processes that torchrun started. They meet over gloo, and wait for each other without a time limit."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
         yield 0, 1
@@ -117,26 +123,25 @@ def _wait(processes: int) -> None:
         torch.distributed.barrier()
 
 
-def _left(task: Task) -> list[Question]:
-    """Questions without an answer; what two have in common, id and prompt, is asked once."""
-    texts = given(task.out, task.asked)
-    left = {(question.id, question.prompt): question for question, text in zip(task.asked, texts, strict=True) if text is None}
-    return list(left.values())
+def _unanswered(task: Task) -> list[Question]:
+    """Return the questions without an answer; questions with the same id and prompt are evaluated once."""
+    pairs = zip(task.selected, read_answers(task.out, task.selected), strict=True)
+    return list({(question.id, question.prompt): question for question, text in pairs if text is None}.values())
 
 
 def _share(left: list[Question], process: int, processes: int) -> list[Question]:
-    """What one of several processes asks. Images are dealt out in turn, each with all of its questions, as these are cheaper together;
-    questions without one are dealt out singly."""
+    """Return the questions for one of several processes. Images are dealt out in turn, each with all of its questions, which is cheaper;
+    questions without an image are dealt out singly."""
     numbers: dict[Any, int] = {}
     dealt = [numbers.setdefault(question.images or (question.id, question.prompt), len(numbers)) for question in left]
     return [question for question, number in zip(left, dealt, strict=True) if number % processes == process]
 
 
-def _ask(task: Task, share: list[Question], model: Any, processor: Any, batch_size: int, process: int, console: Console) -> None:
-    """Appends answers as they come, batch by batch."""
+def _write_answers(task: Task, share: list[Question], model: Any, processor: Any, batch_size: int, process: int, console: Console) -> None:
+    """Append answers batch by batch."""
     model_id = Path(task.settings["checkpoint"]).name
     with (
-        show_progress(f"asking {task}", len(share), console) as advance,
+        show_progress(f"evaluating {task}", len(share), console) as advance,
         answer_file(task.out, process).open("a", encoding="utf-8") as file,
     ):
         for batch in answer(model, processor, share, batch_size, task.benchmark.max_new_tokens, task.perturbation):
@@ -146,11 +151,11 @@ def _ask(task: Task, share: list[Question], model: Any, processor: Any, batch_si
 
 
 def _finish(plan: list[Task], batch_size: int, limit: int | None, console: Console) -> Iterator[dict[str, Any]]:
-    """Uploads, scores and what perturbations cost: the result, if the benchmark can be scored here."""
+    """Write uploads, scores and robustness, and yield the result if the benchmark can be scored here."""
     for task in plan:
-        lost = sum(text is None for text in given(task.out, task.asked))
+        lost = read_answers(task.out, task.selected).count(None)
         if lost:
-            raise BenchmarkError(f"{lost} questions of {task} have been asked, but their answers are gone from {answer_file(task.out)}")
+            raise BenchmarkError(f"{lost} questions of {task} were evaluated, but their answers are gone from {answer_file(task.out)}")
     clean = plan[0]
     benchmark = clean.benchmark
     uploads = _write_uploads(clean, limit, console)
@@ -159,15 +164,32 @@ def _finish(plan: list[Task], batch_size: int, limit: int | None, console: Conso
             command = judge_command(benchmark, clean.data, answer_file(clean.out))
             console.print(f"{benchmark.title}: a language model has to judge the answers:\n{command}", highlight=False, soft_wrap=True)
         return
-    scored = {task.perturbation: _scored(task) for task in plan}
-    found = _write_result(clean, scored[None], batch_size, uploads)
-    for task in plan[1:]:
-        _write_result(task, scored[task.perturbation], batch_size, [])
-    yield found | ({"robustness": _compare(clean, scored, console)} if len(plan) > 1 else {})
+    scored = {task.perturbation: _score(task) for task in plan}
+    found = [_write_result(task, scored[task.perturbation], batch_size, [] if task.perturbation else uploads) for task in plan]
+    yield found[0] | ({"robustness": _compare(clean, scored, console)} if len(plan) > 1 else {})
+
+
+def _write_uploads(task: Task, limit: int | None, console: Console) -> list[Path]:
+    """Write what the benchmark's server takes, if it has one and all questions were evaluated."""
+    benchmark = task.benchmark
+    if benchmark.upload is None:
+        return []
+    if limit is not None:
+        console.print(f"{benchmark.title}: no upload, which would need the answers to all questions", highlight=False)
+        return []
+    uploads = benchmark.upload(task.data, task.selected, read_answers(task.out, task.selected), task.out)
+    for upload in uploads:
+        console.print(f"{benchmark.title}: {upload} is what its server takes", highlight=False, soft_wrap=True)
+    return uploads
+
+
+def _score(task: Task) -> Scored:
+    assert task.benchmark.score is not None
+    return task.benchmark.score(task.data, task.selected, read_answers(task.out, task.selected))
 
 
 def _write_result(task: Task, scored: Scored, batch_size: int, uploads: Sequence[Path]) -> dict[str, Any]:
-    found = result(task.benchmark, scored, task.asked, given(task.out, task.asked))
+    found = result(task.benchmark, scored, task.selected, read_answers(task.out, task.selected))
     found |= {
         "questions_in_all": len(task.questions),
         "model": task.settings["checkpoint"],
@@ -182,28 +204,9 @@ def _write_result(task: Task, scored: Scored, batch_size: int, uploads: Sequence
     return found
 
 
-def _write_uploads(task: Task, limit: int | None, console: Console) -> list[Path]:
-    """What the benchmark's server takes, if it has one, and all questions were asked."""
-    benchmark = task.benchmark
-    if benchmark.upload is None:
-        return []
-    if limit is not None:
-        console.print(f"{benchmark.title}: no upload, which would need the answers to all questions", highlight=False)
-        return []
-    uploads = benchmark.upload(task.data, task.asked, given(task.out, task.asked), task.out)
-    for upload in uploads:
-        console.print(f"{benchmark.title}: {upload} is what its server takes", highlight=False, soft_wrap=True)
-    return uploads
-
-
-def _scored(task: Task) -> Scored:
-    assert task.benchmark.score is not None
-    return task.benchmark.score(task.data, task.asked, given(task.out, task.asked))
-
-
 def _compare(clean: Task, scored: Mapping[Perturbation | None, Scored], console: Console) -> dict[str, Any]:
-    """Writes robustness.json and robustness.png beside the answers to the questions as they are, and returns the first. `scored`: what this
-    run was asked for. Perturbations of runs before are in the files, too, where the same questions were asked."""
+    """Write robustness.json and robustness.png beside the answers without perturbation, and return the first. `scored` is what this run
+    evaluated. Perturbations of earlier runs are included if they had the same questions."""
     perturbed = {}
     for perturbation in (Perturbation(name, strength) for name in KINDS for strength in STRENGTHS):
         task = clean.under(perturbation)
@@ -211,10 +214,10 @@ def _compare(clean: Task, scored: Mapping[Perturbation | None, Scored], console:
             perturbed[perturbation] = scored[perturbation].items
         elif (task.out / SETTINGS).is_file():
             check_settings(task.out, task.settings)
-            if None in given(task.out, task.asked):
-                console.print(f"{task} was asked fewer questions than these: left out", highlight=False)
+            if None in read_answers(task.out, task.selected):
+                console.print(f"{task} has answers to fewer questions: left out", highlight=False)
             else:
-                perturbed[perturbation] = _scored(task).items
+                perturbed[perturbation] = _score(task).items
     model = clean.settings["checkpoint"]
     summary = {"benchmark": clean.benchmark.name, "model": model, **robustness(scored[None].items, perturbed, scored[None].units)}
     write_whole(clean.out / "robustness.json", json.dumps(summary, indent=1) + "\n")

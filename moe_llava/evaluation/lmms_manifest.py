@@ -1,5 +1,5 @@
-"""What lmms-eval finds by the entry point `lmms_eval.models`: which class answers to which name. It is read while lmms-eval itself is being
-imported, whatever model it is to ask, so the class is not imported here."""
+"""The class for each model name, which lmms-eval finds by the entry point `lmms_eval.models`. lmms-eval reads it while it is itself being
+imported, for any model, so the class is not imported here."""
 
 from __future__ import annotations
 

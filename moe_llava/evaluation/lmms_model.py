@@ -1,7 +1,7 @@
-"""The model behind `lmms-eval --model moe_llava`: requests of its tasks become questions, which are asked as those of any benchmark.
+"""The model behind `lmms-eval --model moe_llava`: its tasks' requests become questions, which are evaluated like those of any benchmark.
 
-lmms-eval hands over all requests of a run at once. So all are looked at before the first is asked. Their pictures are not kept meanwhile,
-as they may not fit into memory: a task decodes a picture once to be compared with others, and again when its turn comes.
+lmms-eval passes all requests of a run at once, so all are checked before the first is evaluated. Pictures are not kept, because they may
+not fit into memory: a task decodes a picture once for its digest, and again when its turn comes.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from moe_llava.common.progress import show_progress
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.ask.tasks import check_questions
-from moe_llava.evaluation.evaluate import tell_of_capacity
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.evaluate import warn_of_capacity
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's own LLaVA has it
-# What a task may say of these; None leaves it to the model.
+MAX_NEW_TOKENS = 1024  # if a task does not set it; lmms-eval's own LLaVA has the same
+# The values that a task may set; None leaves the value to the model.
 OFFERED = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None), "repetition_penalty": (1, None)}
-# Without effect on greedy answers; but for the last, which is the original code's, and which here the checkpoint's processor knows.
+# The last belongs to the original code, and here to the checkpoint's processor. The others have no effect on greedy answers.
 WITHOUT_EFFECT = ("top_p", "top_k", "seed", "image_aspect_ratio")
-# lmms-eval sets this where a task says nothing. Its own models do not stop there, as it would cut off all but an answer's first paragraph.
-UNSAID_STOP = "\n\n"
+# lmms-eval sets this if a task sets nothing. Its own models ignore it, because it would cut off all but an answer's first paragraph.
+DEFAULT_STOP = "\n\n"
 
 
 @dataclass(frozen=True)
 class TaskImage:
-    """A picture that a task holds in memory. `digest`: of size and pixels, by which it is known again. `decode`: hands it over again."""
+    """A picture that a task holds in memory. `digest`, of its size and pixels, identifies it. `decode` returns it."""
 
     name: str = field(compare=False)
     digest: str
@@ -52,18 +53,18 @@ class TaskImage:
 
     def open(self) -> BinaryIO:
         file = BytesIO()
-        to_rgb(self.decode()).save(file, "PPM")  # neither lossy nor slow
+        to_rgb(self.decode()).save(file, "PPM")  # lossless and fast
         file.seek(0)
         return file
 
 
 class MoeLlava(lmms):
-    """A dense or sparse LLaVA. lmms-eval reads `is_simple`, and where there are several processes `device`."""
+    """A dense or sparse LLaVA. lmms-eval reads `is_simple`, and `device` if there are several processes."""
 
     is_simple = False  # takes chat messages
 
     def __init__(self, pretrained: str, dtype: str = "auto", device: str | None = None, batch_size: int | str = 1) -> None:
-        """The arguments are those of `--model_args`, and the options `--device` and `--batch_size`.
+        """The arguments are those of `--model_args`, `--device` and `--batch_size`.
 
         Raises BenchmarkError if the batch size is no number or the dtype unknown, CheckpointError as `load_checkpoint` does.
         """
@@ -78,11 +79,11 @@ class MoeLlava(lmms):
         self.model = model.to(self.device)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each request.
+        """Return the answer to each request.
 
-        Raises BenchmarkError, before the first question is asked, if a task wants what is not offered, or has more than text and images.
+        Raises BenchmarkError, before the first question is evaluated, if a task has unsupported settings, or more than text and images.
         """
-        problems = dict.fromkeys(problem for request in requests for problem in _unoffered(request))
+        problems = dict.fromkeys(problem for request in requests for problem in _unsupported(request))
         if problems:
             raise BenchmarkError("\n  ".join(problems))
         questions = [self._question(request) for request in requests]
@@ -91,15 +92,15 @@ class MoeLlava(lmms):
         check_questions("lmms-eval", questions)
         groups: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(_settings(request).get("max_new_tokens") or MAX_NEW_TOKENS, []).append(index)
+            groups.setdefault(request.args[2].get("max_new_tokens") or MAX_NEW_TOKENS, []).append(index)
         console = Console(quiet=self.rank != 0)
-        tell_of_capacity(self.model, console)
+        warn_of_capacity(self.model, console)
         answers: dict[int, str] = {}
-        with show_progress("asking", len(questions), console) as advance:
+        with show_progress("evaluating", len(questions), console) as advance:
             for max_new_tokens, members in groups.items():
-                asked = [questions[index] for index in members]
-                for batch in answer(self.model, self.processor, asked, self.batch_size, max_new_tokens):
-                    answers |= {members[place]: _cut(text, _stops(requests[members[place]])) for place, text in batch}
+                selected = [questions[index] for index in members]
+                for batch in answer(self.model, self.processor, selected, self.batch_size, max_new_tokens):
+                    answers |= {members[place]: _cut(text, requests[members[place]]) for place, text in batch}
                     advance(len(batch))
         return [answers[index] for index in range(len(requests))]
 
@@ -132,16 +133,12 @@ class MoeLlava(lmms):
 
 def _refuse(requests: list[Instance], wish: str) -> NoReturn:
     tasks = ", ".join(sorted({request.task_name for request in requests}))
-    raise BenchmarkError(f"{tasks}: {wish} cannot be had of this model, which answers one question at a time")
+    raise BenchmarkError(f"{tasks}: {wish} is not supported: this model answers one question at a time")
 
 
-def _settings(request: Instance) -> dict[str, Any]:
-    return request.args[2]
-
-
-def _unoffered(request: Instance) -> Iterator[str]:
-    """What a request wants that cannot be had."""
-    for key, value in _settings(request).items():
+def _unsupported(request: Instance) -> Iterator[str]:
+    """Yield the settings of a request that are not supported."""
+    for key, value in request.args[2].items():
         where = f"task {request.task_name} wants {key}={value!r}"
         if key == "max_new_tokens":
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -153,25 +150,22 @@ def _unoffered(request: Instance) -> Iterator[str]:
             yield f"{where}, which this model does not know"
 
 
-def _stops(request: Instance) -> list[str]:
-    until = _settings(request).get("until") or []
-    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != UNSAID_STOP]
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
+def _cut(text: str, request: Instance) -> str:
+    """Return an answer up to the first stop string of its request."""
+    until = request.args[2].get("until") or []
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop and stop != DEFAULT_STOP else text
     return text
 
 
 def _prompt_and_images(messages: Any, where: str) -> tuple[str, list[Any]]:
-    """(prompt with a placeholder for each image, the images) of a chat.
+    """Return (the prompt, with a placeholder for each image; the images) of a chat.
 
-    Raises BenchmarkError if it is more than one message of a user, or not all of it is text and images.
+    Raises BenchmarkError unless it is one user message of text and images.
     """
     roles = [message["role"] for message in messages]
     if roles != ["user"]:
-        raise BenchmarkError(f"{where} is a chat of {', '.join(roles)}; this model takes one message of a user")
+        raise BenchmarkError(f"{where} is a chat of {', '.join(roles)}; this model takes one user message")
     content = messages[0]["content"]
     other = sorted({part["type"] for part in content} - {"text", "image"})
     if other:
@@ -181,7 +175,7 @@ def _prompt_and_images(messages: Any, where: str) -> tuple[str, list[Any]]:
         if not isinstance(image, (str, Image.Image)):
             raise BenchmarkError(f"{where} must have pictures or files as its images, but has {str(image)[:60]}")
     texts = [part["text"] for part in content if part["type"] == "text"]
-    if not any(IMAGE_TOKEN in text for text in texts):  # Some tasks hand over their images first, and say in the text where these belong.
+    if not any(IMAGE_TOKEN in text for text in texts):  # some tasks pass images first, and mark their places in the text
         texts = [part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in content]
     return "\n".join(texts), images
 

@@ -30,7 +30,7 @@ from moe_llava.common.files import write_whole
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
-from moe_llava.evaluation.ask.answers import given
+from moe_llava.evaluation.ask.answers import read_answers
 from moe_llava.evaluation.evaluate import evaluate
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.experiments.report import CHECKPOINTS, read_log, write_report
@@ -123,7 +123,7 @@ def ask_checkpoint(out: Path, name: str, console: Console) -> list[dict[str, Any
     folder, data = out / "answers" / name, out / "data"
     list(evaluate(str(out / CHECKPOINTS[name]), ["digits"], data, folder, BATCH, None, console))
     questions = digits_world.questions(data)
-    return digits_world.score(data, questions, given(folder / "digits", questions)).items
+    return digits_world.score(data, questions, read_answers(folder / "digits", questions)).items
 
 
 def read_routing(out: Path, console: Console) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rich.console import Console
 import moe_llava
 from moe_llava.common.files import write_whole
 from moe_llava.digits import RECIPE
-from moe_llava.evaluation.ask.answers import given
+from moe_llava.evaluation.ask.answers import read_answers
 from moe_llava.evaluation.score.statistics import Interval, crossed_interval
 from moe_llava.experiments.ablate import conditions, conduct, save
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
@@ -113,7 +113,7 @@ def right_answers(plan: Plan, cell: str) -> Answers:
     units: list[str] = []
     for seed in plan.seeds:
         answers = plan.folder(cell, seed) / "answers" / plan.benchmark.name
-        scored = score(plan.data, questions, given(answers, questions))
+        scored = score(plan.data, questions, read_answers(answers, questions))
         rights.append([float(item["right"]) for item in scored.items])
         units = scored.units
     return np.array(rights), units

@@ -1,4 +1,4 @@
-"""A server of chat completions on loopback that answers as a test tells it to."""
+"""A server of chat completions on loopback, with the replies of a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Told:
-    """One response. `text`: of the reply; or `body`, whatever it is."""
+    """A response: the `text` of a reply, or any `body`."""
 
     text: str | None = None
     status: int = 200
@@ -32,7 +32,7 @@ class Told:
 
 @dataclass
 class Served:
-    """`url`: the base URL. `requests`: what was asked, with headers, in order."""
+    """A running server: its base URL, and the requests so far, with headers, in order."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Served:
 
 @contextmanager
 def serving(respond: Callable[[str, int], Told], refusals: Mapping[str, Told] | None = None) -> Iterator[Served]:
-    """`respond`: from the last message and how often it came before. `refusals`: what is said to a request that has this parameter."""
+    """Serve `respond(last message, its earlier requests)`. `refusals`: the response to a request with a parameter."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

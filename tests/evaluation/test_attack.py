@@ -16,7 +16,7 @@ EPSILON = 2  # small: a step that is too long for the rough landscape of random 
 
 
 def tiny_sparse(family):
-    """With experts that differ, and routers that choose."""
+    """Return a sparse model with different experts and decided routers."""
     sparse = upcycle(tiny_dense(family), seed=1)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def model(request):
 
 
 def batch(rows=3):
-    """Inputs with pixels of all levels, and labels on the last four tokens of each row."""
+    """Return inputs with pixels of all levels, and labels on the last four tokens of each row."""
     inputs = tiny_inputs(rows)
     levels = torch.randint(0, 256, inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(3))
     levels[..., :2] = 0  # some at the edge of the range
@@ -130,7 +130,7 @@ def test_a_picture_does_not_depend_on_its_batch(model):
 
 
 def test_the_routers_are_in_the_gradient():
-    """It agrees with differences of the loss, and without the routers it would not."""
+    """The gradient agrees with differences of the loss; without the routers it would not."""
     model = tiny_sparse("llama")
     inputs, labels = batch(1)
     pixels = inputs["pixel_values"].requires_grad_()
@@ -169,7 +169,7 @@ def test_half_precision(kind, how):
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd"])
 def test_inputs_against_the_models_own_answers(model, name):
-    """In inference mode, as answers are made, and with padding on the left."""
+    """The attack works in inference mode, as in an evaluation, and with padding on the left."""
     with torch.inference_mode():
         inputs, _ = batch()
         inputs["attention_mask"][0, 0] = 0
@@ -181,7 +181,7 @@ def test_inputs_against_the_models_own_answers(model, name):
 
 
 def test_own_answers_end():
-    """What stands after the first end is padding."""
+    """Tokens after the first end are padding."""
     model = tiny_dense("llama")
     inputs, _ = batch()
     free, _ = own_answers(model, inputs, 6)

@@ -1,25 +1,15 @@
-"""What holds of every benchmark."""
+"""Properties of every benchmark."""
 
 import json
 
 import pytest
 
-from moe_llava.evaluation.score import choices
-from moe_llava.evaluation.score.benchmark import (
-    LETTER,
-    NAMES,
-    SINGLE_WORD,
-    BenchmarkError,
-    find_benchmark,
-    find_folder,
-    read_json,
-    read_json_lines,
-    result,
-    take,
-)
-from moe_llava.evaluation.score.means import mean_by
+from moe_llava.evaluation.score.benchmark import NAMES, find_benchmark, find_folder, result
+from moe_llava.evaluation.score.means import mean_by, mean_by_group
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json, read_json_lines, take
 from moe_llava.evaluation.score.scoring import score_answers
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, run_here
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
@@ -71,7 +61,7 @@ def test_a_record_without_anything(tmp_path):
 
 
 def test_a_resample_without_a_group_does_not_count_for_it():
-    """One of ten pictures has the question of a kind, and it is right."""
+    """The only question of a kind is right, so its interval has no width."""
     items = [{"right": number % 2, "kind": "common"} for number in range(9)] + [{"right": 1, "kind": "rare"}]
     scored = mean_by(items, ("kind",), [str(number) for number in range(10)])
     found = result(find_benchmark("vqav2"), scored, [], [])
@@ -82,7 +72,7 @@ def test_a_resample_without_a_group_does_not_count_for_it():
 
 def test_multiple_choice_too():
     items = [{"right": number % 2 == 0, "right (lenient)": True} for number in range(5)]
-    scored = choices.scored(items, [["accuracy", "type/x"] if number == 0 else ["accuracy"] for number in range(5)], list("abcde"))
+    scored = mean_by_group(items, [["accuracy", "type/x"] if number == 0 else ["accuracy"] for number in range(5)], list("abcde"))
     found = result(find_benchmark("seed-bench"), scored, [], [])
     assert found["intervals"]["type/x"] == (100, 100)
     assert found["intervals"]["accuracy (lenient)"] == (100, 100)
@@ -113,7 +103,7 @@ def test_answers_that_answer_nothing_are_an_error(golden, tmp_path, answers, mes
 
 
 def test_answers_with_a_part_of_the_prompt_are_scored(golden, tmp_path):
-    """As LLaVA keeps some: without how to answer."""
+    """LLaVA saves some prompts without the instruction how to answer."""
     folder, file = golden / "eval" / "scienceqa", tmp_path / "answers.jsonl"
     good = read_json_lines(folder / "answers" / "fixture-model.jsonl")
     shorter = [answer | {"prompt": f"<image>\n{answer['prompt']}".removesuffix(LETTER)} for answer in good]
@@ -125,7 +115,7 @@ def test_answers_with_a_part_of_the_prompt_are_scored(golden, tmp_path):
 
 
 def test_prompts_that_find_no_question_are_an_error(golden, tmp_path):
-    """MME's questions are known by their prompts, of which a part is not enough."""
+    """MME's questions are identified by their whole prompts."""
     folder, file = golden / "eval" / "MME", tmp_path / "answers.jsonl"
     good = read_json_lines(folder / "answers" / "fixture-model.jsonl")
     file.write_text("".join(json.dumps(answer | {"prompt": answer["prompt"].removesuffix(SINGLE_WORD)}) + "\n" for answer in good))
@@ -137,8 +127,8 @@ def test_prompts_that_find_no_question_are_an_error(golden, tmp_path):
 def test_the_command_on_recorded_answers(golden, name):
     folder = find_folder(find_benchmark(name), golden / "eval")
     answers = folder / "answers" / "fixture-model.jsonl"
-    found = run_command("score", name, "--data", golden / "eval", "--answers", answers, "--json")
-    assert found.returncode == 0, found.stderr
+    found = run_here("score", name, "--data", golden / "eval", "--answers", answers, "--json")
+    assert found.exit_code == 0, found.output
     scores = json.loads(found.stdout)
     assert scores["benchmark"] == name
     assert set(find_benchmark(name).headline) <= scores["scores"].keys()

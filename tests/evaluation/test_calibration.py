@@ -6,8 +6,8 @@ import torch
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.evaluation.ask.calibration import calibration, yes_or_no, yes_probabilities
 from moe_llava.evaluation.ask.generate import prompt_inputs
-from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.reading import BenchmarkError
 from tests.training.conftest import tiny_base  # noqa: F401
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question, find_benchmark, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, result
 from moe_llava.evaluation.score.definitions.digits_world import accuracy, compare, existence, judge
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.statistics import bootstrap_mean
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -91,7 +93,7 @@ def test_the_benchmark_says_what_the_report_says(tiny_base):  # noqa: F811
 
 
 def test_the_interval_of_a_family_is_of_resamples_that_have_it(tiny_base):  # noqa: F811
-    """All is right, so nothing can be drawn that is not; of one question's family alone there are scores."""
+    """All answers are right, so all resamples are; only the family of the one question has scores."""
     folder, benchmark = tiny_base / "data", find_benchmark("digits")
     questions = benchmark.questions(folder)
     rare = next(question for question in questions if question.extra["family"] == "comparison")

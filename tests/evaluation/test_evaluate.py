@@ -1,4 +1,4 @@
-"""From a checkpoint to answers and scores, through kills, in one process or two."""
+"""From a checkpoint to answers and scores, after kills, in one process or two."""
 
 import json
 import os
@@ -21,11 +21,12 @@ from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate
 from moe_llava.evaluation.ask import tasks as plan
 from moe_llava.evaluation.ask.answers import answer_file, merge, writing
-from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import parse_perturbations
 from moe_llava.model.upcycling import upcycle
-from tests.conftest import REPOSITORY, refused, run_command
+from tests.conftest import REPOSITORY, refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 BIN = Path(sys.executable).parent
@@ -45,11 +46,11 @@ def run(tiny_base, out, names=("digits",), limit=None, batch_size=8, perturb=Non
 
 @pytest.fixture(scope="module")
 def whole(tiny_base, tmp_path_factory):  # noqa: F811
-    """The folder of a run that was left alone."""
+    """The folder of a run without interruption."""
     out = tmp_path_factory.mktemp("whole")
-    done = run_command(*arguments(tiny_base, out))
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    done = run_here(*arguments(tiny_base, out))
+    assert done.exit_code == 0, done.output
+    assert "accuracy" in done.output
     return out / "digits"
 
 
@@ -96,7 +97,7 @@ def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_ba
 
 
 def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
-    write_dataset(tmp_path / "data", train_images=1, test_images=40)
+    write_dataset(tmp_path / "data", train_images=1, test_images=10)
     command = [BIN / "moe-llava", *arguments(tiny_base, tmp_path / "out", "--batch-size", "4", data=tmp_path / "data")]
     file = tmp_path / "out" / "digits" / "answers.jsonl"
     number = len(digits_world.questions(tmp_path / "data"))
@@ -108,25 +109,38 @@ def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
     process.wait()
     before = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 20 <= len(before) < number
-    done = run_command(*command[1:])
-    assert done.returncode == 0, done.stderr
-    assert f"asking digits: {number - len(before)} in" in done.stdout
+    done = run_here(*command[1:])
+    assert done.exit_code == 0, done.output
+    assert f"evaluating digits: {number - len(before)} in" in done.output
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(after) == number
     assert {answer["answer_id"] for answer in before} <= {answer["answer_id"] for answer in after}
 
 
-@pytest.mark.parametrize("limit", [[], ["--limit", "1"]], ids=["all", "fewer questions than processes"])
-def test_two_processes(tiny_base, whole, tmp_path, limit):  # noqa: F811
+def write_vizwiz(folder):
+    """One question of the test set, whose answers only a server knows."""
+    (folder / "vizwiz" / "test").mkdir(parents=True)
+    Image.new("RGB", (48, 48)).save(folder / "vizwiz" / "test" / "a.jpg")
+    question = {"question_id": 0, "image": "a.jpg", "text": "what is this ?"}
+    (folder / "vizwiz" / "llava_test.jsonl").write_text(json.dumps(question) + "\n")
+
+
+def test_two_processes(tiny_base, whole, tmp_path):  # noqa: F811
+    """One benchmark has fewer questions than there are processes."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_vizwiz(data)
+    (data / "digits").mkdir()
+    (data / "digits" / "data").symlink_to(tiny_base / "data")
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", BIN / "moe-llava"]
-    command += arguments(tiny_base, tmp_path, *limit)
+    command += ["evaluate", tiny_base / "base", "--benchmark", "digits,vizwiz", "--data", data, "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("asking digits") == 1
-    lines = (whole / "answers.jsonl").read_text().splitlines()
-    assert (tmp_path / "digits" / "answers.jsonl").read_text().splitlines() == (lines[:1] if limit else lines)
-    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert done.stdout.count("evaluating digits") == done.stdout.count("evaluating vizwiz") == 1
+    assert (out / "digits" / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
+    assert sorted(path.name for path in (out / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert len((out / "vizwiz" / "answers.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in (out / "vizwiz").iterdir()) == [".lock", "answers.jsonl", "settings.json", "vizwiz.json"]
 
 
 def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa: F811
@@ -217,7 +231,7 @@ def test_where_only_a_server_or_a_judge_can_score(tiny_base, tmp_path, monkeypat
 
 
 def test_two_runs_do_not_write_into_the_same_folder(tiny_base, tmp_path):  # noqa: F811
-    """Not even under different perturbations: both would ask the questions as they are."""
+    """Not even under different perturbations: both would evaluate without perturbation, too."""
     with writing(tmp_path / "digits"):
         told = refused(*arguments(tiny_base, tmp_path, "--limit", "2", "--perturb", "noise:1"))
     assert f"another run is writing into {tmp_path / 'digits'}: wait for its end, or choose another --out" in told
@@ -227,7 +241,7 @@ def test_two_runs_do_not_write_into_the_same_folder(tiny_base, tmp_path):  # noq
 
 def test_answers_that_vanish_are_not_scored_as_wrong(tiny_base, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(evaluate, "answer", lambda *rest: iter([[(0, "7")]]))
-    with pytest.raises(BenchmarkError, match="2 questions of digits have been asked, but their answers are gone"):
+    with pytest.raises(BenchmarkError, match="2 questions of digits were evaluated, but their answers are gone"):
         run(tiny_base, tmp_path, limit=3)
     assert not (tmp_path / "digits" / "result.json").exists()
 
@@ -249,10 +263,10 @@ def test_merging(tmp_path):
 
 
 def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
-    """Asked once more under each, paired with the answers without, and drawn."""
+    """The evaluation is repeated under each perturbation, paired with the one without, and plotted."""
     out = tmp_path / "digits"
-    done = run_command(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
-    assert done.returncode == 0, done.stderr
+    done = run_here(*arguments(tiny_base, tmp_path, "--limit", "12", "--perturb", "noise:5,typos:2,fgsm:5"))
+    assert done.exit_code == 0, done.output
     assert "12 right without perturbation" in done.stdout
     assert str(out / "robustness.png") in done.stdout
     questions = digits_world.questions(tiny_base / "data")[:12]
@@ -285,7 +299,7 @@ def test_perturbed(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
     # With more questions, what was asked fewer is left out, and said so.
     (found,), printed = run(tiny_base, tmp_path, limit=14, perturb="blur:1")
     assert [drop["name"] for drop in found["robustness"]["drops"]] == ["blur"]
-    assert "digits under noise:5 was asked fewer questions than these: left out" in printed
+    assert "digits under noise:5 has answers to fewer questions: left out" in printed
 
 
 def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path):  # noqa: F811
@@ -296,33 +310,20 @@ def test_perturbations_are_refused_before_anything_is_asked(tiny_base, tmp_path)
 
 
 def test_a_split_that_only_its_server_scores(tiny_base, tmp_path):  # noqa: F811
-    """Known before anything is asked: its answers are for the upload, and there is nothing to compare."""
-    folder = tmp_path / "vizwiz"
-    (folder / "test").mkdir(parents=True)
-    Image.new("RGB", (48, 48)).save(folder / "test" / "a.jpg")
-    (folder / "llava_test.jsonl").write_text(json.dumps({"question_id": 0, "image": "a.jpg", "text": "what is this ?"}) + "\n")
-    done = run_command("evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "is what its server takes" in done.stdout
+    """This is known before the evaluation: there is an upload, and nothing to compare."""
+    write_vizwiz(tmp_path)
+    command = ["evaluate", tiny_base / "base", "--benchmark", "vizwiz", "--data", tmp_path]
+    done = run_here(*command, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "is what its server takes" in done.output
     assert not (tmp_path / "out" / "vizwiz" / "result.json").exists()
-    command = (
-        "evaluate",
-        tiny_base / "base",
-        "--benchmark",
-        "vizwiz",
-        "--data",
-        tmp_path,
-        "--out",
-        tmp_path / "new",
-        "--perturb",
-        "noise:1",
-    )
-    assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in refused(*command)
+    message = refused(*command, "--out", tmp_path / "new", "--perturb", "noise:1")
+    assert "VizWiz's test set is not scored here, so there is nothing to compare under --perturb" in message
     assert not (tmp_path / "new").exists()
 
 
 def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
-    """The same answers; attacks need the whole model."""
+    """The answers are the same; attacks need the whole model."""
     model, processor = load_checkpoint(tiny_base / "base")
     for part in (upcycle(model), processor):
         part.save_pretrained(tmp_path / "sparse")
@@ -338,7 +339,7 @@ def test_experts_that_wait_on_disk(tiny_base, tmp_path):  # noqa: F811
 
 
 def change(file):
-    """Another byte under the same name, size and time; of JSON a blank, so that it can still be read."""
+    """Change a byte, but neither name, size nor time; in JSON a blank, so that it stays valid. Return the content before."""
     before, times = file.read_bytes(), file.stat()
     content = bytearray(before)
     content[content.index(b" ") if file.suffix == ".json" else -2] ^= 0x2A  # a blank becomes a line break
@@ -348,7 +349,7 @@ def change(file):
 
 
 def test_checkpoint_and_pictures_are_known_by_their_contents(tiny_base, tmp_path):  # noqa: F811
-    """What changed is named, and what was answered stays; another time alone is no change."""
+    """The error names the changed file, and answers are kept; a new time alone is no change."""
     shutil.copytree(tiny_base, tmp_path / "in")
     base, data = tmp_path / "in" / "base", tmp_path / "in" / "data"
     out = tmp_path / "out"
@@ -388,7 +389,7 @@ def test_checkpoint_and_pictures_are_known_by_their_contents(tiny_base, tmp_path
 
 
 def test_a_kept_answer_that_stands_twice(tmp_path):
-    """The same text is what a kill may leave; another one is not chosen from."""
+    """A kill may leave the same text twice; two different texts are an error."""
     questions = [Question("1", "a")]
     one, other = (json.dumps({"question_id": "1", "prompt": "a", "text": text}) + "\n" for text in ("x", "y"))
     answer_file(tmp_path).write_text(one + one)

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from moe_llava.evaluation.ask.tasks import prepare
-from moe_llava.evaluation.score.benchmark import BenchmarkError, check_truth, find_benchmark, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import check_truth, find_benchmark, result, split_in
 from moe_llava.evaluation.score.choices import LETTERS
 from moe_llava.evaluation.score.definitions.mmmu import DISCIPLINE
-from moe_llava.evaluation.score.reading import read_json_lines
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 from moe_llava.evaluation.score.scoring import judge_answers, score_answers
 from tests.conftest import refused
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -90,7 +91,7 @@ RECORDED = {"mme": "MME", "textvqa": "textvqa", "pope": "pope", "scienceqa": "sc
 
 @pytest.fixture
 def make(tmp_path, request):
-    """Writes the folder of a benchmark."""
+    """Write the folder of a benchmark."""
 
     def write(name):
         folder = tmp_path / name
@@ -114,7 +115,7 @@ def make(tmp_path, request):
 
 
 def look(name, folder):
-    """What is looked at before the first question, but for pictures."""
+    """Check what is checked before the evaluation, except pictures."""
     benchmark = split_in(find_benchmark(name), folder)
     questions = benchmark.questions(folder)
     check_truth(benchmark, folder, questions)
@@ -138,13 +139,13 @@ def repeat_in(key, text):
 
 
 def repeat_key(text):
-    """An object with its first key twice, as only text can have it."""
+    """Return the text of an object with its first key twice."""
     key, value = next(iter(json.loads(text).items()))
     return "{" + f"{json.dumps(key)}: {json.dumps(value)}, " + text.lstrip()[1:]
 
 
 def other_label(text):
-    """The same question once more, under another id and with the other label."""
+    """Repeat the first question under another id and with the other label."""
     record = json.loads(text.splitlines()[0])
     return text + json.dumps(record | {"question_id": 999, "label": {"yes": "no", "no": "yes"}[record["label"]]}) + "\n"
 
@@ -200,7 +201,7 @@ def test_subjects_do_not_share_an_id(make):
 
 
 def test_two_annotations_of_their_own_may_ask_the_same(make):
-    """As published: the last one counts, and the question may stand in the questions file as often."""
+    """As published, the last record counts; the question may be in the questions file as often."""
     folder = make("textvqa")
     file = folder / "llava_textvqa_val_v051_ocr.jsonl"
     file.write_text(repeat_line(file.read_text(), 0))
@@ -223,7 +224,7 @@ def test_a_byte_that_is_no_text(make, name, file):
 
 
 def drop(*keys):
-    """Without what stands at this path of a JSON file."""
+    """Return a function that removes a path from the text of a JSON file."""
 
     def change(text):
         content = place = json.loads(text)
@@ -280,7 +281,7 @@ def test_incomplete_ground_truth_is_known_before_a_question_is_asked(make, name,
 
 
 def test_a_missing_task_is_told_before_a_model_is_loaded(make, tiny_base, tmp_path, monkeypatch):  # noqa: F811
-    """By the command; hidden files that macOS writes beside others are skipped."""
+    """The command reports it; hidden files that macOS writes beside others are skipped."""
     folder = make("mme")
     release = folder / "MME_Benchmark_release_version"
     for question in find_benchmark("mme").questions(folder):
@@ -305,7 +306,7 @@ def seed(folder, **changes):
 
 
 def test_answers_of_seed_bench(make):
-    """From the questions, from SEED-Bench.json, or from both where they agree."""
+    """They are in the questions, in SEED-Bench.json, or in both if they agree."""
     folder = make("seed-bench")
     benchmark, questions = look("seed-bench", folder)
     found = result(benchmark, benchmark.score(folder, questions, ["B", "A"]), questions, ["B", "A"])
@@ -348,7 +349,7 @@ def test_answers_that_can_be_read_in_two_ways(make, answer, message):
 
 @pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>"])
 def test_end_tokens_in_answers_are_reported(make, token):
-    """They count as written."""
+    """They count as part of the answer."""
     folder = make("gqa")
     (folder / "answers.jsonl").write_text(lines([{"question_id": 1, "text": f"red{token}\n"}, {"question_id": 2, "text": "red"}]))
     found = score_answers("gqa", folder, folder / "answers.jsonl")

@@ -1,4 +1,4 @@
-"""Answers do not depend on the company a question keeps in its batch."""
+"""Answers do not depend on the other questions of a batch."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -12,8 +12,9 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import answer, in_background, prompt_inputs, prompt_text
-from moe_llava.evaluation.score.benchmark import BenchmarkError, InlineImage, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import attacked_pixels
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.model.upcycling import upcycle
@@ -23,9 +24,9 @@ from tests.training.conftest import tiny_base  # noqa: F401
 
 @pytest.fixture(scope="module")
 def asked(tiny_base):  # noqa: F811
-    """(model, processor, questions about an image, about none and about two)"""
+    """Return (model, processor, questions about one image, none, and two)."""
     model, processor = load_checkpoint(tiny_base / "base", dtype=torch.float32)
-    questions = digits_world.questions(tiny_base / "data")[:14]
+    questions = digits_world.questions(tiny_base / "data")[:14:2]
     images = questions[0].images * 2
     text = Question("text", "which digit is leftmost ?")
     return model, processor, [*questions, text, Question("two", "<image> is this <image> a red 7 ?", images)]
@@ -37,7 +38,7 @@ def answers(model, processor, questions, batch_size, max_new_tokens=12, perturba
 
 
 def plainly(model, processor, question, max_new_tokens=12, attack=None):
-    """As anybody would ask with transformers, without anything shared."""
+    """Return the answer by plain transformers, with nothing shared."""
     inputs = prompt_inputs(processor, [question])
     if attack is not None and question.images:
         inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
@@ -50,20 +51,20 @@ def plainly(model, processor, question, max_new_tokens=12, attack=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_answers_as_one_by_one(asked, family, sparse):
     _, processor, questions = asked
-    config = tiny_config(family)
+    config = tiny_config(family, layers=4 if "gemma" in family else 2)  # with two, those of Gemma repeat one word
     config.image_token_id = processor.tokenizer.image_token_id
     config.vision_config.image_size = 48
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     model = upcycle(model, num_experts=3).eval() if sparse else model
-    together = answers(model, processor, questions, batch_size=16)
-    assert together == answers(model, processor, questions, batch_size=1)
-    assert together == [plainly(model, processor, question) for question in questions]
+    together = answers(model, processor, questions, 16, max_new_tokens=6)
+    assert together == answers(model, processor, questions, 1, max_new_tokens=6)
+    assert together == [plainly(model, processor, question, max_new_tokens=6) for question in questions]
     assert len(set(together)) > 1
 
 
 def changed(question, perturbation):
-    """The question, with pictures that were changed beforehand."""
+    """Return the question with pictures that are perturbed beforehand."""
     images = []
     for image in question.images:
         file = BytesIO()
@@ -95,7 +96,7 @@ def test_every_question_is_attacked_for_itself(asked, name):
 
 
 def test_nothing_after_the_end(asked):
-    """Neither the end token, nor the padding behind it, whatever token that is."""
+    """Answers contain neither the end token nor the padding after it, whatever token that is."""
     model, processor, questions = asked
     before = [text.split() for text in answers(model, processor, questions, batch_size=16)]
     # A word in the middle of the longest answer ends it, and pads what is shorter.
@@ -115,8 +116,8 @@ def test_nothing_after_the_end(asked):
 
 def test_what_prompts_share_is_read_once(asked, monkeypatch):
     model, processor, questions = asked
-    read, real = [], generate._read_heads
-    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    read, real = [], generate._prefill_heads
+    monkeypatch.setattr(generate, "_prefill_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
     answers(model, processor, questions, batch_size=4, max_new_tokens=2)
     pictures = {question.images for question in questions if len(question.images) == 1}
     assert read == [1, len(pictures)]  # two images in a prompt of its own; then all the others
@@ -137,7 +138,7 @@ def test_images_come_first_or_where_the_prompt_says(asked):
 def test_a_template_that_refuses_a_question_is_named(asked, monkeypatch, template):
     _, processor, _ = asked
     monkeypatch.setattr(processor, "chat_template", template)
-    with pytest.raises(BenchmarkError, match=r"the model's conversation form refuses question 1: (no users|can only concatenate str)"):
+    with pytest.raises(BenchmarkError, match=r"the model's chat template refuses question 1: (no users|can only concatenate str)"):
         prompt_text(processor, Question("1", "where ?", ()))
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 GQA = find_benchmark("gqa")
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -30,7 +32,7 @@ TRUTH = {
 
 @pytest.fixture(params=["data", "."])
 def folder(tmp_path, request):
-    """The truth stands in either place."""
+    """The ground truth may be in either place."""
     folder = tmp_path / "gqa"
     (folder / request.param).mkdir(parents=True)
     (folder / request.param / "testdev_balanced_questions.json").write_text(json.dumps(TRUTH))

@@ -1,4 +1,4 @@
-"""Questions made as POPE makes them: how many, of what, the same for the same seed; `score pope` takes them."""
+"""Questions made as POPE's are: their number, their objects, the same for the same seed; `score pope` accepts them."""
 
 import json
 import random
@@ -8,10 +8,10 @@ import pytest
 
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.digits.scenes import COLOURS
-from moe_llava.evaluation.score.benchmark import BenchmarkError, read_json_lines
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 from moe_llava.evaluation.score.scoring import score_answers
 from moe_llava.evaluation.stress.pope_questions import read_annotations, write_pope_questions
-from tests.conftest import REPOSITORY, run_command
+from tests.conftest import REPOSITORY, run_here
 
 # Pictures that show it: cup 5, fork 5, table 5, dog 4, ball 4, lamp 3, apple 3.
 SHOWN = {
@@ -48,7 +48,7 @@ def write_coco(file, shown):
 
 
 def labels(folder, category, image):
-    """(asked for and there, asked for and not there) of a picture."""
+    """Return the objects in the questions about a picture: (shown, absent)."""
     records = [record for record in read_json_lines(folder / "coco" / f"coco_pope_{category}.json") if record["image"] == image]
     assert [record["label"] for record in records] == ["yes", "no"] * (len(records) // 2)
     objects = [record["text"].removesuffix(" in the image?").split(maxsplit=3)[3] for record in records]
@@ -114,10 +114,10 @@ def test_the_same_for_the_same_seed(tmp_path):
 
 
 def test_pope_scores_them(tmp_path):
-    """By the command, and with pictures in folders."""
+    """The command writes them, also for pictures in folders."""
     file = write_coco(tmp_path / "annotations", {f"test/{image}": items for image, items in SHOWN.items()})
-    done = run_command("pope-questions", file, tmp_path / "pope")
-    assert done.returncode == 0, done.stderr
+    done = run_here("pope-questions", file, tmp_path / "pope")
+    assert done.exit_code == 0, done.output
     assert "34 questions of each kind, about 7 pictures" in done.stdout
     assert "1 pictures left out: no objects\n1 pictures left out: all objects of the set\n" in done.stdout
     questions = read_json_lines(tmp_path / "pope" / "llava_pope_test.jsonl")
@@ -138,7 +138,7 @@ def test_articles(tmp_path):
 
 
 def test_the_digits_world(tmp_path, monkeypatch):
-    """Its pictures, annotated as the document says."""
+    """The pictures of the digits world, annotated as in the documentation."""
     (tmp_path / "runs" / "demo" / "data").mkdir(parents=True)
     write_dataset(tmp_path / "runs" / "demo" / "data", train_images=1, test_images=30)
     monkeypatch.chdir(tmp_path)
@@ -175,11 +175,11 @@ def test_the_digits_world(tmp_path, monkeypatch):
         ('{"annotations": [], "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "categories": []}', "'a' once more"),
         (
             '{"annotations": [], "images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}], "categories": []}',
-            "image 1 of .* has the id 7 once more, after image 0 of",
+            "image 1 of .* has the id '7' once more, after image 0 of",
         ),
         (
             '{"annotations": [], "images": [], "categories": [{"id": 1, "name": "cup"}, {"id": 1, "name": "dog"}]}',
-            "category 1 of .* has the id 1 once more, after category 0 of",
+            "category 1 of .* has the id '1' once more, after category 0 of",
         ),
         ('{"annotations": [], "images": [{"id": [1], "file_name": "a"}], "categories": []}', r"must have a number or a string as 'id'"),
         ('{"annotations": [], "images": [{"id": 1, "file_name": 2}], "categories": []}', "image 0 of .* must have a string as 'file_name'"),
@@ -194,19 +194,15 @@ def test_bad_annotations(tmp_path, content, message):
 
 def test_too_few_pictures(tmp_path):
     file = write_lines(tmp_path / "annotations", SHOWN)
-    with pytest.raises(
-        BenchmarkError, match=r"has 7 pictures to ask about, but must have at least 8.* 1 of 9 pictures show none, 1 show all"
-    ):
+    with pytest.raises(BenchmarkError, match=r"has 7 usable pictures, but must have at least 8.* 1 of 9 pictures show none, 1 show all"):
         write_pope_questions(file, tmp_path / "out", images=8)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        BenchmarkError, match=r"has 0 pictures to ask about, but must have at least 1.*2 of 3 pictures show none, 1 show all"
-    ):
+    with pytest.raises(BenchmarkError, match=r"has 0 usable pictures, but must have at least 1.*2 of 3 pictures show none, 1 show all"):
         write_pope_questions(write_lines(tmp_path / "annotations", {"1.jpg": [], "2.jpg": [], "3.jpg": ["cup"]}), tmp_path / "out")
 
 
 def test_pictures_of_a_single_object(tmp_path):
-    """As many questions to affirm as to deny, about each picture."""
+    """Each picture has as many questions with yes as with no."""
     shown = {f"{number}.jpg": [("cup", "dog", "fork")[number % 3]] for number in range(6)}
     counts = write_pope_questions(write_lines(tmp_path / "annotations", shown), tmp_path / "out")
     assert (counts["images"], counts["questions"]) == (6, 12)

@@ -1,6 +1,7 @@
-"""The judge's client against a server that misbehaves: what can be mended is, what was answered is never asked again."""
+"""The judge against a server that misbehaves: it retries where that may help, and never requests a reply twice."""
 
 import json
+import sys
 
 import pytest
 
@@ -36,14 +37,14 @@ def test_answers_come_in_order_and_are_asked_for_once(kept):
     texts = [f"question {number}" for number in range(20)]
     with serving(lambda prompt, before: Told(prompt.split()[1], seconds=0.01 * (len(prompt) % 3))) as server:
         judge = Judge(server.url, "m", kept)
-        assert judge.ask(say(*texts, *texts), read, REMINDER) == [*range(20), *range(20)]
+        assert judge.query(say(*texts, *texts), read, REMINDER) == [*range(20), *range(20)]
         assert len(server.requests) == 20
         first = server.requests[0]
         assert (first["path"], first["model"], first["temperature"]) == ("/v1/chat/completions", "m", 0)
         assert "Authorization" not in first["headers"]
 
         again = Judge(server.url + "/", "m", kept)
-        assert again.ask(say(*texts, "question 20"), read, REMINDER) == [*range(21)]
+        assert again.query(say(*texts, "question 20"), read, REMINDER) == [*range(21)]
         assert len(server.requests) == 21
         assert again.summary((2.0, 10.0)) == {
             "model": "m",
@@ -57,7 +58,7 @@ def test_answers_come_in_order_and_are_asked_for_once(kept):
             "cost": (2100 * 2 + 210 * 10) / 1e6,
         }
         # Another model is another judge.
-        Judge(server.url, "other", kept).ask(say(*texts), read, REMINDER)
+        Judge(server.url, "other", kept).query(say(*texts), read, REMINDER)
         assert len(server.requests) == 41
 
 
@@ -77,32 +78,32 @@ def test_answers_come_in_order_and_are_asked_for_once(kept):
 )
 def test_what_may_pass_is_tried_again(kept, trouble):
     with serving(lambda prompt, before: trouble if before < 2 else Told("7")) as server:
-        assert Judge(server.url, "m", kept).ask(say("a"), read, REMINDER) == [7]
+        assert Judge(server.url, "m", kept).query(say("a"), read, REMINDER) == [7]
         assert len(server.requests) == 3
     assert len(kept.read_text().splitlines()) == 1
 
 
 def test_it_gives_up_and_keeps_what_it_has(kept):
-    """Those that were answered before are not asked for when it goes on."""
+    """A second run does not request the saved replies."""
     down = True
     with serving(lambda prompt, before: Told("", status=500) if down and prompt == "d" else Told("7")) as server:
         with pytest.raises(JudgeError, match=r"500 .*gave up after 6 attempts.*run it again"):
-            Judge(server.url, "m", kept).ask(say("a", "b", "c", "d"), read, REMINDER)
+            Judge(server.url, "m", kept).query(say("a", "b", "c", "d"), read, REMINDER)
         assert server.prompts().count("d") == module.ATTEMPTS
         down = False
-        assert Judge(server.url, "m", kept).ask(say("a", "b", "c", "d"), read, REMINDER) == [7] * 4
+        assert Judge(server.url, "m", kept).query(say("a", "b", "c", "d"), read, REMINDER) == [7] * 4
         assert server.prompts().count("a") == 1
         assert server.prompts().count("d") == module.ATTEMPTS + 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 307])
 def test_what_will_not_pass_is_told_at_once(kept, status, monkeypatch):
-    """The key is sent, but never shown, even where the server repeats it; nor does it follow a redirect."""
+    """The key is sent, but never printed, even if the server repeats it; redirects are not followed."""
     monkeypatch.setenv(module.KEY_VARIABLE, " sk-secret\n")
     body = b'{"error": "sk-secret is\nnot for this"}'
     with serving(lambda prompt, before: Told(status=status, body=body, headers={"Location": "http://127.0.0.1:9/"})) as server:
         with pytest.raises(JudgeError) as error:
-            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+            Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
         assert len(server.requests) == 1
         assert server.requests[0]["headers"]["Authorization"] == "Bearer sk-secret"
     assert str(status) in str(error.value)
@@ -115,8 +116,29 @@ def test_the_key_is_not_kept(kept, monkeypatch):
     monkeypatch.setenv(module.KEY_VARIABLE, "sk-secret")
     with serving(lambda prompt, before: Told("7")) as server:
         judge = Judge(server.url, "m", kept)
-        judge.ask(say("a"), read, REMINDER)
+        judge.query(say("a"), read, REMINDER)
     assert "sk-secret" not in kept.read_text() + json.dumps(judge.summary())
+
+
+def test_no_other_key_is_sent(kept, monkeypatch):
+    """Nothing that the client reads from its own environment variables is sent."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "other")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Other: other\nAuthorization: other")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/")
+    with serving(lambda prompt, before: Told("7")) as server:
+        Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
+        monkeypatch.setenv(module.KEY_VARIABLE, "sk-secret")
+        Judge(server.url, "m", kept).query(say("b"), read, REMINDER)
+    for request in server.requests:
+        assert "other" not in str(request["headers"])
+    assert [request["headers"].get("Authorization") for request in server.requests] == [None, "Bearer sk-secret"]
+
+
+def test_the_client_may_be_missing(kept, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match=r"a judge needs openai, which is not installed: pip install -e '\.\[judge\]'"):
+        Judge("http://localhost/v1", "m", kept)
 
 
 def test_a_key_with_blanks_is_not_shown(kept, monkeypatch):
@@ -130,11 +152,11 @@ def test_nobody_there(kept):
     with serving(lambda prompt, before: Told("7")) as server:
         pass
     with pytest.raises(JudgeError, match="refused"):
-        Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
 
 
 def test_nonsense_is_asked_once_more(kept):
-    """With a reminder, so that it is another question; if that does not help, it stays unread, on a second run, too."""
+    """The second request has a reminder; if that does not help, the reply stays unread, in a second run, too."""
 
     def respond(prompt, before):
         if prompt.startswith("a"):
@@ -143,16 +165,16 @@ def test_nonsense_is_asked_once_more(kept):
 
     with serving(respond) as server:
         for _ in range(2):
-            assert Judge(server.url, "m", kept).ask(say("a", "b", "c"), read, REMINDER) == [5, None, 8]
+            assert Judge(server.url, "m", kept).query(say("a", "b", "c"), read, REMINDER) == [5, None, 8]
         assert sorted(server.prompts()) == ["a", f"a\n\n{REMINDER}", "b", f"b\n\n{REMINDER}", "c"]
 
 
 def test_a_cut_off_line_is_asked_again(kept):
     with serving(lambda prompt, before: Told("7", usage=None)) as server:
-        Judge(server.url, "m", kept).ask(say("a", "\ud800 ü\n\t"), read, REMINDER)
+        Judge(server.url, "m", kept).query(say("a", "\ud800 ü\n\t"), read, REMINDER)
         kept.write_bytes(kept.read_bytes()[:-5])
         judge = Judge(server.url, "m", kept)
-        assert judge.ask(say("a", "\ud800 ü\n\t"), read, REMINDER) == [7, 7]
+        assert judge.query(say("a", "\ud800 ü\n\t"), read, REMINDER) == [7, 7]
         assert len(server.requests) == 3
         assert judge.summary()["replies_without_usage"] == 2
     assert len(kept.read_text().splitlines()) == 2
@@ -191,7 +213,7 @@ OWN_TEMPERATURE, RENAMED = {"max_tokens": 1024}, {"max_completion_tokens": modul
     ],
 )
 def test_parameters_that_the_judge_rejects(kept, rejected, status, sent):
-    """One after the other, as servers report them; what was sent is in the summary, and kept with each reply."""
+    """Servers report them one after the other; the parameters sent are in the summary, and saved with each reply."""
 
     refusals = {
         name: Told(status=status, body=json.dumps({"error": {"input": "x" * 500, "message": UNSUPPORTED[name]}}).encode())
@@ -199,14 +221,14 @@ def test_parameters_that_the_judge_rejects(kept, rejected, status, sent):
     }
     with serving(lambda prompt, before: Told("7"), refusals) as served:
         judge = Judge(served.url, "m", kept)
-        assert judge.ask(say(*"abcdefgh"), read, REMINDER) == [7] * 8
+        assert judge.query(say(*"abcdefgh"), read, REMINDER) == [7] * 8
         accepted = [request for request in served.requests if not any(name in request for name in rejected)]
         assert len(accepted) == 8
         # Each of the requests that go out at once may be rejected; those after them are not.
         assert len(served.requests) <= 8 + module.AT_ONCE * len(rejected)
         assert judge.summary()["parameters"] == [sent]
         again = Judge(served.url, "m", kept)
-        assert again.ask(say("a"), read, REMINDER) == [7]
+        assert again.query(say("a"), read, REMINDER) == [7]
         assert again.summary()["parameters"] == [sent]
         assert len([request for request in served.requests if not any(name in request for name in rejected)]) == 8
 
@@ -215,7 +237,7 @@ def test_a_judge_that_takes_neither_name_of_a_limit(kept):
     body = json.dumps({"detail": "max_tokens and max_completion_tokens: extra inputs are not permitted"}).encode()
     with serving(lambda prompt, before: Told(status=400, body=body)) as server:
         with pytest.raises(JudgeError, match="extra inputs are not permitted"):
-            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+            Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
         assert len(server.requests) == 2
 
 
@@ -225,17 +247,17 @@ def test_a_prompt_without_room_for_the_reply(kept):
     ).encode()
     with serving(lambda prompt, before: Told(status=400, body=body)) as server:
         with pytest.raises(JudgeError, match="is too large: 1024"):
-            Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+            Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
         assert len(server.requests) == 1
 
 
 def test_replies_that_an_earlier_version_kept(kept):
     with serving(lambda prompt, before: Told("7")) as server:
-        Judge(server.url, "m", kept).ask(say("a"), read, REMINDER)
+        Judge(server.url, "m", kept).query(say("a"), read, REMINDER)
         line = json.loads(kept.read_text())
         del line["parameters"]
         kept.write_text(json.dumps(line) + "\n")
         judge = Judge(server.url, "m", kept)
-        assert judge.ask(say("a"), read, REMINDER) == [7]
+        assert judge.query(say("a"), read, REMINDER) == [7]
         assert judge.summary()["parameters"] == [{"temperature": 0, "max_tokens": 1024}]
         assert len(server.requests) == 1

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.evaluation.score.definitions.llava_bench import read_marks
 from moe_llava.evaluation.score.judge import JudgeError
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_answers, score_answers
 from tests.evaluation.judging_server import Told, serving
 

@@ -1,4 +1,4 @@
-"""lmms-eval's own command with a task of local files, and what its tasks may not want."""
+"""lmms-eval's own command with tasks of local files, and unsupported settings of tasks."""
 
 import json
 import os
@@ -21,8 +21,9 @@ from moe_llava.evaluation import lmms_model
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.lmms_model import MoeLlava, TaskImage
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import REPOSITORY
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -69,7 +70,7 @@ def asked(sparse):
 
 @pytest.fixture
 def tasks(questions, tmp_path):
-    """A folder with two tasks of the same questions and other lengths."""
+    """A folder with two tasks that have the same questions and different lengths."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     docs = [
@@ -103,7 +104,7 @@ def plainly(checkpoint, questions, max_new_tokens):
 
 
 def run(tasks, out, *command, arguments):
-    """(what lmms-eval printed, task -> its answers in order)"""
+    """Return (lmms-eval's output, task -> its answers in order)."""
     command = [*command, "--model", "moe_llava", "--model_args", arguments, "--device", "cpu", "--batch_size", "4"]
     command += ["--include_path", tasks, "--tasks", "short,long", "--output_path", out, "--log_samples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -117,7 +118,7 @@ def run(tasks, out, *command, arguments):
 
 
 def requests(model, chats, settings):
-    """A request for each chat, as lmms-eval hands them over."""
+    """Return a request for each chat, as lmms-eval passes them."""
     model.task_dict = {"some": {"test": chats}}
     return [
         Instance("generate_until", ("", list, settings, number, "some", "test"), 0, {"task": "some", "doc_id": number, "repeats": 1})
@@ -148,13 +149,13 @@ def test_two_processes(tasks, tiny_base, questions, tmp_path):  # noqa: F811
     printed, found = run(tasks, tmp_path / "out", *command, arguments=f"pretrained={tiny_base / 'base'},dtype=float32")
     expected = {name: plainly(tiny_base / "base", questions[:5], tokens) for name, tokens in (("short", 3), ("long", 12))}
     assert found == expected, printed
-    assert printed.count("asking: ") == 1
+    assert printed.count("evaluating: ") == 1
 
 
 def test_each_picture_is_read_once(asked, questions, monkeypatch):
-    """Whether two questions are about one picture cannot be seen from where a task has it: in memory, once for each question."""
-    read, real = [], generate._read_heads
-    monkeypatch.setattr(generate, "_read_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
+    """Tasks hold a picture in memory once per question, so it is identified by its content."""
+    read, real = [], generate._prefill_heads
+    monkeypatch.setattr(generate, "_prefill_heads", lambda model, heads: read.append(len(heads["input_ids"])) or real(model, heads))
     ask(asked, [[picture(question), text(question.prompt)] for question in questions])
     assert sum(read) == len({question.images for question in questions}) < len(questions)
 
@@ -232,7 +233,7 @@ def test_wishes_that_are_refused(asked, monkeypatch, settings, message):
         ([{"role": "user", "content": [{"type": "video"}]}], "question 0 of task some comes with video; this model takes text and images"),
         ([{"role": "user", "content": [{"type": "audio"}, {"type": "video"}]}], "comes with audio, video"),
         ([{"role": "user", "content": [part({})]}], "question 0 of task some must have pictures or files as its images, but has {}"),
-        ([{"role": "user", "content": [part("a.png")]}], "asks about the image a.png, which does not exist"),
+        ([{"role": "user", "content": [part("a.png")]}], "lmms-eval needs the image a.png, which does not exist"),
         ([{"role": "user", "content": [text("<image> ?")]}], "question 0 of task some of lmms-eval has 1 <image> and 0 images"),
     ],
     ids=["system", "video", "audio", "image", "file", "placeholder"],
@@ -245,9 +246,9 @@ def test_chats_that_are_refused(asked, monkeypatch, messages, message):
 
 def test_other_requests_and_arguments_are_refused(asked, sparse):
     given = requests(asked, [[]], {})
-    with pytest.raises(BenchmarkError, match="some: the likelihood of given answers cannot be had of this model"):
+    with pytest.raises(BenchmarkError, match="some: the likelihood of given answers is not supported"):
         asked.loglikelihood(given)
-    with pytest.raises(BenchmarkError, match="some: answers in several rounds cannot be had of this model"):
+    with pytest.raises(BenchmarkError, match="some: answers in several rounds is not supported"):
         asked.generate_until_multi_round(given)
     for batch_size in ("auto", 0, "-1"):
         with pytest.raises(BenchmarkError, match=f"batch_size must be a number from 1, but is {batch_size!r}"):

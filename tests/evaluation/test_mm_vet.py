@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark
+from moe_llava.evaluation.score.benchmark import find_benchmark
 from moe_llava.evaluation.score.definitions.mm_vet import read_share
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_answers
 from moe_llava.evaluation.score.tables import write_table
-from tests.conftest import run_command, run_here
+from tests.conftest import refused, run_here
 from tests.evaluation.judging_server import Told, serving
 
 CAPABILITIES = [["ocr"], ["rec"], ["rec", "ocr"], ["ocr", "rec"]]
@@ -42,9 +43,9 @@ def share(prompt, before):
 def test_scores_by_the_command(data):
     arguments = ["judge", "mm-vet", "--data", data, "--answers", data / "answers.jsonl", "--judge-model", "m", "--endpoint"]
     with serving(share) as server:
-        done = run_command(*arguments, server.url, "--json", "--prices", "10", "100")
-        assert done.returncode == 0, done.stderr
-        shown = run_command(*arguments, server.url)
+        done = run_here(*arguments, server.url, "--json", "--prices", "10", "100")
+        assert done.exit_code == 0, done.output
+        shown = run_here(*arguments, server.url)
         assert len(server.requests) == 4
         assert "2 <AND> -2" in next(prompt for prompt in server.prompts() if "What is 2?" in prompt)
     found = json.loads(done.stdout)
@@ -96,12 +97,10 @@ def test_missing_and_unreadable(data):
 
 def test_the_command_tells_what_is_wrong(data):
     arguments = ["--data", data, "--answers", data / "answers.jsonl"]
-    done = run_command("score", "mm-vet", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"moe-llava judge mm-vet --data {data} --answers {data / 'answers.jsonl'} --endpoint URL --judge-model NAME" in done.stderr
-    done = run_command("judge", "mm-vet", *arguments, "--endpoint", "nowhere", "--judge-model", "m")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --endpoint must be a base URL")
+    command = f"moe-llava judge mm-vet --data {data} --answers {data / 'answers.jsonl'} --endpoint URL --judge-model NAME"
+    assert command in refused("score", "mm-vet", *arguments)
+    message = refused("judge", "mm-vet", *arguments, "--endpoint", "nowhere", "--judge-model", "m")
+    assert message.startswith("--endpoint must be a base URL")
 
 
 @pytest.mark.parametrize(

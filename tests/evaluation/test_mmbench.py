@@ -6,8 +6,10 @@ import csv
 import pytest
 from openpyxl import load_workbook
 
-from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result, split_in
 from moe_llava.evaluation.score.definitions.mmbench import read, upload_rows
+from moe_llava.evaluation.score.questions import LETTER, pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import score_answers
 from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.evaluation.stress.robustness import robustness
@@ -72,13 +74,13 @@ def test_chinese_questions(tmp_path):
 
 
 def test_a_question_is_right_if_all_rotations_are(folder):
-    """Three of four rows are right, one of two questions: the one about reading, not the one about identity."""
+    """Three of four rows are right, and one of two questions: the one about reading."""
     found = scores(folder, "A", "D.", "B", "B")["scores"]
     assert found == {"accuracy": 50, "category/ocr": 100, "category/identity": 0, "l2-category/perception": 50}
 
 
 def test_items_are_what_the_benchmark_counts(folder):
-    """Under noise one rotation of the second question turns wrong, which was half wrong before: robustness tells the accuracies."""
+    """Noise makes the other rotation of the half-wrong second question wrong: robustness has both accuracies."""
     benchmark = find_benchmark("mmbench")
     clean, noisy = (benchmark.score(folder, *asked(folder, *texts)) for texts in (("A", "D", "B", "B"), ("A", "C", "A", "B")))
     assert [(item["id"], item["given"], item["right"]) for item in clean.items] == [("7", ["A", "D"], True), ("8", ["B", "B"], False)]

@@ -1,12 +1,14 @@
-"""MME's scores are those of the published script to the last digit, and newlines and tabs in answers shift nothing."""
+"""MME's scores equal those of the published script to the last digit, also with newlines and tabs in answers."""
 
 import json
 import shutil
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.mme import TASKS, read, read_leniently
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 MME = find_benchmark("mme")
 
@@ -23,7 +25,7 @@ def answers(folder):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """One that can be changed."""
+    """A copy of the data that can be changed."""
     shutil.copytree(folder, tmp_path / "MME", copy_function=shutil.copyfile)
     for path in [tmp_path / "MME", *(tmp_path / "MME").rglob("*")]:
         path.chmod(0o755)
@@ -88,7 +90,7 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
 
 
 def test_only_what_was_asked_is_scored(folder):
-    """Five questions: two images with both, one with one, which counts for acc alone. Sums over tasks want all of them."""
+    """Of five questions, the one without its partner counts for acc only. Sums over tasks need all tasks."""
     asked = MME.questions(folder)[:5]
     assert [item["expected"] for item in MME.score(folder, asked, [None] * 5).items[:4]] == ["yes", "no", "no", "yes"]
     given = ["yes", "no", "yes", "yes", None]
@@ -99,7 +101,7 @@ def test_only_what_was_asked_is_scored(folder):
 
 
 def test_intervals_hold_every_task(folder, answers):
-    """Of a task with all answers right, no resample has anything wrong, and none of the others lacks it in the sum."""
+    """If a task has only right answers, so have all resamples, and the sums are not NaN."""
     found = scores(folder, answers)
     assert found["scores"]["position"] == 200
     assert found["intervals"]["position"] == (200, 200)
@@ -118,7 +120,7 @@ def test_both_layouts_of_the_release(folder):
 
 def test_an_answer_without_its_prompt_is_not_guessed(folder, answers):
     del answers[3]["prompt"]
-    with pytest.raises(BenchmarkError, match=r"answer 4 of .* as 2 questions have, and no 'prompt'"):
+    with pytest.raises(BenchmarkError, match=r"answer 4 of .* as 2 questions have, but no 'prompt'"):
         scored(folder, answers)
 
 

@@ -1,11 +1,13 @@
-"""MMMU: Parquet files by subject, images where the prompt says, options and open answers read as the published script does."""
+"""MMMU: Parquet files by subject, images in their places in the prompt, answers read as by the published script."""
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_llava.evaluation.score.benchmark import LETTER, SINGLE_WORD, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.mmmu import DISCIPLINE, DISCIPLINES, matches, read_letter, read_open
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 MMMU = find_benchmark("mmmu")
 OPTIONS = {"A": "red", "B": "dark red", "C": "None", "D": "NA"}
@@ -47,7 +49,7 @@ def test_disciplines():
 
 
 def test_scores_by_discipline(folder):
-    """Art has two questions: disciplines and the whole are over questions, not over subjects."""
+    """Art has two questions: the means are over questions, not over subjects."""
     write(folder / "Art", [row("Art"), row("Art", 2, question_type="open", options="[]", answer="['$MgS$', 'MgS']")])
     found = scores(folder, {"validation_Art_1": "A", "validation_Art_2": "It is MgS.", "validation_Math_1": "(b) it's"})
     assert len(found["missing"]) == 28

@@ -1,11 +1,11 @@
-"""Short answers become the same as in the published code, step by step."""
+"""Short answers are normalised as by the published code, step by step."""
 
 import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.evaluation.score.normalise import annotators, evalai, leave_one_out, map_words, split_words, strip_punctuation, vqa
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 
 def test_every_step_is_the_published_one(golden):

@@ -1,4 +1,4 @@
-"""Perturbations change what they say and nothing else, the same for the same question and seed, and more so with strength."""
+"""Perturbations change only what they should, the same for the same question and seed, and more with each strength."""
 
 import itertools
 import re
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_llava.evaluation.score.benchmark import LETTER, SINGLE_WORD, BenchmarkError, Question
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import (
     ADVERSARIAL,
     KINDS,
@@ -27,7 +28,7 @@ OPTIONS = "\nA. red, three of them\nB. dark blue\nC. white"
 
 
 def picture(width=224, height=300):
-    """Waves of all colours, neither black nor white."""
+    """Return an image with waves of all colours, neither black nor white."""
     y, x = np.mgrid[:height, :width]
     waves = [127 + 80 * np.sin(x / 9), 127 + 80 * np.cos(y / 7), 100 + 60 * np.sin((x + y) / 23)]
     return Image.fromarray(np.stack(waves, axis=2).astype(np.uint8))
@@ -98,7 +99,7 @@ def test_brightness_keeps_hue():
 
 
 def test_blur_is_of_the_pictures_size():
-    """A small picture looks as a large one does that was made small."""
+    """A small picture gets the same blur as a large one that is then made small."""
     large = changed("blur", 3, picture(448, 448))
     small = changed("blur", 3, picture(448, 448).resize((112, 112), Image.Resampling.BOX))
     shrunk = np.asarray(Image.fromarray(large.astype(np.uint8)).resize((112, 112), Image.Resampling.BOX), float)
@@ -218,7 +219,7 @@ def test_the_document_has_the_values():
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_attacks_need_a_model(name):
-    """Without one, neither words nor pictures change."""
+    """An attack changes neither words nor decoded pictures."""
     question, image = Question("7", ASKED), picture(8, 8)
     assert perturb_question(question, Perturbation(name, 1)) is question
     assert perturb_image(image, Perturbation(name, 1)) is image

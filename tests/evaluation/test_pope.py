@@ -1,11 +1,13 @@
-"""POPE's scores are those of the published script, item by item; what it dies of is scored."""
+"""POPE's scores equal those of the published script, item by item; where the script crashes, there are scores."""
 
 import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
 from moe_llava.evaluation.score.definitions.pope import says_yes, says_yes_leniently
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import read_json_lines
 
 POPE = find_benchmark("pope")
 NAMES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score", "yes": "Yes ratio"}
@@ -30,7 +32,7 @@ def test_reading(folder):
 
 @pytest.mark.parametrize("case", ["fixture-model", "case_reordered"])
 def test_scores_are_the_published_ones(folder, case):
-    """In whatever order the answers come: those of the model are what they are."""
+    """The order of the answers does not matter."""
     found = scores(folder, read_json_lines(folder / "answers" / f"{case}.jsonl"))
     expected = json.loads((folder / "expected_fixture-model.json").read_text())["metrics"]
     for category, metrics in expected.items():
@@ -57,7 +59,7 @@ def test_a_missing_answer_is_named_and_wrong(folder):
 
 
 def test_categories_that_were_not_asked_are_absent(folder):
-    """The file has the adversarial questions first: means are theirs alone."""
+    """The file starts with the adversarial questions, so the means are over these only."""
     answers = {answer["question_id"]: answer["text"] for answer in read_json_lines(folder / "answers" / "fixture-model.jsonl")}
     asked = POPE.questions(folder)[:20]
     assert {question.extra["category"] for question in asked} == {"adversarial"}

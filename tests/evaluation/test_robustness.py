@@ -1,4 +1,4 @@
-"""Drops are of the same questions, paired by id."""
+"""Drops are over the same questions, paired by id."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from moe_llava.common.colours import EXPERT_COLOURS
-from moe_llava.evaluation.score.benchmark import BenchmarkError
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import KINDS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
 
@@ -44,7 +44,7 @@ def test_pairs_are_narrower_than_two_intervals():
 
 
 def test_paired_by_id_not_by_order():
-    """An id that several questions have counts them one after the other."""
+    """Questions that share an id are paired by their order."""
     repeated = [{"id": "x", "right": True}, {"id": "y", "right": False}, {"id": "x", "right": False}]
     moved = [repeated[1], repeated[0], repeated[2]]
     drop = robustness(repeated, {Perturbation("noise", 1): moved}, ["a", "b", "a"])["drops"][0]

@@ -1,10 +1,12 @@
-"""ScienceQA's scores are those of the published script, item by item; what it fails to read is read leniently beside it."""
+"""ScienceQA's scores equal those of the published script, item by item; unread answers are read leniently in addition."""
 
 import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.questions import LETTER, pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 SCIENCEQA = find_benchmark("scienceqa")
 UNANSWERED = "1259"  # the published script takes it as answered with "FAILED"
@@ -97,7 +99,7 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
 
 
 def test_the_first_questions_are_scored_alone(folder, answers):
-    """The second one has no image, and is the only one asked."""
+    """The only selected question, the second one, has no image."""
     asked = SCIENCEQA.questions(folder)[1:2]
     found = result(SCIENCEQA, SCIENCEQA.score(folder, asked, [None]), asked, [None])
     assert found["scores"]["accuracy"] == 0
@@ -116,7 +118,7 @@ def change(folder, to, name, old, new):
     ("name", "old", "new", "message"),
     [
         ("pid_splits.json", '"test": [', '"test": ["77", ', "1 are in one only, such as 77"),
-        ("problems.json", '"1000"', '"77"', r"problems.json has no problem 1000, which llava_test_CQM-A.json asks about"),
+        ("problems.json", '"1000"', '"77"', r"problems.json has no problem 1000, which is a question of llava_test_CQM-A.json"),
         ("problems.json", '"answer": 0', '"answer": 2', r"question 1000 of .*problems.json has the answer 2, but the options A, B"),
         ("problems.json", '"grade2"', '"grade13"', r"problem 1000 of .*problems.json has the grade 'grade13', but must have grade1 to"),
         ("llava_test_CQM-A.json", '"conversations"', '"turns"', r"record 1 of .*llava_test_CQM-A.json has no 'conversations'"),

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import LETTER, BenchmarkError, find_benchmark, find_folder, pair, result
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.questions import LETTER, pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 SEED = find_benchmark("seed-bench")
 OPTIONS = "\nA. One\nB. None\nC. NA\nD. Two" + LETTER

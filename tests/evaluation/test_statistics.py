@@ -1,4 +1,4 @@
-"""Against numbers worked out by hand, and against what intervals promise."""
+"""Statistics against numbers worked out by hand, and the coverage of intervals."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_p_by_hand():
 
 
 def test_p_and_interval_agree():
-    """p is below 0.05 just where the interval leaves 0 out."""
+    """p is below 0.05 exactly if the interval excludes 0."""
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(200):
@@ -60,7 +60,7 @@ def test_crossed_interval_has_both_variances():
 
 
 def test_crossed_interval_holds_what_it_promises():
-    """Runs, units and single answers all vary: at least 95% of intervals hold the mean, those over runs alone far fewer."""
+    """If runs, units and answers vary, at least 95% of intervals contain the mean; of those over runs only, far fewer do."""
     random = np.random.default_rng(0)
     units = [str(number // 4) for number in range(80)]
     held, held_by_runs = 0, 0

@@ -1,4 +1,4 @@
-"""One table of many results: every form says the same, and published scores never stand among measured ones."""
+"""One table of many results: every format has the same content, and published scores are apart from measured ones."""
 
 import csv
 import json
@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import pytest
 
 from moe_llava.evaluation.score import published
-from moe_llava.evaluation.score.benchmark import NAMES, BenchmarkError
+from moe_llava.evaluation.score.benchmark import NAMES
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.tables import write_table
-from tests.conftest import run_command
+from tests.conftest import refused, run_here
 
 
 def write(folder, model, benchmark, score, value, **more):
@@ -30,7 +31,7 @@ def write(folder, model, benchmark, score, value, **more):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two models; the second has no LLaVA-Bench, and was judged by another judge in MM-Vet."""
+    """Results of two models; the second has no LLaVA-Bench, and another judge in MM-Vet."""
     first, second = tmp_path / "first", tmp_path / "second"
     write(first, "a|<b>", "mm-vet", "total", 30.126, judge={"model": "judge-1"}, unreadable=["1", "2"])
     write(first, "a|<b>", "llava-bench", "all", 75.0, judge={"model": "judge-1"})
@@ -94,7 +95,7 @@ def test_csv(runs):
 
 
 class Rows(HTMLParser):
-    """The texts of every table's rows."""
+    """Return the cell texts of each table's rows."""
 
     def __init__(self):
         super().__init__()
@@ -137,11 +138,10 @@ def test_html(runs):
 
 
 def test_the_command(runs):
-    done = run_command("table", *runs, "--format", "csv")
-    assert done.returncode == 0, done.stderr
+    done = run_here("table", *runs, "--format", "csv")
+    assert done.exit_code == 0, done.output
     assert done.stdout == write_table(runs, "csv", False)
-    done = run_command("table", runs[0], "--format", "pdf")
-    assert (done.returncode, done.stderr) == (2, "error: --format is 'pdf', but must be one of markdown, csv, html\n")
+    assert refused("table", runs[0], "--format", "pdf") == "--format is 'pdf', but must be one of markdown, csv, html\n"
 
 
 def change(file, **more):
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_named(runs, tmp_path):
         write_table([runs[0] / "pope"], "csv", False)
     for more, message in (
         ({"model": None}, r"first/pope/result.json has no 'model'"),
-        ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', as too little of POPE was asked: ask without --limit"),
+        ({"scores": {"x": 1}}, r"first/pope/result.json has no score 'f1', because too few questions of POPE were evaluated"),
         ({"perturbation": {"name": "noise"}}, r"perturbation of .*first/pope/result.json has no 'strength'"),
         ({"judge": "gpt"}, r"judge of .*first/pope/result.json must be an object, but is gpt"),
         ({"scores": {"f1": float("nan")}}, r"first/pope/result.json must have a number and an interval of two numbers for 'f1'"),

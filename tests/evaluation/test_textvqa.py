@@ -1,13 +1,15 @@
-"""TextVQA's scores are those of the published script, item by item."""
+"""TextVQA's scores equal those of the published script, item by item."""
 
 import json
 import shutil
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, read_json_lines, result
-from moe_llava.evaluation.score.definitions.textvqa import asked_question
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
+from moe_llava.evaluation.score.definitions.textvqa import bare_question
 from moe_llava.evaluation.score.normalise import leave_one_out
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 TEXTVQA = find_benchmark("textvqa")
 
@@ -32,7 +34,7 @@ def scored(folder, answers):
 
 @pytest.mark.parametrize("step", [1, -1])
 def test_scores_are_the_published_ones(folder, answers, step):
-    """In whatever order the answers come."""
+    """The order of the answers does not matter."""
     items, found = scored(folder, answers[::step])
     expected = json.loads((folder / "expected.json").read_text())
     assert len(items) == expected["n"]
@@ -66,7 +68,7 @@ def test_a_missing_answer_is_named_and_wrong(folder, answers):
     ],
 )
 def test_questions_are_found_in_prompts(prompt, question):
-    assert asked_question(prompt) == question
+    assert bare_question(prompt) == question
 
 
 def test_a_question_without_annotation_is_named(folder, answers, tmp_path):

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result, split_in
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import score_answers
 
 VIZWIZ = find_benchmark("vizwiz")
@@ -116,7 +118,7 @@ def test_of_both_sets_the_one_that_can_be_scored_is_asked(validation, secret):
 
 
 def test_what_was_not_asked_has_no_score(validation):
-    """Of the second question alone, nothing tells whether what cannot be answered is known."""
+    """The second question alone gives no score for unanswerable questions."""
     questions = VIZWIZ.questions(validation)[1:2]
     found = result(VIZWIZ, VIZWIZ.score(validation, questions, ["coke"]), questions, ["coke"])
     assert found["scores"] == {"accuracy": 100, "answer_type/other": 100, "unanswerable/precision": 0}

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, find_benchmark, find_folder, pair, result, split_in
+from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result, split_in
+from moe_llava.evaluation.score.questions import pair
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import score_answers
 
 VQAV2 = find_benchmark("vqav2")
@@ -95,7 +97,7 @@ def test_a_missing_answer_is_named_and_wrong(validation):
 
 def test_what_scoring_lacks_is_said(validation, secret):
     assert VQAV2.questions(validation)[0].id == "1"  # both are there: the validation set's
-    with pytest.raises(BenchmarkError, match=r"question 1 and 3 more are not of the test set"):
+    with pytest.raises(BenchmarkError, match=r"test2015.jsonl lacks 4 questions, such as 1: only test questions"):
         VQAV2.upload(validation, *answered(validation, {}), validation / "out")
     found = split_in(VQAV2, validation)
     assert (found.score, found.upload) == (VQAV2.score, None)

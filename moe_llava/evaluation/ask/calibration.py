@@ -1,7 +1,7 @@
-"""Whether a model that is sure is right: its probability of yes, of questions that are answered with yes or no.
+"""Calibration: does a model's probability of yes agree with how often yes is right?
 
-Expected calibration error as Guo et al. (arXiv 1706.04599) have it, here of the probability of yes: within BINS of equal width, the share
-of the questions to affirm should be the mean probability. Brier's score (1950) is the mean squared error of the probability.
+The expected calibration error is that of Guo et al. (arXiv 1706.04599), here of the probability of yes: within BINS of equal width, the
+share of questions whose answer is yes should be the mean probability. Brier's score (1950) is the mean squared error of the probability.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from moe_llava.evaluation.ask.generate import prompt_inputs
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.model.greedy import positions
 
 BINS = 10
 
 
 def yes_or_no(questions: Sequence[Question]) -> list[Question]:
-    """Those whose answer is known to be yes or no."""
+    """Return the questions whose expected answer is yes or no."""
     return [question for question in questions if question.extra.get("answer") in ("yes", "no")]
 
 
@@ -28,10 +29,9 @@ def yes_or_no(questions: Sequence[Question]) -> list[Question]:
 def yes_probabilities(
     model: Any, processor: Any, questions: Sequence[Question], batch_size: int, advance: Callable[[int], None] = lambda number: None
 ) -> list[float]:
-    """p(yes) / (p(yes) + p(no)) as the first token of each answer, whatever else the model would rather say. `advance` is called with the
-    number of questions of each batch.
+    """Return p(yes) / (p(yes) + p(no)) for the first token of each answer. `advance` is called with the size of each batch.
 
-    Raises BenchmarkError if the tokenizer has no different first tokens for the two words.
+    Raises BenchmarkError if the two words have the same first token.
     """
     yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
     if yes == no:
@@ -47,8 +47,8 @@ def yes_probabilities(
 
 
 def calibration(probabilities: Sequence[float], truths: Sequence[bool]) -> dict[str, Any]:
-    """`error` (expected calibration error), `brier`, `n`, and `bins`, of those with questions: their number `n`, mean `probability` and
-    share that is to `affirm`."""
+    """Return `error` (expected calibration error), `brier`, `n`, and `bins`: for each bin with questions their number `n`, the mean
+    `probability`, and the share `affirm` whose answer is yes."""
     p_N, truth_N = np.asarray(probabilities, dtype=float), np.asarray(truths, dtype=float)
     bin_N = np.minimum((p_N * BINS).astype(int), BINS - 1)
     bins = []

@@ -1,7 +1,7 @@
-"""Identify by content what an evaluation or an experiment reads: a file keeps its digest when it is copied or touched, and gets another one
-when its content changes, whatever its name and time say.
+"""Digests of what an evaluation or an experiment reads. A file keeps its digest when it is copied or touched, and gets another one when its
+content changes, whatever its name and time say.
 
-Every start reads these files once. SHA-256 takes about a second per gigabyte, and the pages then lie in the cache for whoever reads next.
+Every start reads these files once. SHA-256 takes about a second per gigabyte, and the pages are then in the cache for the next reader.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from transformers import AutoConfig
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import file_digest
 from moe_llava.common.messages import first_line
-from moe_llava.evaluation.score.benchmark import InlineImage, Question
+from moe_llava.evaluation.score.questions import InlineImage, Question
 
 LENGTH = 16  # hexadecimal digits: enough to tell files apart, and short enough to list many
-# Of a checkpoint's folder: weights, configurations, tokenizer, chat template. Logs and plots of a training stage decide no answer.
+# Weights, configurations, tokenizer, chat template. Logs and plots of a training stage do not affect answers.
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".gguf")
 
 
@@ -27,11 +27,10 @@ def content_digest(file: Path) -> str:
 
 
 def checkpoint_digests(checkpoint: str) -> dict[str, str | None]:
-    """Return file name -> digest of a folder, or the revision of a hub id. Raise CheckpointError if it is neither."""
+    """Return file name -> digest for a folder, or the revision of a hub id. Raises CheckpointError if it is neither."""
     folder = Path(checkpoint)
     if folder.is_dir():
-        files = (file for file in visible(folder.iterdir()) if file.suffix in CHECKPOINT_SUFFIXES)
-        return {file.name: content_digest(file) for file in files}
+        return {file.name: content_digest(file) for file in visible(folder.iterdir()) if file.suffix in CHECKPOINT_SUFFIXES}
     try:
         return {"revision": AutoConfig.from_pretrained(checkpoint)._commit_hash}
     except (OSError, ValueError) as error:
@@ -39,27 +38,30 @@ def checkpoint_digests(checkpoint: str) -> dict[str, str | None]:
 
 
 def picture_digests(questions: Iterable[Question], folder: Path) -> dict[str, str]:
-    """Return name -> digest of each picture of the questions; of a file in the benchmark's `folder`, the name is its path there."""
+    """Return name -> digest for each picture of the questions. The name of a file in the benchmark's `folder` is its path there."""
     digests = {}
     for image in dict.fromkeys(image for question in questions for image in question.images):
         if isinstance(image, InlineImage):
             digests[image.name] = hashlib.sha256(image.data).hexdigest()[:LENGTH]
         else:
-            name = image.relative_to(folder) if image.is_relative_to(folder) else image
-            digests[str(name)] = content_digest(image)
+            digests[_name(image, folder)] = content_digest(image)
     return digests
 
 
 def joint_digest(files: Iterable[Path], folder: Path) -> str:
-    """Return one digest of many files: of their paths, relative to `folder` where they lie in it, and their contents. A file that does not
+    """Return one digest for many files: for their paths, relative to `folder` if they are in it, and their contents. A file that does not
     exist counts as missing."""
     digest = hashlib.sha256()
     for file in sorted(set(files)):
-        name = file.relative_to(folder) if file.is_relative_to(folder) else file
-        digest.update(f"{name} {file_digest(file) if file.is_file() else 'missing'}\n".encode("utf-8", "surrogatepass"))
+        line = f"{_name(file, folder)} {file_digest(file) if file.is_file() else 'missing'}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:LENGTH]
 
 
+def _name(file: Path, folder: Path) -> str:
+    return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+
+
 def visible(files: Iterable[Path]) -> list[Path]:
-    """Return the files among `files` in order, without hidden ones: file managers write such beside what they show and copy."""
+    """Return the files among `files` in order, without hidden ones: file managers write these beside what they show and copy."""
     return sorted(file for file in files if not file.name.startswith(".") and file.is_file())

@@ -1,4 +1,4 @@
-"""What an evaluation will ask, and where its answers go: all that can be wrong with names, files and folders is told here."""
+"""The plan of an evaluation: its questions, and where the answers go. Everything wrong with names, files and folders is reported here."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.checkpoints.load import load_config
+from moe_llava.common.messages import listed
 from moe_llava.data.records import IMAGE_TOKEN
 from moe_llava.evaluation.ask.answers import check_settings
 from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
-from moe_llava.evaluation.score.benchmark import Benchmark, BenchmarkError, Question, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.score.benchmark import Benchmark, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation
 
 GREEDY = {"do_sample": False, "num_beams": 1}
-MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Task:
-    """`data`: the benchmark's files. `out`: its answers. `questions`: all of them, `asked`: those that this run wants answered, under a
-    perturbation or, if that is None, as they are."""
+    """A benchmark, as it is or under a perturbation. `data` holds its files, `out` its answers. `selected` are the questions that this run
+    evaluates."""
 
     benchmark: Benchmark
     data: Path
     out: Path
     questions: list[Question]
-    asked: list[Question]
+    selected: list[Question]
     settings: dict[str, Any]
     perturbation: Perturbation | None = None
 
@@ -37,26 +39,22 @@ class Task:
         return self.benchmark.name if self.perturbation is None else f"{self.benchmark.name} under {self.perturbation}"
 
     def under(self, perturbation: Perturbation) -> Task:
-        """The same questions under a perturbation, in a folder inside."""
-        return replace(
-            self,
-            out=self.out / f"{perturbation.name}-{perturbation.strength}",
-            settings={**self.settings, "perturbation": asdict(perturbation)},
-            perturbation=perturbation,
-        )
+        """Return the task under a perturbation, with a folder inside this one's."""
+        out, settings = self.out / f"{perturbation.name}-{perturbation.strength}", {**self.settings, "perturbation": asdict(perturbation)}
+        return replace(self, out=out, settings=settings, perturbation=perturbation)
 
 
 def plan_tasks(
     checkpoint: str, names: Sequence[str], data: Path, out: Path, limit: int | None, perturbations: Sequence[Perturbation]
 ) -> list[list[Task]]:
-    """For each benchmark, the questions as they are, and under each perturbation.
+    """Return for each benchmark its task without perturbation, and one under each.
 
-    Raises CheckpointError if there is no checkpoint, BenchmarkError with all that is wrong with benchmarks, their ground truth and folders.
+    Raises CheckpointError if there is no checkpoint, BenchmarkError with everything wrong with benchmarks, ground truth and folders.
     """
     if out.exists() and not out.is_dir():
         raise BenchmarkError(f"{out} is a file, but --out must be a folder")
-    config = load_config(checkpoint)
-    made_with = {"checkpoint": _place(checkpoint), "checkpoint_files": checkpoint_digests(checkpoint), "dtype": str(config.dtype)}
+    dtype, kept = str(load_config(checkpoint).dtype), str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+    made_with = {"checkpoint": kept, "checkpoint_files": checkpoint_digests(checkpoint), "dtype": dtype}
     plans, problems = [], []
     for name in dict.fromkeys(names):
         try:
@@ -82,9 +80,9 @@ def plan_tasks(
 
 
 def prepare(benchmark: Benchmark, data: Path, limit: int | None = None) -> tuple[Benchmark, Path, list[Question]]:
-    """Return the benchmark as its folder has it, the folder, and all questions. `limit`: how many of them will be asked; None: all.
+    """Return the benchmark for the split in its folder, the folder, and all questions. `limit`: how many will be evaluated; None: all.
 
-    Raise BenchmarkError for everything that is wrong with questions, pictures and the ground truth of what will be asked.
+    Raises BenchmarkError for everything wrong with questions, pictures and the needed ground truth.
     """
     folder = find_folder(benchmark, data)
     benchmark = split_in(benchmark, folder)
@@ -100,21 +98,16 @@ def _check_scored(benchmark: Benchmark, perturbations: Sequence[Perturbation]) -
 
 
 def check_questions(title: str, questions: Sequence[Question]) -> None:
-    """Raises BenchmarkError if there are none, a prompt has other images than its question, or an image file is missing."""
+    """Raise BenchmarkError if there are none, if a prompt and its question differ in the number of images, or if a file is missing."""
     problems = [] if questions else [f"{title} has no questions"]
     for question in questions:
         found = question.prompt.count(IMAGE_TOKEN)
         if found and found != len(question.images):
             problems.append(f"question {question.id} of {title} has {found} {IMAGE_TOKEN} and {len(question.images)} images")
     images = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
-    problems += [f"{title} asks about the image {image}, which does not exist" for image in images if not image.is_file()]
+    problems += [f"{title} needs the image {image}, which does not exist" for image in images if not image.is_file()]
     if problems:
-        more = len(problems) - MOST_SHOWN
-        raise BenchmarkError("\n  ".join(problems[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
-
-
-def _place(checkpoint: str) -> str:
-    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+        raise BenchmarkError(listed(problems))
 
 
 def _digest(questions: Sequence[Question]) -> str:

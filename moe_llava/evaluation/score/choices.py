@@ -1,7 +1,7 @@
-"""Multiple choice: reading an option's letter from an answer, and accuracies of what was read.
+"""Multiple choice: read the letter of an option from an answer.
 
-How a benchmark's own script reads stands in the benchmark's file. The lenient reading is the same for all: what that script reads, and
-otherwise whatever names exactly one option, in the order of `read_leniently`.
+Each benchmark's file has its published reading. The lenient reading is the same for all: the published one, or else whatever names exactly
+one option, in the order of `read_leniently`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moe_llava.evaluation.score.benchmark import LENIENT, BenchmarkError, Columns, Question, Scored, share
+from moe_llava.evaluation.score.benchmark import LENIENT
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 LETTERS = string.ascii_uppercase
+Reader = Callable[[str, Mapping[str, str]], str | None]  # answer, options -> letter
 
 # "(A)", "**b**", "A."
 ALONE = re.compile(r"\W*([A-Za-z])\W*")
@@ -32,12 +33,12 @@ NAMED = (
 
 
 def lettered(options: Sequence[str]) -> dict[str, str]:
-    """Letter -> text."""
+    """Return letter -> text."""
     return dict(zip(LETTERS, options, strict=False))
 
 
 def options_in(prompt: str) -> dict[str, str]:
-    """Letter -> text, of the lines "A. text", "B. text" and so on."""
+    """Return letter -> text from the lines "A. text", "B. text" and so on."""
     options: dict[str, str] = {}
     for line in prompt.split("\n"):
         letter = LETTERS[len(options)]
@@ -47,9 +48,9 @@ def options_in(prompt: str) -> dict[str, str]:
 
 
 def read_leniently(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the one option that an answer names: by a letter alone, the option's own text, a letter at the start, a phrase such as
-    "the answer is A", the option's text among other words. The first of these that finds an option decides; None if it finds several, or
-    nothing finds one."""
+    """Return the letter of the option that an answer names: by a letter alone, the option's own text, a letter at the start, a phrase such
+    as "the answer is A", or the option's text among other words. The first of these that finds an option decides. Return None if it finds
+    several, or if none finds one."""
     for found in _readings(unicodedata.normalize("NFKC", text).replace("_", " "), options):
         letters = {letter.upper() for letter in found}
         if len(letters) > 1:
@@ -70,54 +71,34 @@ def _readings(text: str, options: Mapping[str, str]) -> Iterator[list[str]]:
 
 
 def _core(text: str) -> str:
-    """In lower case, without punctuation at the ends."""
+    """Return a text in lower case, without punctuation at its ends."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("_", " ").casefold().split()).strip(" .,;:!?*\"'()[]。")
 
 
 def _mentioned(text: str, options: Mapping[str, str]) -> list[str]:
-    """Letters of the options whose words occur. The longest are looked for first: "dark red" does not mention "red"."""
+    """Return the letters of the options whose words occur, longest first: "dark red" does not mention "red"."""
     letters = []
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
         if not option or re.fullmatch("[a-z]", option):  # "a" is an article
             continue
-        # Not \b: Chinese has no blanks between words. Nor is 5 mentioned in 2.5.
+        # Not \b: Chinese has no blanks between words, and 2.5 does not mention 5.
         text, count = re.subn(rf"(?<![a-z0-9.-]){re.escape(option)}(?!\.?[a-z0-9])", "\0", text)
         letters += [letter] * bool(count)
     return letters
 
 
-def judged(question: Question, text: str | None, read: str | None, options: Mapping[str, str], expected: str, file: Path) -> dict[str, Any]:
-    """The item of a question, where `read` is what the published script reads.
-
-    Raises BenchmarkError if the expected letter is none of the options.
-    """
-    if expected not in list(options):  # which may be of any type
+def judged(question: Question, text: str | None, read: Reader, options: Mapping[str, str], expected: str, file: Path) -> dict[str, Any]:
+    """Return the item of a question; `read` is the published reading. Raises BenchmarkError if the expected letter is not an option."""
+    if expected not in list(options):  # a list, because `expected` may be of any type
         raise BenchmarkError(f"question {question.id} of {file} has the answer {expected!r}, but the options {', '.join(options)}")
-    leniently = read if read in options or text is None else read_leniently(text, options)
+    letter = None if text is None else read(text, options)
+    leniently = letter if letter in options or text is None else read_leniently(text, options)
     return {
         "id": question.id,
         "given": text,
-        "read": read,
+        "read": letter,
         f"read{LENIENT}": leniently,
         "expected": expected,
-        "right": read == expected,
+        "right": letter == expected,
         f"right{LENIENT}": leniently == expected,
     }
-
-
-def scored(items: list[dict[str, Any]], groups: Sequence[Sequence[str]], units: list[str]) -> Scored:
-    """Accuracies in percent. `groups`: for each item, the names of those it counts for; one with a slash is part of a whole."""
-    names = sorted({name for group in groups for name in group}, key=lambda name: ("/" in name, name))
-    columns = {suffix: np.array([item[f"right{suffix}"] for item in items], dtype=float) for suffix in ("", LENIENT)}
-    columns |= {name: np.array([name in group for group in groups], dtype=float) for name in names}
-    return Scored(items, columns, units, _measure)
-
-
-def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    names = [name for name in columns if name not in ("", LENIENT)]
-    counts = {name: float(weights @ columns[name]) for name in names}
-    scores: dict[str, float] = {}
-    for suffix in ("", LENIENT):
-        hits = weights * columns[suffix]
-        scores |= {f"{name}{suffix}": share(float(hits @ columns[name]), counts[name]) * 100 for name in names}
-    return scores

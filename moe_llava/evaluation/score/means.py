@@ -1,4 +1,4 @@
-"""Scores that are means over items, of all and by kind."""
+"""Scores that are means over items: over all of them, and by group."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_llava.evaluation.score.benchmark import LENIENT, Columns, Scored, ratio
 
 
 def mean_by(items: list[dict[str, Any]], kinds: Sequence[str], units: list[str]) -> Scored:
-    """`accuracy`: the mean of the items' `right` (0 to 1), in percent; `<kind>/<value>`: that of the items which have this value.
-    If items have `leniently`, also `accuracy (lenient)`."""
+    """Score `accuracy`, the mean of the items' `right` (0 to 1), in percent, and `<kind>/<value>`, the mean of the items with this value.
+    If items have `leniently`, score `accuracy (lenient)` too."""
     columns: dict[str, np.ndarray] = {"right": np.array([item["right"] for item in items], dtype=float)}
     if all("leniently" in item for item in items):
         columns["leniently"] = np.array([item["leniently"] for item in items], dtype=float)
@@ -22,10 +22,10 @@ def mean_by(items: list[dict[str, Any]], kinds: Sequence[str], units: list[str])
     for kind in kinds:
         # Values become numbers once, not in each of the bootstrap's resamples.
         values[kind], columns[kind] = np.unique(np.array([item[kind] for item in items]), return_inverse=True)
-    return Scored(items, columns, units, partial(_measure, values))
+    return Scored(items, columns, units, partial(_measure_kinds, values))
 
 
-def _measure(values: dict[str, np.ndarray], columns: Columns, weights: np.ndarray) -> dict[str, float]:
+def _measure_kinds(values: dict[str, np.ndarray], columns: Columns, weights: np.ndarray) -> dict[str, float]:
     scores = {}
     for name, column in (("accuracy", "right"), (f"accuracy{LENIENT}", "leniently")):
         if column in columns:
@@ -37,10 +37,35 @@ def _measure(values: dict[str, np.ndarray], columns: Columns, weights: np.ndarra
     return scores
 
 
-def detection(weights: np.ndarray, said: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """(precision, recall, F1), of what was said to be so and what is so, [N] each. Precision is 0 if nothing was said to be so, as
-    published; NaN if nothing was asked. Recall and F1 are NaN where there is nothing to find."""
-    hits, alarms = float(weights[said & truth].sum()), float(weights[said & ~truth].sum())
+def mean_by_group(items: list[dict[str, Any]], groups: Sequence[Sequence[str]], units: list[str]) -> Scored:
+    """Score the mean of `right` (0 to 1), and of `right (lenient)` if items have it, over each group, in percent. `groups`: for each item,
+    the names of the groups it belongs to; a name with a slash is part of a whole."""
+    names = sorted({name for group in groups for name in group}, key=lambda name: ("/" in name, name))
+    suffixes = ("", LENIENT) if all(f"right{LENIENT}" in item for item in items) else ("",)
+    columns = {suffix: np.array([item[f"right{suffix}"] for item in items], dtype=float) for suffix in suffixes}
+    columns |= {name: np.array([name in group for group in groups], dtype=float) for name in names}
+    return Scored(items, columns, units, partial(_measure_groups, names, suffixes))
+
+
+def _measure_groups(names: Sequence[str], suffixes: Sequence[str], columns: Columns, weights: np.ndarray) -> dict[str, float]:
+    hits = {suffix: weights * columns[suffix] for suffix in suffixes}
+    counts = {name: float(weights @ columns[name]) for name in names}
+    return {f"{name}{suffix}": share(float(hits[suffix] @ columns[name]), counts[name]) * 100 for suffix in suffixes for name in names}
+
+
+def yes_or_no(weights: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return accuracy, precision, recall, F1 and the share of yes, as fractions, of predictions and ground truth, [N] each.
+
+    As published, precision is 0 if nothing was predicted. Recall and F1 are NaN if nothing is true, and all are NaN without questions.
+    """
+    hits, alarms = float(weights[predicted & truth].sum()), float(weights[predicted & ~truth].sum())
     precision = ratio(hits, hits + alarms) if weights.any() else math.nan
     recall = share(hits, float(weights[truth].sum()))
-    return precision, recall, ratio(2 * precision * recall, precision + recall)
+    number = float(weights.sum())
+    return {
+        "accuracy": share(float(weights[predicted == truth].sum()), number),
+        "precision": precision,
+        "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes": share(float(weights[predicted].sum()), number),
+    }

@@ -1,40 +1,28 @@
-"""When two short answers are the same: the answer processing of the VQA evaluation (Antol et al., arXiv 1505.00468; Goyal et al.,
-arXiv 1612.00837; code: github.com/GT-Vision-Lab/VQA) and that of EvalAI, as Pythia and MMF have it for TextVQA (Singh et al.,
-arXiv 1904.08920).
+"""Normalise short answers before they are compared, as the VQA evaluation does (Antol et al., arXiv 1505.00468; Goyal et al., arXiv
+1612.00837; code: github.com/GT-Vision-Lab/VQA), and as EvalAI's does in Pythia and MMF for TextVQA (Singh et al., arXiv 1904.08920).
 
-They share two steps, `strip_punctuation` and `map_words`; EvalAI's does `split_words` before. What becomes of the annotators' answers
-is for each benchmark to say.
+Both use `strip_punctuation` and `map_words`; EvalAI's applies `split_words` first. Each benchmark decides whether the annotators' answers
+are normalised too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_llava.evaluation.score.benchmark import BenchmarkError, take, take_list, total
+from moe_llava.evaluation.score.benchmark import total
+from moe_llava.evaluation.score.reading import BenchmarkError, take, take_list
 
-NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_DIGITS)}}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-# Each is what is written for itself with any one of its apostrophes missing: hadn't've for hadnt've and hadn'tve.
-# The published table also has I'm, I've and I'd've, which never match, as words are lower-case by then.
+# Each replaces itself with any one apostrophe missing: hadn't've replaces hadnt've and hadn'tve.
+# The published table also has I'm, I've and I'd've. These never match, because words are lower-case by then.
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
     how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
@@ -46,28 +34,28 @@ CONTRACTIONS = """
 SPELLED = {word[: place.start()] + word[place.end() :]: word for word in CONTRACTIONS.split() for place in re.finditer("'", word)}
 SPELLED["somebody'd"] = "somebodyd"  # the wrong way round, as published
 
-# `re.UNICODE` stands where the published code has to say how many full stops to strip at most, and it is 32.
+# The published code passes `re.UNICODE`, which is 32, where the maximum number of full stops to strip belongs.
 MOST_STOPS = int(re.UNICODE)
 
 
 def vqa(text: str) -> str:
-    """An answer, as the VQA evaluation and VizWiz's compare it."""
+    """Normalise an answer as the VQA and VizWiz evaluations do."""
     return map_words(strip_punctuation(_one_line(text)))
 
 
 def evalai(text: str) -> str:
-    """An answer, or an annotator's, as TextVQA's evaluation compares it; LLaVA's uploads are written so, too."""
+    """Normalise an answer as TextVQA's evaluation and LLaVA's uploads do."""
     return map_words(strip_punctuation(_one_line(split_words(text))))
 
 
 def split_words(text: str) -> str:
-    """Lower case, without commas and question marks, a possessive on its own."""
+    """Lower the case, remove commas and question marks, and separate possessives."""
     return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
 def strip_punctuation(text: str) -> str:
-    """A sign beside a blank vanishes, another becomes a blank; all vanish where a comma stands within a number. Full stops vanish but
-    before a digit; ' : $ % & and # stay."""
+    """Remove a sign if it is beside a blank anywhere, or if a number has a comma, and replace it by a blank otherwise. Remove full stops
+    except before a digit. Keep ' : $ % & and #."""
     comma_in_number = re.search(r"\d,\d", text) is not None
     stripped = text
     for sign in PUNCTUATION:
@@ -77,20 +65,26 @@ def strip_punctuation(text: str) -> str:
 
 
 def map_words(text: str) -> str:
-    """Lower case, numbers in digits, no articles, contractions with their apostrophes, single blanks."""
+    """Lower the case, write numbers as digits, remove articles, restore apostrophes in contractions, and use single blanks."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(SPELLED.get(word, word) for word in words if word not in ARTICLES)
 
 
-def leave_one_out(given: str, truths: Sequence[str]) -> float:
-    """VQA accuracy, 0 to 1: an answer is right if three others gave it; the mean over whom of the annotators to leave out."""
-    same = [truth == given for truth in truths]
+def leave_one_out(answer: str, truths: Sequence[str]) -> float:
+    """Return VQA accuracy, 0 to 1: an answer that three other annotators gave is right; mean over leaving out each annotator once."""
+    same = [truth == answer for truth in truths]
     matches = sum(same)
     return total(np.array([min(1.0, (matches - left_out) / 3) for left_out in same])) / len(same)
 
 
+def vqa_item(text: str | None, truths: Sequence[str], normalise: Callable[[str], str]) -> dict[str, Any]:
+    """Return the item of an answer that is scored by VQA accuracy."""
+    read = None if text is None else normalise(text)
+    return {"given": text, "read": read, "expected": truths, "right": 0.0 if read is None else leave_one_out(read, truths)}
+
+
 def annotators(record: Mapping[str, Any], where: str) -> list[str]:
-    """The `answers` of a record: texts, or records with an `answer` each. Raises BenchmarkError if there are none."""
+    """Return the `answers` of a record: texts, or records with an `answer` each. Raises BenchmarkError if there are none."""
     answers = [
         str(take(answer, "answer", where) if isinstance(answer, Mapping) else answer) for answer in take_list(record, "answers", where)
     ]

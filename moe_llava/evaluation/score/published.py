@@ -3,7 +3,7 @@
 SOURCE = "Lin et al., MoE-LLaVA, arXiv 2401.15947v5"
 NOTE = (
     "Single runs without intervals: percent as printed there, and points of perception for MME, rounded to whole ones. "
-    "ScienceQA is its questions with an image. LLaVA-Bench and MM-Vet were judged by GPT-4, asked in other words, so they do not "
+    "ScienceQA is its questions with an image. LLaVA-Bench and MM-Vet were judged by GPT-4, prompted in other words, so they do not "
     "compare with judgements made here."
 )
 

@@ -1,21 +1,21 @@
-"""Read the files of benchmarks. Every error names the file and the line or record."""
+"""Read the files of benchmarks. Every error names the file, and the line or the record."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ENCODING = "utf-8-sig"  # UTF-8; some editors put a mark in front of it
+ENCODING = "utf-8-sig"  # UTF-8, with or without the byte order mark that some editors write
 
 
 class BenchmarkError(ValueError):
-    """Something is wrong with a benchmark's files, or with answers to it; the message names file, place, value and rule."""
+    """A benchmark's files, or answers to it, are wrong. The message names the file, the place, the value and the rule."""
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file. Raise BenchmarkError, naming the file and the line, if it is something else."""
+    """Return the text of a UTF-8 file. Raises BenchmarkError, naming the line, if a byte is not UTF-8."""
     try:
         content = file.read_bytes()
         return content.decode(ENCODING)
@@ -27,41 +27,28 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """Raise BenchmarkError if the file is not JSON, or if an object in it has a key twice."""
-    return _parsed(read_text(file), str(file))
+    """Return the content of a JSON file. Raises BenchmarkError if it is not JSON, or if an object in it has a key twice."""
+    return _parse(read_text(file), str(file))
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Raise BenchmarkError, too, if the file holds no JSON object."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise BenchmarkError(f"{file} must be an object, but is {str(content)[:60]}")
-    return content
+    """Return the JSON object in a file. Raises BenchmarkError if it holds something else."""
+    return _checked(read_json(file), str(file), dict, "must be an object")
 
 
 def read_list(file: Path) -> list[Any]:
-    """Raise BenchmarkError, too, if the file holds no JSON list."""
-    content = read_json(file)
-    if not isinstance(content, list):
-        raise BenchmarkError(f"{file} must be a list of records, but is {str(content)[:60]}")
-    return content
+    """Return the JSON list in a file. Raises BenchmarkError if it holds something else."""
+    return _checked(read_json(file), str(file), list, "must be a list of records")
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Raise BenchmarkError, naming the line, if one is no JSON object."""
-    records = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        record = _parsed(line, f"line {number} of {file}")
-        if not isinstance(record, dict):
-            raise BenchmarkError(f"line {number} of {file} must be an object, but is {str(record)[:60]}")
-        records.append(record)
-    return records
+    """Return the JSON object of each line. Raises BenchmarkError, naming the line, if a line holds something else."""
+    lines = ((f"line {number} of {file}", line) for number, line in enumerate(read_text(file).split("\n"), start=1) if line.strip())
+    return [_checked(_parse(line, where), where, dict, "must be an object") for where, line in lines]
 
 
-def _parsed(text: str, where: str) -> Any:
-    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
@@ -69,15 +56,34 @@ def _parsed(text: str, where: str) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once_each)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise BenchmarkError(f"{where} is not JSON: {error}") from error
 
 
-def once(seen: dict[Any, str], name: str, key: Any, where: str) -> None:
-    """Note in `seen` (key -> where it stands) that a record has this key, which its file calls `name`.
+def _checked(value: Any, where: str, kind: type | tuple[type, ...], rule: str) -> Any:
+    if not isinstance(value, kind):
+        raise BenchmarkError(f"{where} {rule}, but {'is' if rule.startswith('must be') else 'has'} {str(value)[:60]}")
+    return value
 
-    Raise BenchmarkError if another record has it, too.
+
+def numbered(records: Iterable[Any], name: str, file: Path, *unique: str, start: int = 1) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) for each record; the place is "`name` 3 of `file`", for error messages.
+
+    Raises BenchmarkError if two records have the same values under all of the keys `unique`.
+    """
+    seen: dict[Any, str] = {}
+    for number, record in enumerate(records, start=start):
+        where = f"{name} {number} of {file}"
+        if unique:
+            once(seen, " and ".join(unique), ", ".join(str(take(record, key, where)) for key in unique), where)
+        yield where, record
+
+
+def once(seen: dict[Any, str], name: str, key: Any, where: str) -> None:
+    """Add a record's key to `seen` (key -> place). Its file calls the key `name`.
+
+    Raises BenchmarkError if another record has the same key.
     """
     first = seen.setdefault(key, where)
     if first != where:
@@ -85,25 +91,17 @@ def once(seen: dict[Any, str], name: str, key: Any, where: str) -> None:
 
 
 def take(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """Raises BenchmarkError if a record lacks a key, or is no record."""
-    if not isinstance(record, Mapping):
-        raise BenchmarkError(f"{where} must be an object, but is {str(record)[:60]}")
-    if key not in record:
+    """Return the value of a key. Raises BenchmarkError if it is missing, or if `record` is no object."""
+    if key not in _checked(record, where, Mapping, "must be an object"):
         raise BenchmarkError(f"{where} has no {key!r}, but {', '.join(map(repr, record)) or 'is empty'}")
     return record[key]
 
 
 def take_list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """Raises BenchmarkError if a record has no list there."""
-    value = take(record, key, where)
-    if not isinstance(value, list):
-        raise BenchmarkError(f"{where} must have a list of {key!r}, but has {str(value)[:60]}")
-    return value
+    """Return the list under a key. Raises BenchmarkError if there is none."""
+    return _checked(take(record, key, where), where, list, f"must have a list of {key!r}")
 
 
 def take_text(record: Mapping[str, Any], key: str, where: str) -> str:
-    """Raise BenchmarkError if a record has no string there."""
-    value = take(record, key, where)
-    if not isinstance(value, str):
-        raise BenchmarkError(f"{where} must have a string as {key!r}, but has {str(value)[:60]}")
-    return value
+    """Return the string under a key. Raises BenchmarkError if there is none."""
+    return _checked(take(record, key, where), where, str, f"must have a string as {key!r}")

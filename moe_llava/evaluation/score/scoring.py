@@ -8,28 +8,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Question,
-    answer_id,
-    find_benchmark,
-    find_folder,
-    pair,
-    plain,
-    read_json_lines,
-    result,
-    split_in,
-)
+from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark, find_folder, result, split_in
 from moe_llava.evaluation.score.judge import Judge
+from moe_llava.evaluation.score.questions import Question, answer_id, pair, plain
+from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 
 def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
-    """`benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `end_tokens` (how many answers end with one),
-    `unknown` (ids of answers to no question), and `model` if the answers name one (`model_id`).
+    """Return `benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `end_tokens` (how many answers end with
+    one), `unknown` (ids of answers to unknown questions), and `model` if the answers name one (`model_id`).
 
-    Raises BenchmarkError if files are missing or damaged, if the answers are to other questions, or if only a server or a judge can score
-    the benchmark.
+    Raises BenchmarkError if files are missing or damaged, if the answers belong to other questions, or if only a server or a judge can
+    score the benchmark.
     """
     benchmark = find_benchmark(name)
     if benchmark.judge is not None and benchmark.score is None:
@@ -45,10 +35,10 @@ def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
 def judge_answers(
     name: str, data: Path, answers: Path, endpoint: str, model: str, prices: tuple[float, float] | None = None
 ) -> dict[str, Any]:
-    """What `score_answers` gives, `judge` (who judged, at what cost; see Judge.summary) and `unreadable`, ids whose judgement could not be
-    read. The judge's replies are kept beside the answers.
+    """Return the values of `score_answers`, `judge` (see Judge.summary), and `unreadable`: the ids whose judgement could not be read. The
+    judge's replies are saved beside the answers.
 
-    Raises BenchmarkError as `score_answers` does, or if no judge is needed; JudgeError if there is trouble with the judge.
+    Raises BenchmarkError as `score_answers` does, or if no judge is needed; JudgeError if the judge fails.
     """
     if prices is not None and not all(math.isfinite(price) and price >= 0 for price in prices):
         raise BenchmarkError(f"--prices is {prices[0]:g} {prices[1]:g}, but must be two numbers from 0")
@@ -67,12 +57,12 @@ def judge_answers(
 
 
 def judge_command(benchmark: Benchmark, data: Path, answers: Path) -> str:
-    """What to type to have answers judged."""
+    """Return the command that judges answers."""
     return f"moe-llava judge {benchmark.name} --data {data} --answers {answers} --endpoint URL --judge-model NAME"
 
 
 def _paired(benchmark: Benchmark, folder: Path, file: Path) -> tuple[list[Question], list[str | None], dict[str, Any]]:
-    """Questions, what was given to each, and what the answers tell besides."""
+    """Return the questions, the answer to each, and `unknown` and `model` as in `score_answers`."""
     questions, answers = benchmark.questions(folder), read_json_lines(file)
     given, unknown = pair(questions, answers, file)
     _check_answers(questions, answers, given, file)
@@ -81,7 +71,7 @@ def _paired(benchmark: Benchmark, folder: Path, file: Path) -> tuple[list[Questi
 
 
 def _check_answers(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], given: Sequence[str | None], file: Path) -> None:
-    """Raises BenchmarkError if none of the answers is to one of the questions: by its id, and by its prompt if it has one."""
+    """Raise BenchmarkError if no answer belongs to one of the questions, by its id, and by its prompt if it has one."""
     prompts: dict[str, list[str]] = {}
     for question in questions:
         prompts.setdefault(question.id, []).append(plain(question.prompt))
@@ -90,11 +80,11 @@ def _check_answers(questions: Sequence[Question], answers: Sequence[Mapping[str,
     known = [answer for answer in answers if answer_id(answer) in prompts]
     if not known:
         raise BenchmarkError(f"{file} answers the questions {_some(map(answer_id, answers))}; those to answer are {_some(prompts)}")
-    told = [(answer_id(answer), plain(answer["prompt"])) for answer in known if answer.get("prompt") is not None]
-    # One within the other is enough: LLaVA keeps some prompts without what form the answer should have.
-    alike = any(prompt in text or text in prompt for identity, prompt in told for text in prompts[identity])
-    if told and not (alike and any(text is not None for text in given)):
-        identity, prompt = told[0]
+    with_prompt = [(answer_id(answer), plain(answer["prompt"])) for answer in known if answer.get("prompt") is not None]
+    # One within the other is enough: LLaVA saves some prompts without the instruction how to answer.
+    alike = any(prompt in text or text in prompt for identity, prompt in with_prompt for text in prompts[identity])
+    if with_prompt and not (alike and any(text is not None for text in given)):
+        identity, prompt = with_prompt[0]
         raise BenchmarkError(f"{file} answers other questions: {identity} was {prompt[:90]!r} there, but is {prompts[identity][0][:90]!r}")
 
 

@@ -1,4 +1,4 @@
-"""Means with 95% intervals: over questions by bootstrap, over runs by Student's t, over both at once."""
+"""Means with 95% intervals: over questions by bootstrap, over runs by Student's t, and over both at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
-MEASURED = 1000  # resamples where a score has to be computed anew for each
+MEASURED = 1000  # resamples if each needs a call of `measure`
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Interval:
 
 
 def bootstrap_mean(values: list[float], groups: list[str], seed: int = 0) -> Interval:
-    """The mean of `values` and its percentile interval over resampled groups.
+    """Return the mean of `values` and its percentile interval over resampled groups.
 
     Values of one group (the questions about one image) are not independent, so whole groups are drawn.
     """
@@ -35,7 +35,7 @@ def bootstrap_mean(values: list[float], groups: list[str], seed: int = 0) -> Int
 
 
 def _by_group(values: list[float], groups: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the values of each group."""
+    """Return the sum and the number of the values of each group."""
     _, index = np.unique(groups, return_inverse=True)
     return np.bincount(index, weights=values), np.bincount(index)
 
@@ -43,9 +43,10 @@ def _by_group(values: list[float], groups: list[str]) -> tuple[np.ndarray, np.nd
 def bootstrap(
     measure: Callable[[np.ndarray], dict[str, float]], units: Sequence[str], strata: Sequence[str] | None = None, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile interval of every score that `measure` gives, from the weight [N] of each item. Items of one unit are drawn together:
-    a resample's weights say how often each unit was drawn. Of each stratum of units as many are drawn as it has. A resample for which a
-    score is NaN, as it holds nothing of what is scored, does not count for it."""
+    """Return the 95% percentile interval of every score that `measure` computes from the weight [N] of each item.
+
+    Items of one unit are drawn together: the weights of a resample are how often each unit was drawn. Each stratum keeps its number of
+    units. A resample in which a score is NaN, because it has no such item, is left out for this score."""
     names, first, index = np.unique(np.asarray(units, dtype=str), return_index=True, return_inverse=True)
     if not len(names):
         return {}
@@ -62,25 +63,22 @@ def bootstrap(
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Mean of independent runs, at least two, with Student's 95% interval, n - 1 degrees of freedom. Of paired differences this is the
-    interval of the paired t-test."""
-    n = len(values)
+    """Return the mean of at least two independent runs with Student's 95% interval, n - 1 degrees of freedom. For paired differences this
+    is the interval of the paired t-test."""
+    n, mean = len(values), float(np.mean(values))
     half = _half_width(float(np.var(values, ddof=1)) / n, n - 1)
-    return Interval(float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half, n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p of the paired t-test: of at least such a mean difference if there were none. 1 where there is no difference at all, 0
-    where all are the same and not 0."""
-    error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-    mean = float(np.mean(differences))
-    if error == 0:
-        return float(mean == 0)
-    return float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+    """Return the two-sided p of the paired t-test. It is 1 if all differences are 0, and 0 if all are the same but not 0."""
+    if np.std(differences) == 0:
+        return float(np.mean(differences) == 0)
+    return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment for that many tests: the smallest p times their number, the next times one fewer, never falling, at most 1."""
+    """Return Holm's adjustment for several tests: the smallest p times their number, the next times one fewer, never falling, at most 1."""
     order = np.argsort(p_values)
     factors = np.arange(len(p_values), 0, -1)
     adjusted = np.empty(len(p_values))
@@ -89,13 +87,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def crossed_interval(values_SN: np.ndarray, units: Sequence[str]) -> Interval:
-    """Mean over S runs that all answered the same N questions, and a 95% interval for other runs and other questions; of runs and units
-    there must be at least two.
+    """Return the mean over S runs that answered the same N questions, with a 95% interval for other runs and other questions. There must
+    be at least two runs and two units.
 
-    Its variance is the sum of two: that of the mean over runs, as in `t_interval`, and that of the mean over questions, of which those of
-    one unit count together. What varies by run and question is in both, so the interval is rather too wide than too narrow. Student's t,
-    with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2, 1946), which are more than those of the runs alone; but never
-    narrower than the interval over runs.
+    The variance is the sum of two: of the mean over runs, as in `t_interval`, and of the mean over questions, where the questions of a unit
+    count together. The interaction of run and question is in both, so the interval is rather too wide than too narrow. It is Student's,
+    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946), which exceed those of the runs alone, and never narrower than
+    the interval over runs.
     """
     runs, questions = values_SN.mean(axis=1), values_SN.mean(axis=0)
     sums, counts = _by_group(questions.tolist(), list(units))
@@ -112,5 +110,5 @@ def crossed_interval(values_SN: np.ndarray, units: Sequence[str]) -> Interval:
 
 
 def _half_width(variance: float, freedom: float) -> float:
-    """Of a 95% interval of a mean with this variance."""
+    """Return half the width of the 95% interval of a mean with this variance."""
     return float(stats.t.ppf(0.975, freedom)) * variance**0.5

@@ -1,4 +1,4 @@
-"""Many results in one table: a row per model, a column per main score. What papers published stands in a block of its own."""
+"""Many results in one table: a row per model, a column per main score. Published scores have their own block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from moe_llava.evaluation.score import published
-from moe_llava.evaluation.score.benchmark import NAMES, BenchmarkError, find_benchmark, take, take_list
-from moe_llava.evaluation.score.reading import read_object
+from moe_llava.evaluation.score.benchmark import NAMES, find_benchmark
+from moe_llava.evaluation.score.reading import BenchmarkError, read_object, take, take_list
 
 FIELDS = ("source", "model", "benchmark", "score", "value", "low", "high", "questions", "missing", "judge")
 
 
 @dataclass(frozen=True)
 class Column:
-    """Scores given by different judges stand in different columns: they do not compare."""
+    """A main score of a benchmark. Scores by different judges are different columns, because they do not compare."""
 
     benchmark: str
     title: str
@@ -49,13 +49,13 @@ class Cell:
 
 
 def _rounded(value: float) -> str:
-    """To four digits, noughts at the end among them."""
+    """Return a number with four digits, including zeros at the end."""
     return f"{value:#.4g}".rstrip(".")
 
 
 @dataclass(frozen=True)
 class Block:
-    """`rows`: model -> its cells, where it has any."""
+    """A part of the table. `rows`: model -> its cells."""
 
     source: str
     title: str
@@ -65,7 +65,7 @@ class Block:
 
 
 def write_table(results: Sequence[Path], form: str, reference: bool) -> str:
-    """The text of the table. `results`: result.json files, or folders that hold BENCHMARK/result.json.
+    """Return the text of the table. `results`: result.json files, or folders that hold BENCHMARK/result.json.
 
     Raises BenchmarkError, naming the file, if one is missing or lacks something, or if two have the same score of the same model.
     """
@@ -75,7 +75,7 @@ def write_table(results: Sequence[Path], form: str, reference: bool) -> str:
 
 
 def find_results(places: Sequence[Path]) -> list[Path]:
-    """Raises BenchmarkError for a place without results."""
+    """Return the result files in places. Raises BenchmarkError for a place without results."""
     files: list[Path] = []
     for place in places:
         found = sorted(place.glob("*/result.json")) if place.is_dir() else [place]
@@ -109,7 +109,7 @@ def _measured(places: Sequence[Path]) -> Block:
 
 
 def _short(models: Iterable[str]) -> dict[str, str]:
-    """Model -> its name in the table: of a folder, what tells it from the others."""
+    """Return model -> its name in the table: for a folder, the part of its path that differs from the others."""
     folders = [model for model in models if Path(model).is_absolute()]
     root = os.path.commonpath([Path(folder).parent for folder in folders]) if folders else ""
     names = {model: str(Path(model).relative_to(root)) if model in folders else model for model in models}
@@ -117,17 +117,14 @@ def _short(models: Iterable[str]) -> dict[str, str]:
 
 
 def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
-    """(model, its main scores, what to know of them)."""
+    """Return (model, its main scores, remarks on them)."""
     record = read_object(file)
     name = take(record, "benchmark", str(file))
     if name not in NAMES:
         raise BenchmarkError(f"{file} is of the benchmark {name!r}; there are {', '.join(NAMES)}")
     benchmark = find_benchmark(name)
-    asked_of = record.get("questions_in_all")
     model, scores, intervals, questions = (take(record, key, str(file)) for key in ("model", "scores", "intervals", "questions"))
     missing = take_list(record, "missing", str(file))
-    if not benchmark.headline:
-        raise BenchmarkError(f"{file}: none of the scores of {benchmark.title} is for a table")
     judge = str(take(record["judge"], "model", f"judge of {file}")) if "judge" in record else ""
     if "perturbation" in record:
         kind, strength = (take(record["perturbation"], key, f"perturbation of {file}") for key in ("name", "strength"))
@@ -135,25 +132,26 @@ def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     cells = {}
     for score in benchmark.headline:
         if isinstance(scores, dict) and score not in scores:
-            raise BenchmarkError(
-                f"{file} has no score {score!r}, as too little of {benchmark.title} was asked: ask without --limit, or leave it out"
-            )
+            few = f"too few questions of {benchmark.title} were evaluated: evaluate without --limit, or leave it out"
+            raise BenchmarkError(f"{file} has no score {score!r}, because {few}")
         numbers = [take(scores, score, f"scores of {file}"), *take_list(intervals, score, f"intervals of {file}")]
         if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
         value, low, high = numbers
-        cell = Cell(value, low, high, questions, len(missing))
-        cells[Column(benchmark.name, benchmark.title, score, judge)] = cell
-    told = {"without an answer, counted as wrong": missing, "whose judgement could not be read": record.get("unreadable", [])}
-    remarks = []
-    if asked_of not in (None, questions):
-        remarks.append(f"{benchmark.title}: the first {questions:,} of {asked_of:,} questions only.")
+        cells[Column(benchmark.name, benchmark.title, score, judge)] = Cell(value, low, high, questions, len(missing))
+    return str(model), cells, [f"{benchmark.title}: {remark}" for remark in _remarks(record, questions, missing)]
+
+
+def _remarks(record: dict[str, Any], questions: int, missing: list[Any]) -> Iterator[str]:
+    there = record.get("questions_in_all")
+    if there not in (None, questions):
+        yield f"the first {questions:,} of {there:,} questions only."
     for token, number in record.get("end_tokens", {}).items():
-        remarks.append(
-            f"{benchmark.title}: {number:,} of {questions:,} answers end with {token}, which scores count as part of the answer."
-        )
-    remarks += [f"{benchmark.title}: {len(ids)} of {questions:,} questions {words}." for words, ids in told.items() if ids]
-    return str(model), cells, remarks
+        yield f"{number:,} of {questions:,} answers end with {token}, which scores count as part of the answer."
+    unreadable = record.get("unreadable", [])
+    for words, ids in (("without an answer, counted as wrong", missing), ("whose judgement could not be read", unreadable)):
+        if ids:
+            yield f"{len(ids)} of {questions:,} questions {words}."
 
 
 def _place(column: Column) -> tuple[Any, ...]:
@@ -191,12 +189,12 @@ def _markdown_block(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    """In one line, neither the end of a cell nor a tag."""
+    """Return a text in one line, without cell ends and tags."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _csv(blocks: list[Block]) -> str:
-    """A line per score, so that no cell holds two things; numbers with all their digits."""
+    """Return a line per score, with all digits of each number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(FIELDS)
@@ -209,7 +207,7 @@ def _csv(blocks: list[Block]) -> str:
 
 
 def _html(blocks: list[Block]) -> str:
-    """A page that needs nothing else."""
+    """Return a page that needs no other file."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "table.html.jinja").read_text(encoding="utf-8"))
     return template.render(blocks=blocks) + "\n"

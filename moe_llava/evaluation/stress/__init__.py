@@ -1,1 +1,1 @@
-"""Perturbations and attacks, what they cost, and questions about objects that are not there."""
+"""Perturbations and attacks, their cost, and questions about absent objects."""

@@ -1,9 +1,9 @@
-"""Pictures changed where it hurts this model most: along its own gradient. One step, FGSM (Goodfellow et al., arXiv 1412.6572), or many
-from a random start, PGD (Madry et al., arXiv 1706.06083).
+"""Adversarial pictures: changed along the model's own gradient. FGSM (Goodfellow et al., arXiv 1412.6572) takes one step, PGD (Madry et
+al., arXiv 1706.06083) many from a random start.
 
 No pixel changes by more than epsilon, in 1/255 of the range of pixels before normalisation, and none leaves the range. The gradient runs
-through the whole model, in a sparse one through the routers too; which experts a token chooses is found anew in every step. Attacked
-pixels are float32, and are not rounded to the 256 levels of a file; a model in bfloat16 rounds them as it does all its input.
+through the whole model, including the routers of a sparse one, and each step routes anew. Attacked pixels are float32, not rounded to the
+256 levels of a file; a model in bfloat16 rounds them like all its input.
 
 Shapes: B batch, S sequence, N images in the batch, C channels.
 """
@@ -23,12 +23,14 @@ from moe_llava.model.greedy import end_tokens, positions, write_greedily
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
-STEP_SHARE = 2.5  # PGD's steps could go this many times as far as epsilon, as Madry et al. do it in their CIFAR-10 challenge
+STEP_SHARE = 2.5  # the sum of PGD's steps over epsilon, as in the CIFAR-10 challenge of Madry et al.
+
+Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class PixelRange:
-    """What black, white and 1/255 of the way between them are after normalisation, each [C, 1, 1] float32."""
+    """Black, white, and 1/255 of their distance, after normalisation, each [C, 1, 1] float32."""
 
     black: Tensor
     white: Tensor
@@ -36,7 +38,7 @@ class PixelRange:
 
 
 def pixel_range(image_processor: Any) -> PixelRange:
-    """Of the pixel values that an image processor makes."""
+    """Return the range of the pixel values that an image processor makes."""
     mean, deviation = torch.tensor([0.0]), torch.tensor([1.0])
     if image_processor.do_normalize:
         mean, deviation = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
@@ -45,56 +47,41 @@ def pixel_range(image_processor: Any) -> PixelRange:
     return PixelRange(*(value.float()[:, None, None] for value in (black, white, unit)))
 
 
-def answer_losses(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """[B] float32: for each row the mean cross entropy of its labels [B, S], where -100 is no label."""
+def answer_losses(model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label."""
     logits = model(**inputs, position_ids=positions(inputs["attention_mask"]), use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
 
 
-def fgsm(model: Any, inputs: Mapping[str, Tensor], labels: Tensor, pixels: PixelRange, epsilon: float) -> Tensor:
-    """Pixel values like the inputs', one step of `epsilon` against the labels [B, S].
-
-    Raises ValueError for a model in training, inputs without images, or pixels out of range.
-    """
-    return _climb(model, inputs, labels, pixels, epsilon, steps=1, step_size=epsilon, seed=None)
-
-
-def pgd(
-    model: Any, inputs: Mapping[str, Tensor], labels: Tensor, pixels: PixelRange, epsilon: float, steps: int, step_size: float, seed: int
-) -> Tensor:
-    """Pixel values like the inputs', after `steps` of `step_size` (in 1/255, as epsilon) from a random start. All images start with the
-    same noise, so that none depends on the others of its batch. Raises as `fgsm` does."""
-    return _climb(model, inputs, labels, pixels, epsilon, steps, step_size, seed)
+def fgsm(model: Any, inputs: Inputs, labels: Tensor, pixels: PixelRange, epsilon: float) -> Tensor:
+    """Return pixel values like the inputs', after one step of `epsilon` against the labels [B, S]. Raises ValueError as `pgd` does."""
+    return pgd(model, inputs, labels, pixels, epsilon, steps=1, step_size=epsilon, seed=None)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _climb(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    labels: Tensor,
-    pixels: PixelRange,
-    epsilon: float,
-    steps: int,
-    step_size: float,
-    seed: int | None,
+def pgd(
+    model: Any, inputs: Inputs, labels: Tensor, pixels: PixelRange, epsilon: float, steps: int, step_size: float, seed: int | None
 ) -> Tensor:
+    """Return pixel values like the inputs', after `steps` of `step_size` (in 1/255, like epsilon) against the labels [B, S], from a random
+    start if there is a `seed`. All images start with the same noise, so that none depends on the others in its batch.
+
+    Raises ValueError for a model in training, inputs without images, or pixels out of range.
+    """
     if model.training:
         raise ValueError("the model is in training, where dropout changes its gradient: call eval() before an attack")
     if "pixel_values" not in inputs:
         raise ValueError("the inputs have no images to attack")
-    # Copies, because what was made in inference mode cannot take part in a backward pass.
+    # Copies, because tensors made in inference mode cannot take part in a backward pass.
     rest = {name: value.clone() for name, value in inputs.items() if name != "pixel_values"}
     given, labels = inputs["pixel_values"].clone(), labels.clone()
     black, white, unit = (value.to(given.device) for value in (pixels.black, pixels.white, pixels.unit))
     clean = given.float()
     if ((clean < black - 0.02) | (clean > white + 0.02)).any():  # half precision may round outwards
-        raise ValueError(
-            f"the pixel values go from {clean.min():.2f} to {clean.max():.2f}, but those of the image processor from {black.min():.2f} to "
-            f"{white.max():.2f}"
-        )
+        ranges = f"{clean.min():.2f} to {clean.max():.2f}, but those of the image processor from {black.min():.2f} to {white.max():.2f}"
+        raise ValueError(f"the pixel values go from {ranges}")
     low, high = (clean - epsilon * unit).clamp(min=black), (clean + epsilon * unit).clamp(max=white)
     attacked = clean
     if seed is not None:
@@ -109,11 +96,11 @@ def _climb(
     return attacked.detach()
 
 
-def attacked_pixels(model: Any, image_processor: Any, inputs: Mapping[str, Tensor], attack: Perturbation, max_new_tokens: int) -> Tensor:
-    """Pixel values like the inputs' of a batch of prompts, padded on the left, attacked by fgsm or pgd so that the model leaves the answer
-    that it gives without: no truth is needed, and the end of an answer counts.
+def attacked_pixels(model: Any, image_processor: Any, inputs: Inputs, attack: Perturbation, max_new_tokens: int) -> Tensor:
+    """Return pixel values like the inputs', attacked by fgsm or pgd. The inputs are a batch of prompts, padded on the left.
 
-    Raises ValueError as `fgsm` does.
+    The attack is against the model's own answer without it, including its end, so no ground truth is needed. Raises ValueError as `fgsm`
+    does.
     """
     epsilon, pixels = EPSILONS[attack.strength - 1], pixel_range(image_processor)
     continued, labels = own_answers(model, inputs, max_new_tokens)
@@ -125,15 +112,15 @@ def attacked_pixels(model: Any, image_processor: Any, inputs: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def own_answers(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs continued by the model's greedy answers, labels [B, S]: the answers up to their end, -100 elsewhere)."""
+def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return (inputs continued by the model's greedy answers, labels [B, S]: the answers up to their end, -100 elsewhere)."""
     written = write_greedily(model, dict(inputs), max_new_tokens)
     start = inputs["input_ids"].shape[1]
     is_end = torch.isin(written[:, start:], torch.tensor(end_tokens(model), device=written.device, dtype=torch.long))
-    # The end itself is part of the answer; after it comes padding.
-    said = (is_end.cumsum(dim=1) - is_end.int()) == 0
-    mask = torch.cat([inputs["attention_mask"], said.to(inputs["attention_mask"])], dim=1)
+    # The end token is part of the answer; padding follows it.
+    answered = (is_end.cumsum(dim=1) - is_end.int()) == 0
+    mask = torch.cat([inputs["attention_mask"], answered.to(inputs["attention_mask"])], dim=1)
     labels = written.clone()
     labels[:, :start] = -100
-    labels[:, start:][~said] = -100
+    labels[:, start:][~answered] = -100
     return {**inputs, "input_ids": written, "attention_mask": mask}, labels

@@ -1,14 +1,14 @@
-"""Questions made harder without changing their answer: the picture's quality, or the question's wording, at strengths 1 to 5.
+"""Perturbations that make questions harder and keep their answers: of the picture's quality or the question's wording, at strengths 1 to 5.
 
-What a strength means is a row of VALUES. Noise, blur, JPEG and brightness have ImageNet-C's (Hendrycks and Dietterich, arXiv 1903.12261),
-whose severities are of the same five steps; blur is in pixels of a picture with a shorter side of 224, and scaled to others. Occlusion
-covers a share of the picture, as in Cutout (DeVries and Taylor, arXiv 1708.04552).
+VALUES defines the strengths. Noise, blur, JPEG and brightness have the five severities of ImageNet-C (Hendrycks and Dietterich, arXiv
+1903.12261); blur is in pixels of a picture with a shorter side of 224, and scaled to others. Occlusion covers a share of the picture, as in
+Cutout (DeVries and Taylor, arXiv 1708.04552).
 
-What a picture gets depends on its pixels and the seed alone, what a question gets on its id, its words and the seed. A strength goes on
-from the one below: the same noise, larger; the same typos, and more.
+The change of a picture depends only on its pixels and the seed, that of a question on its id, its words and the seed. Each strength
+continues the one below: the same noise, larger; the same typos, and more.
 
-Of the text, only what asks is changed: not `<image>`, and nothing from the first option, answer format or OCR token on. The
-wordings are English, and typos and case change only Latin letters, so a text without any stays as it is.
+Only the question itself is changed: not `<image>`, and nothing from the first option, answer format or OCR token on. The wordings are
+English, and typos and case change only Latin letters, so a text without Latin letters keeps both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from PIL import Image, ImageFilter
 
 from moe_llava.common.images import to_rgb
 from moe_llava.common.messages import did_you_mean
-from moe_llava.evaluation.score.benchmark import BenchmarkError, Question
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 STRENGTHS = (1, 2, 3, 4, 5)
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -51,7 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "distraction": (1, 2, 3, 4, 5),  # sentences
 }
 
-# Other words for the same question, in its paraphrases from strength 3 on.
+# Paraphrases from strength 3 on also use other words.
 REWORDED_FROM = 3
 REWORDINGS = (
     (r"^is there (an?) (.+?) \?$", r"can you see \1 \2 ?"),
@@ -61,7 +62,7 @@ REWORDINGS = (
     (r"^What colou?r is (the \w+)\?$", r"Which color does \1 have?"),
 )
 
-# They name nothing that benchmarks ask for, and say nothing about a picture.
+# They name nothing that occurs in benchmarks, and say nothing about a picture.
 DISTRACTIONS = (
     "I had a long day yesterday.",
     "My neighbour likes to read in the evening.",
@@ -73,7 +74,7 @@ DISTRACTIONS = (
     "I should call my aunt more often.",
 )
 
-# From here on a prompt says how to answer, or lists what to choose from.
+# The start of the instruction how to answer, or of the options.
 KEPT = re.compile(
     r"^[ \t]*(?:\(?A[ \t]*[.):](?=\s|$)|Options:|Choices:|Reference OCR token|Answer (?:the question using|with|using|in)\b"
     r"|When the provided information|请直接回答)|Please answer yes or no",
@@ -90,7 +91,7 @@ KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """`seed`: of what it draws. Raises BenchmarkError for a name or a strength that there is not."""
+    """A kind of change at a strength; `seed` is that of its random choices. Raises BenchmarkError for an unknown name or strength."""
 
     name: str
     strength: int
@@ -98,9 +99,8 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise BenchmarkError(
-                f"no perturbation is called {self.name!r}{did_you_mean(self.name, KINDS, '.')} There are {', '.join(KINDS)}"
-            )
+            guess = did_you_mean(self.name, KINDS, ".")
+            raise BenchmarkError(f"no perturbation is called {self.name!r}{guess} There are {', '.join(KINDS)}")
         if self.strength not in STRENGTHS:
             raise BenchmarkError(f"the perturbation {self.name} has the strength {self.strength}, but it must be 1 to 5")
 
@@ -109,15 +109,12 @@ class Perturbation:
 
     @property
     def kind(self) -> str:
-        """visual, textual, or adversarial"""
+        """visual, textual or adversarial"""
         return KINDS[self.name]
 
 
 def parse_perturbations(text: str) -> list[Perturbation]:
-    """Those of `noise:3,typos`, where typos are meant at every strength: each to be asked under, one at a time.
-
-    Raises BenchmarkError, naming the piece that is wrong.
-    """
+    """Parse a list such as `noise:3,typos`; without a strength, all five are meant. Raises BenchmarkError, naming the wrong piece."""
     found: list[Perturbation] = []
     for piece in text.split(","):
         name, colon, strength = (part.strip() for part in piece.partition(":"))
@@ -131,7 +128,7 @@ def parse_perturbations(text: str) -> list[Perturbation]:
 
 
 def perturb_image(image: Image.Image, perturbation: Perturbation) -> Image.Image:
-    """A decoded RGB image under a visual perturbation; under others it is the image itself."""
+    """Return a decoded RGB image under a visual perturbation, and unchanged under others."""
     if perturbation.kind != "visual":
         return image
     pixels = hashlib.sha256(image.tobytes()).hexdigest()
@@ -140,15 +137,15 @@ def perturb_image(image: Image.Image, perturbation: Perturbation) -> Image.Image
 
 
 def perturb_question(question: Question, perturbation: Perturbation) -> Question:
-    """With other words under a textual perturbation; under others it is the question itself."""
+    """Return a question with other words under a textual perturbation, and unchanged under others."""
     if perturbation.kind != "textual":
         return question
     kept = KEPT.search(question.prompt)
     end = kept.start() if kept else len(question.prompt)
-    # Where an id has several questions, their prompts tell them apart.
+    # Several questions may share an id if their prompts differ.
     random = _random(perturbation.seed, perturbation.name, question.id, question.prompt)
-    asked = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
-    return dataclasses.replace(question, prompt=asked + question.prompt[end:])
+    changed = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
+    return dataclasses.replace(question, prompt=changed + question.prompt[end:])
 
 
 def _random(*parts: object) -> np.random.Generator:
@@ -172,7 +169,7 @@ def _jpeg(image: Image.Image, quality: int, random: np.random.Generator) -> Imag
 
 
 def _brightness(image: Image.Image, more: float, random: np.random.Generator) -> Image.Image:
-    """Hue and saturation stay, so all channels grow by the same factor; black becomes grey."""
+    """Scale all channels by one factor, which keeps hue and saturation; black becomes grey."""
     pixels_HWC = np.asarray(image, np.float32)
     value_HW1 = pixels_HWC.max(axis=2, keepdims=True)
     bright_HW1 = np.minimum(value_HW1 + 255 * more, 255)
@@ -180,8 +177,8 @@ def _brightness(image: Image.Image, more: float, random: np.random.Generator) ->
 
 
 def _occlusion(image: Image.Image, share: float, random: np.random.Generator) -> Image.Image:
-    """A grey rectangle of the picture's shape, anywhere in it."""
-    x, y = random.random(2)  # of the room that is left: so larger ones mostly cover what smaller ones do
+    """Paste a grey rectangle of the picture's shape anywhere in it."""
+    x, y = random.random(2)  # relative to the free room, so that larger rectangles mostly cover the smaller ones
     width, height = (max(1, round(side * math.sqrt(share))) for side in image.size)
     left, top = round(x * (image.width - width)), round(y * (image.height - height))
     covered = image.copy()
@@ -201,7 +198,7 @@ def _typos(text: str, share: float, random: np.random.Generator) -> str:
 
 
 def _typo(word: str, kind: float, place: float) -> str:
-    """A letter left out, doubled, exchanged with the one before, or replaced by its neighbour on the keyboard; never the first one."""
+    """Leave out a letter, double it, swap it with the one before, or replace it by its neighbour on the keyboard; never the first one."""
     if kind < 0.25:
         at = 2 + int(place * (len(word) - 2))
         if word[at - 1] != word[at]:
@@ -224,39 +221,39 @@ def _case(text: str, share: float, random: np.random.Generator) -> str:
 
 
 def _order(text: str, share: float, random: np.random.Generator) -> str:
-    """Neighbours change places; what stands between them stays, such as commas."""
+    """Swap neighbouring words, without what is between them, such as commas."""
     words = [[match.span() for match in WORD.finditer(text, *piece)] for piece in _pieces(text)]
     pairs = [pair for spans in words for pair in itertools.pairwise(spans)]
-    standing = {span: text[slice(*span)] for spans in words for span in spans}
+    placed = {span: text[slice(*span)] for spans in words for span in spans}
     for index in _some(len(pairs), share, random):
         first, second = pairs[index]
-        standing[first], standing[second] = standing[second], standing[first]
-    return _replaced(text, standing)
+        placed[first], placed[second] = placed[second], placed[first]
+    return _replaced(text, placed)
 
 
 def _paraphrase(text: str, frame: str, random: np.random.Generator) -> str:
-    def change(asked: str) -> str:
+    def change(text: str) -> str:
         if frame in VALUES["paraphrase"][REWORDED_FROM - 1 :]:
             for pattern, words in REWORDINGS:
-                asked = re.sub(pattern, words, asked)
-        return frame.format(asked)
+                text = re.sub(pattern, words, text)
+        return frame.format(text)
 
     return _on_question(text, change)
 
 
 def _distraction(text: str, number: int, random: np.random.Generator) -> str:
     drawn = [DISTRACTIONS[index] for index in random.permutation(len(DISTRACTIONS))[:number]]
-    return _on_question(text, lambda asked: " ".join([*drawn, asked]))
+    return _on_question(text, lambda text: " ".join([*drawn, text]))
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
-    """Where the text stands between placeholders and ends of lines."""
+    """Return the spans of the text between placeholders and line ends."""
     ends = [match.span() for match in re.finditer(rf"{PLACEHOLDER}|\n", text)]
     return list(zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(text)], strict=True))
 
 
 def _some(number: int, share: float, random: np.random.Generator) -> np.ndarray:
-    """Indices of a share of `number` things; of a larger share the first ones are the same."""
+    """Draw the indices of a share of `number` things. A larger share begins with the same ones."""
     return random.permutation(number)[: math.ceil(share * number)]
 
 
@@ -267,34 +264,19 @@ def _replaced(text: str, by: dict[tuple[int, int], str]) -> str:
 
 
 def _on_question(text: str, change: Callable[[str], str]) -> str:
-    """Changes the last line that says something: what stands before it is context."""
+    """Change the last line with text; the lines before it are context."""
     lines = text.split("\n")
     for number in reversed(range(len(lines))):
-        before, asked, after = LINE.fullmatch(lines[number]).groups()  # type: ignore[union-attr]
-        if asked:
-            lines[number] = before + change(asked) + after
+        before, words, after = LINE.fullmatch(lines[number]).groups()  # type: ignore[union-attr]
+        if words:
+            lines[number] = before + change(words) + after
             break
     return "\n".join(lines)
 
 
-VISUAL: dict[str, Callable[[Image.Image, Any, np.random.Generator], Image.Image]] = {
-    "noise": _noise,
-    "blur": _blur,
-    "jpeg": _jpeg,
-    "brightness": _brightness,
-    "occlusion": _occlusion,
-}
-TEXTUAL: dict[str, Callable[[str, Any, np.random.Generator], str]] = {
-    "typos": _typos,
-    "case": _case,
-    "order": _order,
-    "paraphrase": _paraphrase,
-    "distraction": _distraction,
-}
-# On the pixels, through a model's gradient: attack.py.
-ADVERSARIAL = ("fgsm", "pgd")
-KINDS = {
-    **dict.fromkeys(VISUAL, "visual"),
-    **dict.fromkeys(TEXTUAL, "textual"),
-    **dict.fromkeys(ADVERSARIAL, "adversarial"),
-}
+VISUAL: dict[str, Callable[[Image.Image, Any, np.random.Generator], Image.Image]]
+VISUAL = {"noise": _noise, "blur": _blur, "jpeg": _jpeg, "brightness": _brightness, "occlusion": _occlusion}
+TEXTUAL: dict[str, Callable[[str, Any, np.random.Generator], str]]
+TEXTUAL = {"typos": _typos, "case": _case, "order": _order, "paraphrase": _paraphrase, "distraction": _distraction}
+ADVERSARIAL = ("fgsm", "pgd")  # in attack.py
+KINDS = {**dict.fromkeys(VISUAL, "visual"), **dict.fromkeys(TEXTUAL, "textual"), **dict.fromkeys(ADVERSARIAL, "adversarial")}

@@ -1,4 +1,4 @@
-"""What perturbations cost: how many fewer questions are right, of the same questions, with 95% intervals over the pairs."""
+"""The cost of perturbations: the drop in accuracy on the same questions, with 95% intervals over the pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_llava.common.colours import EXPERT_COLOURS
-from moe_llava.evaluation.score.benchmark import BenchmarkError
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.statistics import bootstrap_mean
 from moe_llava.evaluation.stress.perturb import KINDS, STRENGTHS, Perturbation
 
@@ -21,15 +21,15 @@ MARKERS = "osD^v"
 
 
 def robustness(clean: Items, perturbed: Mapping[Perturbation, Items], units: Sequence[str]) -> dict[str, Any]:
-    """`clean`: share that is right, with low, high (95%) and n. `drops`: for each name and strength the share that is `right` and how much
-    less that is than clean, `drop`, with low and high.
+    """Return `clean`, the accuracy with low, high (95%) and n, and `drops`: for each name and strength the accuracy `right` and its `drop`
+    below clean, with low and high.
 
     Args:
         clean: the items of the benchmark's Scored.
-        perturbed: items of the same questions under each.
-        units: of each clean item, as in Scored: what is drawn together.
+        perturbed: the items of the same questions under each perturbation.
+        units: the units of the clean items, as in Scored.
 
-    Raises BenchmarkError if the questions are not the same, or an item is neither right nor wrong.
+    Raises BenchmarkError if the questions differ, or if an item has no accuracy.
     """
     right = _by_question(clean, "without perturbation")
     drops = []
@@ -37,9 +37,8 @@ def robustness(clean: Items, perturbed: Mapping[Perturbation, Items], units: Seq
         then = _by_question(items, f"under {perturbation}")
         different = sorted(identity for identity, _ in right.keys() ^ then.keys())
         if different:
-            raise BenchmarkError(
-                f"questions were scored with or without {perturbation} only, {len(different)} in all: {', '.join(different[:5])}"
-            )
+            named = f"{len(different)} in all: {', '.join(different[:5])}"
+            raise BenchmarkError(f"questions were scored with or without {perturbation} only, {named}")
         interval = asdict(bootstrap_mean([value - then[key] for key, value in right.items()], list(units)))
         found = asdict(perturbation) | {"kind": perturbation.kind, "right": float(np.mean(list(then.values())))}
         drops.append(found | {"drop": interval["mean"], "low": interval["low"], "high": interval["high"], "n": interval["n"]})
@@ -47,7 +46,7 @@ def robustness(clean: Items, perturbed: Mapping[Perturbation, Items], units: Seq
 
 
 def _by_question(items: Items, where: str) -> dict[tuple[str, int], float]:
-    """(id, how often it came before) -> right, in the order of the items."""
+    """Return (id, number of earlier items with it) -> right, in the order of the items."""
     seen: Counter[str] = Counter()
     found = {}
     for item in items:
@@ -62,17 +61,16 @@ def _by_question(items: Items, where: str) -> dict[tuple[str, int], float]:
 
 
 def plot_robustness(summary: dict[str, Any], title: str = "") -> Figure:
-    """The drop against strength, a line per perturbation, with intervals; pictures, words and attacks side by side."""
+    """Plot the drop against strength with intervals, a line per perturbation; visual, textual and adversarial ones side by side."""
     kinds = [kind for kind in dict.fromkeys(KINDS.values()) if any(drop["kind"] == kind for drop in summary["drops"])]
-    figure, grid = plt.subplots(
-        1, max(1, len(kinds)), figsize=(4.4 * max(1, len(kinds)), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
+    number = max(1, len(kinds))
+    figure, grid = plt.subplots(1, number, figsize=(4.4 * number, 3.6), sharey=True, squeeze=False, layout="constrained")
     for axis, kind in zip(grid[0], kinds, strict=False):
         names = [name for name in KINDS if KINDS[name] == kind]
-        asked = [name for name in names if any(drop["name"] == name for drop in summary["drops"])]
-        for name in asked:
-            # A perturbation has the same colour in every picture; beside each other, their intervals do not hide one another.
-            place, shift = names.index(name), 0.08 * (asked.index(name) - (len(asked) - 1) / 2)
+        shown = [name for name in names if any(drop["name"] == name for drop in summary["drops"])]
+        for name in shown:
+            # A perturbation has one colour in all pictures. The shift keeps intervals from hiding one another.
+            place, shift = names.index(name), 0.08 * (shown.index(name) - (len(shown) - 1) / 2)
             drops = sorted((drop for drop in summary["drops"] if drop["name"] == name), key=lambda drop: drop["strength"])
             strengths = [drop["strength"] + shift for drop in drops]
             middle, low, high = (np.array([100 * drop[key] for drop in drops]) for key in ("drop", "low", "high"))
@@ -87,6 +85,6 @@ def plot_robustness(summary: dict[str, Any], title: str = "") -> Figure:
         axis.legend(frameon=False, fontsize=9)
     clean = summary["clean"]
     grid[0][0].set_ylabel("drop in accuracy, percentage points")
-    told = f"{clean['mean']:.1%} of {clean['n']:,} right without perturbation; bars: 95% intervals"
-    figure.suptitle(f"{title + ': ' if title else ''}{told}", x=0.01, ha="left", fontsize=10)
+    baseline = f"{clean['mean']:.1%} of {clean['n']:,} right without perturbation; bars: 95% intervals"
+    figure.suptitle(f"{title + ': ' if title else ''}{baseline}", x=0.01, ha="left", fontsize=10)
     return figure

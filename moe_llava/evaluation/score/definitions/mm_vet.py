@@ -1,25 +1,24 @@
 """MM-Vet (Yu et al., arXiv 2308.02490): 218 open questions that each need one or several of six capabilities: recognition (rec), text
 (ocr), knowledge (know), generation (gen), space (spat), mathematics (math).
 
-A judge says how much of the expected answer is in the given one, from 0.0 to 1.0. The score is the mean, in percent: of all, of the
-questions that need a capability, of those that need one combination of them. `upload` writes the answers in the form that the authors' own
-evaluator reads.
+A judge says how much of the expected answer is in the model's, from 0.0 to 1.0. The score is the mean, in percent: of all questions, of
+those that need a capability, and of those that need one combination of them. `upload` writes the answers for the authors' own evaluator.
 
-What the judge is asked here is worded anew, so scores compare only within the same judge and this wording, not with published ones.
+The wording of the judge's prompt is new here, so scores compare only within the same judge and this wording, not with published ones.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moe_llava.evaluation.score.benchmark import Benchmark, BenchmarkError, Columns, Question, Scored, llava_questions, share, take
-from moe_llava.evaluation.score.judge import Judge, Messages
-from moe_llava.evaluation.score.reading import read_object
+from moe_llava.evaluation.score.benchmark import Benchmark, Scored, write_json
+from moe_llava.evaluation.score.judge import Judge
+from moe_llava.evaluation.score.means import mean_by_group
+from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
+from moe_llava.evaluation.score.reading import BenchmarkError, read_object, take
 
 QUESTIONS, TRUTH = "llava-mm-vet.jsonl", "mm-vet.json"
 
@@ -39,42 +38,19 @@ wrongly counts against it. Reply with one number and nothing else: 0.0 for nothi
 REMINDER = "Your reply must be one number from 0.0 to 1.0 and nothing else."
 
 
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "images")
-
-
 def read_share(reply: str) -> float | None:
-    """The first line as a number from 0 to 1; None if it is anything else."""
+    """Read the first line as a number from 0 to 1; None if it is anything else."""
     line = reply.strip().split("\n")[0].replace("*", "").strip().rstrip(".")
     return float(line) if re.fullmatch(r"0|0?\.[0-9]+|1|1\.0+", line) else None
 
 
-def check(folder: Path, asked: list[Question]) -> list[tuple[str, list[str]]]:
-    """Return, for each question, the expected answer and the capabilities it needs. Raise BenchmarkError if one has none."""
+def check(folder: Path, questions: list[Question]) -> list[tuple[str, list[str]]]:
+    """Return the expected answer of each question and the capabilities it needs. Raises BenchmarkError if a question has none."""
     records = read_object(folder / TRUTH)
-    return [_truth(folder, records, question) for question in asked]
-
-
-def judge(folder: Path, asked: list[Question], given: list[str | None], by: Judge) -> Scored:
-    truth = check(folder, asked)
-    answered = [number for number, text in enumerate(given) if text is not None]
-    conversations = [_conversation(asked[number].prompt, truth[number][0], str(given[number])) for number in answered]
-    shares = dict(zip(answered, by.ask(conversations, read_share, REMINDER), strict=True))
-    items = [
-        {"id": question.id, "given": text, "read": shares.get(number), "expected": expected, "capabilities": capabilities}
-        for number, (question, text, (expected, capabilities)) in enumerate(zip(asked, given, truth, strict=True))
-    ]
-    columns = {"share": np.array([item["read"] or 0.0 for item in items])}
-    names = sorted({name for _, capabilities in truth for name in capabilities})
-    columns |= {f"capability/{name}": np.array([name in capabilities for _, capabilities in truth]) for name in names}
-    needed = ["+".join(capabilities) for _, capabilities in truth]
-    columns |= {f"combination/{name}": np.array([name == other for other in needed]) for name in sorted(set(needed))}
-    units = [question.images[0].name if question.images else question.id for question in asked]
-    return Scored(items, columns, units, _measure)
+    return [_truth(folder, records, question) for question in questions]
 
 
 def _truth(folder: Path, records: dict[str, Any], question: Question) -> tuple[str, list[str]]:
-    """The expected answer, and the capabilities it needs, by name."""
     key = f"v1_{question.id}"
     if not isinstance(records.get(key), dict):
         raise BenchmarkError(f"{folder / TRUTH} has no entry {key!r} for question {question.id} of {folder / QUESTIONS}")
@@ -85,25 +61,24 @@ def _truth(folder: Path, records: dict[str, Any], question: Question) -> tuple[s
     return re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", str(expected)), sorted({str(name) for name in capabilities})
 
 
-def _conversation(question: str, expected: str, given: str) -> Messages:
-    return [
-        {"role": "system", "content": TASK},
-        {"role": "user", "content": FORM.format(question=question, expected=expected, given=given)},
+def judge(folder: Path, questions: list[Question], answers: Answers, by: Judge) -> Scored:
+    truth = check(folder, questions)
+    prompts = [
+        None if text is None else FORM.format(question=question.prompt, expected=expected, given=text)
+        for question, text, (expected, _) in zip(questions, answers, truth, strict=True)
     ]
+    shares = by.opinions(prompts, TASK, read_share, REMINDER)
+    items = [
+        {"id": question.id, "given": text, "read": read, "expected": expected, "capabilities": capabilities, "right": read or 0.0}
+        for question, text, read, (expected, capabilities) in zip(questions, answers, shares, truth, strict=True)
+    ]
+    groups = [["total", *(f"capability/{name}" for name in names), f"combination/{'+'.join(names)}"] for _, names in truth]
+    return mean_by_group(items, groups, [question.unit for question in questions])
 
 
-def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    """Percent."""
-    chosen = {"total": weights} | {name: weights * column for name, column in columns.items() if name != "share"}
-    return {name: 100 * share(float((columns["share"] * kept).sum()), float(kept.sum())) for name, kept in chosen.items()}
-
-
-def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
-    """One JSON object, v1_<id> -> answer, "" where there is none."""
-    file = out / "mm-vet.json"
-    answers = {f"v1_{question.id}": text or "" for question, text in zip(asked, given, strict=True)}
-    file.write_text(json.dumps(answers, indent=1), encoding="utf-8")
-    return [file]
+def upload(folder: Path, questions: list[Question], answers: Answers, out: Path) -> list[Path]:
+    """Write `mm-vet.json`, one object of v1_<id> -> answer; "" for a question without one."""
+    return write_json(out / "mm-vet.json", {f"v1_{question.id}": text or "" for question, text in zip(questions, answers, strict=True)})
 
 
 BENCHMARK = Benchmark(
@@ -111,7 +86,7 @@ BENCHMARK = Benchmark(
     title="MM-Vet",
     folder="mm-vet",
     files={QUESTIONS: "the questions", TRUTH: "the expected answers, and what each needs"},
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "images"),
     upload=upload,
     max_new_tokens=1024,
     judge=judge,

@@ -10,24 +10,15 @@ Perception and cognition are sums over their tasks.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moe_llava.evaluation.score.benchmark import (
-    LENIENT,
-    SINGLE_WORD,
-    Benchmark,
-    BenchmarkError,
-    Columns,
-    Question,
-    Scored,
-    llava_questions,
-    plain,
-    share,
-)
+from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Columns, Scored, share
 from moe_llava.evaluation.score.definitions.pope import says_yes_leniently
-from moe_llava.evaluation.score.reading import once, read_text
+from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, llava_questions, plain
+from moe_llava.evaluation.score.reading import BenchmarkError, once, read_text
 
 QUESTIONS, RELEASE = "llava_mme.jsonl", "MME_Benchmark_release_version"
 TASKS = {
@@ -36,13 +27,11 @@ TASKS = {
 }
 ALL_TASKS = tuple(task for tasks in TASKS.values() for task in tasks)
 
-
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / RELEASE, unique=("question_id", "text"))
+read_questions = partial(llava_questions, QUESTIONS, RELEASE, unique=("question_id", "text"))
 
 
 def read(text: str) -> str:
-    """As published: yes, no or other."""
+    """Read an answer as published: yes, no or other."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
@@ -51,11 +40,11 @@ def read_leniently(text: str) -> str:
     return {True: "yes", False: "no", None: "other"}[says_yes_leniently(text)]
 
 
-def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     truth = {task: _truth(folder / RELEASE / task) for task in ALL_TASKS}
-    _check(folder / QUESTIONS, questions(folder))
+    _check_whole(folder)
     items = []
-    for question, text in zip(asked, given, strict=True):
+    for question, text in zip(questions, answers, strict=True):
         task, key = _task(question), (Path(question.id).stem, _bare(question.prompt))
         if key not in truth[task]:
             raise BenchmarkError(f"question {question.id} of {folder / QUESTIONS}, {key[1]!r}, has no answer in {folder / RELEASE / task}")
@@ -65,9 +54,9 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
             {"id": question.id, "task": task, "question": key[1], "given": text, "read": found, f"read{LENIENT}": leniently}
             | {"expected": expected, "right": found == expected, f"right{LENIENT}": leniently == expected}
         )
-    units = [question.id for question in asked]
+    units = [question.id for question in questions]
     columns = {task: np.array([item["task"] == task for item in items], dtype=float) for task in ALL_TASKS}
-    # Each image of which both questions were asked counts once for acc_plus, with the first.
+    # An image with both of its questions counts once for acc_plus, with the first.
     _, first, counts = np.unique(units, return_index=True, return_counts=True)
     columns["first"] = np.zeros(len(units))
     columns["first"][first] = counts == 2
@@ -75,7 +64,7 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
         right = Counter(item["id"] for item in items if item[f"right{suffix}"])
         columns[f"right{suffix}"] = np.array([item[f"right{suffix}"] for item in items], dtype=float)
         columns[f"both{suffix}"] = np.array([right[unit] == 2 for unit in units], dtype=float)
-    return Scored(items, columns, units, _measure, strata=[_task(question) for question in asked])
+    return Scored(items, columns, units, _measure, strata=[_task(question) for question in questions])
 
 
 def _task(question: Question) -> str:
@@ -83,12 +72,13 @@ def _task(question: Question) -> str:
 
 
 def _bare(text: str) -> str:
-    """A question as LLaVA's file and the release both have it, which differ in what they ask to answer with."""
+    """Return a question without the instruction how to answer, which differs between LLaVA's file and the release."""
     return plain(text.removesuffix(SINGLE_WORD)).removesuffix("Please answer yes or no.").strip()
 
 
-def _check(file: Path, whole: list[Question]) -> None:
-    """The totals need every task, and acc_plus needs pairs, in the whole file, whatever was asked."""
+def _check_whole(folder: Path) -> None:
+    """Raise BenchmarkError unless the question file has every task, for the totals, and two questions per image, for acc_plus."""
+    file, whole = folder / QUESTIONS, read_questions(folder)
     tasks = {_task(question) for question in whole}
     if tasks != set(ALL_TASKS):
         raise BenchmarkError(f"{file} must have the tasks {', '.join(ALL_TASKS)}, but has {', '.join(sorted(tasks)) or 'none'}")
@@ -98,8 +88,8 @@ def _check(file: Path, whole: list[Question]) -> None:
 
 
 def _truth(folder: Path) -> dict[tuple[str, str], str]:
-    """(image, question) -> yes or no. Some tasks have these files in a folder of their own, beside one of images. Hidden files are skipped:
-    macOS writes one beside each file that it copies."""
+    """Return (image, question) -> yes or no. Some tasks have these files in a folder of their own, beside one of images. Hidden files are
+    skipped: macOS writes one beside each file that it copies."""
     own = folder / "questions_answers_YN"
     truth = {}
     seen: dict[tuple[str, str], str] = {}
@@ -116,7 +106,7 @@ def _truth(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    """Points; acc and acc_plus as fractions. A sum over tasks is NaN if there is nothing of one of them."""
+    """Return points; acc and acc_plus are fractions. A sum over tasks is NaN if a task has no questions."""
     scores: dict[str, float] = {}
     for suffix in ("", LENIENT):
         right, first, both = columns[f"right{suffix}"], columns["first"], columns[f"both{suffix}"]
@@ -138,7 +128,7 @@ BENCHMARK = Benchmark(
     title="MME",
     folder="MME",
     files={QUESTIONS: "the questions", **{f"{RELEASE}/{task}": f"answers and images of {task}" for task in ALL_TASKS}},
-    questions=questions,
+    questions=read_questions,
     score=score,
     headline=("perception", "cognition"),
 )

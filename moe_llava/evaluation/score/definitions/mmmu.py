@@ -1,10 +1,10 @@
-"""MMMU (Yue et al., arXiv 2311.16502), its validation split: questions from thirty subjects of college, with options or open, about one to
-seven images.
+"""MMMU (Yue et al., arXiv 2311.16502), validation split: questions from thirty college subjects, with options or open, about one to seven
+images.
 
 Published reading of an option: letters in brackets, otherwise letters between blanks, otherwise, in answers of more than five words, the
-options' texts; of several, the one that comes last. The published script guesses at random where it reads nothing, this counts it as wrong.
-An open answer is right if, of the phrases that seem to hold the result and the numbers in them, one contains the expected text, or equals
-the expected number to two decimals.
+options' texts; of several, the last in the answer. If it reads nothing, the published script guesses at random; here that counts as wrong.
+An open answer is right if one of the phrases that seem to hold the result contains the expected text, or one of their numbers equals the
+expected number to two decimals.
 """
 
 from __future__ import annotations
@@ -15,53 +15,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import (
-    LENIENT,
-    LETTER,
-    SINGLE_WORD,
-    Benchmark,
-    BenchmarkError,
-    InlineImage,
-    Question,
-    Scored,
-    take_text,
-)
-from moe_llava.evaluation.score.choices import judged, lettered, scored
-from moe_llava.evaluation.score.reading import once
+from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Scored
+from moe_llava.evaluation.score.choices import judged, lettered
+from moe_llava.evaluation.score.means import mean_by_group
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, Answers, InlineImage, Question
+from moe_llava.evaluation.score.reading import BenchmarkError, once, take_text
 
+_MEDICINE = "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health"
+_ENGINEERING = "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials Mechanical_Engineering"
 DISCIPLINES = {
-    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
-    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
-    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
-    "Health and Medicine": (
-        "Basic_Medical_Science",
-        "Clinical_Medicine",
-        "Diagnostics_and_Laboratory_Medicine",
-        "Pharmacy",
-        "Public_Health",
-    ),
-    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
-    "Tech and Engineering": (
-        "Agriculture",
-        "Architecture_and_Engineering",
-        "Computer_Science",
-        "Electronics",
-        "Energy_and_Power",
-        "Materials",
-        "Mechanical_Engineering",
-    ),
+    "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
+    "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
+    "Science": ["Biology", "Chemistry", "Geography", "Math", "Physics"],
+    "Health and Medicine": _MEDICINE.split(),
+    "Humanities and Social Science": ["History", "Literature", "Sociology", "Psychology"],
+    "Tech and Engineering": _ENGINEERING.split(),
 }
 DISCIPLINE = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects}
 IMAGES = 7
 IMAGE = re.compile(r"<image (\d)>")
 
-# What comes after these may be the result.
+# The result may follow one of these.
 KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-NUMBERS = (
-    r"-?\b\d{1,3}(?:,\d{3})+\b",
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
-)
+NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
 
 def questions(folder: Path) -> list[Question]:
@@ -75,11 +51,11 @@ def questions(folder: Path) -> list[Question]:
 
 
 def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Of the hub's Parquet files, or of Arrow files as `datasets` saves them."""
+    """Yield (row, its place) from the hub's Parquet files, or from Arrow files as `datasets` saves them."""
     import pyarrow
     from pyarrow import ipc, parquet
 
-    arrow = (file for file in folder.glob("validation/*.arrow") if not file.name.startswith("."))  # macOS's copies of attributes
+    arrow = (file for file in folder.glob("validation/*.arrow") if not file.name.startswith("."))  # hidden files of macOS
     files = sorted(folder.glob("validation*.parquet")) or sorted(arrow)
     if not files:
         raise BenchmarkError(f"{folder} must have files validation*.parquet or validation/*.arrow, but has neither")
@@ -96,7 +72,7 @@ def _question(row: Mapping[str, Any], subject: str, where: str) -> Question:
     identity, text, kind, answer = (take_text(row, key, where) for key in ("id", "question", "question_type", "answer"))
     if kind not in ("multiple-choice", "open"):
         raise BenchmarkError(f"{where} has the question_type {kind!r}, but must have multiple-choice or open")
-    texts = _listed(take_text(row, "options", where))
+    texts = _parse_list(take_text(row, "options", where))
     if kind == "multiple-choice" and not texts:
         raise BenchmarkError(f"{where} has the options {row['options']!r}, but must have a list of texts")
     options = lettered(texts) if kind == "multiple-choice" else {}
@@ -107,8 +83,8 @@ def _question(row: Mapping[str, Any], subject: str, where: str) -> Question:
     return Question(identity, prompt, tuple(InlineImage(f"{identity}_{number}", data) for number, data in images), extra)
 
 
-def _listed(text: str) -> list[str]:
-    """A list of texts that is written as Python writes it; nothing of all else."""
+def _parse_list(text: str) -> list[str]:
+    """Parse a list of texts in Python's notation; an empty list for anything else."""
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -117,7 +93,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _with_images(prompt: str, row: Mapping[str, Any], where: str) -> tuple[str, list[tuple[int, bytes]]]:
-    """The prompt with <image> for <image n>, and (n, image) in that order. Images that it does not mention stand before it."""
+    """Return the prompt with <image> for <image n>, and (n, image) in that order. Images that it does not mention come first."""
     there = {number: image["bytes"] for number in range(1, IMAGES + 1) if (image := row.get(f"image_{number}")) and image["bytes"]}
     mentioned = [int(number) for number in IMAGE.findall(prompt)]
     missing = [number for number in mentioned if number not in there]
@@ -128,7 +104,7 @@ def _with_images(prompt: str, row: Mapping[str, Any], where: str) -> tuple[str, 
 
 
 def read_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """As published, but for its guess."""
+    """Read a letter as published, without the guess."""
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
@@ -143,14 +119,14 @@ def read_letter(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def read_open(text: str) -> set[str | float]:
-    """As published: phrases and numbers in normal form, one of which may be the answer."""
+    """Read an open answer as published: normalised phrases and numbers, one of which may be the answer."""
     phrases = []
     text = text.strip().strip(".").lower()
     parts = text.split("\n")
     for number, part in enumerate(parts, start=1):
         keys = KEYS + (("=",) if number == len(parts) else ())
         results = [part.split(key)[-1].strip() for key in keys if key in part]
-        # The shortest, the first of several; one that is empty gives way to the next.
+        # The shortest, and the first of these; an empty one is replaced by the next.
         shortest = ""
         for found in results:
             if not shortest or len(found) < len(shortest):
@@ -163,7 +139,7 @@ def read_open(text: str) -> set[str | float]:
 
 
 def _normal(text: str) -> list[str | float]:
-    """A number to two decimals, or lower case; a single letter must have a blank beside it."""
+    """Return a number to two decimals, or a text in lower case; a single letter must have a blank beside it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -173,17 +149,18 @@ def _normal(text: str) -> list[str | float]:
 
 
 def matches(found: set[str | float], answer: str) -> bool:
-    """`answer`: a text, or several as Python writes a list."""
-    forms = [form for text in _listed(answer) or [answer] for form in _normal(text)]
-    return any(any(isinstance(form, str) and form in said for form in forms) if isinstance(said, str) else said in forms for said in found)
+    """Return whether one of the readings is the expected answer: a text, or several in Python's notation."""
+    forms = [form for text in _parse_list(answer) or [answer] for form in _normal(text)]
+    texts = [form for form in forms if isinstance(form, str)]
+    return any(any(text in read for text in texts) if isinstance(read, str) else read in forms for read in found)
 
 
-def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     items, groups = [], []
-    for question, text in zip(asked, given, strict=True):
+    for question, text in zip(questions, answers, strict=True):
         subject, options, answer = (question.extra[key] for key in ("subject", "options", "answer"))
         if options:
-            item = judged(question, text, None if text is None else read_letter(text, options), options, answer, folder / subject)
+            item = judged(question, text, read_letter, options, answer, folder / subject)
         else:
             found = set() if text is None else read_open(text)
             right = matches(found, answer)
@@ -191,7 +168,7 @@ def score(folder: Path, asked: list[Question], given: list[str | None]) -> Score
             item |= {"right": right, f"right{LENIENT}": right}
         items.append(item)
         groups.append(["accuracy", f"discipline/{DISCIPLINE[subject]}", f"subject/{subject}"])
-    return scored(items, groups, [question.id for question in asked])
+    return mean_by_group(items, groups, [question.id for question in questions])
 
 
 BENCHMARK = Benchmark(
@@ -201,5 +178,4 @@ BENCHMARK = Benchmark(
     files=dict.fromkeys(DISCIPLINE, "the validation split, in Parquet files"),
     questions=questions,
     score=score,
-    headline=("accuracy",),
 )

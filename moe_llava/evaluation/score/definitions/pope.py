@@ -1,5 +1,5 @@
-"""POPE (Li et al., arXiv 2305.10355): is there such an object? Asked about random objects, popular ones, and those that usually come with
-what is there.
+"""POPE (Li et al., arXiv 2305.10355): does the picture show an object? There are questions about random objects, popular ones, and those
+that usually come with what the picture shows.
 
 Published reading: of the text up to the first full stop, without commas, a word `No`, `no` or `not` between blanks means no; all else means
 yes, so "NO" does, too. Lenient reading: the first word that says yes or no, in any case.
@@ -8,45 +8,28 @@ yes, so "NO" does, too. Lenient reading: the first word that says yes or no, in 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moe_llava.evaluation.score.benchmark import (
-    LENIENT,
-    SINGLE_WORD,
-    Benchmark,
-    BenchmarkError,
-    Columns,
-    Question,
-    Scored,
-    first_image,
-    llava_questions,
-    plain,
-    read_json_lines,
-    share,
-    take,
-    take_text,
-)
-from moe_llava.evaluation.score.means import detection
-from moe_llava.evaluation.score.reading import once
+from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Columns, Scored, share
+from moe_llava.evaluation.score.means import yes_or_no
+from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, first_image, llava_questions, plain
+from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json_lines, take, take_text
 
 QUESTIONS = "llava_pope_test.jsonl"
 CATEGORIES = ("random", "popular", "adversarial")
 
 
-def questions(folder: Path) -> list[Question]:
-    return llava_questions(folder / QUESTIONS, folder / "val2014")
-
-
 def says_yes(text: str) -> bool:
-    """As published."""
+    """Read an answer as published."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def says_yes_leniently(text: str) -> bool | None:
-    """None if it says neither."""
+    """Read an answer leniently; None if it says neither."""
     for word in re.findall(r"[a-z']+", text.lower()):
         if word in ("yes", "yeah", "yep"):
             return True
@@ -55,29 +38,29 @@ def says_yes_leniently(text: str) -> bool | None:
     return None
 
 
-def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     labels = {category: _labels(folder / "coco" / f"coco_pope_{category}.json") for category in CATEGORIES}
     items = []
-    for question, text in zip(asked, given, strict=True):
+    for question, text in zip(questions, answers, strict=True):
         where = f"question {question.id} of {folder / QUESTIONS}"
         category = take(question.extra, "category", where)
         key = (first_image(question, where).name, plain(question.prompt.removesuffix(SINGLE_WORD)))
         if category not in labels or key not in labels[category]:
             raise BenchmarkError(f"{where} has no label in coco_pope_{category}.json")
         truth = labels[category][key]
-        # A missing answer counts as the wrong one.
-        said = not truth if text is None else says_yes(text)
-        leniently = not truth if text is None else says_yes_leniently(text)
+        # A missing answer counts as the wrong one, and so does one that says neither.
+        read = not truth if text is None else says_yes(text)
+        leniently = None if text is None else says_yes_leniently(text)
         items.append(
-            {"id": question.id, "category": category, "given": text, "read": said, "expected": truth, "right": said == truth}
+            {"id": question.id, "category": category, "given": text, "read": read, "expected": truth, "right": read == truth}
             | {"leniently": (not truth) if leniently is None else leniently}
         )
     columns = {name: np.array([item[name] for item in items]) for name in ("category", "read", "expected", "leniently")}
-    return Scored(items, columns, [question.images[0].name for question in asked], _measure)
+    return Scored(items, columns, [question.unit for question in questions], _measure)
 
 
 def _labels(file: Path) -> dict[tuple[str, str], bool]:
-    """(image, question) -> whether it is there."""
+    """Return (image, question) -> whether the object is there."""
     labels: dict[tuple[str, str], bool] = {}
     ids: dict[str, str] = {}
     for number, record in enumerate(read_json_lines(file), start=1):
@@ -94,22 +77,12 @@ def _labels(file: Path) -> dict[tuple[str, str], bool]:
 
 
 def _measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
-    """Fractions, as the published script prints them; means over the categories that were asked."""
+    """Return fractions, as the published script prints them, and means over the categories that have questions."""
     scores: dict[str, float] = {}
     categories = [category for category in CATEGORIES if category in columns["category"]]
     for suffix, read in (("", columns["read"]), (LENIENT, columns["leniently"])):
         for category in categories:
-            kept = np.where(columns["category"] == category, weights, 0.0)
-            truth = columns["expected"]
-            number = float(kept.sum())
-            precision, recall, f1 = detection(kept, read, truth)
-            found = {
-                "accuracy": share(float(kept[read == truth].sum()), number),
-                "precision": precision,
-                "recall": recall,
-                "f1": f1,
-                "yes": share(float(kept[read].sum()), number),
-            }
+            found = yes_or_no(np.where(columns["category"] == category, weights, 0.0), read, columns["expected"])
             scores |= {f"{category}/{name}{suffix}": value for name, value in found.items()}
         for name in ("accuracy", "f1"):
             total = sum(scores[f"{category}/{name}{suffix}"] for category in categories)
@@ -125,7 +98,7 @@ BENCHMARK = Benchmark(
         QUESTIONS: "the questions",
         **{f"coco/coco_pope_{category}.json": f"the labels of the {category} ones" for category in CATEGORIES},
     },
-    questions=questions,
+    questions=partial(llava_questions, QUESTIONS, "val2014"),
     score=score,
     headline=("f1",),
 )

@@ -10,31 +10,29 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import LETTER, Benchmark, BenchmarkError, Question, Scored, take, take_list, take_text
-from moe_llava.evaluation.score.choices import judged, lettered, scored
-from moe_llava.evaluation.score.reading import once, read_list, read_object
+from moe_llava.evaluation.score.benchmark import Benchmark, Scored
+from moe_llava.evaluation.score.choices import judged, lettered
+from moe_llava.evaluation.score.means import mean_by_group
+from moe_llava.evaluation.score.questions import LETTER, Answers, Question
+from moe_llava.evaluation.score.reading import BenchmarkError, numbered, once, read_list, read_object, take, take_list, take_text
 
 QUESTIONS, PROBLEMS, SPLITS = "llava_test_CQM-A.json", "problems.json", "pid_splits.json"
 
 
 def questions(folder: Path) -> list[Question]:
-    file = folder / QUESTIONS
     found = []
-    seen: dict[str, str] = {}
-    for number, record in enumerate(read_list(file), start=1):
-        where = f"record {number} of {file}"
-        identity, turns = str(take(record, "id", where)), take_list(record, "conversations", where)
+    for where, record in numbered(read_list(folder / QUESTIONS), "record", folder / QUESTIONS, "id"):
+        turns = take_list(record, "conversations", where)
         image = take_text(record, "image", where) if record.get("image") is not None else ""
-        once(seen, "id", identity, where)
         if not turns:
             raise BenchmarkError(f"{where} has no turns in 'conversations'")
         prompt = take_text(turns[0], "value", where).replace("<image>", "").strip() + LETTER
-        found.append(Question(identity, prompt, (folder / "images" / "test" / image,) if image else ()))
+        found.append(Question(str(record["id"]), prompt, (folder / "images" / "test" / image,) if image else ()))
     return found
 
 
 def read(text: str) -> str | None:
-    """As published: the letter may be none of the question's options."""
+    """Read a letter as published; it may be none of the question's options."""
     if re.fullmatch(r"[A-E]", text):
         return text
     if re.match(r"[A-E]\. ", text):
@@ -43,24 +41,24 @@ def read(text: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
+def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     problems, file = read_object(folder / PROBLEMS), folder / PROBLEMS
     _check_split(folder)
     items, groups = [], []
-    for question, text in zip(asked, given, strict=True):
+    for question, text in zip(questions, answers, strict=True):
         if question.id not in problems:
-            raise BenchmarkError(f"{file} has no problem {question.id}, which {QUESTIONS} asks about")
+            raise BenchmarkError(f"{file} has no problem {question.id}, which is a question of {QUESTIONS}")
         problem, where = problems[question.id], f"problem {question.id} of {file}"
         options = lettered(take_list(problem, "choices", where))
         answer = take(problem, "answer", where)
         expected = next((letter for index, letter in enumerate(options) if index == answer), answer)
-        items.append(judged(question, text, None if text is None else read(text), options, expected, file))
+        items.append(judged(question, text, lambda text, _: read(text), options, expected, file))
         groups.append(["accuracy"] + ["IMG-accuracy"] * bool(question.images) + _parts(problem, where))
-    return scored(items, groups, [question.id for question in asked])
+    return mean_by_group(items, groups, [question.id for question in questions])
 
 
 def _check_split(folder: Path) -> None:
-    """Accuracy is over the whole test split, of which the question file must have all, whatever was asked."""
+    """Raise BenchmarkError unless the question file has the whole test split, which accuracy is defined over."""
     file = folder / SPLITS
     split: dict[str, str] = {}
     for number, identity in enumerate(take_list(read_object(file), "test", str(file)), start=1):
@@ -79,11 +77,8 @@ def _parts(problem: dict[str, Any], where: str) -> list[str]:
     if year is None or not 1 <= int(year[1]) <= 12:
         raise BenchmarkError(f"{where} has the grade {grade!r}, but must have grade1 to grade12")
     contexts = ["context/text"] * bool(hint) + ["context/image"] * bool(image)
-    return [
-        f"subject/{take(problem, 'subject', where)}",
-        *(contexts or ["context/none"]),
-        "grade/1-6" if int(year[1]) <= 6 else "grade/7-12",
-    ]
+    subject, years = f"subject/{take(problem, 'subject', where)}", "grade/1-6" if int(year[1]) <= 6 else "grade/7-12"
+    return [subject, *(contexts or ["context/none"]), years]
 
 
 BENCHMARK = Benchmark(

@@ -1,31 +1,21 @@
 """VQAv2 (Goyal et al., arXiv 1612.00837): open questions about COCO pictures.
 
-The test set's answers are a server's secret: what it takes is written for test-dev's questions, over the list of all test questions. The
-validation set is scored here: VQA accuracy in percent, as the published script; the annotators' answers lose their punctuation where they
-are not all the same, and are otherwise taken as they are.
+The test set's answers are secret: an upload has answers to test-dev's questions, in the list of all test questions. The validation set is
+scored here: VQA accuracy in percent, as by the published script. The annotators' answers lose their punctuation if they differ, and are
+otherwise compared as they are.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Question,
-    Scored,
-    find_file,
-    llava_questions,
-    read_json_lines,
-    take,
-    take_list,
-)
+from moe_llava.evaluation.score.benchmark import Benchmark, Scored, find_file, write_json
 from moe_llava.evaluation.score.means import mean_by
-from moe_llava.evaluation.score.normalise import annotators, evalai, leave_one_out, strip_punctuation, vqa
-from moe_llava.evaluation.score.reading import once, read_object
+from moe_llava.evaluation.score.normalise import annotators, evalai, strip_punctuation, vqa, vqa_item
+from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
+from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, read_object, take, take_list
 
 VALIDATION = "llava_vqav2_mscoco_val2014.jsonl"
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
@@ -36,71 +26,42 @@ QUESTIONS = f"{VALIDATION} | {TEST_DEV}"
 
 
 def questions(folder: Path) -> list[Question]:
-    """The validation set's, if they are there, or else test-dev's."""
+    """Read the questions of the validation set if they are there, or else test-dev's."""
     file = find_file(folder, QUESTIONS)
-    return llava_questions(file, folder / ("val2014" if file.name == VALIDATION else "test2015"))
+    return llava_questions(file.name, "val2014" if file.name == VALIDATION else "test2015", folder)
 
 
-def score(folder: Path, asked: list[Question], given: list[str | None]) -> Scored:
-    annotations = _annotations(folder / ANNOTATIONS)
+def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
+    file = folder / ANNOTATIONS
+    records = numbered(take_list(read_object(file), "annotations", str(file)), "annotation", file, "question_id")
+    annotations = {str(record["question_id"]): record for _, record in records}
     items: list[dict[str, Any]] = []
-    for question, text in zip(asked, given, strict=True):
+    for question, text in zip(questions, answers, strict=True):
         if question.id not in annotations:
             raise BenchmarkError(f"question {question.id} of {folder / VALIDATION} is not in {ANNOTATIONS}")
-        record = annotations[question.id]
-        where = f"the annotation of question {question.id} in {folder / ANNOTATIONS}"
-        truths = _truths(record, where)
-        read = None if text is None else vqa(text)
-        right = 0.0 if read is None else leave_one_out(read, truths)
+        record, where = annotations[question.id], f"the annotation of question {question.id} in {file}"
+        truths = annotators(record, where)
+        if len(set(truths)) > 1:
+            truths = [strip_punctuation(truth) for truth in truths]
         kinds = {kind: str(take(record, kind, where)) for kind in KINDS}
-        items.append({"id": question.id, "given": text, "read": read, "expected": truths, "right": right, **kinds})
-    return mean_by(items, KINDS, [_image(question) for question in asked])
+        items.append({"id": question.id, **vqa_item(text, truths, vqa), **kinds})
+    return mean_by(items, KINDS, [question.unit for question in questions])
 
 
-def upload(folder: Path, asked: list[Question], given: list[str | None], out: Path) -> list[Path]:
-    """`vqav2.json`: the answers by EvalAI's normalisation, as LLaVA sends them; "" for a question of the test set without one."""
-    answers = {question.id: text for question, text in zip(asked, given, strict=True)}
-    ids = check_test(folder, asked)
-    file = out / "vqav2.json"
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([{"question_id": identity, "answer": evalai(answers.get(str(identity)) or "")} for identity in ids]))
-    return [file]
+def upload(folder: Path, questions: list[Question], answers: Answers, out: Path) -> list[Path]:
+    """Write `vqav2.json` as LLaVA does: the answers in EvalAI's normalisation; "" for a question of the test set without an answer."""
+    texts = {question.id: text for question, text in zip(questions, answers, strict=True)}
+    ids = check_test(folder, questions)
+    return write_json(out / "vqav2.json", [{"question_id": each, "answer": evalai(texts.get(str(each)) or "")} for each in ids])
 
 
-def check_test(folder: Path, asked: list[Question]) -> list[Any]:
-    """Return the ids of all test questions. Raise BenchmarkError if what is asked is not among them."""
-    ids = []
-    seen: dict[str, str] = {}
-    for number, record in enumerate(read_json_lines(folder / TEST), start=1):
-        where = f"record {number} of {folder / TEST}"
-        ids.append(take(record, "question_id", where))
-        once(seen, "question_id", str(ids[-1]), where)
-    strange = sorted({question.id for question in asked} - seen.keys())
+def check_test(folder: Path, questions: list[Question]) -> list[Any]:
+    """Return the ids of all test questions. Raises BenchmarkError if a question is not among them."""
+    ids = [record["question_id"] for _, record in numbered(read_json_lines(folder / TEST), "record", folder / TEST, "question_id")]
+    strange = sorted({question.id for question in questions} - set(map(str, ids)))
     if strange:
-        raise BenchmarkError(
-            f"question {strange[0]} and {len(strange) - 1} more are not of the test set in {folder / TEST}, which alone is uploaded"
-        )
+        raise BenchmarkError(f"{folder / TEST} lacks {len(strange)} questions, such as {strange[0]}: only test questions can be uploaded")
     return ids
-
-
-def _annotations(file: Path) -> dict[str, dict[str, Any]]:
-    annotations = {}
-    seen: dict[str, str] = {}
-    for number, record in enumerate(take_list(read_object(file), "annotations", str(file)), start=1):
-        where = f"annotation {number} of {file}"
-        identity = str(take(record, "question_id", where))
-        once(seen, "question_id", identity, where)
-        annotations[identity] = record
-    return annotations
-
-
-def _truths(record: dict[str, Any], where: str) -> list[str]:
-    answers = annotators(record, where)
-    return answers if len(set(answers)) == 1 else [strip_punctuation(answer) for answer in answers]
-
-
-def _image(question: Question) -> str:
-    return str(question.images[0]) if question.images else question.id
 
 
 def split(benchmark: Benchmark, folder: Path) -> Benchmark:
@@ -120,7 +81,6 @@ BENCHMARK = Benchmark(
     },
     questions=questions,
     score=score,
-    headline=("accuracy",),
     upload=upload,
     split=split,
 )

@@ -1,0 +1,129 @@
+"""Questions of benchmarks, and the answers to them.
+
+Answers are paired with questions by id, never by order. A question without an answer is reported and counts as wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, take, take_text
+
+SINGLE_WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+Answers = list[str | None]  # one per question; None: there is none
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """An image that is embedded in a question file."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> BinaryIO:
+        return BytesIO(self.data)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`id` is the benchmark's own; several questions may share it if their prompts differ. `prompt` is the whole text for the model; images
+    go before it, or where it has `<image>`. `extra` holds what scoring needs."""
+
+    id: str
+    prompt: str
+    images: tuple[Path | InlineImage, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What the bootstrap draws together: the questions about one image."""
+        return str(self.images[0]) if self.images else self.id
+
+
+def first_image(question: Question, where: str) -> Path | InlineImage:
+    """Return a question's first image. Raises BenchmarkError if it has none."""
+    if not question.images:
+        raise BenchmarkError(f"{where} has no image, but must have one")
+    return question.images[0]
+
+
+def llava_questions(name: str, images: str, folder: Path, unique: tuple[str, ...] = ("question_id",)) -> list[Question]:
+    """Read the file `name` in LLaVA's schema: JSON lines of question_id, image, text, category; `images` is the folder of its images.
+    `unique`: the keys that identify a record.
+
+    Raises BenchmarkError, naming the record, if two records have the same keys, or if a value is missing or of another type.
+    """
+    questions, file = [], folder / name
+    for where, record in numbered(read_json_lines(file), "record", file, *unique):
+        image = take_text(record, "image", where) if record.get("image") is not None else ""
+        extra = {key: value for key, value in record.items() if key not in ("question_id", "text", "image")}
+        identity, text = str(take(record, "question_id", where)), take_text(record, "text", where)
+        questions.append(Question(identity, text, (folder / images / image,) if image else (), extra))
+    return questions
+
+
+def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], file: Path) -> tuple[Answers, list[str]]:
+    """Return (the answer to each question, None if there is none; the ids of answers to unknown questions).
+
+    An answer is a record with `question_id` and `text` (or `answer`, `prediction`). If several questions have its id, its `prompt` selects
+    one. Raises BenchmarkError if a question is answered twice, if a needed prompt is missing, if it is unclear which of a record's keys is
+    the answer, or if a text or prompt is no string.
+    """
+    by_id: dict[str, list[Question]] = {}
+    for question in questions:
+        by_id.setdefault(question.id, []).append(question)
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    unknown = []
+    for where, answer in numbered(answers, "answer", file):
+        identity, text, prompt = _checked_answer(answer, where)
+        choices = by_id.get(identity, [])
+        if len(choices) > 1:
+            if prompt is None:
+                raise BenchmarkError(f"{where} has question_id {identity!r}, as {len(choices)} questions have, but no 'prompt'")
+            choices = [question for question in choices if plain(question.prompt) == plain(prompt)]
+        if not choices:
+            unknown.append(identity)
+            continue
+        key = (identity, choices[0].prompt)
+        before, first = found.setdefault(key, (text, where))
+        if first != where:
+            how = f"with {before[:40]!r} before" if before != text else "with the same text"
+            raise BenchmarkError(f"{where} answers question {identity!r} once more, with {text[:40]!r}; {first} answers it {how}")
+    return [found.get((question.id, question.prompt), (None,))[0] for question in questions], unknown
+
+
+def _checked_answer(answer: Mapping[str, Any], where: str) -> tuple[str, str, str | None]:
+    """Return (id, text, prompt) of an answer."""
+    values = {key: answer[key] for key in ("text", "answer", "prediction") if key in answer}
+    if not values:
+        raise BenchmarkError(f"{where} has none of 'text', 'answer', 'prediction', but {', '.join(map(repr, answer)) or 'is empty'}")
+    if not {"question_id", "questionId"} & answer.keys():
+        raise BenchmarkError(f"{where} has no 'question_id', but {', '.join(map(repr, answer))}")
+    prompt = answer.get("prompt")
+    for name, value in (*values.items(), ("prompt", "" if prompt is None else prompt)):
+        if not isinstance(value, str):
+            raise BenchmarkError(f"{where} has {json.dumps(value)[:40]} as {name!r}, but must have a string")
+    if len(set(values.values())) > 1:
+        # One may be the ground truth, which would make every answer right.
+        raise BenchmarkError(f"{where} has {' and '.join(map(repr, values))}, which differ: keep only the model's answer")
+    return answer_id(answer), next(iter(values.values())), prompt
+
+
+def answer_id(answer: Mapping[str, Any]) -> str:
+    """Return the id of the question that an answer belongs to."""
+    return str(answer.get("question_id", answer.get("questionId")))
+
+
+def plain(prompt: str) -> str:
+    """Return a prompt in a form to compare: without image placeholders, with single blanks."""
+    return " ".join(prompt.replace("<image>", " ").split())
