@@ -1,8 +1,8 @@
-"""The ways that most tokens take through the layers (paper, figure 5).
+"""The pathways that most tokens take through the layers (paper, figure 5).
 
-A token's pathway is its most probable expert in every MoE layer. Of E experts in L layers there are E^L, and hardly two tokens take
-the very same. So the tokens' probabilities in all layers, L * E numbers each, are reduced to their ten principal components, which leaves
-what tokens have in common and takes out what is one token's own; and the pathways that these say are counted.
+A token's pathway is its most probable expert in every MoE layer. E experts in L layers allow E^L pathways, so hardly two tokens share one.
+The tokens' probabilities in all layers, L * E numbers each, are therefore reduced to ten principal components, which keep what tokens have
+in common; the pathways of these smoothed probabilities are counted.
 
 Shapes: T tokens, L MoE layers, E experts, N tokens in the sample, X = L * E.
 """
@@ -21,7 +21,7 @@ SAMPLE = 20_000  # tokens
 
 
 class TokenSample:
-    """A uniform sample of the tokens added: those with the smallest of random numbers, from a fixed seed, are kept."""
+    """A uniform sample of the tokens added: each gets a random number from a fixed seed, and the smallest are kept."""
 
     def __init__(self, size: int = SAMPLE):
         self.size = size
@@ -38,14 +38,14 @@ class TokenSample:
         self.modality_N = torch.cat([self.modality_N, modality_T])[kept]
         self.probs_NX = torch.cat([self.probs_NX.view(-1, probs_TX.shape[1]), probs_TX])[kept]
 
-    def of(self, modality: int) -> np.ndarray:
-        """[N, X] of the tokens of one modality."""
+    def probabilities(self, modality: int) -> np.ndarray:
+        """Return [N, X] of the sampled tokens of one modality."""
         return self.probs_NX[self.modality_N == modality].numpy().astype(np.float64)
 
 
 def top_pathways(probs_NX: np.ndarray, layers: int, experts: int) -> dict[str, Any]:
-    """`paths`: the ten most taken, each with `experts` (one for each layer) and `share` of the tokens; `explained`: the share of the
-    variance that the principal components keep; `tokens`: how many tokens this was seen in."""
+    """Return `paths`: the ten most frequent, each with `experts` (one for each layer) and `share` of the tokens; `explained`: the share of
+    the variance that the principal components keep; `tokens`: their number."""
     number = len(probs_NX)
     if not number:
         return {"paths": [], "explained": None, "tokens": 0}

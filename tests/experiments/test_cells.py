@@ -9,10 +9,11 @@ from transformers import AutoModelForImageTextToText
 
 from moe_llava import MoeLlavaForConditionalGeneration
 from moe_llava.common.files import read_lines
-from moe_llava.experiments import cells
+from moe_llava.experiments import running
 from moe_llava.experiments.ablate import run_ablation
-from moe_llava.experiments.cells import run_cells
-from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
+from moe_llava.experiments.cells import ExperimentError
+from moe_llava.experiments.plan import load_experiment, make_plan
+from moe_llava.experiments.running import run_cells
 from moe_llava.training import run
 from tests.experiments.conftest import QUIET
 
@@ -85,7 +86,7 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     }
     experiment = load_experiment(write_experiment(cells=cells, claim=None))
     plan = make_plan(experiment, dataclasses.replace(setup, seeds=1))
-    results = {result["cell"]: result for result in run_cells(plan, 8, QUIET)}
+    results = {result["cell"]: result for result in run_cells(plan, QUIET)}
     assert {name: result["steps"] for name, result in results.items()} == {
         "dense": [2, 2, 2], "dense_merged": [2, 4], "sparse_twice": [2, 2, 2], "evolution": [2, 2, 2], "short": [2, 2, 2],
     }  # fmt: skip
@@ -101,12 +102,12 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     assert not isinstance(model("dense_merged"), MoeLlavaForConditionalGeneration)
     assert short.config.text_config.num_hidden_layers == 2
     assert results["short"]["parameters"]["total"] < results["evolution"]["parameters"]["total"]
-    evolved = AutoModelForImageTextToText.from_pretrained(plan.folder("evolution", 0) / "evolved")
+    evolved = AutoModelForImageTextToText.from_pretrained(plan.cells["evolution"].folder / "evolved")
     experts = next(iter(evolved.model.sparse_mlps().values())).experts
     assert not any(torch.equal(parameter[0], parameter[1]) for parameter in experts.parameters())
 
     # The first sparse stage of two, and the merged one, start from stage I on the same data: the same first loss.
-    first = plan.folder("sparse_twice", 0) / "first1" / "stage3"
+    first = plan.cells["sparse_twice"].folder / "first1" / "stage3"
     merged = plan.out / results["dense_merged"]["checkpoint"]
     assert first_loss(first) == pytest.approx(first_loss(merged), abs=2e-4)
 
@@ -118,18 +119,18 @@ def test_a_recipe_without_the_first_stages_starts_from_its_model(setup, write_ex
     del raw["stage1"], raw["stage2"]
     setup.recipe.write_text(yaml.safe_dump(raw))
     plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(setup, seeds=1))
-    results = run_cells(plan, 8, QUIET)
+    results = run_cells(plan, QUIET)
     assert [result["steps"] for result in results] == [[2], [2]]
     assert not (plan.out / "shared").exists()
 
 
 def test_refusals(setup, write_experiment, monkeypatch):
     experiment = load_experiment(write_experiment(cells={"dense": {"layers": 9}, "sparse": None}))
-    with pytest.raises(ExperimentError, match="has 4 layers, but the first 9 are asked for"):
-        run_cells(make_plan(experiment, setup), 8, QUIET)
+    with pytest.raises(ExperimentError, match="has 4 layers, but the experiment needs the first 9"):
+        run_cells(make_plan(experiment, setup), QUIET)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ExperimentError, match="in one process"):
-        run_cells(make_plan(experiment, setup), 8, QUIET)
+        run_cells(make_plan(experiment, setup), QUIET)
 
 
 def test_two_processes_share_the_seeds(setup, write_experiment, monkeypatch):
@@ -138,14 +139,14 @@ def test_two_processes_share_the_seeds(setup, write_experiment, monkeypatch):
     plan.out.mkdir()
     held, order = FileLock(plan.out / "seed-0.lock"), []
     held.acquire()
-    alone = cells.run_seed
+    alone = running.run_seed
 
-    def noted(plan, seed, *arguments):
+    def noted(plan, seed, console):
         order.append(seed)
-        alone(plan, seed, *arguments)
+        alone(plan, seed, console)
         held.release()
 
-    monkeypatch.setattr(cells, "run_seed", noted)
-    results = run_cells(plan, 8, QUIET)
+    monkeypatch.setattr(running, "run_seed", noted)
+    results = run_cells(plan, QUIET)
     assert order == [1, 0, 1]
     assert len(results) == 4

@@ -8,7 +8,8 @@ import pytest
 
 from moe_llava.common.files import read_lines
 from moe_llava.evaluation.score.statistics import Interval
-from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
+from moe_llava.experiments.cells import ExperimentError
+from moe_llava.experiments.plan import load_experiment, make_plan
 from moe_llava.experiments.trial import judge, run_trial, verdict
 from tests.conftest import run_command
 from tests.experiments.conftest import QUIET
@@ -53,7 +54,7 @@ def test_a_trial_from_plan_to_report(setup, write_experiment):
     results = read_lines(setup.out / "results.jsonl")
     shares = {cell: [result["scores"]["accuracy"] for result in results if result["cell"] == cell] for cell in ("dense", "sparse")}
     difference = np.mean(shares["sparse"]) - np.mean(shares["dense"])
-    assert f"sparse less dense: {difference + 0.0:+.3g} of all questions" in text
+    assert f"sparse minus dense: {difference + 0.0:+.3g} of all questions" in text
     for part in (
         "margin 0.5",
         "existence/adversarial/f1",

@@ -14,7 +14,8 @@ from moe_llava.data.store import load_records
 from moe_llava.routing.routes import EXAMPLES
 from moe_llava.routing.trace import Trace
 from tests.browser import open_browser
-from tests.conftest import run_command
+from tests.conftest import run_here
+from tests.experiments.test_report import LABEL_PIXELS, READABLE
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
@@ -32,8 +33,8 @@ def routes(sparse, tiny_base):  # noqa: F811
     out = sparse.parent / "out"
     data = tiny_base / "data"
     options = ("--images", data / "images", "--group-by", "family", "--batch-size", "5", "--limit", "14")
-    done = run_command("routes", sparse, "--data", data / "test.json", "--out", out, *options)
-    assert done.returncode == 0, done.stderr
+    done = run_here("routes", sparse, "--data", data / "test.json", "--out", out, *options)
+    assert done.exit_code == 0, done.output
     assert f"{out}/index.html: 14 records, 504 image tokens" in done.stdout
     return out
 
@@ -85,6 +86,13 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
         assert [int(word[-1]) for word in words] == experts
         browser.screenshot(tmp_path / "page.png")
         assert browser.errors == []  # nothing thrown, and nothing asked for outside of the page
+        for width in (1366, 390):
+            browser.open((routes / "index.html").as_uri(), width=width, height=768)
+            assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            scales = browser.run("[...document.querySelectorAll('figure img')].map(image => image.clientWidth / image.naturalWidth)")
+            assert len(scales) == 4
+            assert min(scales) * LABEL_PIXELS >= READABLE, scales
+            browser.screenshot(tmp_path / f"page-{width}.png")  # to look at
     colours = Image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)
     assert len(colours) > 100
 

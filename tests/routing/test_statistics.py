@@ -164,7 +164,7 @@ def test_the_sample_is_uniform_and_of_constant_size():
     sample = TokenSample(size=1000)
     for batch in range(50):
         sample.add(torch.full((1, 200, 1), batch / 64), torch.zeros(200, dtype=torch.long))
-    assert len(sample.of(0)) == 1000
-    per_batch = np.bincount((sample.of(0)[:, 0] * 64).astype(int), minlength=50)
+    assert len(sample.probabilities(0)) == 1000
+    per_batch = np.bincount((sample.probabilities(0)[:, 0] * 64).astype(int), minlength=50)
     assert per_batch.min() > 5
     assert per_batch.max() < 40
