@@ -37,7 +37,7 @@ def counted(model, backward):
 
 
 def vectors(model):
-    """Return the active numbers in biases of attention, FFN and experts: torch counts no additions of biases, `count` two FLOPs for each."""
+    """Count the active biases of attention, FFN and experts: torch does not count their additions, `count` counts two FLOPs each."""
     found = 0
     for name, parameter in model.model.language_model.named_parameters():
         if name.endswith("bias") and "norm" not in name:
