@@ -11,7 +11,7 @@ from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.cells import ExperimentError
 from moe_llava.experiments.plan import load_experiment, make_plan
 from moe_llava.experiments.trial import judge, run_trial, verdict
-from tests.conftest import run_command
+from tests.conftest import run_here
 from tests.experiments.conftest import QUIET
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -47,9 +47,8 @@ def test_judging_answers(setup, write_experiment, shift, expected):
     assert judged.difference.mean == pytest.approx((sparse_SN - dense_SN).mean())
 
 
-def test_a_trial_from_plan_to_report(setup, write_experiment):
-    file = write_experiment(perturb="noise:3,order:2", calibrate=True)
-    report = run_trial(setup, 0.5, QUIET, file)
+def test_a_trial_from_plan_to_report(finished):
+    setup, file, report = finished
     text = report.read_text()
     results = read_lines(setup.out / "results.jsonl")
     shares = {cell: [result["scores"]["accuracy"] for result in results if result["cell"] == cell] for cell in ("dense", "sparse")}
@@ -94,8 +93,8 @@ def test_the_command_refuses_before_it_begins(tmp_path):
         (["trial", "--margin", "0.02", "--seeds", "4", "--out", tmp_path / "a"], "Invalid value for '--seeds'"),
         (["ablate", "capacitty", "--out", tmp_path / "a"], "did you mean capacity? There are"),
     ):
-        done = run_command(*arguments)
-        assert done.returncode == 2
+        done = run_here(*arguments)
+        assert done.exit_code == 2
         assert message in done.stderr, done.stderr
     assert not (tmp_path / "a").exists()
 
