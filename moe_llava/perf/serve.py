@@ -35,6 +35,7 @@ from moe_llava.perf.report import print_conditions, print_table
 from moe_llava.perf.running import Interrupted
 
 NAME = "model"
+HEADERS = ("answers", "asked", "requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")
 LONGEST = digits_world.BENCHMARK.max_new_tokens
 
 
@@ -212,8 +213,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def print_serving(report: dict[str, Any], console: Console) -> None:
     print_conditions(report, console)
-    keys: dict[str, list[str]] = {"answers": [], "asked": []}
-    columns: dict[str, list[str]] = {name: [] for name in ("requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")}
+    rows = []
     for name, found in report["workloads"].items():
         for way, asked in (("alone", "one after another"), ("together", f"{report['clients']} at once")):
             one = found[way]
@@ -221,11 +221,9 @@ def print_serving(report: dict[str, Any], console: Console) -> None:
                 one[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request")
             )
             times = [f"{one[key]['median']:.1f}, {one[key]['p99']:.1f}" for key in ("first_token_ms", "next_token_ms")]
-            for cells, cell in zip(keys.values(), (name, asked), strict=True):
-                cells.append(cell)
-            for cells, cell in zip(columns.values(), (f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"), strict=True):
-                cells.append(cell)
-    print_table("", keys, columns, console)
+            rows.append((name, asked, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"))
+    columns = {header: [row[place] for row in rows] for place, header in enumerate(HEADERS)}
+    print_table("", {header: columns.pop(header) for header in HEADERS[:2]}, columns, console)
     for name, found in report["workloads"].items():
         ratio, work = found["ratio"], found["processor_time_ratio"]
         console.print(

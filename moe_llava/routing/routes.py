@@ -11,9 +11,10 @@ The statistics cover all records, in constant memory; whole traces are kept for 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -29,8 +30,6 @@ from moe_llava.routing.trace import find_routers, trace_records
 
 EXAMPLES = 12
 PLOTS = {"load": plot_expert_load, "modality": plot_modality, "pathways": plot_pathways, "router": plot_router}
-
-Step = TypeVar("Step")
 
 
 def write_routes(
@@ -49,8 +48,9 @@ def write_routes(
     chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
     statistics, examples = RoutingStatistics(), []
     batches = trace_records(model, processor, records, batch_size)
+    shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
     starts = range(0, len(records), batch_size)
-    for start, trace in zip(_shown(starts, "tracing routes", console), batches, strict=True):
+    for start, trace in zip(shown(starts, "tracing routes"), batches, strict=True):
         members = records[start : start + batch_size]
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
@@ -65,14 +65,10 @@ def write_routes(
         figure = plot(summary)
         _write(figure, out / "figures" / chart)
         charts[chart] = Chart(as_data(figure), as_data(plot(summary, narrow=True)))
-    for number, example in enumerate(_shown(examples, "drawing examples", console)):
+    for number, example in enumerate(shown(examples, "drawing examples")):
         _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
     write_page(out / "index.html", name, len(records), group_by, summary, examples, charts)
     return summary
-
-
-def _shown(steps: Sequence[Step], name: str, console: Console) -> Iterable[Step]:
-    return track(steps, name, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _group(record: Record, key: str) -> str:

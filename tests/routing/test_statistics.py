@@ -11,10 +11,9 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from moe_llava.routing import pathways
-from moe_llava.routing.pathways import TokenSample, top_pathways
+from moe_llava.routing import statistics
 from moe_llava.routing.plots import plot_expert_load, plot_modality, plot_pathways, plot_router
-from moe_llava.routing.statistics import RoutingStatistics, mutual_information
+from moe_llava.routing.statistics import RoutingStatistics, TokenSample, mutual_information, top_pathways
 from moe_llava.routing.tokens import IMAGE, TEXT, RoutingError
 from moe_llava.routing.trace import Trace
 
@@ -145,8 +144,8 @@ def test_pathways_are_found_again_under_noise():
     found = top_pathways(probs.reshape(tokens, -1), layers, experts)
     assert [path["experts"] for path in found["paths"][:2]] == truth[:2].tolist()
     assert found["paths"][0]["share"] > 0.1
-    assert len(found["paths"]) == pathways.MOST
-    assert found["explained"] == pytest.approx(PCA(pathways.COMPONENTS).fit(probs.reshape(tokens, -1)).explained_variance_ratio_.sum())
+    assert len(found["paths"]) == statistics.MOST
+    assert found["explained"] == pytest.approx(PCA(statistics.COMPONENTS).fit(probs.reshape(tokens, -1)).explained_variance_ratio_.sum())
 
 
 def test_few_numbers_lose_nothing():
