@@ -1,4 +1,4 @@
-"""From the results of cells to comparisons and tables.
+"""Comparisons and tables from the results of cells.
 
 Runs are paired by seed: cells of one seed share data, order and origin, so the difference of a pair varies less than each. An interval over
 seeds is Student's, and covers other seeds on the same questions; `evaluation/score/statistics.py` has the formulas.

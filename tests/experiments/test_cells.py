@@ -1,4 +1,4 @@
-"""Cells on a tiny model: what they share, how they go on after they were stopped, and every way to train them."""
+"""Cells on a tiny model: what they share, how they resume, and every strategy."""
 
 import dataclasses
 import shutil
@@ -34,7 +34,7 @@ def first_loss(folder):
 
 
 def test_an_ablation_writes_a_table(finished, write_experiment, tmp_path):
-    """Of cells that a trial has trained."""
+    """The cells are those that a trial has trained."""
     setup = dataclasses.replace(finished[0], out=tmp_path / "out")
     shutil.copytree(finished[0].out, setup.out, symlinks=True)
     (setup.out / "plan.json").unlink()

@@ -1,4 +1,4 @@
-"""What an experiment is: shipped ones, mistakes in files, and a plan that is not changed."""
+"""Experiments: the shipped ones, mistakes in files, and a plan that cannot change."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_strategies(setup):
         sequence(recipe, "merged")
 
 
-def test_all_mistakes_of_a_file_are_told(write_experiment):
+def test_all_mistakes_of_a_file_are_reported(write_experiment):
     cells = {"a": {"layer": 2}, "b": {"strategy": "other"}}
     with pytest.raises(ExperimentError) as caught:
         load_experiment(write_experiment(cells=cells))
@@ -173,7 +173,7 @@ def test_a_plan_knows_its_inputs_by_their_contents(own_copy, write_experiment, c
 
 
 def test_an_ablation_is_not_continued_on_other_questions(own_copy, write_experiment):
-    """What is there stays, and goes on when the file is back."""
+    """Results are kept, and the run resumes when the file is back."""
     setup, inputs = own_copy
     experiment = write_experiment()
     plan = make_plan(load_experiment(experiment), setup)

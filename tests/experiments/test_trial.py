@@ -34,7 +34,7 @@ def test_verdicts(low, high, expected):
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.3, "superior"), (0.0, "non-inferior"), (-0.2, "undecided"), (-0.4, "inferior")])
 def test_judging_answers(setup, write_experiment, shift, expected):
-    """Of 300 pictures with a question each, in five seeds, sparse changes a known share of the answers."""
+    """Sparse changes a known share of the answers to 300 pictures with a question each, in five seeds."""
 
     plan = make_plan(load_experiment(write_experiment()), setup, 0.1)
     random = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_the_command_refuses_before_it_begins(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_nothing_is_written_before_what_is_asked_for_is_known_to_be_right(setup, write_experiment):
+def test_nothing_is_written_before_the_options_are_checked(setup, write_experiment):
     digits_world = dataclasses.replace(setup, data=None)
     with pytest.raises(ExperimentError, match="the margin is 0"):
         run_trial(digits_world, 0.0, QUIET, write_experiment())

@@ -33,7 +33,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
         (["model", "--size", "tiny"], {"size": "tiny", "rows": 2, "tokens": 48}, {"dense", "sparse"}),
     ],
 )
-def test_a_bench_tells_conditions_and_ratios(arguments, labels, variants, tmp_path):
+def test_a_report_has_conditions_and_ratios(arguments, labels, variants, tmp_path):
     file = tmp_path / "report.json"
     done = run_here("bench", *arguments, "--dtype", "float32", "--rounds", "2", "--json", file)
     assert done.exit_code == 0, done.output
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_what_generates(sparse):
     assert write(models[DENSE], batch_of(models[DENSE], 2, 40), 5, {}).shape == (2, 5)
 
 
-def test_mistakes_are_told(tiny_base, tmp_path):  # noqa: F811
+def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
     assert "--size is 'tinny', but must be one of tiny, digits" in refused("bench", "train", "--size", "tinny")
     assert "both widths must be multiples of 8" in refused("bench", "layer", "--size", "65x33x48")
     assert "a checkpoint has its own size" in refused("bench", "generate", tiny_base / "base", "--size", "tiny")

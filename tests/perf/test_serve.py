@@ -37,6 +37,6 @@ def test_another_answer_when_batching_ends_it():
         serve.check_same("short answers", serve.Pass(1, 1, 1, alone), serve.Pass(1, 1, 1, together))
 
 
-def test_a_server_that_does_not_start_is_told(tmp_path):
+def test_a_server_that_does_not_start_is_reported(tmp_path):
     with pytest.raises(BenchError, match="did not start: it ended with status 2"), serve.server(str(tmp_path), 2):
         pass

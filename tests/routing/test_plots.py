@@ -1,4 +1,4 @@
-"""What a picture shows is what was counted."""
+"""Pictures show what the statistics counted."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder of numbers and pictures, and a page that a person can click on."""
+"""A folder of numbers and pictures from a checkpoint, and a page to click on."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
         assert [re.sub(r"\d$", "", word) for word in words] == [piece.strip() for piece in trace.pieces[first:]]
         assert [int(word[-1]) for word in words] == experts
         browser.screenshot(tmp_path / "page.png")
-        assert browser.errors == []  # nothing thrown, and nothing asked for outside of the page
+        assert browser.errors == []  # no exceptions, and no requests outside of the page
         for width in (1366, 390):
             browser.open((routes / "index.html").as_uri(), width=width, height=768)
             assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

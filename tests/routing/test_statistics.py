@@ -62,7 +62,7 @@ def test_by_hand():
     doubt = -(0.5 * math.log2(0.5) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2))
     assert found["entropy"]["text"] == [pytest.approx((doubt + 1.5) / 2)]
     assert found["margin"] == {"image": [1.0], "text": [pytest.approx(0.225)]}
-    assert found["modality_information"] == [pytest.approx(1.0)]  # which expert it is tells the modality, which is one bit
+    assert found["modality_information"] == [pytest.approx(1.0)]  # the expert determines the modality: one bit
     json.dumps(found)
 
 
@@ -84,7 +84,7 @@ def test_agreement_does_not_mind_how_experts_are_numbered():
     assert found["agreement"] == [[1.0, pytest.approx(1.0), 0.0], [pytest.approx(1.0), 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
-def test_groups_are_told_apart_by_their_text():
+def test_groups_are_distinguished_by_their_text():
     one, two = [1.0, 0.0], [0.0, 1.0]
     trace = make_trace([[two, one, two, two]], [IMAGE, TEXT, IMAGE, TEXT], rows=[0, 0, 1, 1])
     found = summed(trace, groups=["count", "colour"])
