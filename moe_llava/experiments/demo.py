@@ -53,7 +53,7 @@ def run_demo(out: Path, recipe: Recipe, train_images: int | None, test_images: i
     train(baseline, [3], resume=True, console=console)
 
     answered = {name: evaluate_checkpoint(out, name, console) for name in CHECKPOINTS}
-    routing = trace_routes(out, console)
+    routing = trace_routes(out)
     results = collect_results(out, answered)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     chat = chat_command(out, answered["sparse"][0]["image"])
@@ -119,13 +119,13 @@ def evaluate_checkpoint(out: Path, name: str, console: Console) -> list[dict[str
     return digits_world.score(data, questions, read_answers(folder / "digits", questions)).items
 
 
-def trace_routes(out: Path, console: Console) -> dict[str, Any]:
+def trace_routes(out: Path) -> dict[str, Any]:
     """Write `out`/routes, unless it exists, from the test questions and their answers; return the routing statistics."""
     if not (out / "routes").exists():
         model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
         records = load_records(out / "data" / "test.json", out / "data" / "images")
         with new_folder(out / "routes") as folder:
-            write_routes(folder, str(out / "stage3"), model.to(best_device()), processor, records, BATCH, "family", console)
+            write_routes(folder, str(out / "stage3"), model.to(best_device()), processor, records, BATCH, "family")
     return json.loads((out / "routes" / "statistics.json").read_text(encoding="utf-8"))
 
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.progress import with_bar
 from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
@@ -33,7 +31,7 @@ PLOTS = {"load": plot_expert_load, "modality": plot_modality, "pathways": plot_p
 
 
 def write_routes(
-    out: Path, name: str, model: Any, processor: Any, records: Sequence[Record], batch_size: int, group_by: str | None, console: Console
+    out: Path, name: str, model: Any, processor: Any, records: Sequence[Record], batch_size: int, group_by: str | None
 ) -> dict[str, Any]:
     """Trace `records`, fill the folder `out`, and return the statistics. `name`: of the checkpoint, for the page. `group_by`: the key of
     a record whose value groups it, such as the family of its question.
@@ -48,9 +46,8 @@ def write_routes(
     chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
     statistics, examples = RoutingStatistics(), []
     batches = trace_records(model, processor, records, batch_size)
-    shown = partial(track, console=console, transient=True, disable=not console.is_terminal)
     starts = range(0, len(records), batch_size)
-    for start, trace in zip(shown(starts, "tracing routes"), batches, strict=True):
+    for start, trace in zip(with_bar(starts, "tracing routes"), batches, strict=True):
         members = records[start : start + batch_size]
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
@@ -65,7 +62,7 @@ def write_routes(
         figure = plot(summary)
         _write(figure, out / "figures" / chart)
         charts[chart] = Chart(as_data(figure), as_data(plot(summary, narrow=True)))
-    for number, example in enumerate(shown(examples, "drawing examples")):
+    for number, example in enumerate(with_bar(examples, "drawing examples")):
         _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
     write_page(out / "index.html", name, len(records), group_by, summary, examples, charts)
     return summary
