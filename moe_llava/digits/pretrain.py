@@ -79,21 +79,22 @@ def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
             print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left", flush=True)
 
 
+def _vocabulary() -> dict[str, int]:
+    tokenizer = build_tokenizer()
+    return {"vocab_size": len(tokenizer)} | {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
 # --- the tower
 
 
 def tower_config() -> CLIPConfig:
-    tokenizer = build_tokenizer()
     text = {
-        "vocab_size": len(tokenizer),
+        **_vocabulary(),
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
     }
     vision = {
         "hidden_size": 128,
@@ -173,9 +174,8 @@ def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
 
 
 def language_model_config() -> LlamaConfig:
-    tokenizer = build_tokenizer()
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        **_vocabulary(),
         hidden_size=160,
         intermediate_size=432,
         num_hidden_layers=6,
@@ -183,9 +183,6 @@ def language_model_config() -> LlamaConfig:
         initializer_range=0.08,  # about 1 / sqrt(hidden_size)
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
 
 

@@ -100,8 +100,12 @@ class Cell:
 
     @property
     def origin(self) -> str | Parts:
-        """The checkpoint that the first training starts from, or the parts to join; `prepare_origin` writes what has to be cut."""
-        return self.recipe.model if self.settings.layers is None else str(self.out / "models" / f"layers-{self.settings.layers}")
+        """The checkpoint that the first training starts from, or the parts to join. `prepare_origin` writes it, if layers are cut."""
+        return self.recipe.model if self.settings.layers is None else str(self._cut_model)
+
+    @property
+    def _cut_model(self) -> Path:
+        return self.out / "models" / f"layers-{self.settings.layers}"
 
     @property
     def trainings(self) -> list[Training]:
@@ -117,8 +121,8 @@ class Cell:
     def prepare_origin(self) -> None:
         """Write the model with the first layers, if the cell needs it and it does not exist yet."""
         layers = self.settings.layers
-        if layers is not None and not Path(str(self.origin)).exists():
-            cut_layers(str(self.recipe.model), layers, Path(str(self.origin)))
+        if layers is not None and not self._cut_model.exists():
+            cut_layers(str(self.recipe.model), layers, self._cut_model)
 
     def budget(self) -> CellBudget:
         """Count from configurations, without training. Raise what the configurations of recipe and model raise."""

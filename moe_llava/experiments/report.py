@@ -114,7 +114,7 @@ def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:
     layers = len(lines[0]["expert_shares"]) if lines else 1
     axes[3].plot([line["step"] for line in lines], [line["balance_loss"] / layers for line in lines], color=COLOURS["sparse"])
     axes[3].axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes[3].set_title("balance loss, layer mean (1: even)", fontsize=9.5, loc="left")
+    axes[3].set_title("balance loss, layer mean", fontsize=9.5, loc="left")
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)

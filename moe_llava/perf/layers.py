@@ -54,13 +54,16 @@ def dense_layer(size: LayerSize, dtype: torch.dtype, device: torch.device) -> nn
         return LlamaMLP(config).to(dtype)
 
 
+def _one_layer(size: LayerSize) -> dict[str, int]:
+    sizes = {"hidden_size": size.width, "intermediate_size": size.ffn_width}
+    return {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, **sizes}
+
+
 def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> nn.Module:
     """Return the SparseMlp of a model with one layer. `backend`: default that of a model."""
     config = MoeLlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
-        text_config=LlamaConfig(
-            vocab_size=8, hidden_size=size.width, intermediate_size=size.ffn_width, num_hidden_layers=1, num_attention_heads=1
-        ),
+        text_config=LlamaConfig(**_one_layer(size)),
         num_experts=size.experts,
         num_experts_per_tok=size.top_k,
         moe_layers="all",
@@ -74,16 +77,8 @@ def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None
 
 def mixtral_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
     """Return the MoE block of a Mixtral, with the backend that transformers chooses."""
-    config = MixtralConfig(
-        vocab_size=8,
-        hidden_size=size.width,
-        intermediate_size=size.ffn_width,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        num_local_experts=size.experts,
-        num_experts_per_tok=size.top_k,
-    )
+    experts = {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    config = MixtralConfig(**_one_layer(size), num_key_value_heads=1, **experts)
     with torch.device("meta"):
         model = MixtralModel._from_config(config, dtype=weights[0].dtype)
     return _with_weights(model.layers[0].mlp, ("gate.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
