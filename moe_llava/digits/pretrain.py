@@ -228,7 +228,7 @@ class TextScenes:
         ]
         messages[0]["content"] = f"{text_scene(scene)} {messages[0]['content']}"
         row = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        labels = [token if learnt else -100 for token, learnt in zip(row["input_ids"], row["assistant_masks"], strict=True)]
+        labels = [token if is_label else -100 for token, is_label in zip(row["input_ids"], row["assistant_masks"], strict=True)]
         return row["input_ids"], labels
 
     def encode_cards(self, scene: Scene, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -244,8 +244,8 @@ class TextScenes:
     def questions(self, rng: random.Random, rows: int, number: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
         """Return input_ids and labels [B, S] of `rows` scenes of any size with `number` questions each, and the questions."""
         scenes = [sample_scene(rng) for _ in range(rows)]
-        asked = [sample_questions(scene, rng, number) for scene in scenes]
-        return *pad([self.encode(scene, row) for scene, row in zip(scenes, asked, strict=True)]), asked
+        questions = [sample_questions(scene, rng, number) for scene in scenes]
+        return *pad([self.encode(scene, row) for scene, row in zip(scenes, questions, strict=True)]), questions
 
     def cards(self, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
         """Return input_ids and labels [B, S] of `rows` full scenes with flash cards. In small scenes, guesses are too often right."""
@@ -290,10 +290,10 @@ def pretrain_language_model(
 def text_accuracy(model: LlamaForCausalLM, rows: int = 500, seed: int = 7) -> dict[str, float]:
     """Return the accuracy from text, per family and over "all": the share of questions whose answer tokens are all predicted."""
     text = TextScenes()
-    ids_BS, labels_BS, asked = text.questions(random.Random(seed), rows, len(FAMILIES))
+    ids_BS, labels_BS, rows_of_questions = text.questions(random.Random(seed), rows, len(FAMILIES))
     right_BS = model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).logits[:, :-1].argmax(-1) == labels_BS[:, 1:]
     scores: dict[str, list[bool]] = {family: [] for family in [*FAMILIES, "all"]}
-    for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], asked, strict=True):
+    for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], rows_of_questions, strict=True):
         # An answer starts where a label follows none; the tokens of answer number n have the id n.
         is_label_S = labels_S != -100
         starts_S = is_label_S & ~torch.cat([torch.tensor([False]), is_label_S[:-1]])

@@ -36,7 +36,7 @@ MEANING = {
     "superior": "better; the whole interval lies above 0",
     "non-inferior": "not worse by as much as the margin; the whole interval lies above minus the margin",
     "inferior": "worse by more than the margin; the whole interval lies below minus the margin",
-    "undecided": "minus the margin lies within the interval: too few seeds or questions to tell",
+    "undecided": "minus the margin lies within the interval: too few seeds or questions to decide",
 }
 INTERVAL = "95% interval for other seeds and questions"
 PARTS_OF_F1 = ("/precision", "/recall", "/yes_share")

@@ -36,13 +36,13 @@ def bench_layer(
     report["notes"] = []
     cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
     grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
-    total = sum(len(asked) for _, _, asked in cases) + len(grown)
+    total = sum(len(chosen) for _, _, chosen in cases) + len(grown)
     with show_cases(report, total, console) as running:
-        for size, dtype, asked in cases:
+        for size, dtype, chosen in cases:
             variants, notes = layer_variants(size, dtype, device)
             report["notes"] += [note for note in notes if note not in report["notes"]]
-            found = errors(size, variants, dtype, device, backward=BOTH in asked)
-            for phase in asked:
+            found = errors(size, variants, dtype, device, backward=BOTH in chosen)
+            for phase in chosen:
                 running.begin(_labels(size, dtype, phase))
                 calls = _calls(variants, size, dtype, phase, device)
                 measured = _measured(calls, size, phase, rounds, device, dtype, running)

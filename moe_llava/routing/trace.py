@@ -265,7 +265,7 @@ def _is_recorded(name: str, module: nn.Module, recorder: OutputRecorder) -> bool
 def _layer_index(name: str) -> int:
     number = next((int(part) for part in name.split(".") if part.isdigit()), None)
     if number is None:
-        raise RoutingError(f"the router {name} stands in no numbered layer")
+        raise RoutingError(f"the router {name} is in no numbered layer")
     return number
 
 
