@@ -1,5 +1,5 @@
-"""What batches gain: questions of the digits world answered per second, several at once against one at a time. The two take turns, over
-the same questions, so that both see the same machine; their answers must be the same.
+"""Measure the gain of batching: answered questions of the digits world per second, several at once and one at a time. The two take turns
+with the same questions, so that both run under the same load; their answers must be equal.
 
     python benchmarks/answers.py --batch 16
 """

@@ -1,5 +1,5 @@
-"""Steps per second of training beside other work: alone and beside two processes that are always busy, with OpenMP's threads spinning while
-they wait, as they do by default, and sleeping, as the command line lets them. The four take turns.
+"""Measure training steps per second alone and beside two busy processes, with OpenMP's waiting threads spinning, which is OpenMP's default,
+and sleeping, which is the default of the command line. The four variants take turns.
 
     python benchmarks/busy.py runs/busy --rounds 3
 """
@@ -20,7 +20,7 @@ from moe_llava.common.files import read_lines
 
 REPOSITORY = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).parent / "moe-llava"
-WAITS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}  # the first is libgomp's default, in words
+WAITS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}  # the first spells out libgomp's default
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def steps_per_second(out: Path, steps: int, wait: dict[str, str]) -> float:
-    """Of stage II of the digits recipe, without its first step."""
+    """Measure stage II of the digits recipe, without its first step."""
     settings = {"model": out / "base", "output": out / "run", "save_steps": 10**6, "logging_steps": steps}
     settings |= {"stage1.optimisation.max_steps": 1, "stage2.optimisation.max_steps": steps}
     for stage, name in (("stage1", "captions"), ("stage2", "train")):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in less than 9 minutes:    benchmarks/gpu.sh OUT
+# All benchmarks that need a GPU, in less than 9 minutes:  benchmarks/gpu.sh OUT
 # The same in small, on a CPU, in less than one:           benchmarks/gpu.sh OUT --tiny
-# OUT gets a JSON file of each part. Each has a time limit of its own, and one that fails does not stop the others; then the status is 1.
+# Each part writes a JSON file into OUT and has its own time limit. A part that fails does not stop the others; the status is then 1.
 # PYTHON names the interpreter, if it is not python3.
 set -u
 if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ $1 == -* ]] || [ "${2:---tiny}" != --tiny ]; then

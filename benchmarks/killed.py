@@ -1,5 +1,5 @@
-"""Kills a run of all three stages many times at random moments, lets it go on each time, and compares what it ends with, bit for bit, with
-a run that was left alone.
+"""Kill a run of all three stages many times at random moments, resume it each time, and compare its checkpoints, bit for bit, with those of
+an undisturbed run.
 
     python benchmarks/killed.py runs/killed --kills 20
 """
@@ -22,8 +22,6 @@ REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 STAGES = ("stage1", "stage2", "stage3")
 STEPS = {"stage1": 120, "stage2": 60, "stage3": 60}
-
-
 NOTHING = "before the first step"
 
 
@@ -41,7 +39,7 @@ def start(out: Path, output: Path, processes: int, *options: str) -> subprocess.
 
 
 def where(output: Path) -> str:
-    """The stage, and how many steps of it are logged."""
+    """Return the stage, and how many of its steps are logged."""
     for stage in reversed(STAGES):
         for folder in (output / stage, output / f".{stage}"):
             if folder.is_dir():
@@ -67,9 +65,9 @@ def main() -> None:
         time.sleep(0.1)
     first = time.monotonic() - began
     if run.wait():
-        sys.exit("the run that was left alone failed")
+        sys.exit("the undisturbed run failed")
     whole = time.monotonic() - began
-    print(f"left alone: {whole:.0f} s, of which {first:.0f} s until its first step", flush=True)
+    print(f"undisturbed: {whole:.0f} s, of which {first:.0f} s until its first step", flush=True)
     # So that the kills fall on all of the run, on average, its starts included.
     longest = first + 2 * (whole - first) / arguments.kills
     for number in range(1, arguments.kills + 1):
@@ -81,7 +79,7 @@ def main() -> None:
         run.wait()
         print(f"kill {number}: {where(out / 'killed')}", flush=True)
     if start(out, out / "killed", arguments.processes, "--resume").wait():
-        sys.exit("the run that was killed did not go on")
+        sys.exit("the killed run did not resume")
     for stage in STAGES:
         expected, found = (load_file(out / name / stage / "model.safetensors") for name in ("whole", "killed"))
         different = [name for name in expected if not torch.equal(expected[name], found[name])]

@@ -1,5 +1,5 @@
-"""What grouping by length and packing gain: tokens per second of a training step of stage II over the same records, in random order and
-padded, grouped and padded, packed. The three take turns, so that all see the same machine.
+"""Measure the gain of grouping by length and of packing: tokens per second of a training step of stage II over the same records, in random
+order and padded, grouped and padded, packed. The three take turns, so that all run under the same load.
 
     python benchmarks/packing.py --records 768 --batch 16 --attention sdpa
 """
@@ -25,7 +25,7 @@ from moe_llava.digits.dataset import write_dataset
 
 
 def make_records(folder: Path, number: int, random: np.random.Generator) -> list[Record]:
-    """Conversations of 1 to 24 turns about a picture, one in four of them without it: as uneven as a mix of instructions is."""
+    """Return conversations of 1 to 24 turns about a picture, every fourth without it: lengths as uneven as in a mix of instructions."""
     write_dataset(folder / "data", train_images=number // 4, test_images=1)
     plain = load_records(folder / "data" / "train.json", folder / "data" / "images")
     records = []
@@ -64,7 +64,7 @@ def main() -> None:
         ways = {"random": (shuffled, padded), "grouped": (grouped, padded), "packed": (shuffled, packed)}
         streams = {name: batches(order, arguments.batch, dataset, collate) for name, (order, collate) in ways.items()}
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        tokens, places = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+        tokens, slots = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
         for step in range(len(records) // arguments.batch):
             for name, stream in streams.items():
                 batch = next(stream)
@@ -75,7 +75,7 @@ def main() -> None:
                 if step > 1:  # the first ones warm up
                     rates[name].append(real / (time.perf_counter() - began))
                     tokens[name] += real
-                    places[name] += batch["input_ids"].numel()
+                    slots[name] += batch["input_ids"].numel()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, attention {arguments.attention}, {arguments.batch} records at once,"
     )
@@ -83,7 +83,7 @@ def main() -> None:
     base = statistics.median(rates["random"])
     for name in ways:
         low, middle, high = statistics.quantiles(rates[name], n=4)
-        print(f"{name:>8}: padding {1 - tokens[name] / places[name]:.1%}, tokens per second {middle / base:.2f} x random ", end="")
+        print(f"{name:>8}: padding {1 - tokens[name] / slots[name]:.1%}, tokens per second {middle / base:.2f} x random ", end="")
         print(f"(quartiles {low / base:.2f} to {high / base:.2f})")
 
 

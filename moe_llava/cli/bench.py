@@ -69,7 +69,7 @@ def model(
         dtypes = _dtypes(dtype, as_json)
 
         with heavy_imports():
-            from moe_llava.perf.model import bench_model
+            from moe_llava.perf.pairs import bench_model
 
         _measure(lambda: bench_model(size, dtypes, rows, tokens, rounds, _console()), as_json)
 

@@ -22,8 +22,6 @@ def routes(
 ) -> None:
     """Shows which experts took which tokens: numbers, pictures, and a page in which to pick an image, a layer, a token."""
     with user_errors():
-        from rich.console import Console
-
         from moe_llava.common.files import new_folder
 
         with new_folder(out) as folder:
@@ -34,8 +32,7 @@ def routes(
 
             records = load_records(data, images)[:limit]
             model, processor = load_checkpoint(checkpoint)
-            console = Console(stderr=True)
-            summary = write_routes(folder, checkpoint, model.to(best_device()), processor, records, batch_size, group_by, console)
+            summary = write_routes(folder, checkpoint, model.to(best_device()), processor, records, batch_size, group_by)
     tokens = summary["tokens"]
     print(f"{out / 'index.html'}: {len(records):,} records, {tokens['image']:,} image tokens, {tokens['text']:,} others")
     dead = "; ".join(f"{', '.join(map(str, experts))} of layer {layer}" for layer, experts in summary["dead"].items())

@@ -1,5 +1,5 @@
-"""The embedded world: scenes of real handwritten digits, questions about them, and the small parts that learn on it."""
+"""The embedded world: scenes of real handwritten digits, questions about them, and small pretrained components."""
 
 from pathlib import Path
 
-RECIPE = Path(__file__).with_name("recipe.yaml")  # what the demo trains by; the same as recipes/digits.yaml
+RECIPE = Path(__file__).with_name("recipe.yaml")  # the demo's recipe; the same as recipes/digits.yaml

@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def build_base(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """(dense LLaVA in float32, processor): the shipped tower and language model behind a projector with a seeded random start."""
+    """Return (dense LLaVA in float32, processor): the shipped tower and language model, with a projector initialised from the seed."""
     tower, language_model = (
         load_strictly(kind, folder, kind.config_class.from_pretrained(folder), str(folder), dtype=torch.float32)
         for kind, folder in ((CLIPVisionModel, WEIGHTS / "tower"), (LlamaForCausalLM, WEIGHTS / "language_model"))
@@ -44,14 +44,14 @@ def build_base(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which the strategy "default" takes off again
+        num_additional_image_tokens=1,  # the class token, which the strategy "default" removes
         chat_template=tokenizer.chat_template,
     )
     return model, processor
 
 
 def image_processor() -> LlavaImageProcessorPil:
-    """Pads to a square, resizes to the canvas, scales to -1..1."""
+    """Return a processor that pads to a square, resizes to the canvas and scales to -1..1."""
     return LlavaImageProcessorPil(
         do_pad=True,
         size={"height": CANVAS, "width": CANVAS},
@@ -62,7 +62,6 @@ def image_processor() -> LlavaImageProcessorPil:
 
 
 def pixel_values(images: list[Image.Image]) -> Tensor:
-    """[B, 3, CANVAS, CANVAS] of pictures that already have the right size; the same numbers as `image_processor` gives, without its
-    overhead."""
+    """Return [B, 3, CANVAS, CANVAS] of pictures of that size: the output of `image_processor`, without its overhead."""
     pixels_BHWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return (pixels_BHWC.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5

@@ -1,4 +1,4 @@
-"""Writes the digits world as a LLaVA data set: PNG files and JSON files of conversations.
+"""Write the digits world as a LLaVA data set: PNG files and JSON files of conversations.
 
 OUT/images/{train,test}/*.png
 OUT/captions.json    stage I: each training image with its description
@@ -25,14 +25,14 @@ QUESTIONS_PER_IMAGE = 3
 def write_dataset(
     out: Path, train_images: int = TRAIN_IMAGES, test_images: int = TEST_IMAGES, seed: int = 0, advance: Callable[[], None] = lambda: None
 ) -> None:
-    """Writes the data set into `out`; the same files for the same arguments. `advance` is called after each image."""
+    """Write the data set into `out`; equal arguments write equal files. `advance` is called after each image."""
     rng = random.Random(seed)
     captions, train, test = [], [], []
     for index in range(train_images):
         scene, image = _draw(out, "train", index, rng)
         caption = Question("caption", "describe the image .", scene.caption)
         captions.append(_record(f"caption-{index}", image, [caption]))
-        # The description comes last: it names every digit, which teaches reading, and before a question it would give the answer away.
+        # The description comes last: before a question it would give the answer away.
         questions = [question for question in sample_questions(scene, rng, QUESTIONS_PER_IMAGE) if question != caption]
         train.append(_record(f"train-{index}", image, [*questions, caption]))
         advance()
@@ -46,7 +46,7 @@ def write_dataset(
 
 
 def _draw(out: Path, split: Split, index: int, rng: random.Random) -> tuple[Scene, str]:
-    """Draws a scene, writes its picture, returns scene and file name."""
+    """Draw a scene and save its picture; return scene and file name."""
     scene = sample_scene(rng)
     name = f"{split}/{index:06d}.png"
     path = out / "images" / name
@@ -56,7 +56,7 @@ def _draw(out: Path, split: Split, index: int, rng: random.Random) -> tuple[Scen
 
 
 def _test_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """One question of every family that the scene allows; of existence four, as in POPE: one to affirm and one to deny of each kind."""
+    """Return a question of every family that the scene allows; for existence, as in POPE, one positive and one of each negative kind."""
     questions = [ask_existence(scene, rng, kind) for kind in ("positive", *NEGATIVE_KINDS)]
     for family, ask in FAMILIES.items():
         if family != "existence":

@@ -1,10 +1,10 @@
-"""Pretrains the two parts that the digits world starts from: a CLIP tower and a language model that knows scenes from text alone.
+"""Pretrain the two components of the digits world: a CLIP tower, and a language model that knows scenes from text alone.
 
     python -m moe_llava.digits.pretrain tower OUT
     python -m moe_llava.digits.pretrain language-model OUT
 
-Both are deterministic from their seed on one machine and number of threads. Weights are bfloat16 while computing, which is three times as
-fast on a CPU that knows it, with a float32 master copy; hidden matrices are trained with Muon, the rest with AdamW.
+Both are deterministic for a seed, a machine and a number of threads. They compute in bfloat16, three times as fast on a CPU that supports
+it, with a float32 master copy of the weights; Muon trains hidden matrices, AdamW the others.
 
 Shapes: B rows, S sequence, N labelled positions.
 """
@@ -35,13 +35,13 @@ CARDS = 16  # in a row
 
 
 class MasterWeights:
-    """Trains a bfloat16 model through float32 copies of its parameters."""
+    """Optimizers that train a bfloat16 model through float32 copies of its parameters."""
 
     def __init__(self, model: nn.Module, muon_rate: float, adam_rate: float):
         self.model = model
         self.master = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
-        hidden = [p for name, p in self.master.items() if p.ndim == 2 and "embed" not in name]
-        other = [p for name, p in self.master.items() if not (p.ndim == 2 and "embed" not in name)]
+        is_hidden = {name: p.ndim == 2 and "embed" not in name for name, p in self.master.items()}
+        hidden, other = ([p for name, p in self.master.items() if is_hidden[name] == kind] for kind in (True, False))
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(hidden, lr=muon_rate, momentum=0.95, weight_decay=0.01),
             torch.optim.AdamW(other, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
@@ -50,7 +50,7 @@ class MasterWeights:
         model.bfloat16()
 
     def step(self, loss: Tensor, progress: float) -> None:
-        """`progress` 0..1 sets the rates: a short warm-up, a flat half, a linear fall."""
+        """Take a step. `progress` 0..1 sets the rates: a short warm-up, a constant half, a linear decay."""
         loss.backward()
         for name, parameter in self.model.named_parameters():
             assert parameter.grad is not None, name
@@ -66,7 +66,7 @@ class MasterWeights:
 
 
 def digits_allowed(progress: float) -> int:
-    """The curriculum: how many digits a scene may hold after `progress` (0..1) of the training."""
+    """Return how many digits a scene may hold after `progress` (0..1) of the training: the curriculum."""
     return min(MAX_DIGITS, 1 + int(progress / CURRICULUM_SHARE * MAX_DIGITS))
 
 
@@ -79,21 +79,22 @@ def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
             print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left", flush=True)
 
 
+def _vocabulary() -> dict[str, int]:
+    tokenizer = build_tokenizer()
+    return {"vocab_size": len(tokenizer)} | {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
 # --- the tower
 
 
 def tower_config() -> CLIPConfig:
-    tokenizer = build_tokenizer()
     text = {
-        "vocab_size": len(tokenizer),
+        **_vocabulary(),
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
     }
     vision = {
         "hidden_size": 128,
@@ -107,7 +108,7 @@ def tower_config() -> CLIPConfig:
 
 
 def sibling(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene with one digit's value or colour changed: the caption that is hardest to tell apart."""
+    """Return the scene with one digit's value or colour changed: its caption is the hardest to distinguish."""
     index = rng.randrange(len(scene.items))
     while True:
         old = scene.items[index]
@@ -118,8 +119,8 @@ def sibling(scene: Scene, rng: random.Random) -> Scene:
 
 
 def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pairs: int = 96) -> CLIPModel:
-    """Contrastive pretraining (CLIP, arXiv 2103.00020) on `pairs` scenes and as many siblings a step; only handwriting of the training
-    split."""
+    """Pretrain a tower contrastively (CLIP, arXiv 2103.00020) on `pairs` scenes and as many siblings a step, with handwriting of the
+    training split only."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
@@ -131,7 +132,7 @@ def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pai
         text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, padding_side="right", return_tensors="pt")
         pixels = pixel_values([render(scene, rng, "train") for scene in scenes]).bfloat16()
         logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pixels).logits_per_image.float()
-        # The same caption may come twice; then both images are right for both.
+        # A caption may occur twice; then both images match both captions.
         captions = [scene.caption for scene in scenes]
         target = torch.tensor([[float(a == b) for b in captions] for a in captions])
         target = target / target.sum(dim=1, keepdim=True)
@@ -147,8 +148,8 @@ def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pai
 
 @torch.no_grad()
 def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
-    """Accuracy of a linear classifier that reads a digit from the four patches of its cell, in the second-last layer, on unseen
-    handwriting."""
+    """Return the accuracy, on unseen handwriting, of a linear classifier that predicts a digit from the four patches of its cell in the
+    second-last layer."""
     from sklearn.linear_model import LogisticRegression
 
     features: dict[str, tuple[Tensor, list[int]]] = {}
@@ -173,9 +174,8 @@ def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
 
 
 def language_model_config() -> LlamaConfig:
-    tokenizer = build_tokenizer()
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        **_vocabulary(),
         hidden_size=160,
         intermediate_size=432,
         num_hidden_layers=6,
@@ -183,19 +183,16 @@ def language_model_config() -> LlamaConfig:
         initializer_range=0.08,  # about 1 / sqrt(hidden_size)
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
 
 
 def text_scene(scene: Scene) -> str:
-    """The scene as text, in one canonical wording: the words of one digit stand side by side, as one image patch shows them together."""
+    """Return the scene as text, in one canonical wording: the words of a digit are adjacent, as an image patch shows them together."""
     return " , ".join(f"{item.name} {item.position}" for item in scene.items) + " ."
 
 
 def flash_cards(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs that look one thing up and say it at once: "colour 7" -> "red", "where red 7" -> "top-left"."""
+    """Return (prompt, answer) pairs of a single look-up: "colour 7" -> "red", "where red 7" -> "top-left"."""
     unique_digit, unique_colour = unique_items(scene, "digit"), unique_items(scene, "colour")
     cards: list[tuple[str, str]] = []
     while len(cards) < number:
@@ -217,13 +214,13 @@ def flash_cards(scene: Scene, rng: random.Random, number: int) -> list[tuple[str
 
 
 class TextScenes:
-    """Rows of a scene as text, followed by flash cards, or by questions and answers in the chat template."""
+    """Encodes rows: a scene as text, followed by flash cards, or by questions and answers in the chat template."""
 
     def __init__(self) -> None:
         self.tokenizer = build_tokenizer()
 
     def encode(self, scene: Scene, questions: list[Question]) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of one row; labels are -100 but for the answers."""
+        """Return (input_ids, labels) of one row; labels are -100 except for the answers."""
         messages = [
             message
             for question in questions
@@ -231,11 +228,11 @@ class TextScenes:
         ]
         messages[0]["content"] = f"{text_scene(scene)} {messages[0]['content']}"
         row = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        labels = [token if learnt else -100 for token, learnt in zip(row["input_ids"], row["assistant_masks"], strict=True)]
+        labels = [token if is_label else -100 for token, is_label in zip(row["input_ids"], row["assistant_masks"], strict=True)]
         return row["input_ids"], labels
 
     def encode_cards(self, scene: Scene, rng: random.Random) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of one row of flash cards."""
+        """Return (input_ids, labels) of one row of flash cards."""
         ids = self.tokenizer.encode(f"<s> user: {text_scene(scene)}")
         labels = [-100] * len(ids)
         for prompt, answer in flash_cards(scene, rng, CARDS):
@@ -245,19 +242,19 @@ class TextScenes:
         return ids, labels
 
     def questions(self, rng: random.Random, rows: int, number: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
-        """input_ids and labels [B, S] of `rows` scenes of any size with `number` questions each, and the questions."""
+        """Return input_ids and labels [B, S] of `rows` scenes of any size with `number` questions each, and the questions."""
         scenes = [sample_scene(rng) for _ in range(rows)]
-        asked = [sample_questions(scene, rng, number) for scene in scenes]
-        return *pad([self.encode(scene, row) for scene, row in zip(scenes, asked, strict=True)]), asked
+        questions = [sample_questions(scene, rng, number) for scene in scenes]
+        return *pad([self.encode(scene, row) for scene, row in zip(scenes, questions, strict=True)]), questions
 
     def cards(self, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
-        """input_ids and labels [B, S] of `rows` full scenes with flash cards. In small scenes guessing pays too well."""
+        """Return input_ids and labels [B, S] of `rows` full scenes with flash cards. In small scenes, guesses are too often right."""
         scenes = [sample_scene(rng, min_digits=MAX_DIGITS) for _ in range(rows)]
         return pad([self.encode_cards(scene, rng) for scene in scenes])
 
 
 def pad(encoded: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """input_ids and labels [B, S], padded on the right."""
+    """Return input_ids and labels [B, S], padded on the right."""
     ids_BS = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in encoded], batch_first=True, padding_value=0)
     labels_BS = nn.utils.rnn.pad_sequence([torch.tensor(labels) for _, labels in encoded], batch_first=True, padding_value=-100)
     return ids_BS, labels_BS
@@ -266,8 +263,8 @@ def pad(encoded: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 def pretrain_language_model(
     steps: int, seed: int, save: Callable[[LlamaForCausalLM], None], rows: int = 64, questions: int = 6
 ) -> LlamaForCausalLM:
-    """Next-token training on answers about scenes given as text: flash cards first, which teach it to bind a digit to its colour and place,
-    then `questions` questions about each of `rows` scenes a step."""
+    """Train on answers about scenes given as text: first flash cards, which teach to bind a digit to its colour and place, then `questions`
+    questions about each of `rows` scenes a step."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     text = TextScenes()
@@ -277,9 +274,9 @@ def pretrain_language_model(
         ids_BS, labels_BS = text.cards(rng, rows) if step < CARD_STEPS else text.questions(rng, rows, questions)[:2]
         hidden_BSD = model.model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).last_hidden_state
         targets_BS = labels_BS[:, 1:]
-        learnt_BS = targets_BS != -100
-        logits_NV = model.lm_head(hidden_BSD[:, :-1][learnt_BS]).float()
-        loss = F.cross_entropy(logits_NV, targets_BS[learnt_BS])
+        labelled_BS = targets_BS != -100
+        logits_NV = model.lm_head(hidden_BSD[:, :-1][labelled_BS]).float()
+        loss = F.cross_entropy(logits_NV, targets_BS[labelled_BS])
         weights.step(loss, progress)
         if step % 100 == 99:
             print(f"language model: loss {loss.item():.3f}", flush=True)
@@ -291,16 +288,19 @@ def pretrain_language_model(
 
 @torch.no_grad()
 def text_accuracy(model: LlamaForCausalLM, rows: int = 500, seed: int = 7) -> dict[str, float]:
-    """Share of questions answered to the letter from text, per family and over "all"; greedy, every answer token right."""
+    """Return the accuracy from text, per family and over "all": the share of questions whose answer tokens are all predicted."""
     text = TextScenes()
-    ids_BS, labels_BS, asked = text.questions(random.Random(seed), rows, len(FAMILIES))
+    ids_BS, labels_BS, rows_of_questions = text.questions(random.Random(seed), rows, len(FAMILIES))
     right_BS = model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).logits[:, :-1].argmax(-1) == labels_BS[:, 1:]
     scores: dict[str, list[bool]] = {family: [] for family in [*FAMILIES, "all"]}
-    for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], asked, strict=True):
-        starts = torch.where((labels_S != -100) & (torch.cat([torch.tensor([-100]), labels_S[:-1]]) == -100))[0].tolist()
-        for start, question in zip(starts, questions, strict=True):
-            length = int((labels_S[start:] == -100).nonzero()[0]) if (labels_S[start:] == -100).any() else len(labels_S) - start
-            correct = bool(right_S[start : start + length].all())
+    for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], rows_of_questions, strict=True):
+        # An answer starts where a label follows none; the tokens of answer number n have the id n.
+        is_label_S = labels_S != -100
+        starts_S = is_label_S & ~torch.cat([torch.tensor([False]), is_label_S[:-1]])
+        answers_S = starts_S.cumsum(0) * is_label_S
+        assert answers_S.max() == len(questions)
+        for number, question in enumerate(questions, start=1):
+            correct = bool(right_S[answers_S == number].all())
             scores[question.family].append(correct)
             scores["all"].append(correct)
     return {family: sum(values) / len(values) for family, values in scores.items()}

@@ -1,9 +1,8 @@
 """Questions about a scene, each with the one right answer.
 
-Families: existence, count, colour, digit, position, relation, comparison, sum, caption. A question is asked only where the
-scene gives it one answer ("what colour is the 7" needs exactly one 7). Existence questions that are to be denied come in the three kinds of
-POPE (arXiv 2305.10355): random (any absent digit), popular (an absent digit in its favourite colour) and adversarial (the digit
-is there, and the colour is there, but not together).
+Families: existence, count, colour, digit, position, relation, comparison, sum, caption. Every question has one answer in its scene ("what
+colour is the 7" needs exactly one 7). Existence questions with the answer no have the three kinds of POPE (arXiv 2305.10355): random (any
+absent digit), popular (an absent digit in its favourite colour) and adversarial (digit and colour are both present, but not together).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ NEGATIVE_KINDS = ("random", "popular", "adversarial")
 
 @dataclass(frozen=True)
 class Question:
-    """`kind` tells the existence questions apart: "positive" or one of NEGATIVE_KINDS; it is "" in the other families."""
+    """`kind`: of an existence question, "positive" or one of NEGATIVE_KINDS; "" in the other families."""
 
     family: str
     text: str
@@ -28,7 +27,7 @@ class Question:
 
 
 def ask_existence(scene: Scene, rng: random.Random, kind: str | None = None) -> Question | None:
-    """`kind` is drawn (half of the questions are to be affirmed) unless it is given; None where the scene has no such pair."""
+    """Return an existence question of `kind`, which is drawn by default, half of them positive; None if the scene allows none."""
     kind = kind or ("positive" if rng.random() < 0.5 else rng.choice(NEGATIVE_KINDS))
     present = {(item.digit, item.colour) for item in scene.items}
     if kind == "positive":
@@ -51,7 +50,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
     what = rng.choice(["digits", "colour"])
     if what == "digits":
         return Question("count", "how many digits are there ?", str(len(scene.items)))
-    # Half of the colours asked for are in the scene: otherwise nearly every answer is 0.
+    # Half of the colours are in the scene: otherwise nearly every answer is 0.
     colour = rng.choice(scene.items).colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
     number = sum(item.colour == colour for item in scene.items)
     return Question("count", f"how many {colour} digits are there ?", str(number))
@@ -119,8 +118,8 @@ FAMILIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 
 
 def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Question]:
-    """Draws `number` different questions; families come up equally often as far as the scene allows. Fewer come back only
-    where the scene has no more to ask."""
+    """Draw `number` different questions, equally often from each family as far as the scene allows. Return fewer only if the scene allows
+    no more."""
     questions: dict[str, Question] = {}
     for _ in range(20 * number):
         question = FAMILIES[rng.choice(list(FAMILIES))](scene, rng)
@@ -132,7 +131,7 @@ def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Ques
 
 
 def vocabulary() -> list[str]:
-    """Every word that a scene, a question or an answer can contain, sorted."""
+    """Return every word that a scene, a question or an answer can contain, sorted."""
     templates = (
         "is there a ? how many digits are there ? what colour is the which digit is at the where leftmost rightmost highest lowest "
         "which is larger , the digit or the digit ? what is the sum of and describe the image . yes no"
@@ -142,7 +141,7 @@ def vocabulary() -> list[str]:
 
 
 def unique_items(scene: Scene, attribute: str) -> list[Item]:
-    """The items that share their value of `attribute` ("digit" or "colour") with no other."""
+    """Return the items whose value of `attribute` ("digit" or "colour") is unique in the scene."""
     values = [getattr(item, attribute) for item in scene.items]
     return [item for item, value in zip(scene.items, values, strict=True) if values.count(value) == 1]
 

@@ -1,8 +1,7 @@
-"""Scenes of handwritten digits: what stands where, how it looks, how it is described.
+"""Scenes of handwritten digits: content, picture, description.
 
-The handwriting is real: the 1,797 scans of 8x8 pixels that scikit-learn ships (UCI, "Optical Recognition of Handwritten
-Digits"). A scene holds at most one digit per cell of a 3x3 grid, and no two digits of a scene share both value and colour,
-so that "the red 7" is always one thing.
+The handwriting is real: the 1,797 scans of 8x8 pixels that scikit-learn ships (UCI, "Optical Recognition of Handwritten Digits"). A scene
+holds at most one digit per cell of a 3x3 grid, and no two digits with equal value and colour, so that "the red 7" is unique.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ GRID = 3
 CELL = 16  # pixels
 CANVAS = GRID * CELL
 MAX_DIGITS = 4
-FAVOURITE_SHARE = 0.3  # how often a digit wears its favourite colour
+FAVOURITE_SHARE = 0.3  # of the digits have their favourite colour
 TEST_SHARE = 4  # every fourth scan is kept for testing
 
 
@@ -71,12 +70,12 @@ class Scene:
 
 
 def favourite_colour(digit: int) -> str:
-    """The colour that `digit` wears more often than the others; what "popular" negatives ask for."""
+    """Return the most frequent colour of `digit`, which "popular" negatives ask for."""
     return list(COLOURS)[digit % len(COLOURS)]
 
 
 def sample_scene(rng: random.Random, max_digits: int = MAX_DIGITS, min_digits: int = 1) -> Scene:
-    """Draws a scene of `min_digits` to `max_digits` digits."""
+    """Draw a scene of `min_digits` to `max_digits` digits."""
     cells = sorted(rng.sample(range(GRID * GRID), rng.randint(min_digits, max_digits)))
     items: list[Item] = []
     taken: set[tuple[int, str]] = set()
@@ -93,7 +92,7 @@ def sample_scene(rng: random.Random, max_digits: int = MAX_DIGITS, min_digits: i
 
 @cache
 def handwriting(split: Split) -> dict[int, np.ndarray]:
-    """The scans of one split: digit -> [N, 8, 8] float32 in 0..1. No scan is in both splits."""
+    """Return the scans of one split: digit -> [N, 8, 8] float32 in 0..1. No scan is in both splits."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -104,8 +103,8 @@ def handwriting(split: Split) -> dict[int, np.ndarray]:
 
 
 def render(scene: Scene, rng: random.Random, split: Split) -> Image.Image:
-    """Draws `scene` as an RGB picture of 48x48 pixels with handwriting of `split`: each digit slightly turned, scaled and
-    shifted, on a dark background of random colour with noise."""
+    """Draw `scene` as an RGB picture of 48x48 pixels with handwriting of `split`: each digit slightly rotated, scaled and shifted, on a
+    dark background of random colour with noise."""
     noise_rng = np.random.default_rng(rng.getrandbits(32))
     canvas_HWC = np.empty((CANVAS, CANVAS, 3), np.float32)
     canvas_HWC[:] = [rng.uniform(0, 70) for _ in range(3)]
@@ -120,7 +119,7 @@ def render(scene: Scene, rng: random.Random, split: Split) -> Image.Image:
 
 
 def _draw_ink(scan_HW: np.ndarray, rng: random.Random) -> np.ndarray:
-    """[8, 8] -> [CELL, CELL] coverage in 0..1, after a small random rotation, scaling and shift."""
+    """Return the coverage [CELL, CELL] in 0..1 of a scan [8, 8], after a small random rotation, scaling and shift."""
     angle = np.deg2rad(rng.uniform(-12, 12))
     step = 8 / (CELL * rng.uniform(0.82, 0.98))  # source pixels per target pixel
     cos, sin = np.cos(angle) * step, np.sin(angle) * step

@@ -10,7 +10,7 @@ from moe_llava.digits.questions import vocabulary
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "user:", "assistant:"
 
-# The conversation form of LLaVA-1.5 (v1), without a system prompt of its own. The generation block marks what a model learns to say.
+# The chat template of LLaVA-1.5 (v1), without a default system prompt. The generation block marks the labels.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -23,8 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Text is lower-cased and split at white space and around "?", "." and ","; a word that the digits world does not use becomes
-    `<unk>`."""
+    """Return a tokenizer that lower-cases text and splits it at white space and around "?", "." and ","; unknown words become `<unk>`."""
     words = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -37,7 +36,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         extra_special_tokens={"image_token": IMAGE},
         chat_template=CHAT_TEMPLATE,
-        padding_side="left",  # as batched generation needs it; training pads by itself
+        padding_side="left",  # for batched generation; training has its own padding
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

@@ -1,4 +1,4 @@
-"""An ablation: cells trained and asked with several seeds, compared with a baseline."""
+"""An ablation: train and evaluate cells with several seeds, and compare them with a baseline."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_llava.common.files import write_whole
-from moe_llava.experiments.cells import cell_budget, run_cells
 from moe_llava.experiments.demo import prepare
 from moe_llava.experiments.figures import plot_comparison
 from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
+from moe_llava.experiments.running import run_cells
 from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table
 
 
 def run_ablation(name: str, setup: Setup, console: Console) -> Path:
-    """Writes results.jsonl, table.md and scores.png, and returns the table.
+    """Write results.jsonl, table.md and scores.png; return the path of table.md.
 
-    Raises what `make_plan`, `train` and `evaluate` raise.
+    Raise what `make_plan`, `train` and `evaluate` raise.
     """
     plan, results = conduct(load_experiment(find_experiment(name)), setup, None, console)
     parts = [f"# {plan.experiment.title}", plan.experiment.paper, conditions(plan)]
     for number, score in enumerate(plan.benchmark.headline, start=1):
         rows = compare(plan, by_cell(plan, results, "scores", score))
         picture = "scores.png" if number == 1 else f"scores-{number}.png"
-        save(plot_comparison(rows, score, plan.experiment), plan.out / picture)
-        parts += [score_table(score, rows, plan), f"![{score}]({picture})"]
+        save(plot_comparison(rows, score, plan.experiment.baseline), plan.out / picture)
+        parts += [score_table(score, rows), f"![{score}]({picture})"]
     parts += ["## Budgets", budget_table(plan, results), "## All scores: mean (SD)", all_scores(plan, results)]
     write_whole(plan.out / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
     return plan.out / "table.md"
 
 
 def conduct(experiment: Experiment, setup: Setup, margin: float | None, console: Console) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan, written before the first run, and what every cell gave with every seed."""
+    """Write the plan, then run all cells; return the plan and the results of every cell and seed."""
     check_setup(experiment, setup, margin)
     setup.out.mkdir(parents=True, exist_ok=True)
     with FileLock(setup.out / LOCK):
@@ -46,7 +46,7 @@ def conduct(experiment: Experiment, setup: Setup, margin: float | None, console:
         plan = make_plan(experiment, setup, margin)
         write_plan(plan)
         print_budgets(plan, console)
-    return plan, run_cells(plan, setup.batch_size, console)
+    return plan, run_cells(plan, console)
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -55,21 +55,21 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def print_budgets(plan: Plan, console: Console) -> None:
-    """What is known before the first run."""
-    head, *lines = planned_table(plan, {name: cell_budget(plan, name) for name in plan.recipes})
-    table = Table(*head, title=f"{plan.experiment.title}: {len(plan.recipes)} cells, {len(plan.seeds)} seeds", title_justify="left")
+    """Print the budgets, which are known before the first run."""
+    head, *lines = planned_table(plan, {name: cell.budget() for name, cell in plan.cells.items()})
+    table = Table(*head, title=f"{plan.experiment.title}: {len(plan.cells)} cells, {len(plan.seeds)} seeds", title_justify="left")
     for line in lines:
         table.add_row(*(cell.replace("**", "") for cell in line))
     console.print(table)
 
 
 def conditions(plan: Plan) -> str:
-    """What a reader has to know of the numbers."""
-    merged = [name for name, cell in plan.experiment.cells.items() if cell.strategy == "merged"]
+    """Return the sentences without which the numbers cannot be read."""
+    merged = [cell.name for cell in plan.cells.values() if cell.settings.strategy == "merged"]
     exception = f" ({' and '.join(merged)}: in one order of their own, over the data of stages II and III together)" if merged else ""
     return (
         f"{plan.benchmark.title}, {len(plan.benchmark.questions(plan.data)):,} questions; {len(plan.seeds)} seeds. The seed decides the "
-        "order of the records in every stage, and what routers and noise begin with; cells of one seed share "
-        f"it{exception}, and the stages before the last where their settings agree. Intervals and p are Student's over the seeds, of "
-        "differences those of pairs with the same seed; they do not say what other questions would give."
+        "order of the records in every stage, and the start of routers and noise; cells of one seed share "
+        f"it{exception}, and the stages before the last where their settings agree. Intervals and p are Student's over the seeds; those of "
+        "differences are paired by seed. They do not cover other questions."
     )

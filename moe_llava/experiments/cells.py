@@ -1,14 +1,8 @@
-"""Trains and asks the cells of an experiment, each with every seed. Whatever is complete is kept, so a run goes on where it was stopped.
+"""A cell of an experiment, resolved: its settings, recipe, folders and trainings; how it is trained.
 
-    plan.json                       what was decided before the first run
-    data/ base/ models/             the digits world, and models cut to their first layers, where the experiment needs them
-    shared/seed-0/stage1-DIGEST/    stages I and II, trained once for all cells that have the same settings up to there
-    cells/CELL/seed-0/              stage III as `train` leaves it, answers/, and when all is done cell.json
-    results.jsonl                   a line for each cell.json
-
-The seed of a run is the recipe's: it decides the order of records in every stage, and what routers and noise begin with. Cells of one seed
-see the same records in the same order, but for merged ones, which have a stage less and shuffle its records among those of stage III. Where
-cells share a stage, it is the same checkpoint.
+models/layers-2/                a model cut to its first layers, where a cell needs one
+shared/seed-0/stage1-DIGEST/    stages I and II, trained once for all cells with the same settings up to there
+cells/CELL/seed-0/              stage III as `train` leaves it, answers/, and finally cell.json
 """
 
 from __future__ import annotations
@@ -17,37 +11,63 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
 from moe_llava.common.errors import DataError
-from moe_llava.common.files import read_lines, write_whole
-from moe_llava.common.progress import show_progress
+from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
-from moe_llava.evaluation.ask.calibration import calibration, yes_or_no, yes_probabilities
-from moe_llava.evaluation.evaluate import evaluate
-from moe_llava.evaluation.score.benchmark import Question
-from moe_llava.experiments.demo import make_once, training_seconds
-from moe_llava.experiments.plan import LOCK, ExperimentError, Plan, Step, steps
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, upcycle
 from moe_llava.training.budget import survey_recipe
-from moe_llava.training.recipe import Parts, Recipe, stage_name, stage_settings
+from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStage, Stage, stage_name, stage_settings, stages_of
 from moe_llava.training.run import load_data, train
 from moe_llava.training.start import set_aspect_ratio
 
-CELL = "cell.json"
+Strategy = Literal["three_stages", "merged", "sparse_twice"]
 
 
-@dataclasses.dataclass(frozen=True)
+class ExperimentError(ValueError):
+    """The file, folder or settings of an experiment are invalid; the message names them and the rule."""
+
+
+@dataclass
+class CellSettings:
+    """A cell as the experiment's YAML file has it.
+
+    `set`: settings of the recipe, "a.b=value". `strategy`: the order of the trainings.
+
+    - three_stages: the stages of the recipe.
+    - merged: no stage II; stage III starts from stage I, on the data of both and for as many steps, with the optimisation of stage II.
+    - sparse_twice: stage II trains the sparse model too, with its own data and optimisation.
+
+    `layers`: keep only the first layers of the language model. `evolve`: start stage III with evolved experts (`evolve_experts`), by the
+    gradient of its first batch. `against`: the cell to compare with, if not the experiment's baseline.
+    """
+
+    set: list[str] = field(default_factory=list)
+    strategy: Strategy = "three_stages"
+    layers: int | None = None
+    evolve: bool = False
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Stage `number` of `recipe`, whose output folder is this training's own."""
+
+    number: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
 class CellBudget:
-    """`steps`: of its trainings, one after the other, -1 where epochs decide. `flops`: of each, for a token, forward and backward, language
-    model only and without attention's scores, which depend on length. `active`: parameters that a token uses, of `total`."""
+    """`steps`: of each training, -1 where epochs decide. `flops`: of each training per token, forward and backward pass of the language
+    model, without attention scores, which depend on length. `active`: parameters that a token uses, of `total`."""
 
     steps: list[int]
     flops: list[int]
@@ -55,176 +75,177 @@ class CellBudget:
     total: int
 
 
-def run_cells(plan: Plan, batch_size: int, console: Console) -> list[dict[str, Any]]:
-    """Trains and asks what is not done yet; returns what every cell.json holds, cell by cell, in the order of plan and seeds.
+@dataclass(frozen=True)
+class Cell:
+    """A cell with one seed. `recipe`: with the cell's settings and the seed. `out`: the experiment's folder. `against`: the cell to compare
+    with, which is the baseline itself for the baseline."""
 
-    Several processes may be at one folder: each takes the next seed that no other is at, and in the end waits for the others.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ExperimentError("an experiment runs in one process: start it without torchrun")
-    budgets = {name: cell_budget(plan, name) for name in plan.recipes}
-    for patience in (0, -1):
-        for seed in plan.seeds:
-            try:
-                held = FileLock(plan.out / f"seed-{seed}.lock").acquire(timeout=patience)
-            except Timeout:
-                console.print(f"seed {seed}: another process is at it")
-                continue
-            with held:
-                run_seed(plan, seed, budgets, batch_size, console)
-    return _write_results(plan)
+    name: str
+    settings: CellSettings
+    recipe: Recipe
+    out: Path
+    against: str
 
+    def with_seed(self, seed: int) -> Cell:
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, seed=seed))
 
-def run_seed(plan: Plan, seed: int, budgets: Mapping[str, CellBudget], batch_size: int, console: Console) -> None:
-    for number, name in enumerate(plan.recipes, start=1):
-        if not (plan.folder(name, seed) / CELL).is_file():
-            console.rule(f"seed {seed}, {name}: {number} of {len(plan.recipes)}")
-            result = run_cell(plan, name, seed, budgets[name], batch_size, console)
-            write_whole(plan.folder(name, seed) / CELL, json.dumps(result) + "\n")
-            _write_results(plan)
+    @property
+    def folder(self) -> Path:
+        return self.out / "cells" / self.name / f"seed-{self.recipe.seed}"
 
+    @property
+    def result(self) -> Path:
+        """The file that exists once the cell is complete."""
+        return self.folder / "cell.json"
 
-def _write_results(plan: Plan) -> list[dict[str, Any]]:
-    """results.jsonl, of the cells that are there."""
-    files = [plan.folder(name, seed) / CELL for name in plan.recipes for seed in plan.seeds]
-    with FileLock(plan.out / LOCK):
-        lines = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-        write_whole(plan.out / "results.jsonl", "".join(lines))
-    return [json.loads(line) for line in lines]
+    @property
+    def origin(self) -> str | Parts:
+        """The checkpoint that the first training starts from, or the parts to join. `prepare_origin` writes it, if layers are cut."""
+        return self.recipe.model if self.settings.layers is None else str(self._cut_model)
 
+    @property
+    def _cut_model(self) -> Path:
+        return self.out / "models" / f"layers-{self.settings.layers}"
 
-def cell_budget(plan: Plan, name: str) -> CellBudget:
-    """Counted from configurations, without training. Raises what the configurations of recipe and model raise."""
-    cell, recipe = plan.experiment.cells[name], plan.recipes[name]
-    if cell.layers is not None:
-        recipe = dataclasses.replace(recipe, model=str(first_layers(plan.out, str(recipe.model), cell.layers)))
-    length, flops = [], []
-    for step in steps(recipe, cell):
-        budget, costs = survey_recipe(step.recipe, context=0)
-        flops.append(costs[stage_name(step.recipe, step.number)].flops)
-        length.append(stage_settings(step.recipe, step.number).optimisation.max_steps)
-    return CellBudget(length, flops, sum(budget.active.values()), sum(budget.total.values()))
+    @property
+    def trainings(self) -> list[Training]:
+        """The trainings in order; each starts from the checkpoint that the one before saves."""
+        *earlier, last = sequence(dataclasses.replace(self.recipe, model=self.origin), self.settings.strategy)
+        shared = self.out / "shared" / f"seed-{self.recipe.seed}"
+        found = []
+        for place, each in enumerate(earlier):
+            home = shared / f"stage{each.number}-{_digest(each)}" if each.number < 3 else self.folder / f"first{place}"
+            found.append(_saved_in(home, each))
+        return [*found, _saved_in(self.folder, last)]
 
+    def prepare_origin(self) -> None:
+        """Write the model with the first layers, if the cell needs it and it does not exist yet."""
+        layers = self.settings.layers
+        if layers is not None and not self._cut_model.exists():
+            cut_layers(str(self.recipe.model), layers, self._cut_model)
 
-def run_cell(plan: Plan, name: str, seed: int, budget: CellBudget, batch_size: int, console: Console) -> dict[str, Any]:
-    """What cell.json holds."""
-    folder = plan.folder(name, seed)
-    folders = train_cell(plan, name, seed, console)
-    names, answers = [plan.benchmark.name], folder / "answers"
-    (found,) = evaluate(str(folders[-1]), names, plan.data, answers, batch_size, None, console, plan.perturbations)
-    lines = [read_lines(made / "log.jsonl") for made in folders]
-    tokens = [max(line.get("tokens", 0) for line in log) for log in lines]
-    result = {
-        "cell": name,
-        "seed": seed,
-        "checkpoint": os.path.relpath(folders[-1], plan.out),
-        "steps": [log[-1]["step"] for log in lines],
-        "tokens": tokens,
-        "flops": sum(number * flops for number, flops in zip(tokens, budget.flops, strict=True)),
-        "parameters": {"active": budget.active, "total": budget.total},
-        "seconds": [training_seconds(made) for made in folders],
-        "scores": found["scores"],
-    }
-    if plan.perturbations:
-        result["perturbed"] = {f"{drop['name']}:{drop['strength']}": drop["right"] for drop in found["robustness"]["drops"]}
-    if plan.experiment.calibrate:
-        result["calibration"] = read_calibration(folders[-1], yes_or_no(plan.benchmark.questions(plan.data)), batch_size, console)
-    return result
+    def budget(self) -> CellBudget:
+        """Count from configurations, without training. Raise what the configurations of recipe and model raise."""
+        self.prepare_origin()
+        steps, flops = [], []
+        for each in self.trainings:
+            budget, costs = survey_recipe(each.recipe, context=0)
+            flops.append(costs[stage_name(each.recipe, each.number)].flops)
+            steps.append(stage_settings(each.recipe, each.number).optimisation.max_steps)
+        return CellBudget(steps, flops, sum(budget.active.values()), sum(budget.total.values()))
+
+    def train(self, console: Console) -> list[Path]:
+        """Run the trainings that are not complete; return the checkpoint of each, in order."""
+        self.prepare_origin()
+        start, saved = self.origin, []
+        trainings = self.trainings
+        for each in trainings:
+            if self.settings.evolve and each is trainings[-1]:
+                start = evolve(each.recipe, str(start), self.folder / "evolved")
+            saved.append(run_training(each, start, console))
+            start = str(saved[-1])
+        return saved
 
 
-def train_cell(plan: Plan, name: str, seed: int, console: Console) -> list[Path]:
-    """The folders of a cell's trainings, in order."""
-    cell, folder = plan.experiment.cells[name], plan.folder(name, seed)
-    recipe = dataclasses.replace(plan.recipes[name], seed=seed)
-    if cell.layers is not None:
-        recipe.model = str(first_layers(plan.out, str(recipe.model), cell.layers))
-    before: str | Parts = recipe.model
-    todo = steps(recipe, cell)
-    made: list[Path] = []
-    for step in todo:
-        home = folder / f"first{len(made)}"
-        if step.number < 3:
-            home = plan.out / "shared" / f"seed-{seed}" / f"stage{step.number}-{_digest(step)}"
-        elif step is todo[-1]:
-            home = folder
-            before = before if not cell.evolve else str(evolved(step.recipe, str(before), folder))
-        made.append(run_step(step, before, home, console))
-        before = str(made[-1])
-    return made
+def sequence(recipe: Recipe, strategy: Strategy) -> list[Training]:
+    """Return the trainings of a strategy. Raise RecipeError if the recipe does not allow it."""
+    below = [Training(number, recipe) for number in stages_of(recipe) if number < 3]
+    if strategy == "three_stages":
+        return [*below, Training(3, recipe)]
+    if recipe.stage2 is None:
+        raise RecipeError(f"the strategy {strategy} changes stage II, but the recipe has no stage2")
+    below = [each for each in below if each.number == 1]
+    if strategy == "merged":
+        return [*below, Training(3, dataclasses.replace(recipe, stage3=_merged(recipe.stage2, recipe.stage3)))]
+    earlier = dataclasses.replace(recipe.stage3, **{each.name: getattr(recipe.stage2, each.name) for each in dataclasses.fields(Stage)})
+    return [*below, Training(3, dataclasses.replace(recipe, stage3=earlier)), Training(3, recipe)]
 
 
-def run_step(step: Step, before: str | Parts, home: Path, console: Console) -> Path:
-    """Trains a stage in the folder `home`, from `before`: a checkpoint, or what stage I starts from."""
-    recipe = dataclasses.replace(step.recipe, output=str(home))
-    if step.number == 1 or isinstance(before, Parts) or isinstance(load_config(before), MoeLlavaConfig):
-        recipe.model = before
+def _merged(first: Stage, second: SparseStage) -> SparseStage:
+    """Return stage III on the records of both stages. With epochs, each source keeps its number of records; with steps, the steps add up
+    and sources are weighted by size. A source that both have is taken once then."""
+    one, two = first.optimisation, second.optimisation
+    if one.batch_size != two.batch_size or (one.max_steps > 0) != (two.max_steps > 0):
+        raise RecipeError("the strategy merged needs stages II and III with one batch_size, both by max_steps or both by epochs")
+    for name in ("template", "max_length", "image_aspect_ratio"):
+        if getattr(first, name) != getattr(second, name):
+            raise RecipeError(f"the strategy merged needs stages II and III with one {name}")
+    if one.max_steps > 0:
+        sources = [*first.sources, *(source for source in second.sources if source not in first.sources)]
+        optimisation = dataclasses.replace(one, max_steps=one.max_steps + two.max_steps)
     else:
-        _link(home / f"stage{step.number - 1}", before)
-    return train(recipe, [step.number], resume=True, console=console)[0]
+        sources = [
+            dataclasses.replace(source, weight=source.weight * stage.optimisation.epochs)
+            for stage in (first, second)
+            for source in stage.sources
+        ]
+        optimisation = dataclasses.replace(one, epochs=1.0)
+    return dataclasses.replace(second, data=sources, optimisation=optimisation)
+
+
+def _digest(training: Training) -> str:
+    """Return a digest of the settings that decide the checkpoint of stage I or II."""
+    settings = dataclasses.asdict(training.recipe)
+    names = ("model", "precision", "attention", "torch_compile", "stage1", "stage2")[: 4 + training.number]
+    return hashlib.sha256(json.dumps([settings[name] for name in names]).encode()).hexdigest()[:12]
+
+
+def _saved_in(home: Path, training: Training) -> Training:
+    return dataclasses.replace(training, recipe=dataclasses.replace(training.recipe, output=str(home)))
+
+
+def run_training(training: Training, start: str | Parts, console: Console) -> Path:
+    """Train from `start`, unless that is done, and return the checkpoint."""
+    recipe = training.recipe
+    if training.number == 1 or isinstance(start, Parts) or isinstance(load_config(start), MoeLlavaConfig):
+        recipe = dataclasses.replace(recipe, model=start)
+    else:
+        _link(Path(recipe.output) / f"stage{training.number - 1}", start)
+    return train(recipe, [training.number], resume=True, console=console)[0]
 
 
 def _link(place: Path, checkpoint: str) -> None:
-    """A stage starts from the one before in its own folder; here that is a link to it."""
+    """Link to the checkpoint where a stage looks for the one before it: in its own folder."""
     if not Path(checkpoint).is_dir():
-        raise ExperimentError(f"{checkpoint} is not a folder, but what stages II and III start from must be one: save the model to one")
+        raise ExperimentError(f"{checkpoint} is not a folder, but stages II and III must start from one: save the model to a folder")
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.is_symlink():
         place.symlink_to(os.path.relpath(checkpoint, place.parent), target_is_directory=True)
 
 
-def _digest(step: Step) -> str:
-    """Tells apart the stages, up to this one, that come out differently."""
-    settings = dataclasses.asdict(step.recipe)
-    names = ("model", "precision", "attention", "torch_compile", "stage1", "stage2")[: 4 + step.number]
-    return hashlib.sha256(json.dumps([settings[name] for name in names]).encode()).hexdigest()[:12]
-
-
-def first_layers(out: Path, checkpoint: str, number: int) -> Path:
-    """The same model with the first `number` layers of its language model. Raises ExperimentError if it has fewer."""
-
-    def write(folder: Path) -> None:
-        config = load_config(checkpoint)
-        if number > config.text_config.num_hidden_layers:
-            raise ExperimentError(f"{checkpoint} has {config.text_config.num_hidden_layers} layers, but the first {number} are asked for")
-        model, processor = load_checkpoint(checkpoint)
-        model.model.language_model.layers = model.model.language_model.layers[:number]
-        model.config.text_config.num_hidden_layers = number
+def cut_layers(checkpoint: str, layers: int, out: Path) -> None:
+    """Save the model with the first `layers` of its language model. Raise ExperimentError if it has fewer."""
+    found = load_config(checkpoint).text_config.num_hidden_layers
+    if layers > found:
+        raise ExperimentError(f"{checkpoint} has {found} layers, but the experiment needs the first {layers}")
+    model, processor = load_checkpoint(checkpoint)
+    model.model.language_model.layers = model.model.language_model.layers[:layers]
+    model.config.text_config.num_hidden_layers = layers
+    with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    make_once(out / "models" / f"layers-{number}", write)
-    return out / "models" / f"layers-{number}"
 
-
-def evolved(recipe: Recipe, dense: str, out: Path) -> Path:
-    """The sparse model that stage III would start with, its experts evolved on the first batch of the stage's data."""
-
-    def write(folder: Path) -> None:
-        settings = recipe.stage3
-        processor = load_processor(dense)
-        set_aspect_ratio(processor, settings)
-        problems: list[str] = []
-        records = load_data(recipe, 3, processor, problems)
-        dataset = ConversationDataset(records, processor, settings.template, settings.max_length)
-        rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
-        problems += [row["problem"] for row in rows if "problem" in row]
-        if problems:
-            raise DataError("\n".join(problems))
-        at_once = settings.optimisation.per_device_batch_size
-        batches = [Collator(processor.tokenizer.pad_token_id)(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
-        model = load_checkpoint(dense, dtype=torch.float32)[0]
-        sparse = upcycle(model, **dataclasses.asdict(settings.moe), seed=recipe.seed).to(best_device())
-        evolve_experts(sparse, [{key: value.to(sparse.device) for key, value in batch.items()} for batch in batches], seed=recipe.seed)
+def evolve(recipe: Recipe, dense: str, out: Path) -> str:
+    """Save in `out`, unless it exists, the sparse model of stage III with experts evolved on the stage's first batch; return its path."""
+    if out.exists():
+        return str(out)
+    settings = recipe.stage3
+    processor = load_processor(dense)
+    set_aspect_ratio(processor, settings)
+    problems: list[str] = []
+    records = load_data(recipe, 3, processor, problems)
+    dataset = ConversationDataset(records, processor, settings.template, settings.max_length)
+    rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
+    problems += [row["problem"] for row in rows if "problem" in row]
+    if problems:
+        raise DataError("\n".join(problems))
+    at_once = settings.optimisation.per_device_batch_size
+    batches = [Collator(processor.tokenizer.pad_token_id)(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
+    model = load_checkpoint(dense, dtype=torch.float32)[0]
+    sparse = upcycle(model, **dataclasses.asdict(settings.moe), seed=recipe.seed).to(best_device())
+    evolve_experts(sparse, [{key: value.to(sparse.device) for key, value in batch.items()} for batch in batches], seed=recipe.seed)
+    with new_folder(out) as folder:
         sparse.save_pretrained(folder)
         MoeLlavaProcessor.from_llava(processor).save_pretrained(folder)
-
-    make_once(out / "evolved", write)
-    return out / "evolved"
-
-
-def read_calibration(checkpoint: Path, questions: Sequence[Question], batch_size: int, console: Console) -> dict[str, Any]:
-    model, processor = load_checkpoint(checkpoint)
-    model.to(best_device())
-    with show_progress("asking how sure", len(questions), console) as advance:
-        probabilities = yes_probabilities(model, processor, questions, batch_size, advance)
-    return calibration(probabilities, [question.extra["answer"] == "yes" for question in questions])
+    return str(out)

@@ -1,9 +1,9 @@
-"""Pictures of experiments. Colours are Okabe and Ito's, in the order of the cells; every mark is also named."""
+"""Pictures of experiments. Cells have Okabe and Ito's colours, in order; every mark is also named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.statistics import Interval
-from moe_llava.experiments.plan import Experiment
 from moe_llava.experiments.summary import Row
 
 mpl.use("Agg")
@@ -25,9 +24,10 @@ MARKERS = "osD^v<>P"
 
 
 def plot_comparison(
-    rows: Sequence[Row], score: str, experiment: Experiment, margin: float | None = None, interval: str = "95% interval over seeds"
+    rows: Sequence[Row], score: str, baseline: str, margin: float | None = None, interval: str = "95% interval over seeds"
 ) -> Figure:
-    """Left every seed and the mean of each cell, right the differences, with 95% intervals. `interval`: what those on the right are."""
+    """Draw every seed and the mean of each cell on the left, the differences on the right, with 95% intervals. `interval`: the name of
+    those on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 1.6 + 0.5 * len(rows)), sharey=True, layout="constrained")
     for place, row in enumerate(rows):
         colour = COLOURS[place % len(COLOURS)]
@@ -35,11 +35,9 @@ def plot_comparison(
         _interval(left, row.mean, place - 0.08, colour)
         if row.difference is not None:
             _interval(right, row.difference, place, colour)
-            against = experiment.against(row.cell)
-            if against != experiment.baseline:
-                right.annotate(
-                    f"from {against}", (row.difference.mean, place - 0.18), fontsize=8, color=GREY, ha="center", va="bottom", bbox=WHITE
-                )
+            if row.against != baseline:
+                where = (row.difference.mean, place - 0.18)
+                right.annotate(f"from {row.against}", where, fontsize=8, color=GREY, ha="center", va="bottom", bbox=WHITE)
     right.axvline(0, color="black", linewidth=0.8)
     if margin is not None:
         right.axvline(-margin, color="black", linewidth=1, linestyle="--")
@@ -47,12 +45,16 @@ def plot_comparison(
     left.set_yticks(range(len(rows)), [row.cell for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel(f"{score}: seeds, mean, 95% interval over seeds", fontsize=9.5)
-    right.set_xlabel(f"difference from {experiment.baseline},\n{interval}", fontsize=9.5)
+    right.set_xlabel(f"difference from {baseline},\n{interval}", fontsize=9.5)
     for axis in (left, right):
         axis.locator_params(axis="x", nbins=5)  # more numbers would touch each other
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", alpha=0.25)
+        _tidy(axis, "x")
     return figure
+
+
+def _tidy(axis: Axes, grid: Literal["x", "y"]) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, alpha=0.25)
 
 
 def _interval(axis: Axes, interval: Interval, place: float, colour: str) -> None:
@@ -61,7 +63,7 @@ def _interval(axis: Axes, interval: Interval, place: float, colour: str) -> None
 
 
 def plot_differences(differences: Mapping[str, Interval], title: str) -> Figure:
-    """One cell against another, score by score."""
+    """Draw the difference between two cells, score by score."""
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.32 * len(differences)), layout="constrained")
     for place, interval in enumerate(differences.values()):
         _interval(axis, interval, place, COLOURS[0])
@@ -70,13 +72,12 @@ def plot_differences(differences: Mapping[str, Interval], title: str) -> Figure:
     axis.invert_yaxis()
     axis.set_xlabel("difference over seeds, 95% interval", fontsize=9.5)
     axis.set_title(title, loc="left", fontsize=10.5)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="x", alpha=0.25)
+    _tidy(axis, "x")
     return figure
 
 
 def plot_calibration(results: Sequence[dict[str, Any]], cells: Sequence[str]) -> Figure:
-    """Share of the questions to affirm against the probability of yes, in bins, all seeds together."""
+    """Draw the share of questions whose answer is yes against the predicted probability of yes, in bins, all seeds together."""
     figure, axis = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for place, cell in enumerate(cells):
@@ -90,7 +91,7 @@ def plot_calibration(results: Sequence[dict[str, Any]], cells: Sequence[str]) ->
         label = f"{cell}: calibration error {np.mean(errors):.3f}"
         axis.plot(x, y, marker=MARKERS[place], color=COLOURS[place], label=label, linewidth=1.5, markersize=6)
     axis.set_xlabel("probability of yes")
-    axis.set_ylabel("share of the questions where yes is right")
+    axis.set_ylabel("share of questions whose answer is yes")
     axis.set_xlim(-0.02, 1.02)
     axis.set_ylim(-0.02, 1.02)
     axis.spines[["top", "right"]].set_visible(False)
@@ -99,7 +100,7 @@ def plot_calibration(results: Sequence[dict[str, Any]], cells: Sequence[str]) ->
 
 
 def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
-    """For each way of asking, the share that is right of each cell, mean over seeds with 95% interval."""
+    """Draw each cell's accuracy under each perturbation: mean over seeds with 95% interval."""
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     cells = [row.cell for row in next(iter(rows.values()))]
     for place, cell in enumerate(cells):
@@ -111,8 +112,7 @@ def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
     axis.set_xticks(range(len(rows)), list(rows))
     for border in np.arange(len(rows) - 1) + 0.5:
         axis.axvline(border, color="black", alpha=0.15, linewidth=0.8)
-    axis.set_ylabel("share that is right")
-    axis.grid(axis="y", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_ylabel("accuracy")
+    _tidy(axis, "y")
     figure.legend(loc="outside lower center", ncols=min(len(cells), 4), frameon=False, fontsize=9)
     return figure

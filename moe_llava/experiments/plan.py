@@ -1,12 +1,12 @@
-"""What an experiment is, read from YAML, and what has been decided of it before its first run.
+"""An experiment, read from YAML, and its plan, decided before the first run.
 
     title: ...            what is compared
     paper: ...            what the paper found, and where
     baseline: NAME        the cell that the others are compared with
     cells:
-      NAME: {set: [stage3.moe.num_experts=2]}     see Cell
+      NAME: {set: [stage3.moe.num_experts=2]}     see CellSettings
 
-Every cell is trained with every seed. `plan.json` in the experiment's folder holds all that was decided, and digests of all data and
+Every cell is trained with every seed. `plan.json` in the experiment's folder holds all that was decided, with digests of all data and
 checkpoints that are read. Neither can be changed afterwards.
 """
 
@@ -14,59 +14,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from moe_llava.common.errors import DataError
 from moe_llava.common.files import write_whole
 from moe_llava.common.messages import changes, did_you_mean
+from moe_llava.data.files import read_items
+from moe_llava.data.records import parse_record
 from moe_llava.evaluation.ask.calibration import yes_or_no
+from moe_llava.evaluation.ask.contents import checkpoint_digests, content_digest, joint_digest, visible
 from moe_llava.evaluation.ask.tasks import prepare
-from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark
+from moe_llava.evaluation.score.benchmark import Benchmark, Question, find_benchmark, find_file
 from moe_llava.evaluation.score.reading import read_object
 from moe_llava.evaluation.stress.perturb import Perturbation, parse_perturbations
+from moe_llava.experiments.cells import Cell, CellSettings, ExperimentError, sequence
 from moe_llava.experiments.demo import digits_recipe
-from moe_llava.experiments.inputs import benchmark_digests, recipe_digests
 from moe_llava.training.parsing import build, flatten, read
-from moe_llava.training.recipe import Recipe, RecipeError, SparseStage, Stage, load_recipe, stages_of
+from moe_llava.training.recipe import Parts, Recipe, RecipeError, load_recipe, stage_settings, stages_of
 
 HERE = Path(__file__).parent
 ABLATIONS = {file.stem: file for file in sorted((HERE / "ablations").glob("*.yaml"))}
 TRIAL = HERE / "trial.yaml"
 DIGESTS = "digests"  # in plan.json
-LOCK = "plan.lock"  # in the folder, held while what all seeds share is written
-
-
-class ExperimentError(ValueError):
-    """Something is wrong with an experiment's file, folder or settings; the message names it and the rule."""
-
-
-@dataclass
-class Cell:
-    """One way to train, over the base recipe.
-
-    `set`: settings of the recipe, "a.b=value". `strategy`: which trainings follow each other.
-
-    - three_stages: those of the recipe.
-    - merged: stage II is not run by itself; stage III starts from stage I, on the data of both and for as many steps, with the
-      optimisation of stage II.
-    - sparse_twice: stage II, too, trains the sparse model, with its own data and optimisation.
-
-    `layers`: only so many of the language model's layers, the first ones. `evolve`: experts begin by expert evolution (`evolve_experts`),
-    with the gradient of the first batch of stage III's data. `against`: the cell to compare with, if not the experiment's baseline.
-    """
-
-    set: list[str] = field(default_factory=list)
-    strategy: Literal["three_stages", "merged", "sparse_twice"] = "three_stages"
-    layers: int | None = None
-    evolve: bool = False
-    against: str | None = None
+LOCK = "plan.lock"  # in the folder, held while a process writes what all seeds share
 
 
 @dataclass
 class Experiment:
-    """`perturb`: to ask under, too, as `evaluate --perturb` has it. `calibrate`: whether yes and no are also asked for their probability.
-    `claim`: the cell on trial."""
+    """`cells`: name -> CellSettings. `perturb`: perturbations to evaluate under too, as in `evaluate --perturb`. `calibrate`: whether to
+    measure the probability of yes. `claim`: the cell on trial."""
 
     title: str
     paper: str
@@ -76,14 +55,11 @@ class Experiment:
     calibrate: bool = False
     claim: str | None = None
 
-    def against(self, cell: str) -> str:
-        return self.cells[cell].against or self.baseline
-
 
 @dataclass(frozen=True)
 class Setup:
-    """What is said when an experiment is started. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, which
-    is written into `out` with so many `images`, to train and to test on, and the recipe is moved to it."""
+    """The options of a run. `out`: its folder. `data`: the benchmark's files; None stands for the digits world, which is written into `out`
+    with `images` (training, test), and the recipe is moved to it."""
 
     out: Path
     recipe: Path
@@ -97,34 +73,35 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what comes out. `recipes`: of each cell, with the first seed. `data`: the benchmark's files. `margin`: of the trial,
-    a share of all questions; None for an ablation, which has no verdict."""
+    """Everything that decides the results. `cells`: with the first seed. `data`: the benchmark's files. `margin`: of the trial, a share of
+    all questions; None for an ablation, which has no verdict."""
 
     out: Path
     experiment: Experiment
-    recipes: dict[str, Recipe]
+    cells: dict[str, Cell]
     seeds: list[int]
     benchmark: Benchmark
     data: Path
     perturbations: list[Perturbation]
     margin: float | None
+    batch_size: int
+
+    def with_seed(self, seed: int) -> list[Cell]:
+        return [cell.with_seed(seed) for cell in self.cells.values()]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "experiment": dataclasses.asdict(self.experiment),
-            "recipes": {cell: dataclasses.asdict(recipe) for cell, recipe in self.recipes.items()},
+            "recipes": {name: dataclasses.asdict(cell.recipe) for name, cell in self.cells.items()},
             "seeds": self.seeds,
             "benchmark": self.benchmark.name,
             "data": str(self.data),
             "margin": self.margin,
         }
 
-    def folder(self, cell: str, seed: int) -> Path:
-        return self.out / "cells" / cell / f"seed-{seed}"
-
 
 def find_experiment(name: str) -> Path:
-    """The file of a shipped ablation, or a file of one's own. Raises ExperimentError if there is neither."""
+    """Return the file of a shipped ablation, or `name` itself if it is a file. Raise ExperimentError otherwise."""
     if name in ABLATIONS:
         return ABLATIONS[name]
     if Path(name).is_file():
@@ -135,11 +112,11 @@ def find_experiment(name: str) -> Path:
 
 
 def load_experiment(file: Path) -> Experiment:
-    """Raises ExperimentError, with every problem found, or RecipeError if the file is no mapping in YAML."""
+    """Raise ExperimentError, with every problem found, or RecipeError if the file is no mapping in YAML."""
     problems: list[str] = []
     experiment = build(Experiment, read(file), "", problems)
     if not problems:
-        experiment.cells = {name: build(Cell, raw or {}, f"cells.{name}.", problems) for name, raw in experiment.cells.items()}
+        experiment.cells = {name: build(CellSettings, raw or {}, f"cells.{name}.", problems) for name, raw in experiment.cells.items()}
     if not problems:
         for name in filter(None, (experiment.baseline, experiment.claim, *(cell.against for cell in experiment.cells.values()))):
             if name not in experiment.cells:
@@ -155,39 +132,41 @@ def load_experiment(file: Path) -> Experiment:
 
 
 def make_plan(experiment: Experiment, setup: Setup, margin: float | None = None) -> Plan:
-    """The digits world has to be there, if it is asked for.
+    """Resolve the cells and check the benchmark, with ground truth and pictures. The digits world must exist, if it is used.
 
-    Raises ExperimentError, RecipeError or BenchmarkError, each naming what is wrong, ground truth and pictures of the benchmark included.
+    Raise ExperimentError, RecipeError or BenchmarkError, each naming what is wrong.
     """
-    recipes, benchmark = check_setup(experiment, setup, margin)
+    cells, benchmark = check_setup(experiment, setup, margin)
     benchmark, folder, questions = prepare(benchmark, setup.data or setup.out / "data")
     _check_scored(benchmark)
     if experiment.calibrate and not yes_or_no(questions):
         raise ExperimentError(f"{benchmark.title} has no questions whose known answer is yes or no, which calibration needs")
     perturbations = [] if experiment.perturb is None else parse_perturbations(experiment.perturb)
-    return Plan(setup.out, experiment, recipes, list(range(setup.seeds)), benchmark, folder, perturbations, margin)
+    seeds = list(range(setup.seeds))
+    return Plan(setup.out, experiment, cells, seeds, benchmark, folder, perturbations, margin, setup.batch_size)
 
 
-def check_setup(experiment: Experiment, setup: Setup, margin: float | None) -> tuple[dict[str, Recipe], Benchmark]:
-    """The recipe of each cell, and the benchmark. Raises what can be known to be wrong before there are data."""
+def check_setup(experiment: Experiment, setup: Setup, margin: float | None) -> tuple[dict[str, Cell], Benchmark]:
+    """Return the cells and the benchmark. Raise what can be known to be wrong before any data exist."""
     if margin is not None and not 0 < margin < 1:
         raise ExperimentError(f"the margin is {margin}, but must be a share of the questions, such as 0.02 for two in a hundred")
-    recipes, problems = {}, []
-    for name, cell in experiment.cells.items():
-        changes = [*setup.settings, *cell.set, "seed=0"]
+    cells, problems = {}, []
+    for name, settings in experiment.cells.items():
         try:
-            recipe = load_recipe(setup.recipe, changes)
-            recipes[name] = digits_recipe(setup.out, recipe) if setup.data is None else recipe
-            steps(recipes[name], cell)
-            if cell.layers is not None and not isinstance(recipes[name].model, str):
-                raise ExperimentError(f"layers is {cell.layers}, but the recipe's model is joined from parts: name a checkpoint")
+            recipe = load_recipe(setup.recipe, [*setup.settings, *settings.set, "seed=0"])
+            recipe = digits_recipe(setup.out, recipe) if setup.data is None else recipe
+            sequence(recipe, settings.strategy)
+            if settings.layers is not None and not isinstance(recipe.model, str):
+                raise ExperimentError(f"layers is {settings.layers}, but the recipe's model is joined from parts: name a checkpoint")
         except (RecipeError, ExperimentError) as error:
             problems.append(f"cell {name}: {error}")
+        else:
+            cells[name] = Cell(name, settings, recipe, setup.out, settings.against or experiment.baseline)
     if problems:
         raise ExperimentError("\n".join(problems))
     benchmark = find_benchmark(setup.benchmark)
     _check_scored(benchmark)
-    return recipes, benchmark
+    return cells, benchmark
 
 
 def _check_scored(benchmark: Benchmark) -> None:
@@ -196,12 +175,13 @@ def _check_scored(benchmark: Benchmark) -> None:
 
 
 def write_plan(plan: Plan) -> None:
-    """Writes plan.json, unless it is there.
+    """Write plan.json, unless it exists.
 
-    Raises ExperimentError if it is there with something else in it: what has been decided before the first run is not changed afterwards,
-    nor is the content of what is read. Raises what reading it raises.
+    Raise ExperimentError if it exists with other content: neither a decision nor the content of what is read may change after the first
+    run. Raise what reading it raises.
     """
-    digests = recipe_digests(plan.recipes.values()) | benchmark_digests(plan.benchmark, plan.data, plan.benchmark.questions(plan.data))
+    recipes = [cell.recipe for cell in plan.cells.values()]
+    digests = recipe_digests(recipes) | benchmark_digests(plan.benchmark, plan.data, plan.benchmark.questions(plan.data))
     file, now = plan.out / "plan.json", json.loads(json.dumps(plan.as_dict() | {DIGESTS: digests}))
     if not file.is_file():
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -209,8 +189,8 @@ def write_plan(plan: Plan) -> None:
         return
     planned = read_object(file)
     then = planned.pop(DIGESTS, None)
-    before, after = flatten(planned), flatten({key: value for key, value in now.items() if key != DIGESTS})
-    if changed := changes(before, after):
+    del now[DIGESTS]
+    if changed := changes(flatten(planned), flatten(now)):
         raise ExperimentError(f"{file} was decided before the first run, with {'; '.join(changed)}: choose another --out for another plan")
     if then is None:
         raise ExperimentError(f"{file} has no digests of what was read, as an earlier version wrote it: choose another --out")
@@ -221,45 +201,51 @@ def write_plan(plan: Plan) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Step:
-    """A training: stage `number` of `recipe`."""
+def recipe_digests(recipes: Collection[Recipe]) -> dict[str, str | None]:
+    """Return the digest of everything that recipes read: each data file, its images together, and each file of the origin.
 
-    number: int
-    recipe: Recipe
-
-
-def steps(recipe: Recipe, cell: Cell) -> list[Step]:
-    """The trainings of a cell, each from what the one before leaves."""
-    below = [Step(number, recipe) for number in stages_of(recipe) if number < 3]
-    if cell.strategy == "three_stages":
-        return [*below, Step(3, recipe)]
-    if recipe.stage2 is None:
-        raise RecipeError(f"the strategy {cell.strategy} changes stage II, but the recipe has no stage2")
-    below = [step for step in below if step.number == 1]
-    if cell.strategy == "merged":
-        return [*below, Step(3, dataclasses.replace(recipe, stage3=_merged(recipe.stage2, recipe.stage3)))]
-    earlier = dataclasses.replace(recipe.stage3, **{each.name: getattr(recipe.stage2, each.name) for each in dataclasses.fields(Stage)})
-    return [*below, Step(3, dataclasses.replace(recipe, stage3=earlier)), Step(3, recipe)]
+    Raise DataError if a data file cannot be read, CheckpointError if a checkpoint cannot.
+    """
+    found: dict[str, str | None] = {}
+    stages = [stage_settings(recipe, number) for recipe in recipes for number in stages_of(recipe)]
+    for file, images in dict.fromkeys((source.file, source.images) for stage in stages for source in stage.sources):
+        found |= _data_digests(Path(file), Path(images))
+    starts = [start for recipe in recipes for start in _starts(recipe)]
+    starts += [stage.adapter.continue_from for stage in stages if stage.adapter and stage.adapter.continue_from]
+    for start in dict.fromkeys(starts):
+        found |= {f"{start}/{name}": digest for name, digest in checkpoint_digests(start).items()}
+    return found
 
 
-def _merged(first: Stage, second: SparseStage) -> SparseStage:
-    """Stage III on the records of both: of each as many as by itself where both go by epochs; where both go by steps, as many steps, and of
-    each file as many records as it has. A file that both have is taken once."""
-    one, two = first.optimisation, second.optimisation
-    if one.batch_size != two.batch_size or (one.max_steps > 0) != (two.max_steps > 0):
-        raise RecipeError("the strategy merged needs stages II and III with one batch_size, both by max_steps or both by epochs")
-    for name in ("template", "max_length", "image_aspect_ratio"):
-        if getattr(first, name) != getattr(second, name):
-            raise RecipeError(f"the strategy merged needs stages II and III with one {name}")
-    if one.max_steps > 0:
-        sources = [*first.sources, *(source for source in second.sources if source not in first.sources)]
-        optimisation = dataclasses.replace(one, max_steps=one.max_steps + two.max_steps)
+def _starts(recipe: Recipe) -> list[str]:
+    return [recipe.model.language_model, recipe.model.vision_tower] if isinstance(recipe.model, Parts) else [recipe.model]
+
+
+def _data_digests(file: Path, folder: Path) -> dict[str, str | None]:
+    if file.is_dir():
+        digest = joint_digest(visible(file.rglob("*")), file)
+    elif file.is_file():
+        digest = content_digest(file)
     else:
-        sources = [
-            dataclasses.replace(source, weight=source.weight * stage.optimisation.epochs)
-            for stage in (first, second)
-            for source in stage.sources
-        ]
-        optimisation = dataclasses.replace(one, epochs=1.0)
-    return dataclasses.replace(second, data=sources, optimisation=optimisation)
+        raise DataError(f"data file {file} does not exist")
+    return {str(file): digest, f"images of {file} in {folder}": joint_digest(_images(file, folder), folder)}
+
+
+def _images(file: Path, folder: Path) -> Iterator[Path]:
+    """Yield the image files that records name. Images in rows are part of the data file; training reports bad records."""
+    for where, item in read_items(file):
+        try:
+            record = parse_record(where, item, folder)
+        except DataError:
+            continue
+        yield from (image for image in record.images if isinstance(image, Path))
+
+
+def benchmark_digests(benchmark: Benchmark, folder: Path, questions: list[Question]) -> dict[str, str | None]:
+    """Return the digest of each file of a benchmark, of a folder among them as a whole, and of the pictures of its questions together."""
+    found: dict[str, str | None] = {}
+    for name in benchmark.files:
+        path = find_file(folder, name)
+        found[str(path)] = joint_digest(visible(path.rglob("*")), path) if path.is_dir() else content_digest(path)
+    pictures = [image for question in questions for image in question.images if isinstance(image, Path)]
+    return found | {f"pictures of {benchmark.title}": joint_digest(pictures, folder)}

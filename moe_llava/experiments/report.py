@@ -1,8 +1,7 @@
-"""The demo's report: one HTML file that needs nothing else."""
+"""The demo's report: one HTML file that needs no other."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from moe_llava.common.files import write_whole
-from moe_llava.routing.plots import as_data, data_url, plot_expert_load
+from moe_llava.common.files import read_lines, write_whole
+from moe_llava.routing.plots import NARROW, Chart, as_data, data_url, plot_expert_load
 
 mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -23,14 +22,13 @@ CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse
 LABELS = {"stage1": "stage I", "stage2": "stage II", "dense": "stage III, dense", "sparse": "stage III, sparse"}
 COLOURS = {"stage1": "#BBBBBB", "stage2": "#56B4E9", "dense": "#E69F00", "sparse": "#009E73"}
 SHEET_PICTURES = 12
-NARROW = 4.6  # inches, of a chart on a telephone
 
 
 def write_report(
     out: Path, results: dict[str, Any], answered: dict[str, list[dict[str, Any]]], routing: dict[str, Any], chat_command: str
 ) -> Path:
-    """Writes `out`/report.html."""
-    logs = {name: read_log(out / folder) for name, folder in CHECKPOINTS.items()}
+    """Write `out`/report.html and return its path."""
+    logs = {name: read_lines(out / folder / "log.jsonl") for name, folder in CHECKPOINTS.items()}
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["percent"] = lambda value: f"{value:.1%}"
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
@@ -40,10 +38,10 @@ def write_report(
         experts=routing["experts"],
         top_k=routing["top_k"],
         plots={
-            "accuracy": _both(plot_accuracy, results),
-            "existence": _both(plot_existence, results),
-            "losses": _both(plot_losses, logs),
-            "load": _both(plot_expert_load, routing),
+            "accuracy": _chart(plot_accuracy, results),
+            "existence": _chart(plot_existence, results),
+            "losses": _chart(plot_losses, logs),
+            "load": _chart(plot_expert_load, routing),
         },
         sheet=sheet(answered["sparse"]),
         chat_command=chat_command,
@@ -53,9 +51,8 @@ def write_report(
     return path
 
 
-def _both(plot: Callable[[Any, bool], Figure], data: Any) -> dict[str, str]:
-    """Return a chart for a wide page and for a telephone, on which the labels of the wide one could not be read."""
-    return {"wide": as_data(plot(data, False)), "narrow": as_data(plot(data, True))}
+def _chart(plot: Callable[[Any, bool], Figure], data: Any) -> Chart:
+    return Chart(as_data(plot(data, False)), as_data(plot(data, True)))
 
 
 def plot_accuracy(results: dict[str, Any], narrow: bool) -> Figure:
@@ -91,7 +88,7 @@ def plot_existence(results: dict[str, Any], narrow: bool) -> Figure:
 
 
 def _bars(groups: int) -> Iterator[tuple[str, np.ndarray, float]]:
-    """(checkpoint, places of its bars, their width), side by side in each group."""
+    """Yield (checkpoint, places of its bars, their width); the bars stand side by side in each group."""
     width = 0.8 / len(LABELS)
     for number, name in enumerate(LABELS):
         yield name, np.arange(groups) + (number - (len(LABELS) - 1) / 2) * width, width * 0.92
@@ -103,7 +100,7 @@ def _name_stages(figure: Figure, narrow: bool) -> None:
 
 
 def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:
-    """Language loss over the steps of each stage; the balance loss of the sparse one beside it."""
+    """Draw the language loss over the steps of each stage, and the balance loss of the sparse model, averaged over its MoE layers."""
     figure = Figure(figsize=(NARROW, 4.4) if narrow else (9, 2.7), layout="constrained")
     axes = figure.subplots(*((2, 2) if narrow else (1, 4))).flat
     for axis, names, title in zip(axes, (["stage1"], ["stage2"], ["dense", "sparse"]), ("stage I", "stage II", "stage III"), strict=False):
@@ -117,7 +114,7 @@ def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:
     layers = len(lines[0]["expert_shares"]) if lines else 1
     axes[3].plot([line["step"] for line in lines], [line["balance_loss"] / layers for line in lines], color=COLOURS["sparse"])
     axes[3].axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes[3].set_title("balance loss (1: even)", fontsize=9.5, loc="left")
+    axes[3].set_title("balance loss, layer mean", fontsize=9.5, loc="left")
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
@@ -125,13 +122,8 @@ def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:
 
 
 def sheet(answered: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The first test pictures, as data, with all their questions."""
+    """Return the first test pictures, as data URLs, with all their questions."""
     by_image: dict[str, list[dict[str, Any]]] = {}
     for item in answered:
         by_image.setdefault(item["image"], []).append(item)
     return [(data_url(Path(image).read_bytes(), "png"), items) for image, items in list(by_image.items())[:SHEET_PICTURES]]
-
-
-def read_log(stage: Path) -> list[dict[str, Any]]:
-    """The lines that a stage logged."""
-    return [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]

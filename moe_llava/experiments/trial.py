@@ -1,8 +1,8 @@
-"""The paper's claim on trial: is a sparse model no worse than the dense one that comes from the same checkpoint, data, order and steps?
+"""Test the paper's claim: a sparse model is no worse than the dense one trained from the same checkpoint, data, order and steps.
 
-The measure is the share of all questions that is right, sparse less dense, mean over the seeds. The margin by which sparse may be worse is
-stated before the first run. The interval is for other seeds and other questions (`crossed_interval`), 95%, so that each of its ends is a
-one-sided test at 2.5%, as is usual for non-inferiority.
+The measure is accuracy over all questions, sparse minus dense, mean over the seeds. The margin by which sparse may be worse is stated
+before the first run. The 95% interval covers other seeds and other questions (`crossed_interval`); each of its ends is a one-sided test at
+2.5%, as is usual for non-inferiority.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from moe_llava.experiments.figures import plot_calibration, plot_comparison, plo
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
 from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
 
-# [S, N] whether each seed's answer to each question is right, 0 to 1; and of each question what it counts together with.
+# The score, 0 to 1, of each seed's answer to each question [S, N]; and the unit of each question, such as its picture.
 Answers = tuple[np.ndarray, list[str]]
 
 MEANING = {
     "superior": "better; the whole interval lies above 0",
     "non-inferior": "not worse by as much as the margin; the whole interval lies above minus the margin",
     "inferior": "worse by more than the margin; the whole interval lies below minus the margin",
-    "undecided": "minus the margin lies within the interval: too few seeds or questions to tell",
+    "undecided": "minus the margin lies within the interval: too few seeds or questions to decide",
 }
 INTERVAL = "95% interval for other seeds and questions"
 PARTS_OF_F1 = ("/precision", "/recall", "/yes_share")
@@ -44,7 +44,7 @@ PARTS_OF_F1 = ("/precision", "/recall", "/yes_share")
 
 @dataclass(frozen=True)
 class Judged:
-    """A cell against the baseline. `difference`: for other seeds and other questions."""
+    """A cell compared with the baseline. `difference`: its interval covers other seeds and other questions."""
 
     cell: str
     difference: Interval
@@ -52,7 +52,7 @@ class Judged:
 
 
 def verdict(difference: Interval, margin: float) -> str:
-    """A key of MEANING."""
+    """Return a key of MEANING."""
     if difference.low > 0:
         return "superior"
     if difference.low > -margin:
@@ -61,17 +61,17 @@ def verdict(difference: Interval, margin: float) -> str:
 
 
 def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL) -> Path:
-    """Writes report.md, with its pictures and results.jsonl beside it, and returns it. `file`: the experiment.
+    """Run the experiment in `file`; write report.md, with pictures and results.jsonl beside it, and return its path.
 
-    Raises what `make_plan`, `train` and `evaluate` raise.
+    Raise what `make_plan`, `train` and `evaluate` raise.
     """
     plan, results = conduct(load_experiment(file), setup, margin, console)
-    answers = {cell: right_answers(plan, cell) for cell in plan.recipes}
+    answers = {cell: right_answers(plan, cell) for cell in plan.cells}
     judged = judge(plan, answers)
     rows = compare(plan, {cell: right_SN.mean(axis=1).tolist() for cell, (right_SN, _) in answers.items()})
     differences = {each.cell: each.difference for each in judged}
     drawn = [replace(row, difference=differences.get(row.cell)) for row in rows]
-    save(plot_comparison(drawn, "share that is right", plan.experiment, margin, INTERVAL), plan.out / "verdict.png")
+    save(plot_comparison(drawn, "accuracy", plan.experiment.baseline, margin, INTERVAL), plan.out / "verdict.png")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "trial.md.jinja").read_text(encoding="utf-8"))
     report = template.render(
@@ -80,7 +80,7 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         meaning=MEANING,
         conditions=conditions(plan),
         verdicts=verdict_table(judged, rows),
-        shares=score_table("share right", rows, plan),
+        shares=score_table("accuracy", rows),
         budgets=budget_table(plan, results),
         by_score=claim_part(plan, results),
         scores=all_scores(plan, results),
@@ -95,7 +95,7 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
 
 
 def judge(plan: Plan, answers: Mapping[str, Answers]) -> list[Judged]:
-    """Every cell but the baseline, against it."""
+    """Compare every other cell with the baseline."""
     assert plan.margin is not None
     dense_SN, units = answers[plan.experiment.baseline]
     found = []
@@ -107,16 +107,12 @@ def judge(plan: Plan, answers: Mapping[str, Answers]) -> list[Judged]:
 
 
 def right_answers(plan: Plan, cell: str) -> Answers:
+    """Score the answers of a cell with every seed."""
     questions, score = plan.benchmark.questions(plan.data), plan.benchmark.score
     assert score is not None
-    rights: list[list[float]] = []
-    units: list[str] = []
-    for seed in plan.seeds:
-        answers = plan.folder(cell, seed) / "answers" / plan.benchmark.name
-        scored = score(plan.data, questions, read_answers(answers, questions))
-        rights.append([float(item["right"]) for item in scored.items])
-        units = scored.units
-    return np.array(rights), units
+    folders = [plan.cells[cell].with_seed(seed).folder / "answers" / plan.benchmark.name for seed in plan.seeds]
+    scored = [score(plan.data, questions, read_answers(folder, questions)) for folder in folders]
+    return np.array([[float(item["right"]) for item in each.items] for each in scored]), scored[0].units
 
 
 def verdict_table(judged: Sequence[Judged], rows: Sequence[Row]) -> str:
@@ -131,20 +127,20 @@ def verdict_table(judged: Sequence[Judged], rows: Sequence[Row]) -> str:
 
 
 def calibration_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
-    """Its tables, and its picture."""
+    """Return the tables of calibration, and draw its picture."""
     if not plan.experiment.calibrate:
         return ""
     assert plan.experiment.claim is not None
     save(plot_calibration(results, [plan.experiment.baseline, plan.experiment.claim]), plan.out / "calibration.png")
     tables = [
-        score_table(title, compare(plan, by_cell(plan, results, "calibration", key)), plan)
+        score_table(title, compare(plan, by_cell(plan, results, "calibration", key)))
         for key, title in (("error", "calibration error"), ("brier", "Brier score"))
     ]
     return "\n".join(tables)
 
 
 def perturbed_part(plan: Plan, results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
-    """Its table, and its picture."""
+    """Return the table of accuracy under perturbation, and draw its picture."""
     if not plan.perturbations:
         return ""
     under = {str(each): compare(plan, by_cell(plan, results, "perturbed", str(each))) for each in plan.perturbations}
@@ -161,7 +157,7 @@ def _in_brackets(difference: Interval | None) -> str:
 
 
 def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
-    """The claim against the baseline, score by score, of precision and recall only their F1: the table, and its picture."""
+    """Return the table that compares the claim with the baseline, score by score, and draw its picture. F1 stands for its parts."""
     baseline, claim = plan.experiment.baseline, plan.experiment.claim
     assert claim is not None
     lines, differences = [["score", baseline, claim, "difference", "95% interval over seeds"]], {}
@@ -172,12 +168,12 @@ def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
         means = (f"{rows[name].mean.mean:.4g}" for name in (baseline, claim))
         lines.append([score, *means, signed(found.mean), f"{signed(found.low)} to {signed(found.high)}"])
         differences[score] = found
-    save(plot_differences(differences, f"{claim} less {baseline}"), plan.out / "scores.png")
+    save(plot_differences(differences, f"{claim} minus {baseline}"), plan.out / "scores.png")
     return markdown(lines)
 
 
 def command(setup: Setup, margin: float) -> str:
-    """What to type to do it again."""
+    """Return the command that repeats the trial."""
     words = ["moe-llava", "trial", "--margin", f"{margin:g}", "--seeds", str(setup.seeds), "--out", str(setup.out)]
     words += [] if setup.recipe == RECIPE else ["--recipe", str(setup.recipe)]
     words += [word for setting in setup.settings for word in ("--set", setting)]

@@ -1,1 +1,1 @@
-"""Speed and memory, measured side by side: a layer, a model, a training step, generation, a server, loading."""
+"""Measure speed and memory side by side: a layer, a model, a training step, generation, a server, loading."""

@@ -1,4 +1,4 @@
-"""A sparse layer against a dense one of equal active width, forward and backward, and against the ways of others to compute it.
+"""Compare a sparse layer with a dense one of equal active width, forward and backward, and with other implementations.
 
 Shapes: T tokens, D width.
 """
@@ -20,35 +20,35 @@ from moe_llava.perf.running import show_cases
 
 GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
 GROWTH_WAYS = {OURS: None, f"{OURS}, grouped_mm": "grouped_mm"}
-PRODUCT, PRODUCT_WIDTH = "a product of two large matrices", 8192  # what a GPU can do, on one
+PRODUCT, PRODUCT_WIDTH = "a product of two large matrices", 8192  # the most that a GPU can do
 
 
 def bench_layer(
     sizes: Sequence[LayerSize], dtypes: Sequence[torch.dtype], phases: Sequence[str], rounds: int, growth: bool, console: Console
 ) -> dict[str, Any]:
-    """Every size in every dtype and phase, one token in the first phase only: nobody trains on one. `growth`: how the time grows with the
-    number of experts, too.
+    """Measure every size in every dtype and phase; a single token forward only, since nobody trains on one. `growth`: also measure how the
+    time grows with the number of experts.
 
-    Raises BenchError if a variant does not compute the same as float64.
+    Raise BenchError if a variant deviates from float64.
     """
     device = bench_device()
     report = begin_report("layer", device, dtype_names(*dtypes), rounds)
     report["notes"] = []
     cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
     grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
-    total = sum(len(asked) for _, _, asked in cases) + len(grown)
+    total = sum(len(chosen) for _, _, chosen in cases) + len(grown)
     with show_cases(report, total, console) as running:
-        for size, dtype, asked in cases:
+        for size, dtype, chosen in cases:
             variants, notes = layer_variants(size, dtype, device)
             report["notes"] += [note for note in notes if note not in report["notes"]]
-            found = errors(size, variants, dtype, device, backward=BOTH in asked)
-            for phase in asked:
+            found = errors(size, variants, dtype, device, backward=BOTH in chosen)
+            for phase in chosen:
                 running.begin(_labels(size, dtype, phase))
                 calls = _calls(variants, size, dtype, phase, device)
-                told = _told(calls, size, phase, rounds, device, dtype, running)
+                measured = _measured(calls, size, phase, rounds, device, dtype, running)
                 for name, error in found.items():
-                    told[name]["error"] = error
-                running.end(DENSE, told)
+                    measured[name]["error"] = error
+                running.end(DENSE, measured)
         for dtype, phase in grown:
             experts = f"{GROWTH.top_k} of {GROWTH_EXPERTS[0]} to {GROWTH_EXPERTS[-1]}"
             running.begin(_labels(GROWTH, dtype, phase) | {"experts": experts})
@@ -75,13 +75,13 @@ def _forward(layer: nn.Module, x_1TD: Tensor) -> None:
 
 
 def _forward_backward(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor) -> None:
-    """Input and all weights get a gradient, none of which is kept."""
+    """Compute the gradients of input and all weights, and drop them."""
     x_1TD = x_1TD.detach().requires_grad_()
     output_of(layer, x_1TD).backward(gradient_1TD)
     layer.zero_grad(set_to_none=True)
 
 
-def _told(
+def _measured(
     calls: dict[str, Callable[[], object]],
     size: LayerSize,
     phase: str,
@@ -90,31 +90,31 @@ def _told(
     dtype: torch.dtype,
     advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    """What was measured of each call; on a GPU also its arithmetic per second, as a share of a large product's, and its memory."""
+    """Return the measurements of each call; on a GPU also its FLOP/s, alone and as a share of a large product's, and its memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         a, b = (torch.randn(PRODUCT_WIDTH, PRODUCT_WIDTH, device=device, dtype=dtype) for _ in range(2))
         calls = calls | {PRODUCT: lambda: a @ b}
     timings = compare(calls, rounds, device, advance)
-    told = summary(timings, DENSE, device)
+    measured = summary(timings, DENSE, device)
     if on_gpu:
         flops = dict.fromkeys(calls, size.flops * (1 if phase == FORWARD else 3)) | {PRODUCT: 2 * PRODUCT_WIDTH**3}
-        for name, one in told.items():
+        for name, one in measured.items():
             one["tflops"] = flops[name] / one["seconds"]["median"] / 1e12
-            one["share_of_product"] = one["tflops"] / (flops[PRODUCT] / told[PRODUCT]["seconds"]["median"] / 1e12)
+            one["share_of_product"] = one["tflops"] / (flops[PRODUCT] / measured[PRODUCT]["seconds"]["median"] / 1e12)
             one["memory"] = _memory_of(calls[name], device)
-    return told
+    return measured
 
 
 def _memory_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of the GPU's memory that a call takes beyond what is there before."""
+    """Return the bytes of GPU memory that a call takes beyond those in use before."""
     before = begin_peak(device)
     call()
     return peak_memory(device) - before
 
 
 def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, advance: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """The same tokens through layers with more and more experts, of which each token takes as many: the arithmetic stays the same."""
+    """Send the same tokens through layers with ever more experts; each token takes equally many, so the arithmetic is the same."""
     sizes = {experts: LayerSize(GROWTH.tokens, GROWTH.width, GROWTH.ffn_width, experts, GROWTH.top_k) for experts in GROWTH_EXPERTS}
     variants = {DENSE: dense_layer(GROWTH, dtype, device)}
     for experts, size in sizes.items():
@@ -122,13 +122,13 @@ def _growth(dtype: torch.dtype, phase: str, rounds: int, device: torch.device, a
         variants |= {f"{way}, {experts} experts": our_layer(size, weights, backend) for way, backend in GROWTH_WAYS.items()}
     calls = _calls(variants, GROWTH, dtype, phase, device)
     timings = compare(calls, rounds, device, advance)
-    told = summary(timings, DENSE, device)
+    measured = summary(timings, DENSE, device)
     for way in GROWTH_WAYS:
         for experts in GROWTH_EXPERTS:
-            told[f"{way}, {experts} experts"]["growth"] = growth_of(timings, way, experts)
-    return told
+            measured[f"{way}, {experts} experts"]["growth"] = growth_of(timings, way, experts)
+    return measured
 
 
 def growth_of(timings: dict[str, Timings], way: str, experts: int) -> dict[str, float]:
-    """How many times as long it takes as with the fewest experts."""
+    """Return the time over that with the fewest experts."""
     return ratios(timings[f"{way}, {experts} experts"].seconds, timings[f"{way}, {GROWTH_EXPERTS[0]} experts"].seconds)

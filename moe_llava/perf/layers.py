@@ -1,5 +1,5 @@
-"""The feed-forward layers that `bench layer` compares, all of the same size and, but for the dense one, with the same weights; and what
-they should compute, in float64.
+"""The feed-forward layers that `bench layer` compares: of the same size and, except the dense one, with the same weights; and their
+reference in float64.
 
 Shapes: T tokens, D width, F FFN width, E experts, K experts per token.
 """
@@ -23,12 +23,12 @@ DENSE, OURS, MIXTRAL, DEEPSPEED = "dense", "ours", "transformers' Mixtral", "Dee
 BACKENDS = ("eager", "grouped_mm", "batched_mm")  # of transformers' experts interface
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
 CHECKED_TOKENS = 64
-# Its router computes in the dtype of the model, and so in half precision some tokens may go to other experts.
+# Its router computes in the dtype of the model: in half precision some tokens may go to other experts.
 CHECKED_IN_FLOAT32 = (MIXTRAL,)
 
 
 class FusedFfn(nn.Module):
-    """One expert for DeepSpeed, which takes modules."""
+    """One expert as a module, as DeepSpeed needs it."""
 
     def __init__(self, gate_up_FD: Tensor, down_DF: Tensor):
         super().__init__()
@@ -41,26 +41,29 @@ class FusedFfn(nn.Module):
 
 
 def random_weights(size: LayerSize, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Router [E, D], gate and up [E, 2F, D], down [E, D, F], such that activations keep their scale."""
+    """Return router [E, D], gate and up [E, 2F, D], down [E, D, F], scaled such that activations keep their scale."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = (size.experts, size.width), (size.experts, 2 * size.ffn_width, size.width), (size.experts, size.width, size.ffn_width)
     return [torch.randn(shape, generator=generator, device=device, dtype=dtype) * shape[-1] ** -0.5 for shape in shapes]
 
 
 def dense_layer(size: LayerSize, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The limit: the FFN of transformers' Llama, `top_k` times as wide."""
+    """Return the limit: the FFN of transformers' Llama, `top_k` times as wide."""
     with torch.device(device):
         config = LlamaConfig(hidden_size=size.width, intermediate_size=size.top_k * size.ffn_width, num_attention_heads=1)
         return LlamaMLP(config).to(dtype)
 
 
+def _one_layer(size: LayerSize) -> dict[str, int]:
+    sizes = {"hidden_size": size.width, "intermediate_size": size.ffn_width}
+    return {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, **sizes}
+
+
 def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> nn.Module:
-    """The SparseMlp of a model of one layer; without a `backend`, with the one that a model has if nothing is said."""
+    """Return the SparseMlp of a model with one layer. `backend`: default that of a model."""
     config = MoeLlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
-        text_config=LlamaConfig(
-            vocab_size=8, hidden_size=size.width, intermediate_size=size.ffn_width, num_hidden_layers=1, num_attention_heads=1
-        ),
+        text_config=LlamaConfig(**_one_layer(size)),
         num_experts=size.experts,
         num_experts_per_tok=size.top_k,
         moe_layers="all",
@@ -73,24 +76,16 @@ def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None
 
 
 def mixtral_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
-    """The MoE block of a Mixtral, with the backend that transformers chooses."""
-    config = MixtralConfig(
-        vocab_size=8,
-        hidden_size=size.width,
-        intermediate_size=size.ffn_width,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        num_local_experts=size.experts,
-        num_experts_per_tok=size.top_k,
-    )
+    """Return the MoE block of a Mixtral, with the backend that transformers chooses."""
+    experts = {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    config = MixtralConfig(**_one_layer(size), num_key_value_heads=1, **experts)
     with torch.device("meta"):
         model = MixtralModel._from_config(config, dtype=weights[0].dtype)
     return _with_weights(model.layers[0].mlp, ("gate.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
 
 
 def deepspeed_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
-    """DeepSpeed's MoE, in a process group of one process, with nothing dropped and nothing drawn at random."""
+    """Return DeepSpeed's MoE, in a process group of one process, without dropping or randomness."""
     from deepspeed import comm, moe
 
     if not torch.distributed.is_initialized():
@@ -114,13 +109,13 @@ def deepspeed_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
 
 
 def _with_weights(module: nn.Module, names: tuple[str, ...], weights: list[Tensor]) -> nn.Module:
-    """`module` with these tensors in place of its parameters: not copied, so that variants share them, but with gradients of its own."""
+    """Replace the parameters of `module` by these tensors, which variants share without sharing gradients."""
     module.load_state_dict(dict(zip(names, weights, strict=True)), assign=True)
     return module
 
 
 def layer_variants(size: LayerSize, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
-    """(name -> layer, the limit first; what is left out, and why)"""
+    """Return (name -> layer, the limit first; notes on variants that are left out)."""
     weights, notes = random_weights(size, dtype, device), []
     variants = {DENSE: dense_layer(size, dtype, device), OURS: our_layer(size, weights)}
     for backend in BACKENDS:
@@ -140,12 +135,12 @@ def layer_variants(size: LayerSize, dtype: torch.dtype, device: torch.device) ->
 
 
 def room_for_copies(device: torch.device) -> int:
-    """Bytes that batched_mm may copy."""
+    """Return how many bytes batched_mm may copy."""
     return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 10**9
 
 
 def output_of(layer: nn.Module, x_1TD: Tensor) -> Tensor:
-    """DeepSpeed returns its loss, too."""
+    """Return the output alone: DeepSpeed returns its loss too."""
     out = layer(x_1TD)
     return out[0] if isinstance(out, tuple) else out
 
@@ -153,10 +148,10 @@ def output_of(layer: nn.Module, x_1TD: Tensor) -> Tensor:
 def errors(
     size: LayerSize, variants: dict[str, nn.Module], dtype: torch.dtype, device: torch.device, backward: bool = True
 ) -> dict[str, float]:
-    """Of every sparse variant the largest relative error of the output and, with `backward`, of the gradients of input and weights, on up
-    to CHECKED_TOKENS tokens, from float64.
+    """Return for every sparse variant the largest relative error, against float64, of the output and, with `backward`, of the gradients of
+    input and weights, on up to CHECKED_TOKENS tokens.
 
-    Raises BenchError if one is above TOLERANCE: what does not compute the same is not compared.
+    Raise BenchError if one is above TOLERANCE: only variants that compute the same are compared.
     """
     generator = torch.Generator(device).manual_seed(1)
     shape = (1, min(size.tokens, CHECKED_TOKENS), size.width)
@@ -167,7 +162,7 @@ def errors(
         if name == DENSE:
             continue
         got = _outcome(layer, x_1TD, gradient_1TD if backward else None)
-        # DeepSpeed's parameters are not stacked: of it, the gradients of the weights are left out.
+        # DeepSpeed's parameters are not stacked: the gradients of its weights are left out.
         compared = got[:2] if name == DEEPSPEED else got
         found[name] = max(_relative(one, other) for one, other in zip(compared, expected, strict=name != DEEPSPEED))
         if found[name] > TOLERANCE[dtype] and (dtype == torch.float32 or name not in CHECKED_IN_FLOAT32):
@@ -177,7 +172,7 @@ def errors(
 
 
 def _outcome(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor | None]:
-    """Output and, with the output's gradient, those of input and parameters."""
+    """Return the output and, if the output's gradient is given, the gradients of input and parameters."""
     if gradient_1TD is None:
         with torch.no_grad():
             return [output_of(layer, x_1TD)]
@@ -190,8 +185,8 @@ def _outcome(layer: nn.Module, x_1TD: Tensor, gradient_1TD: Tensor | None) -> li
 
 
 def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: Tensor | None) -> list[Tensor]:
-    """Output and, with its gradient, those of input, router, gate and up, down, in float64, one expert after another. Experts are chosen in
-    float32, as the router does it, so that rounding chooses no others."""
+    """Return in float64 the output and, if its gradient is given, the gradients of input, router, gate and up, down; one expert after
+    another. Experts are chosen in float32, as in the router, so that rounding does not change the choice."""
     choices_TE = x_1TD[0].float() @ weights[0].float().T
     router_ED, gate_up_EFD, down_EDF = (weight.double().requires_grad_() for weight in weights)
     x_TD = x_1TD[0].double().requires_grad_()

@@ -1,7 +1,7 @@
-"""What it takes to begin: the memory and time of loading a checkpoint, and the time of `moe-llava chat` from its start to the answer.
+"""Measure memory and time of loading a checkpoint, and the time of `moe-llava chat` from its start to the answer.
 
-The limits: reading the same weights by safetensors alone; a process that imports torch and transformers' LLaVA as one does, and ends. Every
-weight is read once after loading: what is mapped from a file takes memory and time only then.
+The limits: reading the same weights with safetensors alone; a process that only imports torch and transformers' LLaVA. Every weight is read
+once after loading, since mapped files take memory and time only then.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from moe_llava.perf.running import show_cases
 
 READ, LOAD = "safetensors alone", "load_checkpoint"
 IMPORT, CHAT = "import torch, transformers' LLaVA", "moe-llava chat"
-CPU = torch.device("cpu")  # where checkpoints are loaded to
+CPU = torch.device("cpu")
 ANSWER_TOKENS = 8
 
 
 def bench_load(checkpoint: Path, image: Path | None, question: str, rounds: int, console: Console) -> dict[str, Any]:
-    """Of a folder. Without an `image`, a grey one is asked about.
+    """Measure a checkpoint folder. `image`: to ask `question` about; default a grey one.
 
-    Raises CheckpointError as `load_checkpoint`, and BenchError if the folder has no safetensors files or `chat` fails.
+    Raise CheckpointError as `load_checkpoint` does, and BenchError if the folder has no safetensors files or `chat` fails.
     """
-    config = load_checkpoint(checkpoint)[0].config  # what is wrong with it is told by name
+    config = load_checkpoint(checkpoint)[0].config  # reports what is wrong with the checkpoint
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise BenchError(f"checkpoint {checkpoint} has no safetensors files, whose reading would be the limit")
@@ -48,22 +48,21 @@ def bench_load(checkpoint: Path, image: Path | None, question: str, rounds: int,
             Image.new("RGB", (64, 64), "grey").save(image)
         running.begin({"checkpoint": str(checkpoint)})
         loading: dict[str, Callable[[], object]] = {READ: partial(_read_files, files), LOAD: partial(_load, checkpoint)}
-        told = summary(compare(loading, rounds, CPU, running), READ, CPU)
+        found = summary(compare(loading, rounds, CPU, running), READ, CPU)
         weights = sum(file.stat().st_size for file in files)
         memory = report["memory"] = {"weights": weights, **in_child(_memory_of_loading, checkpoint)}
         memory["ratio"] = (memory["peak"] - memory["baseline"]) / weights
-        running.end(READ, told)
+        running.end(READ, found)
         running.begin({"from": "start", "to": "end of the process"})
         chat = [sys.executable, "-m", "moe_llava.cli", "chat", str(checkpoint), "--image", str(image), question]
         starting: dict[str, Callable[[], object]] = {
             IMPORT: partial(_run, [sys.executable, "-c", "import torch, transformers.models.llava.modeling_llava"]),
             CHAT: partial(_run, [*chat, "--max-new-tokens", str(ANSWER_TOKENS)]),
         }
-        told = summary(compare(starting, rounds, CPU, running, warm_up=1), IMPORT, CPU)
-        running.end(IMPORT, told)
+        running.end(IMPORT, summary(compare(starting, rounds, CPU, running, warm_up=1), IMPORT, CPU))
     report["notes"] = [
         f"loading takes {memory['ratio']:.2f} x its weights ({weights / 1e6:,.1f} MB) at most, beyond {memory['baseline'] / 1e6:,.0f} MB "
-        "of what is imported"
+        "of imported modules"
     ]
     return report
 
@@ -84,7 +83,7 @@ def _touch(weights: Iterable[Tensor]) -> None:
 
 
 def _memory_of_loading(checkpoint: Path) -> dict[str, int]:
-    """Bytes: `baseline` before the weights are loaded, with all that loading imports and the processor, and `peak`, at most after."""
+    """Return bytes: `baseline`, before the weights are loaded, with the processor and all imports; `peak`, the most afterwards."""
     load_processor(checkpoint)
     load_on_meta(checkpoint)
     gc.collect()

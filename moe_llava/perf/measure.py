@@ -1,7 +1,7 @@
-"""How everything here is measured.
+"""Measure variants side by side.
 
-Unusual here: no number stands alone. The variants of a case take turns within each round, in an order that alternates, so that all see the
-same machine; what is told is the ratio to a limit, round by round, as median, low and high.
+Unusual here: no number stands alone. The variants of a case take turns within each round, in alternating order, so that all run under the
+same load. Reports have the ratio to a limit, round by round, as median, low and high.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 import moe_llava
 
-TURN = 0.02  # seconds that a turn takes at least: a quick call is repeated
+TURN = 0.02  # seconds: a turn takes at least as long; quick calls are repeated
 WARM_UP = 2  # calls of each variant before the first round
 _STATUS = Path("/proc/self/status")
 
@@ -34,15 +34,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timings:
-    """Of one variant, by round: `seconds` of a call by the clock, and `processor` seconds of all threads, and of processes
-    that it started."""
+    """The times of one variant, by round: `seconds` of a call, and `processor` seconds of all threads and of started processes."""
 
     seconds: list[float]
     processor: list[float]
 
 
 class CutShort(KeyboardInterrupt):
-    """Ctrl-C between the first round and the last. `timings`: of the rounds that are complete."""
+    """Ctrl-C after the first round. `timings`: of the complete rounds."""
 
     def __init__(self, timings: dict[str, Timings]):
         super().__init__()
@@ -60,9 +59,9 @@ def compare(
     advance: Callable[[int], None],
     warm_up: int = WARM_UP,
 ) -> dict[str, Timings]:
-    """Let the variants take turns for `rounds` rounds, after `warm_up` calls of each; `advance` is called after each round.
+    """Let the variants take turns for `rounds` rounds, after `warm_up` calls of each; call `advance` after each round.
 
-    Raises CutShort at Ctrl-C, if a round is complete.
+    Raise CutShort at Ctrl-C, if a round is complete.
     """
     repeats = {}
     for name, call in variants.items():
@@ -84,7 +83,7 @@ def compare(
 
 
 def _turn(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
-    """(seconds, processor seconds) of one of `repeats` calls."""
+    """Return (seconds, processor seconds) of one of `repeats` calls."""
     _wait(device)
     processor, began = _processor_seconds(), time.perf_counter()
     for _ in range(repeats):
@@ -94,7 +93,7 @@ def _turn(call: Callable[[], object], repeats: int, device: torch.device) -> tup
 
 
 def _processor_seconds() -> float:
-    """Of this process, and of those that it has started and that have ended."""
+    """Return the processor seconds of this process and of its children that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -105,14 +104,14 @@ def _wait(device: torch.device) -> None:
 
 
 def summary(timings: Mapping[str, Timings], limit: str, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Of each variant its seconds, and `ratio`, how many times as long as `limit` it took: 1 is the aim, below is better.
-    `processor_ratio`, on a CPU: the same of processor time, which other work on the machine changes less."""
-    told: dict[str, dict[str, Any]] = {}
+    """Return for each variant its seconds, and `ratio`: its time over that of the variant `limit`; 1 is the aim, below is better. On a CPU
+    also `processor_ratio`: the same for processor time, which depends less on other work on the machine."""
+    found: dict[str, dict[str, Any]] = {}
     for name, one in timings.items():
-        told[name] = {"seconds": spread(one.seconds), "ratio": ratios(one.seconds, timings[limit].seconds)}
+        found[name] = {"seconds": spread(one.seconds), "ratio": ratios(one.seconds, timings[limit].seconds)}
         if device.type == "cpu":
-            told[name]["processor_ratio"] = ratios(one.processor, timings[limit].processor)
-    return told
+            found[name]["processor_ratio"] = ratios(one.processor, timings[limit].processor)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -120,12 +119,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(values: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
-    """The spread of the ratios, round by round."""
+    """Return the spread of the ratios, round by round."""
     return spread([value / limit for value, limit in zip(values, limits, strict=True)])
 
 
 def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Machine, threads, dtype, versions, and what else the machine was doing. `packages`: others whose version matters."""
+    """Return machine, load, threads, dtype and versions. `packages`: further packages whose version matters."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -144,7 +143,7 @@ def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -
 
 
 def begin_report(bench: str, device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
-    """What every report has, with no cases yet."""
+    """Return a report without cases."""
     return {"bench": bench, "conditions": conditions(device, dtype), "rounds": rounds, "cases": []}
 
 
@@ -153,13 +152,13 @@ def dtype_names(*dtypes: torch.dtype) -> str:
 
 
 def in_child(function: Callable[..., Result], *arguments: object) -> Result:
-    """What `function`, of a module's top level, returns in a new process of its own, whose peak memory is its own too."""
+    """Run `function`, defined at a module's top level, in a new process, which has a peak memory of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def begin_peak(device: torch.device) -> int:
-    """Lets the peak of `peak_memory` begin anew. Bytes that are held now."""
+    """Reset the peak of `peak_memory`; return the bytes that are in use now."""
     if device.type == "cuda":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
@@ -169,11 +168,11 @@ def begin_peak(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes held at most: on a GPU of its memory, else of this process, resident; there, other systems than Linux cannot begin anew."""
+    """Return the peak of bytes in use: of the GPU's memory, else resident in this process, which only Linux can reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
-        # Not ru_maxrss: on Linux that of a new process begins with what its parent held.
+        # Not ru_maxrss: on Linux that of a new process starts with the memory of its parent.
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,8 @@
-"""Speed of a sparse model against the share of its experts that memory has room for.
+"""Measure the speed of a sparse model against the share of its experts that memory has room for.
 
-The variants read the same prompt and take turns at every token after it; the tokens are random, so that a guess at the next experts cannot
-gain by repetition. A turn ends when nothing is being read any more. `cold`: an expert that is not kept comes from the disk each time, as
-when memory has no room for the file either; otherwise it comes from the system's cache of files.
+The variants have the same prompt and take turns at every token after it. The tokens are random, so that repetition does not help to predict
+the next experts. A turn ends when no read is in progress. `cold`: an expert that is not in memory is read from disk each time, as when
+memory has no room for the file either; otherwise it comes from the page cache.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from moe_llava.perf.options import BenchError
 from moe_llava.perf.running import Cases, show_cases
 
 CPU = torch.device("cpu")
-PROMPT = 64  # tokens that are read at once
+PROMPT = 64  # tokens of the prefill
 WHOLE, AHEAD, NEEDED = "all in memory", "fetched ahead", "fetched when needed"
 ALIKE = "alike"
 ROUTERS = ("independent", ALIKE)  # of random checkpoints
 
 
 class ColdStack(FileStack):
-    """What was read leaves the system's cache."""
+    """Remove what was read from the page cache."""
 
     def read(self, expert: int, out: torch.Tensor) -> None:
         super().read(expert, out)
@@ -43,8 +43,7 @@ class ColdStack(FileStack):
 
 
 class Runner:
-    """A model that reads token after token, and how long each pass took, by the clock and on processors. `experts`: None if all are in
-    memory."""
+    """A model that decodes, and the seconds and processor seconds of each forward pass. `experts`: None if all are in memory."""
 
     def __init__(self, model: Any, experts: ExpertCache | None = None):
         self.model = model
@@ -54,7 +53,7 @@ class Runner:
         self._past = DynamicCache()
 
     @torch.inference_mode()
-    def read(self, ids_S: torch.Tensor) -> None:
+    def run(self, ids_S: torch.Tensor) -> None:
         processor, begin = time.process_time(), time.perf_counter()
         self.model(input_ids=ids_S[None], past_key_values=self._past, use_cache=True, logits_to_keep=1)
         if self.experts is not None:
@@ -62,17 +61,17 @@ class Runner:
         self.seconds.append(time.perf_counter() - begin)
         self.processor.append(time.process_time() - processor)
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         self.seconds, self.processor, self._past = [], [], DynamicCache()
         if self.experts is not None:
             self.experts.counts = Counts()
 
 
 def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int, console: Console) -> dict[str, Any]:
-    """For each share of the experts of a sparse checkpoint, their files cold or not: `tokens` that are written one at a time after a prompt
-    of PROMPT, whose ratio is told by itself. Without a checkpoint, of two random ones, whose routers are the worst and the best to guess.
+    """Measure, for each share of the experts in memory and for cold and cached files, `tokens` decoded after a prompt of PROMPT, and the
+    prefill by itself. Default checkpoints: two random ones, whose routers are the worst and the best to predict.
 
-    Raises ValueError as `offload_experts` does, and BenchError if the checkpoint is dense.
+    Raise ValueError as `offload_experts` does, and BenchError if the checkpoint is dense.
     """
     report = begin_report("offload", CPU, "as stored", tokens)
     total = 2 * len(shares) * (1 if checkpoint else len(ROUTERS))
@@ -88,7 +87,7 @@ def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int,
 def _measure(name: str, folder: Path, shares: Sequence[float], running: Cases) -> None:
     config = load_config(folder)
     if not isinstance(config, MoeLlavaConfig):
-        raise BenchError(f"checkpoint {folder} is dense: it has no experts of which a share could be kept")
+        raise BenchError(f"checkpoint {folder} is dense: it has no experts to keep or to offload")
     ids_S = torch.randint(
         3, config.text_config.vocab_size, (PROMPT + running.report["rounds"],), generator=torch.Generator().manual_seed(0)
     )
@@ -103,23 +102,23 @@ def _measure(name: str, folder: Path, shares: Sequence[float], running: Cases) -
 def _variants(
     whole: Runner, folder: Path, share: float, cold: bool, ids_S: torch.Tensor, advance: Callable[[int], None]
 ) -> dict[str, dict[str, Any]]:
-    """Cold ones by themselves: what others leave in the system's cache would warm them."""
+    """Measure one share. Cold variants do not run beside cached ones, which would fill the page cache."""
     runners = {WHOLE: whole, AHEAD: _offloaded(folder, share, True, cold), NEEDED: _offloaded(folder, share, False, cold)}
     for _ in range(2):  # the second time counts
         for runner in runners.values():
-            runner.begin()
-            runner.read(ids_S[:PROMPT])
+            runner.reset()
+            runner.run(ids_S[:PROMPT])
     for token in ids_S[PROMPT:, None]:
         for runner in runners.values():
-            runner.read(token)
+            runner.run(token)
         advance(1)
-    told = summary({name: Timings(runner.seconds[1:], runner.processor[1:]) for name, runner in runners.items()}, WHOLE, CPU)
+    found = summary({name: Timings(runner.seconds[1:], runner.processor[1:]) for name, runner in runners.items()}, WHOLE, CPU)
     for name, runner in runners.items():
-        told[name]["prompt_ratio"] = runner.seconds[0] / whole.seconds[0]
+        found[name]["prompt_ratio"] = runner.seconds[0] / whole.seconds[0]
         if runner.experts is not None:
             counts = runner.experts.counts
-            told[name] |= {"hits": counts.hits / (counts.hits + counts.misses), "counts": asdict(counts)}
-    return told
+            found[name] |= {"hits": counts.hits / (counts.hits + counts.misses), "counts": asdict(counts)}
+    return found
 
 
 def _load(folder: Path) -> MoeLlavaForConditionalGeneration:
@@ -129,7 +128,7 @@ def _load(folder: Path) -> MoeLlavaForConditionalGeneration:
 
 
 def _whole(folder: Path) -> MoeLlavaForConditionalGeneration:
-    """Its experts are read, not mapped: pages that somebody maps would stay in the system's cache, and nothing be cold."""
+    """Load the model with experts that are read, not mapped: mapped pages would stay in the page cache, and nothing would be cold."""
     model, tables = _load(folder), read_tables(find_weights(folder))
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
@@ -150,9 +149,8 @@ def _offloaded(folder: Path, share: float, ahead: bool, cold: bool) -> Runner:
 
 
 def random_checkpoint(folder: Path, alike: bool, width: int = 1024, ffn_width: int = 2048, layers: int = 16, experts: int = 8) -> None:
-    """Saves a random sparse model of the llama family, with experts in every other layer. Its routers tell nothing of each other: that is
-    the worst case for a guess. `alike`: all layers have the same router, and a token keeps most of its experts from layer to layer: that
-    is the best case."""
+    """Save a random sparse model of the llama family, with experts in every other layer. Its routers are independent: the worst case for
+    predictions. `alike`: all layers have the same router, so a token keeps most of its experts from layer to layer: the best case."""
     text = LlamaConfig(
         vocab_size=1000,
         hidden_size=width,
@@ -166,7 +164,7 @@ def random_checkpoint(folder: Path, alike: bool, width: int = 1024, ffn_width: i
     torch.manual_seed(0)
     model = MoeLlavaForConditionalGeneration(config)
     with torch.no_grad():
-        # As large as what layers add: a token's state changes little from layer to layer.
+        # As large as what layers add, so that a token's state changes little from layer to layer.
         model.get_input_embeddings().weight.normal_()
         mlps = list(model.model.sparse_mlps().values())
         for mlp in mlps[1:] if alike else ():

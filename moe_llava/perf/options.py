@@ -1,4 +1,4 @@
-"""What can be asked for, checked before anything heavy is imported."""
+"""Options of benchmarks, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORWARD, BOTH = "forward", "forward+backward"
 PHASES = (FORWARD, BOTH)
 LAYER_SIZES = ("640x2048x5632", "1024x512x1408", "2048x256x704", "1x2048x5632")  # tokens, width, FFN width; the last is decoding
-MODEL_SIZES = ("tiny", "digits", "middle", "wide", "phi2")  # pairs.py says what they are
+MODEL_SIZES = ("tiny", "digits", "middle", "wide", "phi2")  # defined in pairs.py
 
-MULTIPLE = 8  # of numbers of two bytes: grouped_mm takes rows of a multiple of 16 bytes
-SHARES = (0.125, 0.25, 0.5, 0.75)  # of the experts, that are kept in memory
+MULTIPLE = 8  # numbers of two bytes: grouped_mm needs rows of a multiple of 16 bytes
+SHARES = (0.125, 0.25, 0.5, 0.75)  # of the experts are kept in memory
 
 
 class BenchError(ValueError):
-    """What was asked for cannot be measured, or would say nothing, as the variants do not compute the same."""
+    """The benchmark cannot run, or its variants do not compute the same."""
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Of a layer, and of the tokens that go through it: each through `top_k` of `experts`."""
+    """A layer, and the tokens that go through it, each through `top_k` of `experts`."""
 
     tokens: int
     width: int
@@ -36,17 +36,17 @@ class LayerSize:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass, without the router: three matrix products for each expert of a token. The dense FFN has as many."""
+        """FLOPs of the forward pass, without the router: three matrix products for each expert of a token. The dense FFN has as many."""
         return 2 * self.tokens * 3 * self.width * self.top_k * self.ffn_width
 
     @property
     def copied_by_batched_mm(self) -> int:
-        """Numbers: the weights of every token's experts."""
+        """How many numbers batched_mm copies: the weights of every token's experts."""
         return self.tokens * self.top_k * 3 * self.width * self.ffn_width
 
 
 def parse_size(text: str, experts: int, top_k: int) -> LayerSize:
-    """A size from 640x2048x5632. Raises BenchError, naming what is wrong."""
+    """Read a size such as 640x2048x5632. Raise BenchError, naming what is wrong."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
         raise BenchError(f"--size is {text!r}, but must be tokens, width and FFN width, such as {LAYER_SIZES[0]}")
     if not 1 <= top_k <= experts:
@@ -58,13 +58,13 @@ def parse_size(text: str, experts: int, top_k: int) -> LayerSize:
 
 
 def check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises BenchError for a name that is none of the known ones."""
+    """Raise BenchError for an unknown name."""
     for name in names:
         if name not in known:
             raise BenchError(f"{option} is {name!r}, but must be one of {', '.join(known)}")
 
 
 def check_file(file: Path | None) -> None:
-    """Raises BenchError if no report can be written there."""
+    """Raise BenchError if no report can be written to `file`."""
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         raise BenchError(f"--json is {file}, but must name a file in a folder that exists")

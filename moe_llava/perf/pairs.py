@@ -1,28 +1,32 @@
-"""A sparse model and its dense partner of equal active parameters: the same backbone, whose chosen layers have an FFN as wide as the
-experts of a token together. Random weights: how fast they are does not depend on what they know."""
+"""A sparse model and its dense partner with as many active parameters, and the speed of their forward passes. The partner has the same
+backbone, but in the chosen layers an FFN as wide as a token's experts together. Weights are random: speed does not depend on them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig, PreTrainedConfig
 
 from moe_llava.digits.base import WEIGHTS
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.perf.options import BenchError
+from moe_llava.perf.running import show_cases
 
 SPARSE, DENSE = "sparse", "dense"
-LEARNT_SHARE = 0.25  # of the positions of a row, its last ones, that have labels
+LABELLED_SHARE = 0.25  # of the positions of a row, the last ones, have labels
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """`rows` and `tokens` of a batch, if nothing is said, an image in every row among them. `attention`: the implementation."""
+    """`rows` and `tokens` of a batch by default, with an image in every row. `attention`: the implementation."""
 
     what: str
     text: Callable[[], PreTrainedConfig]
@@ -32,7 +36,7 @@ class ModelSize:
     attention: str = "sdpa"
 
     def config(self) -> MoeLlavaConfig:
-        """With the tower of the digits, which is small, and the last token of the vocabulary as its placeholder."""
+        """Return a configuration with the small tower of the digits world; the last token of the vocabulary is the placeholder."""
         text = self.text()
         return MoeLlavaConfig(
             vision_config=CLIPVisionConfig.from_pretrained(WEIGHTS / "tower"),
@@ -51,7 +55,7 @@ def _llama(width: int, ffn_width: int, layers: int, heads: int, vocabulary: int)
     )
 
 
-SIZES = {  # the keys are MODEL_SIZES of asked.py
+SIZES = {  # the keys are MODEL_SIZES of options.py
     "tiny": ModelSize("2 layers of width 32", _llama(32, 48, 2, 2, 99), rows=2, tokens=48),
     # The recipe's attention: the backward pass of the fused one is slow on a CPU.
     "digits": ModelSize(
@@ -70,7 +74,7 @@ SIZES = {  # the keys are MODEL_SIZES of asked.py
 
 
 def pair(size: ModelSize, dtype: torch.dtype, device: torch.device) -> dict[str, LlavaForConditionalGeneration]:
-    """Both, in evaluation mode."""
+    """Return both models, in evaluation mode."""
     config = size.config()
     return {name: build(config, name, dtype, device, size.attention) for name in (DENSE, SPARSE)}
 
@@ -78,7 +82,7 @@ def pair(size: ModelSize, dtype: torch.dtype, device: torch.device) -> dict[str,
 def build(
     config: MoeLlavaConfig, name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
 ) -> LlavaForConditionalGeneration:
-    """SPARSE, or its partner DENSE, which is transformers' own class."""
+    """Return the model SPARSE, or its partner DENSE, which is of transformers' own class."""
     torch.manual_seed(0)
     with torch.device(device):
         if name == SPARSE:
@@ -91,8 +95,7 @@ def build(
 
 
 def _dense_config(config: MoeLlavaConfig) -> LlavaConfig:
-    """What is no field of LlavaConfig is left out. A placeholder beyond the vocabulary, which the dense class cannot have, becomes its last
-    token."""
+    """Keep the fields of LlavaConfig. A placeholder beyond the vocabulary, which the dense class cannot have, becomes its last token."""
     settings = copy.deepcopy(config).to_dict()
     names = LlavaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "image_token_index", "image_token_id"}
     placeholder = min(config.image_token_id, config.text_config.vocab_size - 1)
@@ -100,7 +103,7 @@ def _dense_config(config: MoeLlavaConfig) -> LlavaConfig:
 
 
 def _widen(dense: LlavaForConditionalGeneration, config: MoeLlavaConfig) -> None:
-    """Puts an FFN of the same kind, as wide as a token's experts together, into each layer that is sparse in the other."""
+    """Give each layer that is sparse in the partner an FFN of the same kind, as wide as a token's experts together."""
     wide: Any = copy.deepcopy(dense.config.text_config)
     wide.intermediate_size *= config.num_experts_per_tok
     for index in config.moe_layer_indices:
@@ -109,20 +112,24 @@ def _widen(dense: LlavaForConditionalGeneration, config: MoeLlavaConfig) -> None
         layer.mlp = type(layer.mlp)(wide).to(origin)
 
 
-def batch_of(model: LlavaForConditionalGeneration, rows: int, tokens: int) -> dict[str, Tensor]:
-    """`rows` of `tokens`: first an image, then random text. On the model's device.
+def image_tokens(model: LlavaForConditionalGeneration) -> int:
+    vision: Any = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
 
-    Raises BenchError if a row has no room for an image and a token of text.
+
+def batch_of(model: LlavaForConditionalGeneration, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Return `rows` of `tokens`, an image and random text, on the model's device.
+
+    Raise BenchError if a row has no room for an image and a token of text.
     """
     config: Any = model.config
-    vision = config.vision_config
-    image_tokens = (vision.image_size // vision.patch_size) ** 2
-    if rows < 1 or tokens <= image_tokens:
-        raise BenchError(f"a batch of {rows} rows of {tokens} tokens, but it needs 1 and {image_tokens + 1}: an image takes {image_tokens}")
+    vision, image = config.vision_config, image_tokens(model)
+    if rows < 1 or tokens <= image:
+        raise BenchError(f"a batch of {rows} rows of {tokens} tokens, but it needs 1 and {image + 1}: an image takes {image}")
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, config.text_config.vocab_size - 1, (rows, tokens), generator=generator)
     ids = torch.where(ids == config.image_token_id, 2, ids)
-    ids[:, :image_tokens] = config.image_token_id
+    ids[:, :image] = config.image_token_id
     pixels = torch.randn(rows, 3, vision.image_size, vision.image_size, generator=generator)
     return {
         "input_ids": ids.to(model.device),
@@ -132,7 +139,36 @@ def batch_of(model: LlavaForConditionalGeneration, rows: int, tokens: int) -> di
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """The last LEARNT_SHARE of each row."""
+    """Return labels for the last LABELLED_SHARE of each row."""
     labels = batch["input_ids"].clone()
-    labels[:, : round(labels.shape[1] * (1 - LEARNT_SHARE))] = -100
+    labels[:, : round(labels.shape[1] * (1 - LABELLED_SHARE))] = -100
     return labels
+
+
+def bench_model(
+    names: Sequence[str], dtypes: Sequence[torch.dtype], rows: int | None, tokens: int | None, rounds: int, console: Console
+) -> dict[str, Any]:
+    """Measure the prefill of every size, a key of SIZES, in every dtype. `rows` and `tokens` of a batch: default the size's.
+
+    Raise BenchError as `batch_of` does.
+    """
+    device = bench_device()
+    report = begin_report("model", device, dtype_names(*dtypes), rounds)
+    with show_cases(report, len(names) * len(dtypes), console) as running:
+        for name in names:
+            size = SIZES[name]
+            shape = rows or size.rows, tokens or size.tokens
+            for dtype in dtypes:
+                running.begin({"size": name, "rows": shape[0], "tokens": shape[1], "dtype": dtype_names(dtype)})
+                models = pair(size, dtype, device)
+                calls: dict[str, Callable[[], object]] = {
+                    which: partial(_prefill, model, batch_of(model, *shape)) for which, model in models.items()
+                }
+                running.end(DENSE, summary(compare(calls, rounds, device, running), DENSE, device))
+    return report
+
+
+@torch.no_grad()
+def _prefill(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Compute the logits of the last position only, as generation does."""
+    model(**batch, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""Reports for people, and as files."""
+"""Print reports and write them to files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# What is known of a variant -> (column, how much of it is one of the column's unit, digits)
+# A measurement of a variant -> (column, the column's unit, digits)
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "seconds": ("ms", 1e-3, ".4g"),
     "ratio": ("x the limit", 1, ".2f"),
@@ -34,7 +34,7 @@ def write_report(report: dict[str, Any], file: Path | None) -> None:
 
 
 def print_case(case: dict[str, Any], console: Console) -> None:
-    """Of a report: a case with labels, a limit, and what is known of its variants."""
+    """Print a case of a report: labels, limit, and the measurements of its variants."""
     title = ", ".join(f"{label} {value}" for label, value in case["labels"].items())
     names = [f"{name} (limit)" if name == case["limit"] else name for name in case["variants"]]
     known = [key for key in COLUMNS if any(key in one for one in case["variants"].values())]
@@ -43,8 +43,8 @@ def print_case(case: dict[str, Any], console: Console) -> None:
 
 
 def print_table(title: str, keys: dict[str, list[str]], columns: dict[str, list[str]], console: Console) -> None:
-    """Print columns, header -> cells, beside those of `keys`. What is too wide for the console is divided: headers between words, then the
-    table, each part of which has the keys."""
+    """Print columns, header -> cells, after those of `keys`. If they are too wide for the console, break headers between words, then the
+    table into parts, each with the keys."""
     everything = keys | columns
     widths = {header: max(map(len, [header, *cells])) for header, cells in everything.items()}
     if _outer(widths.values()) > console.width:
@@ -64,7 +64,7 @@ def print_table(title: str, keys: dict[str, list[str]], columns: dict[str, list[
 
 
 def _outer(widths: Iterable[int]) -> int:
-    """The width of a table with columns of these widths: each has a border and two blanks."""
+    """Return the width of a table with columns of these widths: each has a border and two blanks."""
     return sum(width + 3 for width in widths) + 1
 
 
@@ -74,12 +74,12 @@ def print_notes(report: dict[str, Any], console: Console) -> None:
 
 
 def print_conditions(report: dict[str, Any], console: Console) -> None:
-    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["conditions"].items())
-    console.print(f"{report['bench']}: {told}", highlight=False, soft_wrap=True)
+    values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["conditions"].items())
+    console.print(f"{report['bench']}: {values}", highlight=False, soft_wrap=True)
 
 
 def _cell(value: Any, key: str) -> str:
-    """A number, or a median with its low and high: those of the ratio to the limit, and of rates; a row has no room for more."""
+    """Return a number, or a median, with its low and high for ratios and rates only: a row has no room for more."""
     _, unit, digits = COLUMNS[key]
     if not isinstance(value, dict):
         return _number(value / unit, digits)

@@ -1,6 +1,6 @@
-"""A benchmark under way: which case runs, how far it is, and the table of every case as soon as it is measured.
+"""A running benchmark: its current case, its progress, and the table of every case as soon as it is measured.
 
-Unusual here: the time left is that of the running case. Its rounds all take the same time; cases of different sizes do not.
+Unusual here: the time left is that of the current case, whose rounds all take the same time; cases of different sizes do not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_llava.perf.report import print_case, print_conditions
 
 
 class Interrupted(Exception):
-    """Ctrl-C. `report`: what was measured until then."""
+    """Ctrl-C. `report`: the measurements until then."""
 
     def __init__(self, report: dict[str, Any], case: int, total: int):
         super().__init__(f"stopped in case {case} of {total}")
@@ -28,7 +28,7 @@ class Interrupted(Exception):
 
 
 class Cases:
-    """The cases of a report, one after another: `begin`, a call after each round, `end`."""
+    """The cases of a report, in sequence: `begin`, a call after each round, `end`."""
 
     def __init__(self, report: dict[str, Any], total: int, console: Console, progress: Progress):
         self.report, self.total, self.console, self.progress = report, total, console, progress
@@ -42,7 +42,7 @@ class Cases:
         self.progress.reset(self.task, description=self._description())
 
     def __call__(self, number: int) -> None:
-        """After each round."""
+        """Show that a round is complete."""
         self.ends.append(time.monotonic())
         self.progress.update(self.task, advance=number, description=self._description())
         if not self.console.is_terminal and self.ends[-1] - self.shown > SECONDS:
@@ -50,7 +50,7 @@ class Cases:
             self.console.print(self._description(), highlight=False, soft_wrap=True)
 
     def end(self, limit: str, variants: dict[str, dict[str, Any]], **notes: Any) -> None:
-        """Add a case to the report and print it. `notes`: more labels."""
+        """Add a case to the report and print it. `notes`: further labels."""
         case = {"labels": self.labels | notes, "limit": limit, "variants": variants}
         self.report["cases"].append(case)
         print_case(case, self.console)
@@ -58,14 +58,14 @@ class Cases:
     def _description(self) -> str:
         rounds, done = self.report["rounds"], len(self.ends)
         text = f"case {len(self.report['cases']) + 1} of {self.total}, round {min(done + 1, rounds)} of {rounds}"
-        if not 2 <= done < rounds:  # the first round comes with the warm-up
+        if not 2 <= done < rounds:  # the first round includes the warm-up
             return text
         return f"{text}, about {format_duration((self.ends[-1] - self.ends[0]) / (done - 1) * (rounds - done))} left of it"
 
 
 @contextmanager
 def show_cases(report: dict[str, Any], total: int, console: Console) -> Iterator[Cases]:
-    """Raises Interrupted at Ctrl-C. A case that was cut short after a full round is in the report, with the rounds that it had."""
+    """Raise Interrupted at Ctrl-C. A case that was stopped after a complete round is in the report, with its complete rounds."""
     print_conditions(report, console)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:

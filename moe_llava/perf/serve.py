@@ -1,6 +1,6 @@
-"""What `moe-llava serve` gains by writing many answers at once: questions of the digits world answered per second, asked by several clients
-at once against one after another, over HTTP and streamed, by a server that is a process of its own. The two take turns, over the same
-questions, so that both see the same machine; greedy answers must be the same."""
+"""Measure how much `moe-llava serve` gains by batching: answered questions of the digits world per second, sent by several clients at once
+and one after another, streamed over HTTP from a server in a process of its own. The two take turns with the same questions, so that both
+run under the same load; greedy answers must be equal."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ from moe_llava.perf.report import print_conditions, print_table
 from moe_llava.perf.running import Interrupted
 
 NAME = "model"
+HEADERS = ("answers", "asked", "requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")
 LONGEST = digits_world.BENCHMARK.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`tokens`: with the one that ends it. `times`: seconds from sending to each token, that one included."""
+    """`tokens`: with the end token. `times`: seconds from the request to each token, the end token included."""
 
     text: str
     tokens: int
@@ -49,7 +50,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Pass:
-    """The same questions, asked in one way: seconds by the clock, processor seconds of server and clients, replies in order."""
+    """All questions, sent in one way: seconds, processor seconds of server and clients, replies in order."""
 
     seconds: float
     server: float
@@ -58,11 +59,10 @@ class Pass:
 
 
 def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, console: Console) -> dict[str, Any]:
-    """Starts a server, asks it `questions` in each of `rounds`, after one that warms up, and tells what was measured; half as many where
-    answers are long.
+    """Start a server and send `questions` in each of `rounds`, after a warm-up; half as many where answers are long. Return the report.
 
-    Raises CheckpointError as `load_config`, and BenchError if the server does not start, breaks off an answer, or answers differently in
-    company.
+    Raise CheckpointError as `load_config` does, and BenchError if the server does not start, breaks off an answer, or answers differently
+    when batching.
     """
     dtype = dtype_names(load_config(checkpoint).dtype)
     report: dict[str, Any] = {
@@ -80,10 +80,10 @@ def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, cons
                 passes: list[tuple[Pass, Pass]] = []
                 try:
                     for number in range(rounds + 1):
-                        asked = bodies[name][number * size : (number + 1) * size]
+                        batch = bodies[name][number * size : (number + 1) * size]
                         pair = {}
                         for at_once in (1, clients) if number % 2 else (clients, 1):
-                            pair[at_once] = ask_all(process, port, asked, at_once)
+                            pair[at_once] = send_all(process, port, batch, at_once)
                         check_same(name, pair[1], pair[clients])
                         passes.append((pair[1], pair[clients]))
                         advance(1)
@@ -97,7 +97,7 @@ def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, cons
 
 
 def workloads(folder: Path, sizes: dict[str, int]) -> dict[str, list[bytes]]:
-    """Bodies of requests: as many questions with short answers, and of descriptions, as `sizes` says, each kind in random order."""
+    """Return bodies of requests in random order: questions with short answers, and requests for descriptions, as many as `sizes` says."""
     # A picture has one description, and more than five other questions.
     write_dataset(folder, train_images=1, test_images=max(sizes["long answers"], sizes["short answers"] // 5))
     kinds: dict[str, list[Question]] = {"short answers": [], "long answers": []}
@@ -114,14 +114,14 @@ def body_of(question: Question) -> bytes:
         {"type": "image_url", "image_url": {"url": image}},
         {"type": "text", "text": question.prompt.removeprefix("<image>").strip()},
     ]
-    asked = {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": LONGEST, "temperature": 0}
-    return json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    request = {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": LONGEST, "temperature": 0}
+    return json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
 
 
 @contextmanager
-def server(checkpoint: str, places: int) -> Iterator[tuple[psutil.Process, int]]:
-    """(the process, its port)"""
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--places", str(places)]
+def server(checkpoint: str, slots: int) -> Iterator[tuple[psutil.Process, int]]:
+    """Run a server; yield (the process, its port)."""
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--places", str(slots)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None
@@ -134,15 +134,15 @@ def server(checkpoint: str, places: int) -> Iterator[tuple[psutil.Process, int]]
         running.wait()
 
 
-def ask_all(process: psutil.Process, port: int, bodies: Sequence[bytes], clients: int) -> Pass:
-    """Each client has a connection, and asks the next question as soon as its last one is answered."""
+def send_all(process: psutil.Process, port: int, bodies: Sequence[bytes], clients: int) -> Pass:
+    """Let each client send over a connection of its own: the next question as soon as the last one is answered."""
     left = iter(list(enumerate(bodies)))  # an iterator of a list can be shared by threads
     replies: dict[int, Reply] = {}
 
     def client() -> None:
         connection = HTTPConnection("127.0.0.1", port, timeout=300)
         for number, body in left:
-            replies[number] = ask(connection, body)
+            replies[number] = send(connection, body)
         connection.close()
 
     before, own, began = process.cpu_times(), time.process_time(), time.perf_counter()
@@ -154,7 +154,7 @@ def ask_all(process: psutil.Process, port: int, bodies: Sequence[bytes], clients
     return Pass(seconds, used, time.process_time() - own, [replies[number] for number in range(len(bodies))])
 
 
-def ask(connection: HTTPConnection, body: bytes) -> Reply:
+def send(connection: HTTPConnection, body: bytes) -> Reply:
     began = time.perf_counter()
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -165,7 +165,7 @@ def ask(connection: HTTPConnection, body: bytes) -> Reply:
     chunks = [(json.loads(line), at) for line, at in events]
     if end != b"[DONE]\n" or "usage" not in chunks[-1][0]:
         raise BenchError(f"the server broke off an answer: {chunks[-1][0]}")
-    # The first chunk has the role, the last one the usage.
+    # The first chunk holds the role, the last one the usage.
     pieces = [(chunk["choices"][0], at) for chunk, at in chunks[1:-1]]
     text = "".join(choice["delta"]["content"] for choice, _ in pieces)
     return Reply(text, chunks[-1][0]["usage"]["completion_tokens"], [at for _, at in pieces])
@@ -176,13 +176,13 @@ def check_same(name: str, alone: Pass, together: Pass) -> None:
     if different:
         one, other = different[0]
         raise BenchError(
-            f"{name}: {len(different)} of {len(alone.replies)} answers depend on the company, such as {one.text!r} and {other.text!r}"
+            f"{name}: {len(different)} of {len(alone.replies)} answers depend on batching, such as {one.text!r} and {other.text!r}"
         )
 
 
 def summary(passes: Sequence[tuple[Pass, Pass]]) -> dict[str, Any]:
-    """Of rounds, each alone and together. `ratio`: of the throughputs, together to alone; `processor_time_ratio`: of what the server's
-    processes took, which other work on the machine changes less."""
+    """Summarise rounds, each alone and together. `ratio`: throughput together over alone. `processor_time_ratio`: of the server, which
+    depends less on other work on the machine."""
     alone, together = zip(*passes, strict=True)
     return {
         "questions_per_round": len(passes[0][0].replies),
@@ -213,8 +213,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def print_serving(report: dict[str, Any], console: Console) -> None:
     print_conditions(report, console)
-    keys: dict[str, list[str]] = {"answers": [], "asked": []}
-    columns: dict[str, list[str]] = {name: [] for name in ("requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")}
+    rows = []
     for name, found in report["workloads"].items():
         for way, asked in (("alone", "one after another"), ("together", f"{report['clients']} at once")):
             one = found[way]
@@ -222,11 +221,9 @@ def print_serving(report: dict[str, Any], console: Console) -> None:
                 one[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request")
             )
             times = [f"{one[key]['median']:.1f}, {one[key]['p99']:.1f}" for key in ("first_token_ms", "next_token_ms")]
-            for cells, cell in zip(keys.values(), (name, asked), strict=True):
-                cells.append(cell)
-            for cells, cell in zip(columns.values(), (f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"), strict=True):
-                cells.append(cell)
-    print_table("", keys, columns, console)
+            rows.append((name, asked, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"))
+    columns = {header: [row[place] for row in rows] for place, header in enumerate(HEADERS)}
+    print_table("", {header: columns.pop(header) for header in HEADERS[:2]}, columns, console)
     for name, found in report["workloads"].items():
         ratio, work = found["ratio"], found["processor_time_ratio"]
         console.print(

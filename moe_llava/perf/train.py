@@ -1,5 +1,5 @@
-"""A training step of stage III, forward, backward and AdamW, of a sparse model and of its dense partner, whose wide FFNs learn instead; the
-memory that each takes, in a process of its own; and what logits of all positions would take where the vocabulary is wide."""
+"""Compare a training step of stage III (forward, backward, AdamW) of a sparse model with that of its dense partner, whose wide FFNs are
+trained; the memory of each, in a process of its own; and the memory that logits of all positions take with a wide vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_llava.training.stages import choose_parameters
 from moe_llava.training.trainer import only_learnt
 
 ALL_LOGITS = "sparse, logits of all positions"
-MEMORY_STEPS = 2  # the first makes AdamW's moments, which are there in the second from its start
+MEMORY_STEPS = 2  # the first creates AdamW's moments, which the second has from its start
 
 Batch = dict[str, Tensor]
 
@@ -33,26 +33,26 @@ def bench_train(
     wide: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Every size, a key of SIZES, in every dtype; `rows` and `tokens` of a batch are the size's if nothing is said. bfloat16 is autocast,
-    with weights in float32, as the trainer computes. `wide`: the size whose logits are compared, by memory alone.
+    """Measure every size, a key of SIZES, in every dtype. `rows` and `tokens` of a batch: default the size's. bfloat16 is autocast, with
+    weights in float32, as in the trainer. `wide`: the size whose logits are compared, by memory alone.
 
-    Raises BenchError as `batch_of` does.
+    Raise BenchError as `batch_of` does.
     """
-    device, sizes = bench_device(), [SIZES[name] for name in names]
+    device = bench_device()
     report = begin_report("train", device, dtype_names(*dtypes), rounds)
     report["notes"] = ["peak MB: of a process of its own, beyond what it takes before the model is built"]
     with show_cases(report, len(names) * len(dtypes) + bool(wide), console) as running:
-        for name, size in zip(names, sizes, strict=True):
+        for name in names:
+            shape = rows or SIZES[name].rows, tokens or SIZES[name].tokens
             for dtype in dtypes:
-                asked = rows or size.rows, tokens or size.tokens
-                running.begin({"size": name, "rows": asked[0], "tokens": asked[1], "dtype": dtype_names(dtype)})
+                running.begin({"size": name, "rows": shape[0], "tokens": shape[1], "dtype": dtype_names(dtype)})
                 calls: dict[str, Callable[[], object]] = {
-                    which: step_of(*learner(name, which, dtype, device, *asked), dtype) for which in (DENSE, SPARSE)
+                    which: step_of(*learner(name, which, dtype, device, *shape), dtype) for which in (DENSE, SPARSE)
                 }
-                told = summary(compare(calls, rounds, device, running), DENSE, device)
-                calls.clear()
-                _add_memory(told, DENSE, name, dtype, asked)
-                running.end(DENSE, told)
+                found = summary(compare(calls, rounds, device, running), DENSE, device)
+                calls.clear()  # releases the models before memory is measured
+                _add_memory(found, DENSE, name, dtype, shape)
+                running.end(DENSE, found)
         if wide:
             size = SIZES[wide]
             running.begin({"size": wide, "rows": size.rows, "tokens": size.tokens, "dtype": "float32"})
@@ -65,8 +65,8 @@ def bench_train(
 def learner(
     name: str, which: str, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
 ) -> tuple[LlavaForConditionalGeneration, Batch]:
-    """(model in training mode, of which learns what learns in stage III, its batch); both make logits only where a label is predicted, as
-    they do under the trainer"""
+    """Return (model in training mode, with the trainable parameters of stage III; its batch). Both models compute logits only where a label
+    is predicted, as under the trainer."""
     size = SIZES[name]
     config = size.config()
     model = build(config, DENSE if which == DENSE else SPARSE, torch.float32, device, size.attention)
@@ -82,7 +82,7 @@ def step_of(
     dtype: torch.dtype,
     loss_of: Callable[[LlavaForConditionalGeneration, Batch], Tensor] | None = None,
 ) -> Callable[[], object]:
-    """A step, ready to be done again and again. `loss_of`: how the loss is computed, if not by the model itself."""
+    """Return a function that runs a step. `loss_of`: computes the loss; default the model itself."""
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5, fused=True)
 
     def step() -> None:
@@ -96,21 +96,21 @@ def step_of(
 
 
 def loss_of_all_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
-    """The language loss as it is written down most plainly: logits of all positions, cross entropy over those with labels."""
+    """Return the language loss in its plainest form: logits of all positions, cross entropy over those with labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model.lm_head(model.model(**inputs).last_hidden_state)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
-def _add_memory(told: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, asked: tuple[int, int]) -> None:
-    for which, one in told.items():
-        one["memory"] = in_child(_memory_of_steps, name, which, dtype, *asked)
-    for one in told.values():
-        one["memory_ratio"] = one["memory"] / told[limit]["memory"]
+def _add_memory(found: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    for which, one in found.items():
+        one["memory"] = in_child(_memory_of_steps, name, which, dtype, *shape)
+    for one in found.values():
+        one["memory_ratio"] = one["memory"] / found[limit]["memory"]
 
 
 def _memory_of_steps(name: str, which: str, dtype: torch.dtype, rows: int, tokens: int) -> int:
-    """Bytes that steps take at most, model and optimizer included, beyond what the process takes before."""
+    """Return the peak of bytes in use during steps, with model and optimizer, beyond those in use before."""
     device = bench_device()
     before = begin_peak(device)
     model, batch = learner(name, which, dtype, device, rows, tokens)

@@ -1,1 +1,1 @@
-"""What the routers did: which expert took which tokens."""
+"""Trace and show which experts took which tokens."""

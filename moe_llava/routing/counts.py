@@ -1,4 +1,4 @@
-"""How the tokens were shared out among the experts.
+"""Count the tokens that each expert takes.
 
 Shapes: T tokens, E experts, K experts per token, L MoE layers.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def expert_counts(router_logits: tuple[Tensor, ...], top_k: int, token_mask_T: Tensor) -> Tensor:
-    """[L, E]: how many of the tokens that `token_mask_T` selects have each expert among their top k."""
+    """Return [L, E]: how many of the tokens in `token_mask_T` have each expert among their top k."""
     counts = []
     for logits_TE in router_logits:
         chosen_NK = logits_TE[token_mask_T].topk(top_k, dim=-1).indices
@@ -22,12 +22,12 @@ def expert_counts(router_logits: tuple[Tensor, ...], top_k: int, token_mask_T: T
 
 
 def expert_shares(counts_LE: Tensor) -> Tensor:
-    """[L, E]: counts as shares of each layer's assignments; 0 where there were none."""
+    """Return [L, E]: each expert's share of its layer's assignments; 0 in a layer without any."""
     return counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def whole_percents(shares_E: Sequence[float]) -> list[int]:
-    """Shares that add up to 1 as whole percents that add up to 100; the largest remainders are rounded up. All 0 stays 0."""
+    """Round shares that sum to 1 to whole percents that sum to 100: the largest remainders are rounded up. All 0 stays 0."""
     percents = [100 * share for share in shares_E]
     whole = [math.floor(percent) for percent in percents]
     by_remainder = sorted(range(len(percents)), key=lambda place: whole[place] - percents[place])

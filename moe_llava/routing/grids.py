@@ -1,4 +1,4 @@
-"""Routes on a terminal: every patch and every token of an answer in the colour of its first expert, and with its number."""
+"""Show routes on a terminal: each patch and each token of an answer has the colour and the number of its first expert."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def draw_routes(trace: Trace, images: Sequence[str], layer: int | None = None) -> RenderableType:
-    """`trace`: of one row, with pieces. `images`: what its images are called. `layer`: just this one.
+    """Return the routes of one row. `trace`: has pieces. `images`: their names. `layer`: show this one only.
 
-    Raises RoutingError if `layer` is no MoE layer.
+    Raise RoutingError if `layer` is no MoE layer.
     """
     if layer is not None and layer not in trace.layers:
         raise RoutingError(f"layer {layer} has no experts; those that have are {', '.join(map(str, trace.layers))}")

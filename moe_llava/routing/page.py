@@ -1,6 +1,6 @@
-"""One HTML page, which needs no other file, to look at what the routers did, token by token.
+"""One HTML page, which needs no other file, that shows what the routers did, token by token.
 
-Numbers go into it as base64 of small integers, little endian, as JavaScript's typed arrays read them.
+It holds numbers as base64 of small integers, little endian, as JavaScript's typed arrays read them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from moe_llava.common.colours import expert_colour, ink
-from moe_llava.routing.plots import as_data, data_url
+from moe_llava.routing.plots import Chart, data_url
 from moe_llava.routing.tokens import KINDS
 from moe_llava.routing.trace import Trace
 
-ONE = 65535  # a probability of 1
+ONE = 65535  # stands for a probability of 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation on the page. `pictures`: [height, width, 3] in 0..1, as the model saw them."""
+    """A conversation on the page. `pictures`: [height, width, 3] in 0..1, as the model sees them."""
 
     source: str
     title: str
@@ -45,9 +44,9 @@ def write_page(
     group_by: str | None,
     summary: dict[str, Any],
     examples: Sequence[Example],
-    figures: dict[str, Figure],
+    charts: dict[str, Chart],
 ) -> None:
-    """`name`: of the checkpoint; `records`: how many `summary` is of."""
+    """Write the page. `name`: of the checkpoint. `records`: how many the summary covers."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string((Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     colours = [expert_colour(expert) for expert in range(summary["experts"])]
@@ -68,15 +67,15 @@ def write_page(
         records=records,
         group_by=group_by,
         summary=summary,
-        figures={key: as_data(figure) for key, figure in figures.items()},
+        charts=charts,
         data=text,
     )
     file.write_text(page, encoding="utf-8")
 
 
 def as_seen(pixels_NCHW: Tensor, processor: Any) -> list[np.ndarray]:
-    """[height, width, 3] in 0..1 of each image, as the model sees it: padded, cut and scaled. A tower does not see pixels at the right and
-    below that fill no patch."""
+    """Return [height, width, 3] in 0..1 of each image as the model sees it: padded, cut and scaled, without the pixels at the right and at
+    the bottom that fill no patch."""
     height, width = (size // processor.patch_size * processor.patch_size for size in pixels_NCHW.shape[2:])
     pixels = pixels_NCHW[:, :, :height, :width].permute(0, 2, 3, 1).float().numpy()
     mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
@@ -84,7 +83,7 @@ def as_seen(pixels_NCHW: Tensor, processor: Any) -> list[np.ndarray]:
 
 
 def png_url(picture: np.ndarray) -> str:
-    """A data: URL of [height, width, 3] in 0..1."""
+    """Return the data URL of a picture [height, width, 3] in 0..1."""
     buffer = io.BytesIO()
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(buffer, "png")
     return data_url(buffer.getvalue(), "png")

@@ -1,44 +1,42 @@
-"""From a checkpoint and conversations to a folder of numbers, pictures, and a page to look at:
+"""Trace conversations through a checkpoint and write a folder of numbers, pictures, and a page:
 
     index.html        pick a conversation, a layer, a token; needs no other file
-    statistics.json   what RoutingStatistics.summary says
+    statistics.json   RoutingStatistics.summary
     figures/          load, modality, pathways, router: each as PNG and SVG
     examples/         some conversations: the whole trace as safetensors, patches and answer as PNG and SVG
 
-Statistics are of all records and take the same memory for any number of them; whole traces are kept of the examples only.
+The statistics cover all records, in constant memory; whole traces are kept for the examples only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.progress import with_bar
 from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
-from moe_llava.routing.plots import plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
+from moe_llava.routing.plots import Chart, as_data, plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
 from moe_llava.routing.statistics import RoutingStatistics
 from moe_llava.routing.trace import find_routers, trace_records
 
 EXAMPLES = 12
-
-Step = TypeVar("Step")
+PLOTS = {"load": plot_expert_load, "modality": plot_modality, "pathways": plot_pathways, "router": plot_router}
 
 
 def write_routes(
-    out: Path, name: str, model: Any, processor: Any, records: Sequence[Record], batch_size: int, group_by: str | None, console: Console
+    out: Path, name: str, model: Any, processor: Any, records: Sequence[Record], batch_size: int, group_by: str | None
 ) -> dict[str, Any]:
-    """Traces `records` and fills the folder `out`; returns the statistics. `name`: of the checkpoint, for the page. `group_by`: the key of
+    """Trace `records`, fill the folder `out`, and return the statistics. `name`: of the checkpoint, for the page. `group_by`: the key of
     a record whose value groups it, such as the family of its question.
 
-    Raises, before anything is traced, RoutingError if the model has no routers, and DataError if a record has no such key; DataError for a
+    Before any tracing, raise RoutingError if the model has no routers, and DataError if a record has no such key. Raise DataError for a
     record that cannot be read.
     """
     find_routers(model)
@@ -49,7 +47,7 @@ def write_routes(
     statistics, examples = RoutingStatistics(), []
     batches = trace_records(model, processor, records, batch_size)
     starts = range(0, len(records), batch_size)
-    for start, trace in zip(_shown(starts, "tracing routes", console), batches, strict=True):
+    for start, trace in zip(with_bar(starts, "tracing routes"), batches, strict=True):
         members = records[start : start + batch_size]
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
@@ -59,22 +57,15 @@ def write_routes(
                 examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
     summary = statistics.summary()
     (out / "statistics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    figures = {
-        "load": plot_expert_load(summary),
-        "modality": plot_modality(summary),
-        "pathways": plot_pathways(summary),
-        "router": plot_router(summary),
-    }
-    for figure_name, figure in figures.items():
-        _write(figure, out / "figures" / figure_name)
-    for number, example in enumerate(_shown(examples, "drawing examples", console)):
+    charts = {}
+    for chart, plot in PLOTS.items():
+        figure = plot(summary)
+        _write(figure, out / "figures" / chart)
+        charts[chart] = Chart(as_data(figure), as_data(plot(summary, narrow=True)))
+    for number, example in enumerate(with_bar(examples, "drawing examples")):
         _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
-    write_page(out / "index.html", name, len(records), group_by, summary, examples, figures)
+    write_page(out / "index.html", name, len(records), group_by, summary, examples, charts)
     return summary
-
-
-def _shown(steps: Sequence[Step], name: str, console: Console) -> Iterable[Step]:
-    return track(steps, name, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _group(record: Record, key: str) -> str:
@@ -94,5 +85,5 @@ def _write_example(path: Path, example: Example, experts: int) -> None:
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.set_layout_engine("none")  # it is laid out now
+    figure.set_layout_engine("none")  # the layout is final now
     figure.savefig(path.with_suffix(".svg"))

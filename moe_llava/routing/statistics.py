@@ -1,8 +1,12 @@
-"""What the routers did over any number of tokens, in memory that does not grow with them.
+"""Statistics of routing over any number of tokens, in constant memory.
 
 Modality: "image" for the tokens of images, "text" for all others, special ones too.
 
-Shapes: T tokens, L MoE layers, E experts, K experts per token, M modalities (image, text), N tokens in the sample.
+Pathways (paper, figure 5): a token's pathway is its most probable expert in every MoE layer. E experts in L layers allow E^L pathways, so
+hardly two tokens share one. The tokens' probabilities in all layers, L * E numbers each, are therefore reduced to ten principal components,
+which keep what tokens have in common; the pathways of these smoothed probabilities are counted.
+
+Shapes: T tokens, L MoE layers, E experts, K experts per token, M modalities (image, text), N tokens in the sample, X = L * E.
 """
 
 from __future__ import annotations
@@ -16,26 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llava.routing.counts import expert_shares
-from moe_llava.routing.pathways import TokenSample, top_pathways
 from moe_llava.routing.tokens import IMAGE, KINDS, MEDIA, RoutingError
 from moe_llava.routing.trace import Trace
 
 MODALITIES = ("image", "text")
+COMPONENTS = 10
+MOST = 10
+SAMPLE = 20_000  # tokens
 
 
 class RoutingStatistics:
-    """Adds up traces of one model. `summary` may be asked for at any time."""
+    """Sums over the traces of one model. `summary` works at any time."""
 
     def __init__(self) -> None:
         self.layers: tuple[int, ...] = ()
         self.sample = TokenSample()
-        # text tokens only: an image is read before the question about it
+        # of text tokens only: an image precedes the question about it
         self.group_counts: dict[str, Tensor] = {}
 
     def add(self, trace: Trace, groups: Sequence[str] | None = None) -> None:
-        """`groups`: of each row of the trace, such as the family of its question.
+        """Add a trace. `groups`: of each of its rows, such as the family of its question.
 
-        Raises RoutingError if the trace has other layers or experts than those before, or tokens of a video or audio.
+        Raise RoutingError if the trace has other layers or experts than those before, or tokens of a video or audio.
         """
         others = sorted({KINDS[kind] for kind in trace.kinds_T.tolist() if kind in MEDIA and kind != IMAGE})
         if others:
@@ -76,20 +82,20 @@ class RoutingStatistics:
         self.pairs_XX = torch.zeros(layers * experts, layers * experts, dtype=torch.double)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON has it, lists over layers first. Raises RoutingError if nothing was added.
+        """Return the statistics as JSON types, lists by layer. Raise RoutingError if no trace was added.
 
         - `layers`, `experts`, `top_k`; `tokens`: of each modality
         - `image`, `text` [L, E]: assignments (each token has K); `load` [L, E]: each expert's share of all of a layer's
-        - `image_share` [L, E]: the share of image tokens in what an expert took; None for a dead one
-        - `dropped` [L, E]: assignments that found their expert full
-        - `dead`: layer -> the experts that took nothing, of layers with any
-        - `entropy`: of each modality, [L]: mean entropy of the router's probabilities in bits; log2(E) if it cannot decide
+        - `image_share` [L, E]: the share of image tokens among those of an expert; None for a dead one
+        - `dropped` [L, E]: assignments that were dropped because their expert was full
+        - `dead`: layer -> the experts that took no token, for layers with any
+        - `entropy`: of each modality, [L]: mean entropy of the router's probabilities in bits; log2(E) if they are equal
         - `margin`: of each modality, [L]: mean difference between the two highest probabilities; both None without tokens
         - `modality_information`, `group_information` [L]: mutual information, in bits, between the expert of an assignment and its
           modality; or, of text, the group of its row; None without groups. `groups` [L, E] of each group: assignments of text
-        - `agreement` [L, L]: normalised mutual information of the first choices in two layers: 0 if they have nothing to do with each
-          other, 1 if one tells the other. It does not matter how experts are numbered.
-        - `pathways`: of each modality, as `top_pathways` gives them
+        - `agreement` [L, L]: normalised mutual information of the first choices in two layers: 0 if they are independent, 1 if each
+          determines the other. The numbering of experts does not matter.
+        - `pathways`: of each modality, from `top_pathways`
         """
         if not self.layers:
             raise RoutingError("there are no statistics of no tokens")
@@ -119,7 +125,8 @@ class RoutingStatistics:
             "groups": {group: counts.tolist() for group, counts in self.group_counts.items()},
             "agreement": self._agreement(),
             "pathways": {
-                name: top_pathways(self.sample.of(number), len(self.layers), self.experts) for number, name in enumerate(MODALITIES)
+                name: top_pathways(self.sample.probabilities(number), len(self.layers), self.experts)
+                for number, name in enumerate(MODALITIES)
             },
         }
 
@@ -133,7 +140,7 @@ class RoutingStatistics:
         }
 
     def _agreement(self) -> list[list[float]]:
-        """NMI, of which the two entropies' mean is the norm; 1 on the diagonal even if there is nothing to tell."""
+        """Return mutual information, normalised by the mean of the two entropies; 1 on the diagonal, even for entropies of 0."""
         size = len(self.layers)
         tables_LLEE = self.pairs_XX.view(size, self.experts, size, self.experts).transpose(1, 2)
         entropies = [entropy(tables_LLEE[layer, layer].diagonal()) for layer in range(size)]
@@ -147,11 +154,54 @@ class RoutingStatistics:
 
 
 def entropy(counts: Tensor) -> float:
-    """In bits, of a distribution given as counts."""
+    """Return the entropy of a distribution given as counts, in bits."""
     shares = counts.double() / counts.sum().clamp(min=1)
     return float(-torch.xlogy(shares, shares).sum() / np.log(2))
 
 
 def mutual_information(counts_XY: Tensor) -> float:
-    """In bits, between row and column of a table of counts."""
+    """Return the mutual information between row and column of a table of counts, in bits."""
     return max(0.0, entropy(counts_XY.sum(0)) + entropy(counts_XY.sum(1)) - entropy(counts_XY.flatten()))
+
+
+class TokenSample:
+    """A uniform sample of the tokens added: each gets a random number from a fixed seed, and the smallest are kept."""
+
+    def __init__(self, size: int = SAMPLE):
+        self.size = size
+        self.generator = torch.Generator().manual_seed(0)
+        self.keys_N = torch.empty(0)
+        self.modality_N = torch.empty(0, dtype=torch.long)
+        self.probs_NX = torch.empty(0, 0, dtype=torch.half)
+
+    def add(self, probs_LTE: Tensor, modality_T: Tensor) -> None:
+        probs_TX = probs_LTE.transpose(0, 1).flatten(1).half()
+        keys = torch.cat([self.keys_N, torch.rand(len(modality_T), generator=self.generator)])
+        kept = keys.argsort()[: self.size]
+        self.keys_N = keys[kept]
+        self.modality_N = torch.cat([self.modality_N, modality_T])[kept]
+        self.probs_NX = torch.cat([self.probs_NX.view(-1, probs_TX.shape[1]), probs_TX])[kept]
+
+    def probabilities(self, modality: int) -> np.ndarray:
+        """Return [N, X] of the sampled tokens of one modality."""
+        return self.probs_NX[self.modality_N == modality].numpy().astype(np.float64)
+
+
+def top_pathways(probs_NX: np.ndarray, layers: int, experts: int) -> dict[str, Any]:
+    """Return `paths`: the ten most frequent, each with `experts` (one for each layer) and `share` of the tokens; `explained`: the share of
+    the variance that the principal components keep; `tokens`: their number."""
+    number = len(probs_NX)
+    if not number:
+        return {"paths": [], "explained": None, "tokens": 0}
+    centred_NX = probs_NX - probs_NX.mean(axis=0)
+    variances_X, axes_XX = np.linalg.eigh(centred_NX.T @ centred_NX)  # in rising order
+    axes_XC = axes_XX[:, -COMPONENTS:]
+    smooth_NX = centred_NX @ axes_XC @ axes_XC.T + probs_NX.mean(axis=0)
+    paths, counts = np.unique(smooth_NX.reshape(number, layers, experts).argmax(axis=2), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:MOST]
+    total = variances_X.sum()
+    return {
+        "paths": [{"experts": paths[index].tolist(), "share": counts[index] / number} for index in order],
+        "explained": float(variances_X[-COMPONENTS:].sum() / total) if total > 0 else 1.0,
+        "tokens": number,
+    }

@@ -1,4 +1,4 @@
-"""The kind of each token, and the place of an image's tokens in their image.
+"""The kind of each token, and the position of an image's tokens in their image.
 
 Shapes: B rows of a batch, S sequence, N images of the batch.
 """
@@ -20,14 +20,14 @@ INPUTS = {"pixel_values": IMAGE, "pixel_values_videos": VIDEO, "input_features":
 
 
 class RoutingError(ValueError):
-    """A model whose routers cannot be read, or a file that is no trace; the message names it."""
+    """The model's routers cannot be read, or the file is no trace; the message names it."""
 
 
 def placeholder_kinds(config: Any, inputs: Collection[str]) -> dict[int, int]:
     """Return the kind of each placeholder that a model's configuration names: token id -> IMAGE, VIDEO or AUDIO.
 
-    Raises RoutingError if `inputs`, the names of the model's inputs, hold a medium whose placeholder the configuration does not name: its
-    tokens would count as text.
+    `inputs`: the names of the model's inputs. Raise RoutingError if they hold a medium whose placeholder the configuration does not name:
+    its tokens would count as text.
     """
     kinds = {}
     for kind in MEDIA:
@@ -44,9 +44,9 @@ def placeholder_kinds(config: Any, inputs: Collection[str]) -> dict[int, int]:
 
 
 def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) -> Tensor:
-    """[B, S, 3]: the image in its row, and the row and column of its patch; -1 elsewhere.
+    """Return [B, S, 3]: the index of the image in its row, and the row and column of the patch; -1 for other tokens.
 
-    Raises RoutingError if the images' tokens are not known to lie in a grid.
+    Raise RoutingError if the images' tokens are not known to form a grid.
     """
     places_BS3 = torch.full((*is_image_BS.shape, 3), -1)
     found = int(is_image_BS.sum())
@@ -64,7 +64,7 @@ def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) ->
 
 
 def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]]:
-    """(tokens before the patches, rows, columns) of each image."""
+    """Return (tokens before the patches, rows, columns) of each image."""
     if "image_grid_thw" in inputs:  # Qwen's models: images of any size, whose neighbouring patches are merged
         merge = config.vision_config.spatial_merge_size
         return [(0, int(height) // merge, int(width) // merge) for _, height, width in inputs["image_grid_thw"]]

@@ -1,9 +1,9 @@
-"""Where every token went: the router's probabilities, the chosen experts, their weights, and what kind of token it was.
+"""The route of every token: the router's probabilities, the chosen experts, their weights, and the kind of token.
 
 Unusual here:
-- Routers are found by what transformers itself records as `router_logits`, so other sparse models of transformers can be traced, too, if
-  their routers return (logits, weights, expert indices) and weigh by a softmax. What does not is refused, not misread.
-- Forward hooks, since `generate` never returns router logits. They are there for as long as something is traced, and no longer.
+- Routers are found by what transformers itself records as `router_logits`. So other sparse models of transformers can be traced too, if
+  their routers return (logits, weights, expert indices) and weigh by a softmax. Others are refused, not misread.
+- Forward hooks, since `generate` never returns router logits. They exist only while something is traced.
 
 Shapes: B rows of a batch, S sequence, T tokens of all rows without padding, L MoE layers, E experts, K experts per token.
 """
@@ -34,7 +34,7 @@ from moe_llava.model.greedy import as_list, end_tokens, write_greedily
 from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
 
 FORMAT = "moe-llava-trace-1"
-# How far weights, divided by their sum, may be from those of a softmax: rounding, but not another rule with small logits.
+# How far weights, divided by their sum, may be from those of a softmax: allows rounding, but no other rule with small logits.
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices, dropped
@@ -42,8 +42,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices
 
 @dataclass(frozen=True)
 class _Pass:
-    """The output of one router in one forward pass. `evidence`: what shows its rule, the same output for at least two experts. `ours`: it
-    reports what it dropped, as routers of this package do."""
+    """The output of one router in one forward pass. `evidence`: the output with at least two experts, which reveals the rule. `ours`:
+    whether it reports dropped assignments, as this package's routers do."""
 
     router: str
     output: Parts
@@ -59,11 +59,11 @@ class Trace:
     """The routes of the tokens of one or several rows, row after row, without padding.
 
     `probs_LTE`: softmax of the router's logits, float32. `ids_LTK`: the chosen experts, in order of falling probability, and
-    `weights_LTK` theirs, of which those in `dropped_LTK`, which found their expert full, are 0.
-    `token_ids_T`, `rows_T`: the token, and the row that it stands in. `kinds_T`: an index of KINDS. `answer_T`: whether it belongs to
-    an answer, of the model or, in a record, to be learnt; the rest is prompt. `places_T3`: of an image's token the image in its row, and
-    the row and column of its patch; -1 where there is none, as for a class token or a video.
-    `layers`: indices of the MoE layers. `pieces`: each token as text, if a tokenizer was given; "" for a placeholder.
+    `weights_LTK`: their weights. `dropped_LTK`: assignments to a full expert, whose weight is 0.
+    `token_ids_T`, `rows_T`: the token and its row. `kinds_T`: an index of KINDS. `answer_T`: whether the token belongs to an answer, of the
+    model or of a record; the others are prompt. `places_T3`: for an image's token, the index of the image in its row, and the row and
+    column of its patch; -1 for others, such as a class token or a video.
+    `layers`: indices of the MoE layers. `pieces`: each token as text, if there is a tokenizer; "" for a placeholder.
     """
 
     probs_LTE: Tensor
@@ -79,11 +79,11 @@ class Trace:
     pieces: tuple[str, ...] | None = None
 
     def split(self) -> list[Trace]:
-        """A trace for each row."""
+        """Return a trace for each row."""
         return [self.row(number) for number in self.rows_T.unique().tolist()]
 
     def row(self, number: int) -> Trace:
-        """The tokens of one row."""
+        """Return the tokens of one row."""
         mask_T = self.rows_T == number
         chosen: dict[str, Any] = {}
         for name in _tensor_names():
@@ -93,24 +93,24 @@ class Trace:
         return replace(self, **chosen, pieces=pieces)
 
     def save(self, file: str | Path, **notes: str) -> None:
-        """Writes safetensors, a tensor for each field; layers, pieces and `notes` are its metadata."""
+        """Write safetensors: a tensor for each field, with layers, pieces and `notes` as metadata."""
         tensors = {name: getattr(self, name).contiguous() for name in _tensor_names()}
-        told = {"format": FORMAT, "layers": json.dumps(self.layers), "pieces": json.dumps(self.pieces), **notes}
-        save_file(tensors, file, metadata=told)
+        metadata = {"format": FORMAT, "layers": json.dumps(self.layers), "pieces": json.dumps(self.pieces), **notes}
+        save_file(tensors, file, metadata=metadata)
 
     @classmethod
     def load(cls, file: str | Path) -> Trace:
-        """Raises RoutingError if `file` is no trace; FileNotFoundError if there is none."""
+        """Raise RoutingError if `file` is no trace, FileNotFoundError if it does not exist."""
         try:
             with safe_open(file, framework="pt") as opened:
-                told = opened.metadata() or {}
-                if told.get("format") != FORMAT:
-                    raise RoutingError(f"{file} is no trace: its format is {told.get('format')!r}, not {FORMAT!r}")
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise RoutingError(f"{file} is no trace: its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 tensors = {name: opened.get_tensor(name) for name in _tensor_names()}
         except SafetensorError as error:
             raise RoutingError(f"{file} is no trace: {error}") from error
-        pieces = json.loads(told["pieces"])
-        return cls(**tensors, layers=tuple(json.loads(told["layers"])), pieces=pieces and tuple(pieces))
+        pieces = json.loads(metadata["pieces"])
+        return cls(**tensors, layers=tuple(json.loads(metadata["layers"])), pieces=pieces and tuple(pieces))
 
 
 def _tensor_names() -> list[str]:
@@ -118,21 +118,21 @@ def _tensor_names() -> list[str]:
 
 
 def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: Any = None, max_new_tokens: int | None = None) -> Trace:
-    """The routes of `inputs`, as a processor or tokenizer makes them: of one forward pass, or, with `max_new_tokens`, of a greedy answer,
-    too, except for its last token, which the model never reads. An answer needs rows that are padded on the left.
+    """Return the routes of `inputs` in one forward pass. With `max_new_tokens`, generate a greedy answer and include its routes, except its
+    last token, which is never an input. An answer needs rows that are padded on the left.
 
     Args:
-        inputs: `input_ids` and what else the model takes. `labels`, if there are any, say which tokens are answers (those that are not
-            -100); the model does not get them.
-        tokenizer: whose special tokens count as such, and whose pieces are kept. Without it, special are those that the model's
-            configuration names: beginning, end and padding.
+        inputs: `input_ids` and the model's other inputs. `labels`, which the model does not get, mark the tokens of answers: those that
+            are not -100.
+        tokenizer: names the special tokens and decodes the pieces. Without it, the special tokens are those of the model's configuration:
+            beginning, end and padding.
 
-    Raises RoutingError if the model has no routers, or such as cannot be read; if the tokens of an image, a video or audio cannot be told
-    from text, or an image's places are not known; and if an answer is to follow padding.
+    Raise RoutingError if the model has no routers or none that can be read, if the tokens of an image, a video or audio cannot be
+    distinguished from text, if the places of an image are not known, and if an answer would follow padding.
     """
     given = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if "input_ids" not in given:
-        raise RoutingError(f"found {', '.join(given)} in the inputs, but no input_ids, which tell image from text")
+        raise RoutingError(f"found {', '.join(given)} in the inputs, but no input_ids, which distinguish images from text")
     labels_BS = given.pop("labels", None)
     ids_BS = given["input_ids"]
     if max_new_tokens is not None:
@@ -166,7 +166,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
 
 
 def trace_answer(model: PreTrainedModel, tokenizer: Any, prompt: list[int], answer: list[int], pixel_values: Tensor | None) -> Trace:
-    """The routes of one prompt and of an answer to it, given as token ids, in one forward pass. `pixel_values`: of the prompt's images."""
+    """Return the routes of one prompt and its answer, given as token ids, in one forward pass. `pixel_values`: of the prompt's images."""
     inputs = {"input_ids": torch.tensor([prompt + answer]), "labels": torch.tensor([[IGNORE_INDEX] * len(prompt) + answer])}
     if pixel_values is not None:
         inputs["pixel_values"] = pixel_values.to(model.dtype)
@@ -174,9 +174,9 @@ def trace_answer(model: PreTrainedModel, tokenizer: Any, prompt: list[int], answ
 
 
 def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Record], batch_size: int) -> Iterator[Trace]:
-    """The routes of conversations, questions and answers, batch after batch in their order; only one batch is held at a time.
+    """Yield the routes of conversations, batch by batch in their order; only one batch is held at a time.
 
-    Raises DataError for a record that cannot be read, RoutingError as `trace_routing` does.
+    Raise DataError for a record that cannot be read, RoutingError as `trace_routing` does.
     """
     dataset = ConversationDataset(records, processor)
     collate = Collator(processor.tokenizer.pad_token_id)
@@ -188,7 +188,7 @@ def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Reco
 
 @contextlib.contextmanager
 def _recording(model: PreTrainedModel) -> Iterator[Recorded]:
-    """Layer -> what its router returned in each pass, while the context lasts."""
+    """Record layer -> the output of its router in each forward pass, while the context lasts."""
     recorded: Recorded = {}
     handles = []
     try:
@@ -214,8 +214,8 @@ def _appending(passes: list[_Pass], name: str) -> Any:
 
 
 def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: Any) -> Parts:
-    """Return what a router that chooses one expert returns if it chooses two. Raises RoutingError if it cannot."""
-    twin: Any = copy.copy(module)  # shares the weights; the model's own router is not touched
+    """Return the output of a top-1 router if it chooses two experts. Raise RoutingError if it cannot."""
+    twin: Any = copy.copy(module)  # shares the weights; the model's own router does not change
     twin.top_k = 2
     parts = _parts(router, twin.forward(*arguments, **keywords))
     if parts[1].shape[1] != 2:
@@ -226,7 +226,7 @@ def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: 
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name -> router, in the order of layers. Raises RoutingError if there is none."""
+    """Return name -> router, in the order of layers. Raise RoutingError if there is none."""
     scopes = [
         (f"{prefix}." if prefix else "", recorder)
         for prefix, part in model.named_modules()
@@ -244,8 +244,8 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:
-    """Return what a model declares as the sources of its router_logits. transformers accepts a recorder, a class, the end of a module's
-    name, or a list of these."""
+    """Return the sources of its router_logits that a model declares. transformers accepts a recorder, a class, the end of a module's name,
+    or a list of these."""
     declared = model._can_record_outputs.get("router_logits", []) if isinstance(model._can_record_outputs, Mapping) else []
     recorders = []
     for one in declared if isinstance(declared, list | tuple) else [declared]:
@@ -265,13 +265,13 @@ def _is_recorded(name: str, module: nn.Module, recorder: OutputRecorder) -> bool
 def _layer_index(name: str) -> int:
     number = next((int(part) for part in name.split(".") if part.isdigit()), None)
     if number is None:
-        raise RoutingError(f"the router {name} stands in no numbered layer")
+        raise RoutingError(f"the router {name} is in no numbered layer")
     return number
 
 
 def _parts(router: str, output: Any) -> Parts:
-    """Return the four parts of a router's output. Raises RoutingError unless it begins with logits [T, E], weights [T, K] and expert
-    indices [T, K]."""
+    """Return the four parts of a router's output. Raise RoutingError unless it begins with logits [T, E], weights [T, K] and expert indices
+    [T, K]."""
     found = output if isinstance(output, tuple) else (output,)
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else None for value in found]
     logits, weights, ids = [*shapes, None, None, None][:3]
@@ -290,8 +290,8 @@ def _reports_drops(output: tuple[Any, ...]) -> bool:
 
 
 def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
-    """The fields of a Trace that a router gives, of the tokens in the mask. Raises RoutingError if passes do not add up to them, a layer
-    has several routers, or the weights do not come from a softmax."""
+    """Return the fields of a Trace that routers provide, for the tokens in the mask. Raise RoutingError if the passes do not add up to
+    these tokens, a layer has several routers, or the weights do not come from a softmax."""
     layers = []
     for index, passes in sorted(recorded.items()):
         routers = sorted({one.router for one in passes})
@@ -310,18 +310,17 @@ def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
 
 
 def _joined(layer: int, passes: Sequence[Parts], mask_BS: Tensor) -> list[Tensor]:
-    """The four parts of the tokens in the mask: [T, E] or [T, K]. A pass reads the next tokens of every row."""
+    """Join passes, each of which has the next tokens of every row; return the four parts, [T, E] or [T, K], of the tokens in the mask."""
     rows, length = mask_BS.shape
     parts = [torch.cat([part.view(rows, -1, part.shape[-1]) for part in found], dim=1) for found in zip(*passes, strict=True)]
     seen = parts[0].shape[1] if parts else 0
     if seen != length:
         raise RoutingError(f"the router of layer {layer} saw {seen} tokens in a row of {length}")
-    return [part.cpu()[mask_BS] for part in parts]  # layers may stand on several devices
+    return [part.cpu()[mask_BS] for part in parts]  # layers may be on several devices
 
 
 def _check_softmax(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> None:
-    """Raises RoutingError unless the weights, divided by their sum, are the softmax of the logits, divided by its sum over the same
-    experts."""
+    """Raise RoutingError unless the weights are the softmax of the logits, both normalised over the chosen experts."""
     close = max(CLOSE.get(part.dtype, 0) for part in (logits_TE, weights_TK))
     chosen_TK = logits_TE.float().softmax(dim=-1).gather(-1, ids_TK).masked_fill(dropped_TK, 0.0)
     expected_TK, found_TK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_TK, weights_TK.float()))
@@ -334,7 +333,7 @@ def _check_softmax(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: T
 def _generation_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Return the attention mask of the prompts; without one in the inputs, padding tokens are masked, as generate() does.
 
-    Raises RoutingError if padding ends a row: what is generated would follow it.
+    Raise RoutingError if padding ends a row: the answer would follow it.
     """
     mask_BS: Tensor | None = inputs.get("attention_mask")
     if mask_BS is None:
@@ -351,11 +350,11 @@ def _generation_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tenso
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int) -> tuple[Tensor, Tensor]:
-    """([B, S + N] ids of the prompts and of what the model read of its N + 1 new tokens, [B, N] bool: those up to the end of an answer)"""
+    """Return the ids [B, S + N] of prompts and answers, without their last token, and whether a new token [B, N] belongs to its answer."""
     ids_BS = write_greedily(model, inputs, max_new_tokens)[:, :-1]
     new_BS = ids_BS[:, inputs["input_ids"].shape[1] :]
     ends_BS = torch.isin(new_BS, torch.tensor(end_tokens(model), device=new_BS.device, dtype=new_BS.dtype))
-    # What comes after the first end pads the row.
+    # Tokens after the first end are padding.
     return ids_BS, (ends_BS.cumsum(1) - ends_BS.long()) == 0
 
 

@@ -1,24 +1,28 @@
-"""Cells on a tiny model: what they share, how they go on after they were stopped, and every way to train them."""
+"""Cells on a tiny model: what they share, how they resume, and every strategy."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import MoeLlavaForConditionalGeneration
 from moe_llava.common.files import read_lines
-from moe_llava.experiments import cells
+from moe_llava.experiments import running
 from moe_llava.experiments.ablate import run_ablation
-from moe_llava.experiments.cells import run_cells
-from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
+from moe_llava.experiments.cells import ExperimentError
+from moe_llava.experiments.plan import load_experiment, make_plan, write_plan
+from moe_llava.experiments.running import run_cells
 from moe_llava.training import run
 from tests.experiments.conftest import QUIET
 
 
-def without_time(results):
-    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+def of_training(results):
+    """Without times, and without what only a trial measures."""
+    return [{key: value for key, value in each.items() if key not in ("seconds", "perturbed", "calibration")} for each in results]
 
 
 def log(folder):
@@ -29,9 +33,12 @@ def first_loss(folder):
     return log(folder)[0].get("language_loss", log(folder)[0]["loss"])
 
 
-def test_an_ablation_goes_on_where_it_was_stopped(setup, write_experiment, tmp_path, monkeypatch):
-    experiment = str(write_experiment())
-    table = run_ablation(experiment, setup, QUIET)
+def test_an_ablation_writes_a_table(finished, write_experiment, tmp_path):
+    """The cells are those that a trial has trained."""
+    setup = dataclasses.replace(finished[0], out=tmp_path / "out")
+    shutil.copytree(finished[0].out, setup.out, symlinks=True)
+    (setup.out / "plan.json").unlink()
+    table = run_ablation(str(write_experiment()), setup, QUIET)
     results = read_lines(setup.out / "results.jsonl")
     assert [(result["cell"], result["seed"]) for result in results] == [("dense", 0), ("dense", 1), ("sparse", 0), ("sparse", 1)]
     text = table.read_text()
@@ -51,10 +58,15 @@ def test_an_ablation_goes_on_where_it_was_stopped(setup, write_experiment, tmp_p
         assert result["tokens"][2] == log(folder / ("dense" if result["cell"] == "dense" else "stage3"))[-1]["tokens"]
     assert results[0]["tokens"] == results[2]["tokens"] != results[1]["tokens"]
 
+
+def test_a_stopped_run_resumes(finished, write_experiment, tmp_path, monkeypatch):
+    """Stopped in two places, the cells of a seed end as those of a run that was not."""
+
     class Killed(BaseException):
         pass
 
-    again = dataclasses.replace(setup, out=tmp_path / "again")
+    plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(finished[0], out=tmp_path / "again", seeds=1))
+    write_plan(plan)
     for most_steps, done in ((3, 0), (4, 1)):  # in stage II, and in the second cell's stage III
         left = iter(range(most_steps))
 
@@ -65,29 +77,28 @@ def test_an_ablation_goes_on_where_it_was_stopped(setup, write_experiment, tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(run.ProgressDisplay, "on_step_end", stop)
             with pytest.raises(Killed):
-                run_ablation(experiment, again, QUIET)
-        assert len(list(again.out.glob("cells/*/*/cell.json"))) == done
-        assert not (again.out / "table.md").exists()
-    first = again.out / "cells" / "dense" / "seed-0" / "cell.json"
+                run_cells(plan, QUIET)
+        assert len(list(plan.out.glob("cells/*/*/cell.json"))) == done
+    first = plan.cells["dense"].result
     before = first.stat().st_mtime_ns
-    run_ablation(experiment, again, QUIET)
+    results = run_cells(plan, QUIET)
     assert first.stat().st_mtime_ns == before
-    assert without_time(read_lines(again.out / "results.jsonl")) == without_time(results)
+    whole = [result for result in read_lines(finished[0].out / "results.jsonl") if result["seed"] == 0]
+    assert of_training(results) == of_training(read_lines(plan.out / "results.jsonl")) == of_training(whole)
 
 
 def test_every_way_to_train(setup, write_experiment, tiny_base):
     cells = {
-        "dense": {"set": ["stage3.dense=true"]},
         "dense_merged": {"strategy": "merged", "set": ["stage3.dense=true", "stage3.tuned=all"]},
         "sparse_twice": {"strategy": "sparse_twice", "set": ["stage3.tuned=all"]},
         "evolution": {"evolve": True},
         "short": {"layers": 2},
     }
-    experiment = load_experiment(write_experiment(cells=cells, claim=None))
+    experiment = load_experiment(write_experiment(cells=cells, baseline="evolution", claim=None))
     plan = make_plan(experiment, dataclasses.replace(setup, seeds=1))
-    results = {result["cell"]: result for result in run_cells(plan, 8, QUIET)}
+    results = {result["cell"]: result for result in run_cells(plan, QUIET)}
     assert {name: result["steps"] for name, result in results.items()} == {
-        "dense": [2, 2, 2], "dense_merged": [2, 4], "sparse_twice": [2, 2, 2], "evolution": [2, 2, 2], "short": [2, 2, 2],
+        "dense_merged": [2, 4], "sparse_twice": [2, 2, 2], "evolution": [2, 2, 2], "short": [2, 2, 2],
     }  # fmt: skip
     stages = {folder.name.split("-")[0] for folder in (plan.out / "shared" / "seed-0").iterdir()}
     assert stages == {"stage1", "stage2"}
@@ -101,51 +112,54 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     assert not isinstance(model("dense_merged"), MoeLlavaForConditionalGeneration)
     assert short.config.text_config.num_hidden_layers == 2
     assert results["short"]["parameters"]["total"] < results["evolution"]["parameters"]["total"]
-    evolved = AutoModelForImageTextToText.from_pretrained(plan.folder("evolution", 0) / "evolved")
+    evolved = AutoModelForImageTextToText.from_pretrained(plan.cells["evolution"].folder / "evolved")
     experts = next(iter(evolved.model.sparse_mlps().values())).experts
     assert not any(torch.equal(parameter[0], parameter[1]) for parameter in experts.parameters())
 
     # The first sparse stage of two, and the merged one, start from stage I on the same data: the same first loss.
-    first = plan.folder("sparse_twice", 0) / "first1" / "stage3"
+    first = plan.cells["sparse_twice"].folder / "first1" / "stage3"
     merged = plan.out / results["dense_merged"]["checkpoint"]
     assert first_loss(first) == pytest.approx(first_loss(merged), abs=2e-4)
 
 
-def test_a_recipe_without_the_first_stages_starts_from_its_model(setup, write_experiment, tmp_path):
-    import yaml
-
+def test_a_recipe_without_the_first_stages_starts_from_its_model(setup, write_experiment):
     raw = yaml.safe_load(setup.recipe.read_text())
     del raw["stage1"], raw["stage2"]
     setup.recipe.write_text(yaml.safe_dump(raw))
-    plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(setup, seeds=1))
-    results = run_cells(plan, 8, QUIET)
-    assert [result["steps"] for result in results] == [[2], [2]]
+    experiment = load_experiment(write_experiment(cells={"sparse": None}, baseline="sparse"))
+    plan = make_plan(experiment, dataclasses.replace(setup, seeds=1))
+    assert [result["steps"] for result in run_cells(plan, QUIET)] == [[2]]
     assert not (plan.out / "shared").exists()
 
 
 def test_refusals(setup, write_experiment, monkeypatch):
     experiment = load_experiment(write_experiment(cells={"dense": {"layers": 9}, "sparse": None}))
-    with pytest.raises(ExperimentError, match="has 4 layers, but the first 9 are asked for"):
-        run_cells(make_plan(experiment, setup), 8, QUIET)
+    with pytest.raises(ExperimentError, match="has 4 layers, but the experiment needs the first 9"):
+        run_cells(make_plan(experiment, setup), QUIET)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ExperimentError, match="in one process"):
-        run_cells(make_plan(experiment, setup), 8, QUIET)
+        run_cells(make_plan(experiment, setup), QUIET)
 
 
 def test_two_processes_share_the_seeds(setup, write_experiment, monkeypatch):
-    """One is at seed 0 for as long as this process has nothing else to do; both tell the same in the end."""
+    """One holds seed 0 for as long as this process has other work; in the end the results of all cells are there."""
     plan = make_plan(load_experiment(write_experiment()), setup)
     plan.out.mkdir()
     held, order = FileLock(plan.out / "seed-0.lock"), []
     held.acquire()
-    alone = cells.run_seed
+    alone = running.run_seed
 
-    def noted(plan, seed, *arguments):
+    def run_cell(cell, plan, console):
+        cell.folder.mkdir(parents=True)
+        return {"cell": cell.name, "seed": cell.recipe.seed}
+
+    def noted(plan, seed, console):
         order.append(seed)
-        alone(plan, seed, *arguments)
+        alone(plan, seed, console)
         held.release()
 
-    monkeypatch.setattr(cells, "run_seed", noted)
-    results = run_cells(plan, 8, QUIET)
+    monkeypatch.setattr(running, "run_seed", noted)
+    monkeypatch.setattr(running, "run_cell", run_cell)
+    results = run_cells(plan, QUIET)
     assert order == [1, 0, 1]
-    assert len(results) == 4
+    assert [(result["cell"], result["seed"]) for result in results] == [("dense", 0), ("dense", 1), ("sparse", 0), ("sparse", 1)]

@@ -1,4 +1,4 @@
-"""What an experiment is: shipped ones, mistakes in files, and a plan that is not changed."""
+"""Experiments: the shipped ones, mistakes in files, and a plan that cannot change."""
 
 import dataclasses
 import json
@@ -10,16 +10,13 @@ import pytest
 from moe_llava.cli.experiments import ABLATIONS as cli_ablations
 from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.experiments.ablate import conditions, run_ablation
-from moe_llava.experiments.cells import cell_budget
+from moe_llava.experiments.cells import ExperimentError, sequence
 from moe_llava.experiments.plan import (
     ABLATIONS,
     TRIAL,
-    Cell,
-    ExperimentError,
     find_experiment,
     load_experiment,
     make_plan,
-    steps,
     write_plan,
 )
 from moe_llava.training.parsing import RecipeError
@@ -39,9 +36,9 @@ def test_shipped_experiments_are_valid_and_their_budgets_known_before_training(s
     experiment = load_experiment(TRIAL if name == "trial" else find_experiment(name))
     plan = make_plan(experiment, setup, 0.02 if name == "trial" else None)
     assert experiment.paper.startswith(("Paper", "The paper"))
-    assert len(plan.recipes) >= 3
-    for cell in plan.recipes.keys() - SIX_LAYERS:
-        budget = cell_budget(plan, cell)
+    assert len(plan.cells) >= 3
+    for cell in plan.cells.keys() - SIX_LAYERS:
+        budget = plan.cells[cell].budget()
         assert sum(budget.steps) == 6  # whatever the strategy
         assert 0 < budget.active <= budget.total
     assert not (plan.out / "cells").exists()
@@ -50,7 +47,7 @@ def test_shipped_experiments_are_valid_and_their_budgets_known_before_training(s
 def test_budgets_of_cells(setup):
     """By hand: width 32, FFN 48, two of four layers sparse; forward, gradients of activations, gradients of weights."""
     plan = make_plan(load_experiment(TRIAL), setup, 0.02)
-    budgets = {name: cell_budget(plan, name) for name in plan.recipes}
+    budgets = {name: cell.budget() for name, cell in plan.cells.items()}
     ffn, router = 3 * 32 * 48, 4 * 32
     dense, top1, sparse = (budgets[name] for name in ("dense", "sparse_top1", "sparse"))
     assert top1.active - dense.active == 2 * router
@@ -64,32 +61,32 @@ def test_strategies(setup):
     recipe = load_recipe(setup.recipe, ["stage2.optimisation.max_steps=5", "stage3.data.weight=2"])
     two, three = recipe.stage2, recipe.stage3
 
-    one, merged = steps(recipe, Cell(strategy="merged"))
+    one, merged = sequence(recipe, "merged")
     assert (one.number, merged.number) == (1, 3)
     assert merged.recipe.stage3.data == [two.data, three.data]
     assert merged.recipe.stage3.optimisation == dataclasses.replace(two.optimisation, max_steps=7)
-    assert steps(load_recipe(setup.recipe), Cell(strategy="merged"))[1].recipe.stage3.data == [two.data]  # both have the same file
+    assert sequence(load_recipe(setup.recipe), "merged")[1].recipe.stage3.data == [two.data]  # both have the same file
 
     by_epochs = load_recipe(
         setup.recipe, ["stage2.optimisation.max_steps=-1", "stage3.optimisation.max_steps=-1", "stage2.optimisation.epochs=3"]
     )
-    both = steps(by_epochs, Cell(strategy="merged"))[1].recipe.stage3
+    both = sequence(by_epochs, "merged")[1].recipe.stage3
     assert both.data == [Data(two.data.file, two.data.images, 3.0), Data(two.data.file, two.data.images, 1.0)]
     assert (both.optimisation.epochs, both.optimisation.max_steps) == (1.0, -1)
 
-    _, first, second = steps(recipe, Cell(strategy="sparse_twice"))
+    _, first, second = sequence(recipe, "sparse_twice")
     assert (first.number, second.number) == (3, 3)
     assert (first.recipe.stage3.data, first.recipe.stage3.optimisation) == (two.data, two.optimisation)
     assert (first.recipe.stage3.moe, second.recipe.stage3) == (three.moe, three)
 
     with pytest.raises(RecipeError, match="one batch_size"):
-        steps(load_recipe(setup.recipe, ["stage2.optimisation.batch_size=8"]), Cell(strategy="merged"))
+        sequence(load_recipe(setup.recipe, ["stage2.optimisation.batch_size=8"]), "merged")
     recipe.stage2 = None
     with pytest.raises(RecipeError, match="has no stage2"):
-        steps(recipe, Cell(strategy="merged"))
+        sequence(recipe, "merged")
 
 
-def test_all_mistakes_of_a_file_are_told(write_experiment):
+def test_all_mistakes_of_a_file_are_reported(write_experiment):
     cells = {"a": {"layer": 2}, "b": {"strategy": "other"}}
     with pytest.raises(ExperimentError) as caught:
         load_experiment(write_experiment(cells=cells))
@@ -176,12 +173,12 @@ def test_a_plan_knows_its_inputs_by_their_contents(own_copy, write_experiment, c
 
 
 def test_an_ablation_is_not_continued_on_other_questions(own_copy, write_experiment):
-    """What is there stays, and goes on when the file is back."""
+    """Results are kept, and the run resumes when the file is back."""
     setup, inputs = own_copy
     experiment = write_experiment()
     plan = make_plan(load_experiment(experiment), setup)
     write_plan(plan)
-    cell = plan.folder("dense", 0) / "cell.json"
+    cell = plan.cells["dense"].result
     cell.parent.mkdir(parents=True)
     cell.write_text("done")
     file = inputs / "data" / "test.json"

@@ -33,7 +33,7 @@ def cells_of(table):
 
 
 def test_scores_and_pairs(plan):
-    """Sparse less dense: 0.01, 0.02, 0.03, mean 0.02, SD 0.01, t = 0.02 / (0.01 / sqrt 3) = 3.464 with 2 degrees of freedom."""
+    """Sparse minus dense: 0.01, 0.02, 0.03, mean 0.02, SD 0.01, t = 0.02 / (0.01 / sqrt 3) = 3.464 with 2 degrees of freedom."""
     found = by_cell(plan, results(), "scores", "accuracy")
     assert found == ACCURACY
     dense, sparse, worse = compare(plan, found)
@@ -47,7 +47,7 @@ def test_scores_and_pairs(plan):
     assert worse.difference.mean == pytest.approx(-0.12)  # against sparse, not dense
     assert worse.p_holm == pytest.approx(2 * worse.p)
     assert sparse.p_holm == pytest.approx(sparse.p)
-    rows = cells_of(score_table("accuracy", [dense, sparse, worse], plan))
+    rows = cells_of(score_table("accuracy", [dense, sparse, worse]))
     assert rows["dense"] == ["0.6", "0.1", "0.352 to 0.848", "", "", "", "", ""]
     assert rows["sparse"] == ["0.62", "0.11", "0.347 to 0.893", "+0.02", "-0.00484 to 0.0448", "dense", "0.074", "0.074"]
     assert rows["worse"][5] == "sparse"
@@ -75,11 +75,11 @@ def test_budgets_before_the_first_run(plan):
     assert dense == ["dense", "2 + 3", "5", "5", "0.00 + 0.00", ""]
     assert sparse[-1] == "**no: steps, FLOPs**"
     assert worse[-1] == "**no: FLOPs**"  # six steps are six steps, however they are divided
-    assert planned_table(plan, budgets | {"sparse": CellBudget([-1, -1], [10, 20], 5, 9)})[2][-1] == "told after the runs"
+    assert planned_table(plan, budgets | {"sparse": CellBudget([-1, -1], [10, 20], 5, 9)})[2][-1] == "known after the runs"
 
 
 def test_picture(plan):
-    figure = plot_comparison(compare(plan, ACCURACY), "accuracy", plan.experiment, margin=0.05)
+    figure = plot_comparison(compare(plan, ACCURACY), "accuracy", plan.experiment.baseline, margin=0.05)
     left, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["dense", "sparse", "worse"]
     assert {round(line.get_xdata()[0], 6) for line in right.lines if len(line.get_xdata()) == 1} == {0.02, -0.12}

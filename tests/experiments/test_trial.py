@@ -8,9 +8,10 @@ import pytest
 
 from moe_llava.common.files import read_lines
 from moe_llava.evaluation.score.statistics import Interval
-from moe_llava.experiments.plan import ExperimentError, load_experiment, make_plan
+from moe_llava.experiments.cells import ExperimentError
+from moe_llava.experiments.plan import load_experiment, make_plan
 from moe_llava.experiments.trial import judge, run_trial, verdict
-from tests.conftest import run_command
+from tests.conftest import run_here
 from tests.experiments.conftest import QUIET
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -33,7 +34,7 @@ def test_verdicts(low, high, expected):
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.3, "superior"), (0.0, "non-inferior"), (-0.2, "undecided"), (-0.4, "inferior")])
 def test_judging_answers(setup, write_experiment, shift, expected):
-    """Of 300 pictures with a question each, in five seeds, sparse changes a known share of the answers."""
+    """Sparse changes a known share of the answers to 300 pictures with a question each, in five seeds."""
 
     plan = make_plan(load_experiment(write_experiment()), setup, 0.1)
     random = np.random.default_rng(0)
@@ -46,14 +47,13 @@ def test_judging_answers(setup, write_experiment, shift, expected):
     assert judged.difference.mean == pytest.approx((sparse_SN - dense_SN).mean())
 
 
-def test_a_trial_from_plan_to_report(setup, write_experiment):
-    file = write_experiment(perturb="noise:3,order:2", calibrate=True)
-    report = run_trial(setup, 0.5, QUIET, file)
+def test_a_trial_from_plan_to_report(finished):
+    setup, file, report = finished
     text = report.read_text()
     results = read_lines(setup.out / "results.jsonl")
     shares = {cell: [result["scores"]["accuracy"] for result in results if result["cell"] == cell] for cell in ("dense", "sparse")}
     difference = np.mean(shares["sparse"]) - np.mean(shares["dense"])
-    assert f"sparse less dense: {difference + 0.0:+.3g} of all questions" in text
+    assert f"sparse minus dense: {difference + 0.0:+.3g} of all questions" in text
     for part in (
         "margin 0.5",
         "existence/adversarial/f1",
@@ -93,13 +93,13 @@ def test_the_command_refuses_before_it_begins(tmp_path):
         (["trial", "--margin", "0.02", "--seeds", "4", "--out", tmp_path / "a"], "Invalid value for '--seeds'"),
         (["ablate", "capacitty", "--out", tmp_path / "a"], "did you mean capacity? There are"),
     ):
-        done = run_command(*arguments)
-        assert done.returncode == 2
+        done = run_here(*arguments)
+        assert done.exit_code == 2
         assert message in done.stderr, done.stderr
     assert not (tmp_path / "a").exists()
 
 
-def test_nothing_is_written_before_what_is_asked_for_is_known_to_be_right(setup, write_experiment):
+def test_nothing_is_written_before_the_options_are_checked(setup, write_experiment):
     digits_world = dataclasses.replace(setup, data=None)
     with pytest.raises(ExperimentError, match="the margin is 0"):
         run_trial(digits_world, 0.0, QUIET, write_experiment())

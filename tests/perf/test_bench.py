@@ -33,7 +33,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
         (["model", "--size", "tiny"], {"size": "tiny", "rows": 2, "tokens": 48}, {"dense", "sparse"}),
     ],
 )
-def test_a_bench_tells_conditions_and_ratios(arguments, labels, variants, tmp_path):
+def test_a_report_has_conditions_and_ratios(arguments, labels, variants, tmp_path):
     file = tmp_path / "report.json"
     done = run_here("bench", *arguments, "--dtype", "float32", "--rounds", "2", "--json", file)
     assert done.exit_code == 0, done.output
@@ -73,14 +73,14 @@ def test_a_checkpoint_is_what_generates(sparse):
     assert write(models[DENSE], batch_of(models[DENSE], 2, 40), 5, {}).shape == (2, 5)
 
 
-def test_mistakes_are_told(tiny_base, tmp_path):  # noqa: F811
+def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
     assert "--size is 'tinny', but must be one of tiny, digits" in refused("bench", "train", "--size", "tinny")
     assert "both widths must be multiples of 8" in refused("bench", "layer", "--size", "65x33x48")
     assert "a checkpoint has its own size" in refused("bench", "generate", tiny_base / "base", "--size", "tiny")
     assert "--keep is 1.5, but must be above 0 and at most 1" in refused("bench", "offload", "--keep", "1.5")
     assert "--dtype is 'int8', but must be one of float32" in refused("bench", "model", "--dtype", "int8")
     assert "must name a file in a folder that exists" in refused("bench", "model", "--json", tmp_path / "none" / "report.json")
-    assert "base is dense, but what is compared is a sparse model" in refused("bench", "generate", tiny_base / "base")
+    assert "base is dense, but the benchmark compares a sparse model" in refused("bench", "generate", tiny_base / "base")
     assert "but it needs 1 and 37: an image takes 36" in refused("bench", "model", "--size", "tiny", "--tokens", "36")
 
 

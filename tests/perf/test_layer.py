@@ -71,14 +71,14 @@ def test_the_report_has_every_case(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "experts", "top_k", "told"),
+    ("text", "experts", "top_k", "message"),
     [
         ("640x2048", 4, 2, "--size is '640x2048', but must be tokens, width and FFN width"),
         ("0x8x8", 4, 2, "--size is '0x8x8'"),
         ("8x8x8", 2, 3, "--top-k is 3, but must lie in 1..--experts=2"),
     ],
 )
-def test_a_size_that_is_none_is_told(text, experts, top_k, told):
+def test_an_invalid_size_is_reported(text, experts, top_k, message):
     with pytest.raises(BenchError) as error:
         parse_size(text, experts, top_k)
-    assert told in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""How variants are measured side by side."""
+"""Variants are measured side by side."""
 
 import pytest
 import torch

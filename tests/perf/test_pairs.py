@@ -1,4 +1,4 @@
-"""A sparse model and the dense one that it is compared with, and what each of them does."""
+"""A sparse model and its dense partner: parameters, batches, training steps."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from moe_llava.training.budget import count
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def test_every_size_can_be_asked_for():
+def test_every_size_is_an_option():
     assert tuple(SIZES) == MODEL_SIZES
 
 
@@ -40,13 +40,15 @@ def test_rows_begin_with_an_image():
             batch_of(model, 2, 36)
 
 
-@pytest.mark.parametrize(("which", "learns"), [(SPARSE, (".experts.", ".router.")), (DENSE, (".mlp.",))])
-def test_a_step_changes_what_learns_in_stage_three(which, learns):
+@pytest.mark.parametrize(("which", "trainable"), [(SPARSE, (".experts.", ".router.")), (DENSE, (".mlp.",))])
+def test_a_step_changes_the_trainable_parameters_of_stage_three(which, trainable):
     model, batch = learner("tiny", which, torch.float32, CPU, 2, 48)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     step_of(model, batch, torch.float32)()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {name for name in before if "layers.0." in name and "language_model" in name and any(part in name for part in learns)}
+    assert changed == {
+        name for name in before if "layers.0." in name and "language_model" in name and any(part in name for part in trainable)
+    }
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

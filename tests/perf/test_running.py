@@ -1,4 +1,4 @@
-"""A benchmark under way: finished cases are printed at once, and stay when it is stopped."""
+"""A running benchmark: finished cases are printed at once, and are kept when it is stopped."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def console_of(width):
 
 @pytest.mark.parametrize("width", [80, 100, 160, 400])
 def test_no_word_is_broken_and_nothing_is_cut_off(width):
-    """Whatever a benchmark measures, in one case."""
+    """A case with every measurement that exists."""
     case = {"labels": {"TxDxF": "2048x256x704", "dtype": "bfloat16"}, "limit": "dense", "variants": {}}
     for name in NAMES:
         case["variants"][name] = dict.fromkeys(COLUMNS, WIDE)

@@ -31,12 +31,12 @@ def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
         assert [name, "2 at once", f"{found['together']['requests_per_second']['median']:.1f}"] in rows
 
 
-def test_another_answer_in_company_ends_it():
+def test_another_answer_when_batching_ends_it():
     alone, together = ([serve.Reply(text, 2, [0.1, 0.2])] for text in ("red", "blue"))
-    with pytest.raises(BenchError, match="1 of 1 answers depend on the company, such as 'red' and 'blue'"):
+    with pytest.raises(BenchError, match="1 of 1 answers depend on batching, such as 'red' and 'blue'"):
         serve.check_same("short answers", serve.Pass(1, 1, 1, alone), serve.Pass(1, 1, 1, together))
 
 
-def test_a_server_that_does_not_start_is_told(tmp_path):
+def test_a_server_that_does_not_start_is_reported(tmp_path):
     with pytest.raises(BenchError, match="did not start: it ended with status 2"), serve.server(str(tmp_path), 2):
         pass

@@ -1,4 +1,4 @@
-"""What a terminal shows is what the routers chose."""
+"""The terminal shows the experts that the routers chose."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from moe_llava.routing.trace import Trace
 
 @pytest.fixture
 def trace():
-    """Two images of 2 x 2 patches, a word asked, and four pieces answered, in layers 1 and 3."""
+    """Two images of 2 x 2 patches, a word of the prompt, and an answer of four pieces, in layers 1 and 3."""
     ids_LT = torch.tensor([[0, 1, 2, 10, 3, 3, 1, 1, 0, 1, 2, 10, 1], [1, 1, 1, 1, 2, 2, 2, 2, 0, 3, 3, 3, 3]])
     ids_LTK = torch.stack([ids_LT, torch.full_like(ids_LT, 9)], dim=-1)
     patches = [(image, row, column) for image in range(2) for row in range(2) for column in range(2)]

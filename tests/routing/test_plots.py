@@ -1,4 +1,4 @@
-"""What a picture shows is what was counted."""
+"""Pictures show what the statistics counted."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def test_modality_marks_the_dead_and_is_white_in_the_middle():
     found = summed(make_trace([[[1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0], [0, 1.0, 0]]], [IMAGE, TEXT, TEXT, TEXT]))
     axis, bar = plot_modality(found).axes
     assert texts(axis) == ["50%", "0%", "dead"]
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["only text", "as in all", "only images"]
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["only\ntext", "as in\nall", "only\nimages"]
     assert axis.images[0].norm(0.25) == 0.5
 
 
@@ -75,7 +75,7 @@ def test_every_patch_has_the_colour_of_its_first_expert():
     expected = trace.ids_LTK[1, 1:7, 0].view(2, 3)
     assert first_experts(trace, 0, 1).tolist() == expected.tolist()
     axes = plot_patches(trace, [np.zeros((4, 6, 3))], experts=4).axes
-    assert [axis.get_title() for axis in axes] == ["what the model saw", "layer 0", "layer 2"]
+    assert [axis.get_title() for axis in axes] == ["input of the model", "layer 0", "layer 2"]
     colours = axes[2].images[1].get_array()
     assert [to_hex(colour).upper() for colour in colours[1]] == [expert_colour(expert) for expert in expected[1].tolist()]
     assert texts(axes[2]) == [str(expert) for expert in expected.flatten().tolist()]

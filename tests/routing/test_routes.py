@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder of numbers and pictures, and a page that a person can click on."""
+"""A folder of numbers and pictures from a checkpoint, and a page to click on."""
 
 import json
 import re
@@ -11,11 +11,13 @@ from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.cli import app
 from moe_llava.data.store import load_records
-from moe_llava.routing.routes import EXAMPLES
 from moe_llava.routing.trace import Trace
 from tests.browser import open_browser
-from tests.conftest import run_command
+from tests.conftest import run_here
+from tests.experiments.test_report import LABEL_PIXELS, READABLE
 from tests.training.conftest import tiny_base  # noqa: F401
+
+FEW = 4  # examples: each has four pictures
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,10 @@ def routes(sparse, tiny_base):  # noqa: F811
     out = sparse.parent / "out"
     data = tiny_base / "data"
     options = ("--images", data / "images", "--group-by", "family", "--batch-size", "5", "--limit", "14")
-    done = run_command("routes", sparse, "--data", data / "test.json", "--out", out, *options)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_llava.routing.routes.EXAMPLES", FEW)
+        done = run_here("routes", sparse, "--data", data / "test.json", "--out", out, *options)
+    assert done.exit_code == 0, done.output
     assert f"{out}/index.html: 14 records, 504 image tokens" in done.stdout
     return out
 
@@ -49,9 +53,9 @@ def test_numbers_and_pictures(routes, tiny_base):  # noqa: F811
         assert (routes / "figures" / f"{figure}.svg").read_text().rstrip().endswith("</svg>")
     names = {path.name for path in (routes / "examples").iterdir()}
     ends = (".safetensors", "-patches.png", "-patches.svg", "-answer.png", "-answer.svg")
-    assert names == {f"{number:02}{end}" for number in range(EXAMPLES) for end in ends}
-    last = Trace.load(routes / "examples" / f"{EXAMPLES - 1:02}.safetensors")
-    chosen = records[(EXAMPLES - 1) * 14 // EXAMPLES]
+    assert names == {f"{number:02}{end}" for number in range(FEW) for end in ends}
+    last = Trace.load(routes / "examples" / f"{FEW - 1:02}.safetensors")
+    chosen = records[(FEW - 1) * 14 // FEW]
     answer = [piece for piece, answers in zip(last.pieces, last.answer_T.tolist(), strict=True) if answers]
     assert answer == [*chosen.turns[0][1].split(), "</s>"]
 
@@ -60,7 +64,7 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
     trace = Trace.load(routes / "examples" / "02.safetensors")
     with open_browser(tmp_path) as browser:
         browser.open((routes / "index.html").as_uri())
-        assert browser.run("document.querySelectorAll('#examples button').length") == EXAMPLES
+        assert browser.run("document.querySelectorAll('#examples button').length") == FEW
         browser.click("#examples button:nth-child(3)")
         browser.click("#layers label:nth-of-type(2)")
         browser.click(".grid button:nth-child(8)")  # row 2, column 2 of six columns
@@ -84,7 +88,14 @@ def test_a_person_picks_an_image_a_layer_a_token(routes, tmp_path):
         assert [re.sub(r"\d$", "", word) for word in words] == [piece.strip() for piece in trace.pieces[first:]]
         assert [int(word[-1]) for word in words] == experts
         browser.screenshot(tmp_path / "page.png")
-        assert browser.errors == []  # nothing thrown, and nothing asked for outside of the page
+        assert browser.errors == []  # no exceptions, and no requests outside of the page
+        for width in (1366, 390):
+            browser.open((routes / "index.html").as_uri(), width=width, height=768)
+            assert browser.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            scales = browser.run("[...document.querySelectorAll('figure img')].map(image => image.clientWidth / image.naturalWidth)")
+            assert len(scales) == 4
+            assert min(scales) * LABEL_PIXELS >= READABLE, scales
+            browser.screenshot(tmp_path / f"page-{width}.png")  # to look at
     colours = Image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)
     assert len(colours) > 100
 

@@ -11,10 +11,9 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from moe_llava.routing import pathways
-from moe_llava.routing.pathways import TokenSample, top_pathways
+from moe_llava.routing import statistics
 from moe_llava.routing.plots import plot_expert_load, plot_modality, plot_pathways, plot_router
-from moe_llava.routing.statistics import RoutingStatistics, mutual_information
+from moe_llava.routing.statistics import RoutingStatistics, TokenSample, mutual_information, top_pathways
 from moe_llava.routing.tokens import IMAGE, TEXT, RoutingError
 from moe_llava.routing.trace import Trace
 
@@ -63,7 +62,7 @@ def test_by_hand():
     doubt = -(0.5 * math.log2(0.5) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2))
     assert found["entropy"]["text"] == [pytest.approx((doubt + 1.5) / 2)]
     assert found["margin"] == {"image": [1.0], "text": [pytest.approx(0.225)]}
-    assert found["modality_information"] == [pytest.approx(1.0)]  # which expert it is tells the modality, which is one bit
+    assert found["modality_information"] == [pytest.approx(1.0)]  # the expert determines the modality: one bit
     json.dumps(found)
 
 
@@ -85,7 +84,7 @@ def test_agreement_does_not_mind_how_experts_are_numbered():
     assert found["agreement"] == [[1.0, pytest.approx(1.0), 0.0], [pytest.approx(1.0), 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
-def test_groups_are_told_apart_by_their_text():
+def test_groups_are_distinguished_by_their_text():
     one, two = [1.0, 0.0], [0.0, 1.0]
     trace = make_trace([[two, one, two, two]], [IMAGE, TEXT, IMAGE, TEXT], rows=[0, 0, 1, 1])
     found = summed(trace, groups=["count", "colour"])
@@ -145,8 +144,8 @@ def test_pathways_are_found_again_under_noise():
     found = top_pathways(probs.reshape(tokens, -1), layers, experts)
     assert [path["experts"] for path in found["paths"][:2]] == truth[:2].tolist()
     assert found["paths"][0]["share"] > 0.1
-    assert len(found["paths"]) == pathways.MOST
-    assert found["explained"] == pytest.approx(PCA(pathways.COMPONENTS).fit(probs.reshape(tokens, -1)).explained_variance_ratio_.sum())
+    assert len(found["paths"]) == statistics.MOST
+    assert found["explained"] == pytest.approx(PCA(statistics.COMPONENTS).fit(probs.reshape(tokens, -1)).explained_variance_ratio_.sum())
 
 
 def test_few_numbers_lose_nothing():
@@ -164,7 +163,7 @@ def test_the_sample_is_uniform_and_of_constant_size():
     sample = TokenSample(size=1000)
     for batch in range(50):
         sample.add(torch.full((1, 200, 1), batch / 64), torch.zeros(200, dtype=torch.long))
-    assert len(sample.of(0)) == 1000
-    per_batch = np.bincount((sample.of(0)[:, 0] * 64).astype(int), minlength=50)
+    assert len(sample.probabilities(0)) == 1000
+    per_batch = np.bincount((sample.probabilities(0)[:, 0] * 64).astype(int), minlength=50)
     assert per_batch.min() > 5
     assert per_batch.max() < 40

@@ -1,4 +1,4 @@
-"""A trace says what the routers did, of every token and nothing else, and leaves the model as it was."""
+"""A trace has the routes of every token and nothing else, and does not change the model."""
 
 from types import SimpleNamespace
 
@@ -189,7 +189,7 @@ def tiny_qwen3_vl_moe():
 
 
 def media_inputs(ids, images=(), videos=()):
-    """What Qwen3-VL's processor makes; `images` and `videos` are grids (frames, rows, columns) of patches."""
+    """Return inputs as Qwen3-VL's processor makes them; `images` and `videos` are grids (frames, rows, columns) of patches."""
     ids = torch.tensor([ids])
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == 90).int() + 2 * (ids == 91).int()}
     for name, grids, pixels in (("image", images, "pixel_values"), ("video", videos, "pixel_values_videos")):
