@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.perf.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
 from moe_llava.perf.running import show_cases
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.trainable import choose_parameters
 from moe_llava.training.trainer import only_learnt
 
 ALL_LOGITS = "sparse, logits of all positions"

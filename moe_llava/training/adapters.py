@@ -36,7 +36,7 @@ from moe_llava.common.messages import first_line, listed
 from moe_llava.model import Experts, MoeLlavaConfig, Router
 from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
-from moe_llava.training.stages import STAGES, ParameterCount
+from moe_llava.training.trainable import TRAINABLE, ParameterCount
 
 BASE = "base.json"  # in an adapter's folder: what its base was
 # Fields of a sparse base's configuration that change what it computes.
@@ -50,7 +50,7 @@ def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGenera
     """Raises RecipeError if `adapter` cannot be put on `model`, which `stage` starts from and which may be on the meta device, if the
     adapter to go on from has other settings, or if a package is missing."""
     if stage == "dense":
-        raise RecipeError("stage3.adapter is set, but the dense control trains its FFNs in full: leave the adapter out")
+        raise RecipeError("stage3.adapter is set, but the dense baseline trains its FFNs in full: leave the adapter out")
     if adapter.quantisation:
         require("bitsandbytes", f"{stage}.adapter.quantisation")
     wanted = lora_config(model, adapter, stage)
@@ -105,7 +105,7 @@ def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: s
             raise RecipeError(f"{stage}.adapter.targets names {target}, but the language model of this stage has none")
     chosen = {target: sorted(found[target]) if target in adapter.targets else [] for target in ADAPTER_TARGETS}
     linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"]]
-    whole = ["model.multi_modal_projector"] if "projector" in STAGES[stage] else []
+    whole = ["model.multi_modal_projector"] if "projector" in TRAINABLE[stage] else []
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

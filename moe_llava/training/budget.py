@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
-from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
+from moe_llava.model import MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.recipe import Adapter, Parts, Recipe, learning_stage, stage_name, stage_settings, stages_of
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.recipe import Adapter, Recipe
+from moe_llava.training.stage import Stage, load_structure, on_meta
+from moe_llava.training.trainable import choose_parameters
 
 CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
@@ -120,24 +119,23 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
 
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
     """As `survey`, of a recipe that has been read."""
-    start = start_on_meta(recipe.model)
+    start = load_structure(recipe.model)
     sparse = sparse_config(start.config, recipe.stage3.moe) if not is_sparse(start) else start.config
     final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
     processes = recipe.sharding.fsdp_size if recipe.sharding else 1
     costs = {}
-    for number in stages_of(recipe):
-        settings, name = stage_settings(recipe, number), stage_name(recipe, number)
-        if number < 3 and is_sparse(start):
+    for stage in (Stage(recipe, number) for number in recipe.stages):
+        if stage.number < 3 and is_sparse(start):
             continue
         cost = stage_cost(
-            final if number == 3 else start,
-            learning_stage(recipe, number),
+            final if stage.number == 3 else start,
+            stage.trainable,
             sparse.moe_layer_indices,
-            settings.adapter,
-            settings.optimisation.gradient_checkpointing,
+            stage.settings.adapter,
+            stage.settings.optimisation.gradient_checkpointing,
             context,
         )
-        costs[name] = dataclasses.replace(cost, memory=cost.memory // processes)
+        costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
     return count(final, context), costs
 
 
@@ -149,19 +147,6 @@ def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> L
 
 def is_sparse(model: LlavaForConditionalGeneration) -> bool:
     return isinstance(model, MoeLlavaForConditionalGeneration)
-
-
-def start_on_meta(start: str | Parts) -> LlavaForConditionalGeneration:
-    """What a stage starts from, without its weights. Raises CheckpointError as loading its configuration does."""
-    if isinstance(start, str):
-        return load_on_meta(start)
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
-
-
-def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:
-    with torch.device("meta"):
-        return MoeLlavaForConditionalGeneration._from_config(config)
 
 
 def active_parameters(model: LlavaForConditionalGeneration) -> int:
@@ -187,10 +172,10 @@ def stage_cost(
     else:
         saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
         counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
-    memory = 4 * counts.total + 12 * sum(counts.learning.values()) - saved
+    memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     forward, scores = count(model, context).flops, _score_flops(model, context)
     # Backward, gradients of the activations cost what the forward pass does, those of the scores twice as much; then those of the weights.
-    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.learning.items())
+    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
     return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
 
 

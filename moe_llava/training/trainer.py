@@ -1,4 +1,4 @@
-"""transformers' Trainer, which also watches what a sparse model is made of, and saves so that nothing half written is ever found."""
+"""transformers' Trainer, with the numbers of sparse models logged, and with saves that are whole or not there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
-from moe_llava.training.checksums import write_manifest
-from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving
+from moe_llava.training.recipe import RecipeError
+from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
+from moe_llava.training.stage import Stage
 from moe_llava.training.watch import ProgressDisplay
 
 MOST_SKIPPED = 0.5  # of the records that a run sees: with more, what is wrong is not single records
@@ -30,7 +31,7 @@ SKIPPED = "skipped.jsonl"  # of a stage's folder; step 0 is before the first
 
 
 class StageTrainer(Trainer):
-    """Writes every logged step to `log.jsonl` in the folder `work` as a JSON line.
+    """Write every logged step to `log.jsonl` in the stage's work folder as a JSON line.
 
     `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, of all processes, padding not counted; since the line before:
     `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
@@ -38,27 +39,17 @@ class StageTrainer(Trainer):
     `expert_shares` (layers x experts), with SMoES `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments.
     `report_to` of the arguments gets all of it as single numbers.
 
-    A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
-    are more than MOST_SKIPPED of all that the run sees.
+    A record that cannot be read stops the run; with `on_bad_record: skip` it is left out and written to `skipped.jsonl`, up to MOST_SKIPPED
+    of all records that the run uses.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        work: Path,
-        display: ProgressDisplay,
-        save_total_limit: int,
-        sampler: GroupedSampler | None = None,
-        skip_bad_records: bool = False,
-        **settings: Any,
-    ):
-        super().__init__(*arguments, **settings)
+    def __init__(self, stage: Stage, display: ProgressDisplay, sampler: GroupedSampler | None, **settings: Any):
+        super().__init__(**settings)
         self.remove_callback(PrinterCallback)
-        self.work = work
+        self.stage, self.work = stage, stage.work
         self.display = display
-        self.save_total_limit = save_total_limit
         self.sampler = sampler
-        self.skip_bad_records = skip_bad_records
+        self.skip_bad_records = stage.recipe.on_bad_record == "skip"
         self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
         self.add_callback(_Moments(self))
@@ -207,7 +198,7 @@ class StageTrainer(Trainer):
             if self.is_world_process_zero():
                 (save,) = folder.iterdir()
                 write_manifest(save, save.rglob("*"))
-                keep(folder, self.work, self.save_total_limit)
+                keep(folder, self.work, self.stage.recipe.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, Any], *arguments: Any, **settings: Any) -> None:
@@ -253,6 +244,45 @@ class StageTrainer(Trainer):
         for index, layer in enumerate(logs.get("expert_shares", [])):
             numbers |= {f"experts_smallest/{index}": min(layer), f"experts_largest/{index}": max(layer)}
         return numbers
+
+
+def training_arguments(stage: Stage) -> TrainingArguments:
+    """Return a stage's settings as transformers takes them. Raises RecipeError if the batch cannot be divided among the devices."""
+    recipe, settings = stage.recipe, stage.settings.optimisation
+    arguments = TrainingArguments(
+        output_dir=str(stage.work),
+        per_device_train_batch_size=settings.per_device_batch_size,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=stage.bf16,
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        save_steps=recipe.save_steps,
+        torch_compile=recipe.torch_compile,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.dataloader_workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every trainable parameter takes part in every step: see EmptyImage
+        disable_tqdm=True,
+        report_to=recipe.report_to or "none",
+    )
+    if arguments.n_gpu > 1:
+        raise RecipeError(f"one process sees {arguments.n_gpu} devices: start one for each with torchrun, or hide all but one from it")
+    at_once = arguments.train_batch_size * arguments.world_size
+    if settings.batch_size % at_once:
+        raise RecipeError(
+            f"batch_size is {settings.batch_size}, but must be a multiple of what all {at_once // settings.per_device_batch_size} devices "
+            f"compute at once, {at_once}"
+        )
+    arguments.gradient_accumulation_steps = settings.batch_size // at_once
+    return arguments
 
 
 def only_learnt(labels_BS: Tensor) -> dict[str, Tensor]:

@@ -69,8 +69,8 @@ def test_a_target_learns_and_nothing_else_does(family, target, places):
     assert all(".language_model.layers." in name and any(place in name for place in places) for name in chosen)
     assert all(any(place in name for name in chosen) for place in places)
     assert {name for name, value in chosen.items() if value.grad is None or not value.grad.any()} == set()
-    assert sum(counts.learning.values()) == sum(value.numel() for value in chosen.values())
-    assert {part.split()[0] for part in counts.learning} == set(target)
+    assert sum(counts.trained.values()) == sum(value.numel() for value in chosen.values())
+    assert {part.split()[0] for part in counts.trained} == set(target)
     assert counts.total == total + sum(value.numel() for name, value in chosen.items() if ".lora_" in name)
     base = model.unload().state_dict()
     assert {name for name in before if not torch.equal(before[name], base[name])} <= {name for name in before if ".router." in name}
@@ -82,7 +82,7 @@ def test_what_learns_in_stage_two():
     chosen = learning(model)
     assert all(".language_model.layers." in name or ".multi_modal_projector." in name for name in chosen)
     assert all(value.grad.any() for value in chosen.values())
-    assert counts.learning.keys() == {"projector", "attention adapter", "FFN adapter"}
+    assert counts.trained.keys() == {"projector", "attention adapter", "FFN adapter"}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -167,7 +167,7 @@ def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
     assert all(line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4) for line in lines)
     assert all(sum(layer) == pytest.approx(1, abs=1e-3) for line in lines for layer in line["expert_shares"])
     text = console.export_text()
-    assert "learns projector" in text
+    assert "trains projector" in text
     assert "experts adapter" in text
     assert "adapter on a base that is not quantised" in text
 
@@ -305,10 +305,10 @@ def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatc
         (3, {"targets": ["routers"]}, r"targets is \['routers'\], but must name attention, FFN or experts"),
         (3, {"dropout": 0.1}, "dropout is 0.1, but must be 0 with experts among the targets: LoRA is added to the stacked weights"),
         (3, {"use_dora": True}, "use_dora is true, but must be false with experts among the targets: PEFT has no DoRA"),
-        (3, {"rank": 0}, "rank is 0, but must be at least 1"),
-        (3, {"alpha": 0}, "alpha is 0, but must be at least 1"),
-        (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must lie in 0\.\.1"),
-        (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be one of nf4, int8, or null"),
+        (3, {"rank": 0}, "rank is 0, but must be above 0"),
+        (3, {"alpha": 0}, "alpha is 0, but must be above 0"),
+        (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must be below 1"),
+        (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be 'nf4' or 'int8', or null"),
     ],
 )
 def test_settings_that_cannot_work(write_recipe, stage, settings, message):
@@ -333,7 +333,7 @@ def test_what_only_the_model_tells(write_recipe, tmp_path, monkeypatch):
         train(recipe, [1, 2, 3], resume=False, console=QUIET)
     recipe = with_adapter(write_recipe)
     recipe.stage3.dense = True
-    with pytest.raises(RecipeError, match="the dense control trains its FFNs in full"):
+    with pytest.raises(RecipeError, match="the dense baseline trains its FFNs in full"):
         train(recipe, [1, 2, 3], resume=False, console=QUIET)
     recipe = with_adapter(write_recipe, quantisation="nf4")
     find = importlib.util.find_spec

@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from moe_llava.common.errors import DataError
-from moe_llava.training.checksums import MANIFEST
+from moe_llava.training.checks import check_resume, check_stages, describe
 from moe_llava.training.recipe import load_recipe
-from moe_llava.training.resuming import check_resume, describe
-from moe_llava.training.run import check_everything, train
+from moe_llava.training.run import train
+from moe_llava.training.saves import MANIFEST
+from moe_llava.training.stage import Stage
 from tests.conftest import refused
 
 QUIET = Console(quiet=True)
@@ -43,7 +44,8 @@ def stopped(write_recipe, tmp_path, stopping):
     file = write_recipe(save_total_limit=3, stage1__optimisation__max_steps=8)
     with stopping(7):
         train(load_recipe(file), [1], resume=False, console=QUIET)
-    return file, tmp_path / "run" / ".stage1", check_everything(load_recipe(file), {1: "stage1"})["stage1"]
+    (records,) = check_stages([Stage(load_recipe(file), 1)]).values()
+    return file, tmp_path / "run" / ".stage1", records
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from moe_llava.training.locking import lock_stages
+from moe_llava.training.process import lock_stages
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.saves import Stopped

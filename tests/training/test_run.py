@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.checkpoints.load import load_config
 from moe_llava.common.errors import CheckpointError, DataError
-from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
+from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
 
@@ -252,7 +252,7 @@ def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
     raw = yaml.safe_load(file.read_text())
     del raw["stage1"], raw["stage2"]
     file.write_text(yaml.safe_dump(raw))
-    assert stages_of(load_recipe(file)) == [3]
+    assert list(load_recipe(file).stages) == [3]
     with pytest.raises(RecipeError, match="the recipe has no stage1"):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
@@ -264,7 +264,7 @@ def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
     ):
         with pytest.raises(RecipeError, match=message):
             train(load_recipe(write_recipe(**other, stage3__moe=moe)), [3], resume=False, console=QUIET)
-    with pytest.raises(RecipeError, match=r"but stage3\.dense asks for the dense control"):
+    with pytest.raises(RecipeError, match=r"but stage3\.dense asks for the dense baseline"):
         train(load_recipe(write_recipe(**other, stage3__dense=True)), [3], resume=False, console=QUIET)
     assert not (tmp_path / "other").exists()
 
