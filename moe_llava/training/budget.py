@@ -1,7 +1,7 @@
-"""What a model costs, counted on the meta device: parameters by part, arithmetic, cache, and the memory that training it takes.
+"""Count what a model costs, on the meta device: parameters by part, arithmetic, cache, and memory in training.
 
-Conventions: a token goes through all parameters but those of the experts it is not routed to (the paper's "activated"). One multiplication
-and one addition are two FLOPs.
+A token goes through all parameters but those of the experts it is not routed to (the paper's "activated"). One multiplication and one
+addition are two FLOPs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
 from moe_llava.training.trainable import choose_parameters
 
-CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
+CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`total`, `active`: parameters by part. `flops`: of the language model's forward pass for one token, at CONTEXT. `cache_bytes`: of
-    keys and values per token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, that a token uses), or None for a dense model."""
+    """`total`, `active`: parameters by part. `flops`: the language model's forward pass for one token, at CONTEXT. `cache_bytes`: keys and
+    values of one token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, used by a token), or None for a dense model."""
 
     layers: int
     moe_layers: list[int]
@@ -45,13 +45,13 @@ class Budget:
 
     @property
     def language_model(self) -> tuple[int, int]:
-        """(total, active) without tower and projector, as the paper counts."""
+        """Return (total, active) without tower and projector, as the paper counts."""
         seen = self.total["tower"] + self.total["projector"]
         return sum(self.total.values()) - seen, sum(self.active.values()) - seen
 
     @property
     def weight_bytes(self) -> int:
-        """In bfloat16."""
+        """The size of the weights in bfloat16."""
         return 2 * sum(self.total.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,15 +62,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class StageCost:
-    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: of the
-    language model, forward and backward, for one token at CONTEXT."""
+    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: forward
+    and backward pass of the language model for one token at CONTEXT."""
 
     memory: int
     flops: int
 
 
 def count(model: LlavaForConditionalGeneration, context: int = CONTEXT) -> Budget:
-    """The budget of `model`, which may be on the meta device. `context`: tokens that the token counted for attends to."""
+    """Return the budget of `model`, which may be on the meta device. `context`: tokens that the counted token attends to."""
     total = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         total[_part(model, name)] += parameter.numel()
@@ -98,27 +98,30 @@ def _head_width(text: Any) -> int:
 
 
 def _score_flops(model: LlavaForConditionalGeneration, context: int) -> int:
-    """Of a token's forward pass, what multiplies activations with each other: queries with keys, weights with values."""
+    """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values."""
     text: Any = model.config.text_config
     return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * context
 
 
 def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
-    """(budget, cost of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with, in the
-    parts that its sharding makes.
+    """Return (budget, cost of training by stage) of a checkpoint, ours or a published one, or of the last model of a recipe, with its
+    sharding.
 
     Raises CheckpointError as loading a checkpoint does.
     """
     if isinstance(target, Recipe):
         return survey_recipe(target)
-    model = _checkpoint_on_meta(target, vision_towers)
+    if published_family(read_config(target).get("model_type")):
+        model = look_at(target, vision_towers, with_weights=False).on_meta()
+    else:
+        model = load_on_meta(target)
     if is_sparse(model):
         return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}
     return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
 
 
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
-    """As `survey`, of a recipe that has been read."""
+    """Return the same as `survey`, of a recipe."""
     start = load_structure(recipe.model)
     sparse = sparse_config(start.config, recipe.stage3.moe) if not is_sparse(start) else start.config
     final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
@@ -139,18 +142,12 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
     return count(final, context), costs
 
 
-def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
-    if published_family(read_config(path).get("model_type")):
-        return inspect_published(path, vision_towers, with_weights=False).on_meta()
-    return load_on_meta(path)
-
-
 def is_sparse(model: LlavaForConditionalGeneration) -> bool:
     return isinstance(model, MoeLlavaForConditionalGeneration)
 
 
 def active_parameters(model: LlavaForConditionalGeneration) -> int:
-    """Parameters that one token goes through."""
+    """Return how many parameters one token goes through."""
     return sum(count(model).active.values())
 
 
@@ -162,10 +159,10 @@ def stage_cost(
     checkpointing: bool = False,
     context: int = CONTEXT,
 ) -> StageCost:
-    """Of the whole model, sharded or not.
+    """Return the cost of training the whole model, sharded or not.
 
-    Args: `stage` and `moe_layers` as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less;
-    `checkpointing` does the forward pass twice; `context` as `count`.
+    Args: `stage` and `moe_layers` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing`
+    repeats the forward pass; `context` as in `count`.
     """
     if adapter is None:
         counts, saved = choose_parameters(model, stage, moe_layers), 0
@@ -174,13 +171,13 @@ def stage_cost(
         counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     forward, scores = count(model, context).flops, _score_flops(model, context)
-    # Backward, gradients of the activations cost what the forward pass does, those of the scores twice as much; then those of the weights.
+    # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
     weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
     return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
 
 
 def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) -> float:
-    """Of the `number` parameters of a part that learns, those that a token of text is multiplied with."""
+    """Return how many of the `number` trainable parameters of a part a text token is multiplied with."""
     if part == "projector":
         return 0
     if part == "language model":
@@ -191,7 +188,7 @@ def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) ->
 
 
 def _part(model: LlavaForConditionalGeneration, name: str) -> str:
-    """Which of PARTS the parameter `name` belongs to."""
+    """Return which of PARTS the parameter `name` belongs to."""
     if ".vision_tower." in name:
         return "tower"
     if ".multi_modal_projector." in name:

@@ -104,6 +104,6 @@ def test_a_stage_that_cannot_begin_on_a_full_disk(write_recipe, tmp_path, monkey
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moe_llava.training.run.write_recipe", fail)
+    monkeypatch.setattr("moe_llava.training.stage.Stage.write_recipe", fail)
     with pytest.raises(SaveError, match=rf"a file could not be written in {tmp_path / 'run'}: the disk is full: .*; make room"):
         train(load_recipe(write_recipe()), [1], resume=False, console=Console(quiet=True))
