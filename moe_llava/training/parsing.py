@@ -31,7 +31,6 @@ RULES = {
     "list_type": "a list",
     "dict_type": "a mapping of settings",
     "dataclass_type": "a mapping of settings",
-    "literal_error": "{expected}",
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
@@ -147,19 +146,25 @@ def _describe(error: ValidationError, kind: Any, raw: Any, where: str) -> list[s
     broken: dict[tuple[Any, ...], list[str]] = {}
     found = [(entry, *_locate(entry, raw)) for entry in error.errors(include_url=False)]
     for entry, path, value in found:
-        name, context = where + ".".join(map(str, path)), entry.get("ctx", {})
+        name = where + ".".join(map(str, path))
         if entry["type"] == "missing":
             problems.append(f"{name} is missing")
         elif entry["type"] == "unexpected_keyword_argument":
             key, known = str(path[-1]), [field.name for field in dataclasses.fields(_dataclass_in(_hint_at(kind, path[:-1])))]
             problems.append(f"unknown key {name}" + did_you_mean(key, known, f"; known: {', '.join(known)}", name.removesuffix(key)))
         elif not any(other[: len(path)] == path != other for _, other, _ in found):
-            rule = RULES.get(entry["type"], entry["msg"]).format(**context)
-            broken.setdefault(path, [f"{name.rstrip('.') or 'recipe'} is {value!r}, but must be "]).append(rule)
+            broken.setdefault(path, [f"{name.rstrip('.') or 'recipe'} is {value!r}, but must be "]).append(_rule(entry))
     for path, (start, *alternatives) in broken.items():
         alternatives += ["null"] if type(None) in typing.get_args(_hint_at(kind, path)) else []
         problems.append(start + ", or ".join(dict.fromkeys(alternatives)))
     return problems
+
+
+def _rule(entry: ErrorDetails) -> str:
+    if entry["type"] == "literal_error":
+        choices = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"one of {choices}" if ", " in choices else choices
+    return RULES[entry["type"]].format(**entry.get("ctx", {})) if entry["type"] in RULES else entry["msg"]
 
 
 def _locate(entry: ErrorDetails, raw: Any) -> tuple[tuple[int | str, ...], Any]:

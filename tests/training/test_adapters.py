@@ -308,7 +308,7 @@ def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatc
         (3, {"rank": 0}, "rank is 0, but must be above 0"),
         (3, {"alpha": 0}, "alpha is 0, but must be above 0"),
         (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must be below 1"),
-        (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be 'nf4' or 'int8', or null"),
+        (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be one of nf4, int8, or null"),
     ],
 )
 def test_settings_that_cannot_work(write_recipe, stage, settings, message):

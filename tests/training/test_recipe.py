@@ -38,7 +38,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         load_recipe(changed(tmp_path, spoil))
     text = str(error.value)
     assert "unknown key stage1.optimisation.learning_rat; did you mean stage1.optimisation.learning_rate?" in text
-    assert "precision is 'fp8', but must be 'auto', 'bf16' or 'fp32'" in text
+    assert "precision is 'fp8', but must be one of auto, bf16, fp32" in text
     assert "stage2.optimisation.batch_size is 'big', but must be a whole number" in text
     assert "stage3.data is missing" in text
     assert "unknown key colour; known: model, output" in text

@@ -125,11 +125,11 @@ def test_what_learns_in_each_stage(local, name):
     seen = 1152 if "siglip" in recipe.model.vision_tower else 1024
     projector = (seen + 1) * width + (width + 1) * width
     dense = load_structure(recipe.model)
-    assert sum(choose_parameters(dense, "stage1", []).learning.values()) == projector
-    assert sum(choose_parameters(dense, "stage2", []).learning.values()) == projector + language_model
+    assert sum(choose_parameters(dense, "stage1", []).trained.values()) == projector
+    assert sum(choose_parameters(dense, "stage2", []).trained.values()) == projector + language_model
     moe = recipe.stage3.moe
     sparse = on_meta(sparse_config(dense.config, moe))
-    learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).learning
+    learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).trained
     assert learning == {"experts": layers // 2 * 4 * ffn, "routers": layers // 2 * 4 * width}
     assert (moe.num_experts_per_tok, moe.capacity_factor, moe.router_aux_loss_coef) == (2, 1.5, 0.01)
     assert dense.config.image_seq_length == (729 if seen == 1152 else 576)

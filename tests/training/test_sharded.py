@@ -117,7 +117,7 @@ def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_
     ("sharding", "message"),
     [
         ({"fsdp_size": 1}, r"sharding.fsdp_size is 1, but must be at least 2"),
-        ({"fsdp_size": 4, "ep_size": 3}, r"sharding.ep_size is 3, but must be at least 1 and divide fsdp_size=4"),
+        ({"fsdp_size": 4, "ep_size": 3}, r"sharding.ep_size is 3, but must divide fsdp_size=4"),
         ({"fsdp_size": 6, "ep_size": 3}, r"sharding.ep_size is 3, but must divide stage3.moe.num_experts=4"),
         ({"fsdp_sise": 2}, r"unknown key sharding.fsdp_sise; did you mean sharding.fsdp_size\?"),
     ],
