@@ -173,10 +173,10 @@ def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "settings"), [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {})], ids=["nf4", "experts"])
-def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, stopping, number, settings):
+def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_stage, tmp_path, stopping, number, settings):
     targets = ALL if number == 3 else ["attention", "FFN"]
     recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], **settings)
-    train(recipe, list(range(1, number)), resume=False, console=QUIET)
+    put_stage(number - 1)
     (whole,) = train(recipe, [number], resume=False, console=QUIET)
     kept = whole.rename(tmp_path / "whole")
 
@@ -190,9 +190,10 @@ def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write
         assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-def test_going_on_from_an_adapter(write_recipe, tmp_path):
+def test_going_on_from_an_adapter(write_recipe, put_stage, tmp_path):
     recipe = with_adapter(write_recipe)
-    *_, first = train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    put_stage(2)
+    (first,) = train(recipe, [3], resume=False, console=QUIET)
     adapter = str(first / "adapter")
     recipe = with_adapter(write_recipe, continue_from=adapter)
     recipe.output = str(tmp_path / "more")
@@ -219,7 +220,7 @@ def test_going_on_from_an_adapter(write_recipe, tmp_path):
 
 @pytest.mark.parametrize(("kind", "linear"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_quantised_base(write_recipe, monkeypatch, kind, linear, precision):
+def test_a_quantised_base(write_recipe, put_stage, monkeypatch, kind, linear, precision):
     """Just the linear layers of the language model are quantised; all targets learn; what is left is not quantised."""
     seen = []
     attach = adapters.attach
@@ -234,7 +235,8 @@ def test_a_quantised_base(write_recipe, monkeypatch, kind, linear, precision):
     recipe.precision = precision
     monkeypatch.setattr(run, "attach", spy)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=300)
-    *_, two, three = train(recipe, [1, 2, 3], resume=False, console=console)
+    put_stage(1)
+    two, three = train(recipe, [2, 3], resume=False, console=console)
     for model in seen:
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and "lora_" not in name:
@@ -253,12 +255,13 @@ def test_a_quantised_base(write_recipe, monkeypatch, kind, linear, precision):
     assert changed(start, end)
 
 
-def test_merge_on_the_command_line(write_recipe, tmp_path):
+def test_merge_on_the_command_line(write_recipe, put_stage, tmp_path):
     from typer.testing import CliRunner
 
     from moe_llava.cli import app
 
-    *_, three = train(with_adapter(write_recipe), [1, 2, 3], resume=False, console=QUIET)
+    put_stage(2)
+    (three,) = train(with_adapter(write_recipe), [3], resume=False, console=QUIET)
     call = CliRunner().invoke
 
     done = call(app, ["merge", str(three / "adapter"), str(tmp_path / "merged")])

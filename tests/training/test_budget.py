@@ -13,7 +13,7 @@ from moe_llava.training.budget import active_parameters, count, stage_cost, surv
 from moe_llava.training.recipe import Adapter, load_recipe
 from moe_llava.training.stage import on_meta
 from tests.checkpoints import tiny_published
-from tests.conftest import refused, run_command, run_here, tiny_dense
+from tests.conftest import refused, run_here, tiny_dense
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 # The language models of the paper, from their published configurations.
@@ -163,7 +163,7 @@ def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F8
 
 
 def test_the_command(tiny_base, tmp_path):  # noqa: F811
-    table = run_command("params", tiny_base / "base").stdout
+    table = run_here("params", tiny_base / "base").stdout
     assert "tower" in table
     assert "training, stage2: " in table
     found = json.loads(run_here("params", tiny_base / "base", "--json").stdout)

@@ -133,11 +133,11 @@ def test_a_stage_does_not_start_from_a_damaged_one(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["adapter", "base"])
-def test_weights_beside_a_save(write_recipe, tmp_path, stopping, part):
+def test_weights_beside_a_save(write_recipe, put_stage, tmp_path, stopping, part):
     """The frozen base of an adapter is in no save; and a finished adapter may be gone on from."""
     adapter = {"targets": ["attention", "experts"], "rank": 2}
     file = write_recipe(stage3__adapter=adapter)
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     work, final = tmp_path / "run" / ".stage3", tmp_path / "run" / "stage3"
     if part == "base":
         with stopping(3):
