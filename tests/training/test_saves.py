@@ -186,7 +186,7 @@ def test_bad_records_are_skipped_and_counted_if_they_are_few(write_recipe, tiny_
     data = data_with_bad_records(tiny_base, tmp_path, 12, 20)
     file = write_recipe(stage1__data=data, on_bad_record="skip", output=str(tmp_path / "more"), **steps)
     with pytest.raises(
-        ValueError, match=r"1[12] of the 20 records that the run sees could not be read, more than 50%: .*skipped.jsonl names them"
+        ValueError, match=r"1[12] of the 20 records that the run uses could not be read, more than 50%: .*skipped.jsonl names them"
     ):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
