@@ -112,7 +112,7 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
     if isinstance(target, Recipe):
         return survey_recipe(target)
     if published_family(read_config(target).get("model_type")):
-        model = look_at(target, vision_towers, with_weights=False).on_meta()
+        model = inspect_published(target, vision_towers, with_weights=False).on_meta()
     else:
         model = load_on_meta(target)
     if is_sparse(model):

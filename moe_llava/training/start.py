@@ -55,8 +55,7 @@ def _start_whole(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
         return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
     model, processor = load_checkpoint(path, **stage.load_settings(path))
     if stage.upcycles(path):
-        options = dataclasses.asdict(recipe.stage3.moe)
-        model = upcycle(model, expert_start=recipe.stage3.expert_start, seed=recipe.seed, **options)
+        model = upcycle(model, recipe.stage3.moe, expert_start=recipe.stage3.expert_start, seed=recipe.seed)
         processor = MoeLlavaProcessor.from_llava(processor)
     return model, processor
 
