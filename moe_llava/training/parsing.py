@@ -171,7 +171,8 @@ def _locate(entry: ErrorDetails, raw: Any) -> tuple[tuple[int | str, ...], Any]:
     """Return the path to the setting that an error is about, and its value. pydantic's path also names the types of unions."""
     path: list[int | str] = []
     for number, key in enumerate(entry["loc"], start=1):
-        if isinstance(raw, dict) and (key in raw or (entry["type"] == "missing" and number == len(entry["loc"]))):
+        absent = entry["type"] in ("missing", "unexpected_keyword_argument") and number == len(entry["loc"])
+        if isinstance(raw, dict) and (key in raw or absent):
             path, raw = [*path, key], raw.get(key)
         elif isinstance(raw, list) and isinstance(key, int):
             path, raw = [*path, key], raw[key]

@@ -58,6 +58,9 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("stage3.moe.capacity_factor=-1.0", "capacity_factor is -1.0, but must be above 0"),
         ("stage3.moe.moe_layers=[0", "'[0' is not YAML"),
         ("model.x=1", "--set model.x=1: model holds a value"),
+        ("output=2026-01-01", "output is datetime.date(2026, 1, 1), but must be text"),
+        ("seed=1.0", "seed is 1.0, but must be a whole number"),
+        ("torch_compile=1", "torch_compile is 1, but must be true or false"),
         ("stage1=3", "stage1 is 3, but must be a mapping of settings, or null"),
     ],
 )
@@ -193,6 +196,11 @@ def test_a_key_that_also_comes_by_a_merge_is_no_duplicate(tmp_path):
     file = tmp_path / "merged.yaml"
     file.write_text("a: {x: &low {p: 1, q: 1}}\nb: {y: {z: &high {<<: *low, p: 2}}}\nc: {<<: *high, q: 3}\n")
     assert read(file)["c"] == {"p": 2, "q": 3}
+
+
+def test_a_key_that_is_a_number_is_unknown(tmp_path):
+    with pytest.raises(RecipeError, match="unknown key 1; known: model, output"):
+        load_recipe(changed(tmp_path, lambda raw: raw.update({1: 2})))
 
 
 def test_no_date_is_no_traceback(tmp_path):
