@@ -1,11 +1,9 @@
 """A stage that is killed at any of its file operations and resumed ends with the same bits, statistics and logs."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import in_fresh_process
+from tests.training import killed
 
 ADAPTER = {"targets": ["attention", "experts", "routers"], "rank": 2}
 SMOES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_layers": "interval", "routing": "smoes"}
@@ -25,9 +23,7 @@ def kill(write_recipe, put_stage, tmp_path, kind, numbers):
     file = write_recipe(logging_steps=100, **settings)
     (tmp_path / "before").mkdir()
     put_stage(stage - 1, tmp_path / "before")
-    command = [sys.executable, "-m", "tests.training.killed", file, str(stage), tmp_path, *map(str, numbers)]
-    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_fresh_process(killed.main, file, stage, tmp_path, *numbers)
 
 
 @pytest.mark.parametrize(("kind", "numbers"), [("stage3-smoes", (-1, -4, -6, -12)), ("stage3-adapter", (20, -3))])
