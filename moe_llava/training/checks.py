@@ -41,7 +41,7 @@ def check_folder(stage: Stage, resume: bool) -> None:
         if not folder.is_dir() or (folder == stage.final and not (folder / "config.json").is_file()):
             raise RecipeError(f"{folder} is in the way: it is no stage that was finished or begun")
         if not resume:
-            raise RecipeError(f"{folder} exists already, finished or not: go on with --resume, or choose another output")
+            raise RecipeError(f"{folder} exists already, finished or not: continue with --resume, or choose another output")
         if not (folder / "recipe.yaml").is_file():
             continue  # it was stopped before it had begun
         made = read_recipe(folder / "recipe.yaml")
@@ -97,7 +97,7 @@ def check_start(stage: Stage) -> None:
         on_meta(sparse_config(model.config, settings.moe))
         return
     if stage.number != 3:
-        raise RecipeError(f"{path} is sparse already: only stage III can go on from it (--stage 3)")
+        raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
     if settings.dense:
         raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense baseline, which starts from a dense LLaVA")
     if settings.expert_start != "copy":

@@ -65,8 +65,8 @@ class Adapter:
 
 @dataclass
 class Parts:
-    """What a dense LLaVA is joined from, each a folder or hub id. `template`: its chat template, a key of TEMPLATES in data/templates.py;
-    None keeps the tokenizer's own."""
+    """The parts that a dense LLaVA is joined from, each a folder or hub id. `template`: its chat template, a key of TEMPLATES in
+    data/templates.py; None keeps the tokenizer's own."""
 
     language_model: str
     vision_tower: str

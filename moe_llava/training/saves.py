@@ -52,7 +52,7 @@ def saving(work: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         kept = "nothing was saved before"
         if found := saves(work):
-            kept = f"{found[-1]} is whole: go on from it with --resume"
+            kept = f"{found[-1]} is whole: continue from it with --resume"
             if no_room(error):
                 reason += f", and the last save took {format_bytes(sum(file.stat().st_size for file in found[-1].rglob('*')))}"
         raise SaveError(f"{what} could not be saved in {work}: {reason}; {kept}") from error
@@ -88,7 +88,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         if isinstance(error, SaveError) or not no_room(error):
             raise
         raise SaveError(
-            f"a file could not be written in {folder}: {why_not_written(error, folder)}; make room, then go on with --resume"
+            f"a file could not be written in {folder}: {why_not_written(error, folder)}; make room, then continue with --resume"
         ) from error
 
 

@@ -151,7 +151,7 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
-        inputs = {**inputs, **({"output_router_logits": True} if sparse else only_learnt(inputs["labels"]))}
+        inputs = {**inputs, **({"output_router_logits": True} if sparse else logits_at_labels(inputs["labels"]))}
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
         if not sparse:
             inputs.pop("token_mask", None)  # for routers alone
@@ -286,12 +286,12 @@ def training_arguments(stage: Stage) -> TrainingArguments:
     return arguments
 
 
-def only_learnt(labels_BS: Tensor) -> dict[str, Tensor]:
+def logits_at_labels(labels_BS: Tensor) -> dict[str, Tensor]:
     """Return arguments with which transformers' own LLaVA computes logits only at positions where any row has a label, for the same loss. A
     sparse LLaVA does so by itself, row by row."""
     targets_BS = next_labels(labels_BS)
-    learnt = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
-    return {"logits_to_keep": learnt, "shift_labels": targets_BS.index_select(1, learnt)}
+    labelled = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
+    return {"logits_to_keep": labelled, "shift_labels": targets_BS.index_select(1, labelled)}
 
 
 def peak_memory() -> int:

@@ -93,7 +93,7 @@ def test_a_real_full_disk(write_recipe, tiny_base, tmp_path, room):
     what, last = ("step 4", 2) if room < 2 else ("the finished stage", 4)
     assert f"error: {what} could not be saved in {disk}/.stage1: the disk is full: " in done.stderr
     assert "and the last save took " in done.stderr
-    assert f"checkpoint-{last} is whole: go on from it with --resume" in done.stderr
+    assert f"checkpoint-{last} is whole: continue from it with --resume" in done.stderr
     assert f"checkpoint-{last}" in done.stdout
     assert ".saving" not in done.stdout
 

@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_sta
     with stopping(3):
         train(load_recipe(file), [number], resume=False, console=QUIET)
     assert not whole.exists()
-    with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
+    with pytest.raises(RecipeError, match="exists already, finished or not: continue with --resume"):
         train(load_recipe(file), [number], resume=False, console=QUIET)
     train(load_recipe(file), [number], resume=True, console=QUIET)
     for line in log(whole):

@@ -89,7 +89,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so(write_recipe, tmp_path, p
     (save,) = saves(work)
     step = int(save.name.removeprefix("checkpoint-"))
     assert step >= 3
-    assert f"stage1 stopped as asked after step {step} of 2000: go on with --resume" in errors
+    assert f"stage1 stopped as asked after step {step} of 2000: continue with --resume" in errors
     assert "Traceback" not in errors or processes > 1  # torchrun tells of its own
     assert run.returncode != 0 if processes > 1 else run.returncode == 128 + signal.SIGTERM
 
@@ -108,7 +108,7 @@ def test_a_full_disk_loses_nothing(write_recipe, tmp_path):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
 
     try:
-        with pytest.raises(SaveError, match=r"step 4 could not be saved in .*; .*checkpoint-2 is whole: go on from it with --resume"):
+        with pytest.raises(SaveError, match=r"step 4 could not be saved in .*; .*checkpoint-2 is whole: continue from it with --resume"):
             train(recipe, [1], resume=False, console=FullAfterTwoSteps(file=open(os.devnull, "w")))  # noqa: SIM115
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
