@@ -133,7 +133,7 @@ def test_only_the_last_saves_are_kept(tmp_path):
             (folder / "checkpoint-12").mkdir(parents=True)
             raise OSError("no space")
 
-    with pytest.raises(SaveError, match=r"a step could not be saved in .*: no space; .*checkpoint-11 is whole: go on"):
+    with pytest.raises(SaveError, match=r"a step could not be saved in .*: no space; .*checkpoint-11 is whole: continue"):
         fail()
     assert len(list(tmp_path.iterdir())) == 2
 
