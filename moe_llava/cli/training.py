@@ -62,7 +62,7 @@ def train(
     with user_errors(), stops():
         from rich.console import Console
 
-        from moe_llava.training.recipe import load_recipe, stages_of
+        from moe_llava.training.recipe import load_recipe
 
         loaded = load_recipe(recipe, settings)
 
@@ -71,7 +71,7 @@ def train(
 
             from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
 
-        run(loaded, sorted(set(stage or stages_of(loaded))), resume, Console())
+        run(loaded, sorted(set(stage or loaded.stages)), resume, Console())
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
 
 

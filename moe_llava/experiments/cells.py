@@ -24,8 +24,10 @@ from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, upcycle
 from moe_llava.training.budget import survey_recipe
-from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStage, Stage, stage_name, stage_settings, stages_of
-from moe_llava.training.run import load_data, train
+from moe_llava.training.checks import load_data
+from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStageSettings, StageSettings
+from moe_llava.training.run import train
+from moe_llava.training.stage import Stage
 from moe_llava.training.start import set_aspect_ratio
 
 Strategy = Literal["three_stages", "merged", "sparse_twice"]
@@ -54,14 +56,6 @@ class CellSettings:
     layers: int | None = None
     evolve: bool = False
     against: str | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """Stage `number` of `recipe`, whose output folder is this training's own."""
-
-    number: int
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ class Cell:
         return self.out / "models" / f"layers-{self.settings.layers}"
 
     @property
-    def trainings(self) -> list[Training]:
+    def trainings(self) -> list[Stage]:
         """The trainings in order; each starts from the checkpoint that the one before saves."""
         *earlier, last = sequence(dataclasses.replace(self.recipe, model=self.origin), self.settings.strategy)
         shared = self.out / "shared" / f"seed-{self.recipe.seed}"
@@ -130,8 +124,8 @@ class Cell:
         steps, flops = [], []
         for each in self.trainings:
             budget, costs = survey_recipe(each.recipe, context=0)
-            flops.append(costs[stage_name(each.recipe, each.number)].flops)
-            steps.append(stage_settings(each.recipe, each.number).optimisation.max_steps)
+            flops.append(costs[each.name].flops)
+            steps.append(each.settings.optimisation.max_steps)
         return CellBudget(steps, flops, sum(budget.active.values()), sum(budget.total.values()))
 
     def train(self, console: Console) -> list[Path]:
@@ -147,21 +141,22 @@ class Cell:
         return saved
 
 
-def sequence(recipe: Recipe, strategy: Strategy) -> list[Training]:
+def sequence(recipe: Recipe, strategy: Strategy) -> list[Stage]:
     """Return the trainings of a strategy. Raise RecipeError if the recipe does not allow it."""
-    below = [Training(number, recipe) for number in stages_of(recipe) if number < 3]
+    below = [Stage(recipe, number) for number in recipe.stages if number < 3]
     if strategy == "three_stages":
-        return [*below, Training(3, recipe)]
+        return [*below, Stage(recipe, 3)]
     if recipe.stage2 is None:
         raise RecipeError(f"the strategy {strategy} changes stage II, but the recipe has no stage2")
     below = [each for each in below if each.number == 1]
     if strategy == "merged":
-        return [*below, Training(3, dataclasses.replace(recipe, stage3=_merged(recipe.stage2, recipe.stage3)))]
-    earlier = dataclasses.replace(recipe.stage3, **{each.name: getattr(recipe.stage2, each.name) for each in dataclasses.fields(Stage)})
-    return [*below, Training(3, dataclasses.replace(recipe, stage3=earlier)), Training(3, recipe)]
+        return [*below, Stage(dataclasses.replace(recipe, stage3=_merged(recipe.stage2, recipe.stage3)), 3)]
+    shared = {each.name: getattr(recipe.stage2, each.name) for each in dataclasses.fields(StageSettings)}
+    earlier = dataclasses.replace(recipe.stage3, **shared)
+    return [*below, Stage(dataclasses.replace(recipe, stage3=earlier), 3), Stage(recipe, 3)]
 
 
-def _merged(first: Stage, second: SparseStage) -> SparseStage:
+def _merged(first: StageSettings, second: SparseStageSettings) -> SparseStageSettings:
     """Return stage III on the records of both stages. With epochs, each source keeps its number of records; with steps, the steps add up
     and sources are weighted by size. A source that both have is taken once then."""
     one, two = first.optimisation, second.optimisation
@@ -183,18 +178,18 @@ def _merged(first: Stage, second: SparseStage) -> SparseStage:
     return dataclasses.replace(second, data=sources, optimisation=optimisation)
 
 
-def _digest(training: Training) -> str:
+def _digest(training: Stage) -> str:
     """Return a digest of the settings that decide the checkpoint of stage I or II."""
     settings = dataclasses.asdict(training.recipe)
     names = ("model", "precision", "attention", "torch_compile", "stage1", "stage2")[: 4 + training.number]
     return hashlib.sha256(json.dumps([settings[name] for name in names]).encode()).hexdigest()[:12]
 
 
-def _saved_in(home: Path, training: Training) -> Training:
+def _saved_in(home: Path, training: Stage) -> Stage:
     return dataclasses.replace(training, recipe=dataclasses.replace(training.recipe, output=str(home)))
 
 
-def run_training(training: Training, start: str | Parts, console: Console) -> Path:
+def run_training(training: Stage, start: str | Parts, console: Console) -> Path:
     """Train from `start`, unless that is done, and return the checkpoint."""
     recipe = training.recipe
     if training.number == 1 or isinstance(start, Parts) or isinstance(load_config(start), MoeLlavaConfig):
@@ -234,7 +229,7 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
     processor = load_processor(dense)
     set_aspect_ratio(processor, settings)
     problems: list[str] = []
-    records = load_data(recipe, 3, processor, problems)
+    records = load_data(Stage(recipe, 3), processor, problems)
     dataset = ConversationDataset(records, processor, settings.template, settings.max_length)
     rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
     problems += [row["problem"] for row in rows if "problem" in row]

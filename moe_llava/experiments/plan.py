@@ -33,7 +33,7 @@ from moe_llava.evaluation.stress.perturb import Perturbation, parse_perturbation
 from moe_llava.experiments.cells import Cell, CellSettings, ExperimentError, sequence
 from moe_llava.experiments.demo import digits_recipe
 from moe_llava.training.parsing import build, flatten, read
-from moe_llava.training.recipe import Parts, Recipe, RecipeError, load_recipe, stage_settings, stages_of
+from moe_llava.training.recipe import Parts, Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).parent
 ABLATIONS = {file.stem: file for file in sorted((HERE / "ablations").glob("*.yaml"))}
@@ -207,7 +207,7 @@ def recipe_digests(recipes: Collection[Recipe]) -> dict[str, str | None]:
     Raise DataError if a data file cannot be read, CheckpointError if a checkpoint cannot.
     """
     found: dict[str, str | None] = {}
-    stages = [stage_settings(recipe, number) for recipe in recipes for number in stages_of(recipe)]
+    stages = [stage for recipe in recipes for stage in recipe.stages.values()]
     for file, images in dict.fromkeys((source.file, source.images) for stage in stages for source in stage.sources):
         found |= _data_digests(Path(file), Path(images))
     starts = [start for recipe in recipes for start in _starts(recipe)]

@@ -1,14 +1,14 @@
-"""Adapters: LoRA, as PEFT does it, on parts of a frozen language model, which may be quantised by bitsandbytes.
+"""Adapters: LoRA, as PEFT implements it, on parts of a frozen language model, which bitsandbytes may quantise.
 
-An adapter is a small folder in PEFT's own form: adapter_config.json, which names its base (a complete checkpoint), and
-adapter_model.safetensors, which holds what was learnt. base.json has the digest and the MoE settings of the base that it was trained on.
+An adapter is a small folder in PEFT's own format: adapter_config.json, which names its base (a complete checkpoint), and
+adapter_model.safetensors with the trained weights. base.json has the digest and the MoE settings of the base that it was trained on.
 
 Unusual here:
-- Every name that PEFT is given is that of a layer of the language model: a bare `q_proj` would also hit the vision tower.
-- The matrices of stacked experts go by `target_parameters`. PEFT adds the product of both factors to the weights before they are used; so
-  there is neither a dropout nor DoRA for them, which the rules of a recipe say.
-- Routers, and the projector in stage II, are small: they learn in full, as copies that the adapter holds (`modules_to_save`).
-- What is merged is the base as it is stored. That is not quantised, even if the base that the adapter learnt on was.
+- Every name given to PEFT is that of a layer of the language model: a bare `q_proj` would also match the vision tower.
+- Stacked experts are named by `target_parameters`. PEFT adds the product of both factors to the weights before they are used, so neither
+  dropout nor DoRA can apply to them; the rules of a recipe say so.
+- Routers, and the projector in stage II, are small: they are trained in full, as copies that the adapter holds (`modules_to_save`).
+- The adapter is merged into the base as it is stored: not quantised, even if the adapter was trained on a quantised one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import math
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,21 @@ from moe_llava.common.messages import first_line, listed
 from moe_llava.model import Experts, MoeLlavaConfig, Router
 from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
-from moe_llava.training.stages import STAGES, ParameterCount
+from moe_llava.training.trainable import TRAINABLE, ParameterCount
 
-BASE = "base.json"  # in an adapter's folder: what its base was
-# Fields of a sparse base's configuration that change what it computes.
+BASE = "base.json"  # in an adapter's folder: what identifies its base
+# Fields of a sparse base's configuration that change its outputs.
 MOE = ("num_experts", "num_experts_per_tok", "moe_layer_indices", "norm_topk_prob", "capacity_factor", "use_residual", "routing")
 logger = logging.getLogger(__name__)
 LAYERS = "model.language_model.layers"
-UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # stacked experts are no linear layers
+UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # nor stacked experts
 
 
 def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGeneration) -> None:
-    """Raises RecipeError if `adapter` cannot be put on `model`, which `stage` starts from and which may be on the meta device, if the
-    adapter to go on from has other settings, or if a package is missing."""
+    """Raise RecipeError if `adapter` does not fit `model`, which `stage` starts from and which may be on the meta device, if the adapter to
+    continue from has other settings, or if a package is missing."""
     if stage == "dense":
-        raise RecipeError("stage3.adapter is set, but the dense control trains its FFNs in full: leave the adapter out")
+        raise RecipeError("stage3.adapter is set, but the dense baseline trains its FFNs in full: leave the adapter out")
     if adapter.quantisation:
         require("bitsandbytes", f"{stage}.adapter.quantisation")
     wanted = lora_config(model, adapter, stage)
@@ -68,33 +69,31 @@ def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGenera
 
 
 def _plain(value: Any) -> Any:
-    """A setting as it compares: PEFT keeps names as sets or lists, and none as nothing or an empty list."""
+    """Return a setting in one form: PEFT keeps names as sets or lists, and no names as None or an empty list."""
     return sorted(value) if isinstance(value, (list, set, tuple)) and value else value or None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The settings of an adapter folder. Raises CheckpointError if it is none."""
+    """Return the settings of an adapter folder. Raises CheckpointError if it is not one."""
     if (Path(folder) / "non_lora_trainables.bin").is_file():
-        check_no_adapter(Path(folder))  # which tells what to do with one of the original code
+        check_no_adapter(Path(folder))  # raises, and says what to do with an adapter of the original code
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"adapter {folder} is not a folder with {ADAPTER_CONFIG}")
     return read_json(Path(folder) / ADAPTER_CONFIG)
 
 
 def base_of(folder: str | Path) -> str:
-    """The checkpoint that an adapter belongs to. Raises CheckpointError if the folder is no adapter, or does not say."""
+    """Return the checkpoint that an adapter belongs to. Raises CheckpointError if the folder is no adapter, or names none."""
     base = read_config(folder).get("base_model_name_or_path")
     if not base:
-        raise CheckpointError(
-            f"the {ADAPTER_CONFIG} of {folder} has no base_model_name_or_path: name the checkpoint it belongs to (--base)"
-        )
+        raise CheckpointError(f"the {ADAPTER_CONFIG} of {folder} has no base_model_name_or_path: name its base checkpoint (--base)")
     return str(base)
 
 
 def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str) -> Any:
-    """PEFT's LoraConfig for `adapter` on `model`.
+    """Return PEFT's LoraConfig for `adapter` on `model`.
 
-    Raises RecipeError if the model has nothing of a target, if its experts are quantised, or if PEFT is not installed.
+    Raises RecipeError if the model lacks a target, if its experts are quantised, or if PEFT is not installed.
     """
     require("peft", f"{stage}.adapter")
     from peft import LoraConfig
@@ -105,7 +104,7 @@ def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: s
             raise RecipeError(f"{stage}.adapter.targets names {target}, but the language model of this stage has none")
     chosen = {target: sorted(found[target]) if target in adapter.targets else [] for target in ADAPTER_TARGETS}
     linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"]]
-    whole = ["model.multi_modal_projector"] if "projector" in STAGES[stage] else []
+    whole = ["model.multi_modal_projector"] if "projector" in TRAINABLE[stage] else []
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -118,13 +117,14 @@ def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: s
 
 
 def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
-    """Target -> what there is of it: linear layers by their names within a decoder layer, experts' matrices and routers by full names."""
+    """Return target -> names of modules: linear layers by name within a decoder layer, experts' matrices and routers by full name."""
     found: dict[str, set[str]] = {target: set() for target in ADAPTER_TARGETS}
     layers: Any = model.model.language_model.layers
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
             if isinstance(module, Experts):
-                _check_not_quantised(module, f"{LAYERS}.{index}.{name}")
+                if is_parametrized(module) or not all(parameter.is_floating_point() for parameter in module.parameters()):
+                    raise RecipeError(f"{LAYERS}.{index}.{name} is quantised: LoRA over them would leave matrices without a gradient")
                 matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
                 found["experts"] |= {f"{LAYERS}.{index}.{name}.{key}" for key in matrices}
             elif isinstance(module, Router) or name == "mlp.coefficient":
@@ -136,23 +136,15 @@ def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
     return found
 
 
-def _check_not_quantised(experts: Experts, name: str) -> None:
-    if is_parametrized(experts) or not all(parameter.is_floating_point() for parameter in experts.parameters()):
-        raise RecipeError(f"{name} is quantised: LoRA over them would leave matrices without a gradient")
-
-
 def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[LlavaForConditionalGeneration, Any]:
-    """(model, processor) of `base` in float32, the linear layers of its language model quantised if `adapter` says so; those of 4 bits
-    compute in `dtype`.
-
-    Raises CheckpointError as `load_checkpoint` does.
-    """
+    """Return (model, processor) of `base` in float32, with the linear layers of its language model quantised if `adapter` says so; those of
+    4 bits compute in `dtype`. Raises CheckpointError as `load_checkpoint` does."""
     settings = {"quantization_config": quantisation_config(adapter.quantisation, dtype)} if adapter.quantisation else {}
     return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
 
 
 def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What makes `from_pretrained` quantise the linear layers of a language model; those of "nf4" compute in `dtype`."""
+    """Return the configuration that quantises the linear layers of a language model as it is loaded; those of "nf4" compute in `dtype`."""
     if kind == "nf4":
         four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         return BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=UNQUANTISED)
@@ -160,8 +152,8 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
-    """Bytes that quantising the linear layers of `model`, which holds them in float32, saves. One scale of 4 bytes is kept for 64 weights
-    ("nf4") or for a row ("int8")."""
+    """Return how many bytes quantisation saves in the linear layers of `model`, which are in float32. A scale of 4 bytes is kept for every
+    64 weights ("nf4") or for every row ("int8")."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(LAYERS)}
     weights = [module.weight for name, module in linear.items() if not name.endswith(".mlp.coefficient")]
     if kind == "nf4":
@@ -170,9 +162,10 @@ def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
 
 
 def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str:
-    """In a line, what of the frozen model is quantised, and what is not."""
-    quantised = adapter.quantisation and describe_quantised(model, adapter.quantisation)
-    return f"adapter on a base with {quantised}" if quantised else "adapter on a base that is not quantised"
+    """Return a line that says which layers of the frozen model are quantised."""
+    if adapter.quantisation is None:
+        return "adapter on a base that is not quantised"
+    return f"adapter on a base with {describe_quantised(model, adapter.quantisation)}"
 
 
 def describe_quantised(model: LlavaForConditionalGeneration, kind: str) -> str:
@@ -185,7 +178,7 @@ def quantised_layers(model: LlavaForConditionalGeneration) -> dict[str, nn.Linea
 
 
 def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
-    """(PeftModel around `model`, what of it learns, by part). All of `model` itself is frozen; it was loaded from `base`.
+    """Return (PeftModel around `model`, its parameters counted). All of `model` itself is frozen; it was loaded from `base`.
 
     Raises RecipeError as `lora_config` does.
     """
@@ -198,11 +191,11 @@ def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, b
     else:
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
-    learning = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    counts: dict[str, int] = {}
-    for name, number in learning.items():
-        counts[_part(name)] = counts.get(_part(name), 0) + number
-    return adapted, ParameterCount(counts, total + sum(number for name, number in learning.items() if ".modules_to_save." not in name))
+    trained = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    counts: Counter[str] = Counter()
+    for name, number in trained.items():
+        counts[_part(name)] += number
+    return adapted, ParameterCount(counts, total + sum(number for name, number in trained.items() if ".modules_to_save." not in name))
 
 
 def _part(name: str) -> str:
@@ -216,7 +209,7 @@ def _part(name: str) -> str:
 
 
 def without_adapter(model: Any) -> Any:
-    """The model that an adapter is around, or the model itself."""
+    """Return the model inside an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -230,7 +223,7 @@ def load_adapter(model: LlavaForConditionalGeneration, folder: str | Path, base:
     stored_tensors(folder)  # a damaged file is named before PEFT reads it
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing and misshapen tensors: the check below makes them an error
+            warnings.simplefilter("ignore")  # about missing and misshapen tensors: the check below makes them an error
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"adapter {folder} does not fit {base}: {first_line(error)}") from error
@@ -239,7 +232,7 @@ def load_adapter(model: LlavaForConditionalGeneration, folder: str | Path, base:
 
 
 def check_loaded(adapted: Any, folder: str | Path, base: str) -> None:
-    """Raises CheckpointError unless the tensors of an adapter folder are just those that `adapted` has: PEFT would pass over the others."""
+    """Raise CheckpointError unless an adapter folder has exactly the tensors of `adapted`: PEFT would ignore the difference."""
     from peft import get_peft_model_state_dict
 
     wanted = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
@@ -266,14 +259,14 @@ def stored_tensors(folder: str | Path) -> dict[str, list[int]]:
 
 
 def describe_weights(base: str | Path) -> dict[str, Any]:
-    """Return what tells one base from another: the digest of its weights, and its MoE settings."""
+    """Return what identifies a base: the digest of its weights, and its MoE settings."""
     config = load_config(base)
     moe = {name: getattr(config, name) for name in MOE} if isinstance(config, MoeLlavaConfig) else {}
     return {"weights": weights_digest(find_weights(resolve(base, with_weights=True))), "moe": moe}
 
 
 def check_base(folder: str | Path, base: str | Path) -> None:
-    """Raises CheckpointError if the adapter in `folder` was trained on another base than `base`; logs a warning if it does not say."""
+    """Raise CheckpointError if the adapter in `folder` was trained on another base than `base`; log a warning if it records none."""
     if not (Path(folder) / BASE).is_file():
         logger.warning("adapter %s does not say which weights it was trained on: only names and shapes are compared with %s", folder, base)
         return
@@ -288,8 +281,8 @@ def check_base(folder: str | Path, base: str | Path) -> None:
 
 
 def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
-    """Writes the adapter of a PeftModel into `folder`, and returns the model that it makes of `base`, in float32. `later` is where `base`
-    will be when the stage is finished."""
+    """Write the adapter of a PeftModel into `folder`, and return it merged into `base`, in float32. `later`: the path of `base` when the
+    stage is finished."""
     adapted.save_pretrained(folder)
     config = read_config(folder) | {"base_model_name_or_path": later}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -298,11 +291,11 @@ def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaFor
 
 
 def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """(model, processor): the base with an adapter added into its weights, a model like any other.
+    """Return (model, processor): the base with an adapter merged into its weights, a model like any other.
 
     Args:
-        folder: of the adapter.
-        base: its base, where that is no longer what the adapter says.
+        folder: the adapter.
+        base: its base, if that has moved since the adapter recorded it.
         dtype: "auto" keeps that of the base.
 
     Raises RecipeError if PEFT is not installed; CheckpointError if there is no adapter or no base, or if they do not fit.
@@ -317,7 +310,7 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
 def _merged(folder: str | Path, base: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     model, processor = load_checkpoint(base, dtype=dtype)
     if getattr(model.config, "quantization_config", None):
-        raise CheckpointError(f"the weights of {base} are quantised, but must be plain to take an adapter: take the model as it was before")
+        raise CheckpointError(f"the weights of {base} are quantised, but an adapter is merged into plain ones: use the unquantised model")
     try:
         return load_adapter(model, folder, base).merge_and_unload(safe_merge=True), processor
     except (ValueError, RuntimeError) as error:

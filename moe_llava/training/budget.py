@@ -1,7 +1,7 @@
-"""What a model costs, counted on the meta device: parameters by part, arithmetic, cache, and the memory that training it takes.
+"""Count what a model costs, on the meta device: parameters by part, arithmetic, cache, and memory in training.
 
-Conventions: a token goes through all parameters but those of the experts it is not routed to (the paper's "activated"). One multiplication
-and one addition are two FLOPs.
+A token goes through all parameters but those of the experts it is not routed to (the paper's "activated"). One multiplication and one
+addition are two FLOPs.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
-from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseMlp
+from moe_llava.model import MoeLlavaForConditionalGeneration, SparseMlp
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.recipe import Adapter, Parts, Recipe, learning_stage, stage_name, stage_settings, stages_of
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.recipe import Adapter, Recipe
+from moe_llava.training.stage import Stage, load_structure, on_meta
+from moe_llava.training.trainable import choose_parameters
 
-CONTEXT = 2048  # tokens that the token counted for attends to; the text length of the paper
+CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`total`, `active`: parameters by part. `flops`: of the language model's forward pass for one token, at CONTEXT. `cache_bytes`: of
-    keys and values per token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, that a token uses), or None for a dense model."""
+    """`total`, `active`: parameters by part. `flops`: the language model's forward pass for one token, at CONTEXT. `cache_bytes`: keys and
+    values of one token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, used by a token), or None for a dense model."""
 
     layers: int
     moe_layers: list[int]
@@ -46,13 +45,13 @@ class Budget:
 
     @property
     def language_model(self) -> tuple[int, int]:
-        """(total, active) without tower and projector, as the paper counts."""
+        """Return (total, active) without tower and projector, as the paper counts."""
         seen = self.total["tower"] + self.total["projector"]
         return sum(self.total.values()) - seen, sum(self.active.values()) - seen
 
     @property
     def weight_bytes(self) -> int:
-        """In bfloat16."""
+        """The size of the weights in bfloat16."""
         return 2 * sum(self.total.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,15 +62,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class StageCost:
-    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: of the
-    language model, forward and backward, for one token at CONTEXT."""
+    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: forward
+    and backward pass of the language model for one token at CONTEXT."""
 
     memory: int
     flops: int
 
 
 def count(model: LlavaForConditionalGeneration, context: int = CONTEXT) -> Budget:
-    """The budget of `model`, which may be on the meta device. `context`: tokens that the token counted for attends to."""
+    """Return the budget of `model`, which may be on the meta device. `context`: tokens that the counted token attends to."""
     total = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         total[_part(model, name)] += parameter.numel()
@@ -99,73 +98,56 @@ def _head_width(text: Any) -> int:
 
 
 def _score_flops(model: LlavaForConditionalGeneration, context: int) -> int:
-    """Of a token's forward pass, what multiplies activations with each other: queries with keys, weights with values."""
+    """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values."""
     text: Any = model.config.text_config
     return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * context
 
 
 def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
-    """(budget, cost of training by stage) of a recipe, or of a checkpoint, ours or a published one. Of a recipe, what it ends with, in the
-    parts that its sharding makes.
+    """Return (budget, cost of training by stage) of a checkpoint, ours or a published one, or of the last model of a recipe, with its
+    sharding.
 
     Raises CheckpointError as loading a checkpoint does.
     """
     if isinstance(target, Recipe):
         return survey_recipe(target)
-    model = _checkpoint_on_meta(target, vision_towers)
+    if published_family(read_config(target).get("model_type")):
+        model = inspect_published(target, vision_towers, with_weights=False).on_meta()
+    else:
+        model = load_on_meta(target)
     if is_sparse(model):
         return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}
     return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
 
 
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
-    """As `survey`, of a recipe that has been read."""
-    start = start_on_meta(recipe.model)
+    """Return the same as `survey`, of a recipe."""
+    start = load_structure(recipe.model)
     sparse = sparse_config(start.config, recipe.stage3.moe) if not is_sparse(start) else start.config
     final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
     processes = recipe.sharding.fsdp_size if recipe.sharding else 1
     costs = {}
-    for number in stages_of(recipe):
-        settings, name = stage_settings(recipe, number), stage_name(recipe, number)
-        if number < 3 and is_sparse(start):
+    for stage in (Stage(recipe, number) for number in recipe.stages):
+        if stage.number < 3 and is_sparse(start):
             continue
         cost = stage_cost(
-            final if number == 3 else start,
-            learning_stage(recipe, number),
+            final if stage.number == 3 else start,
+            stage.trainable,
             sparse.moe_layer_indices,
-            settings.adapter,
-            settings.optimisation.gradient_checkpointing,
+            stage.settings.adapter,
+            stage.settings.optimisation.gradient_checkpointing,
             context,
         )
-        costs[name] = dataclasses.replace(cost, memory=cost.memory // processes)
+        costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
     return count(final, context), costs
-
-
-def _checkpoint_on_meta(path: str | Path, vision_towers: str | Path | None) -> LlavaForConditionalGeneration:
-    if published_family(read_config(path).get("model_type")):
-        return inspect_published(path, vision_towers, with_weights=False).on_meta()
-    return load_on_meta(path)
 
 
 def is_sparse(model: LlavaForConditionalGeneration) -> bool:
     return isinstance(model, MoeLlavaForConditionalGeneration)
 
 
-def start_on_meta(start: str | Parts) -> LlavaForConditionalGeneration:
-    """What a stage starts from, without its weights. Raises CheckpointError as loading its configuration does."""
-    if isinstance(start, str):
-        return load_on_meta(start)
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
-
-
-def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:
-    with torch.device("meta"):
-        return MoeLlavaForConditionalGeneration._from_config(config)
-
-
 def active_parameters(model: LlavaForConditionalGeneration) -> int:
-    """Parameters that one token goes through."""
+    """Return how many parameters one token goes through."""
     return sum(count(model).active.values())
 
 
@@ -177,25 +159,25 @@ def stage_cost(
     checkpointing: bool = False,
     context: int = CONTEXT,
 ) -> StageCost:
-    """Of the whole model, sharded or not.
+    """Return the cost of training the whole model, sharded or not.
 
-    Args: `stage` and `moe_layers` as `choose_parameters`; with an `adapter`, only that learns, and what it quantises takes less;
-    `checkpointing` does the forward pass twice; `context` as `count`.
+    Args: `stage` and `moe_layers` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing`
+    repeats the forward pass; `context` as in `count`.
     """
     if adapter is None:
         counts, saved = choose_parameters(model, stage, moe_layers), 0
     else:
         saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
         counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
-    memory = 4 * counts.total + 12 * sum(counts.learning.values()) - saved
+    memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     forward, scores = count(model, context).flops, _score_flops(model, context)
-    # Backward, gradients of the activations cost what the forward pass does, those of the scores twice as much; then those of the weights.
-    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.learning.items())
+    # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
+    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
     return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
 
 
 def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) -> float:
-    """Of the `number` parameters of a part that learns, those that a token of text is multiplied with."""
+    """Return how many of the `number` trainable parameters of a part a text token is multiplied with."""
     if part == "projector":
         return 0
     if part == "language model":
@@ -206,7 +188,7 @@ def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) ->
 
 
 def _part(model: LlavaForConditionalGeneration, name: str) -> str:
-    """Which of PARTS the parameter `name` belongs to."""
+    """Return which of PARTS the parameter `name` belongs to."""
     if ".vision_tower." in name:
         return "tower"
     if ".multi_modal_projector." in name:

@@ -1,13 +1,13 @@
-"""Features of the frozen tower, kept on disk: each image goes through the tower once, whatever epochs, stages and runs come to see it.
+"""Features of the frozen tower, cached on disk: each image goes through the tower once, in all epochs, stages and runs.
 
 Unusual here: while a stage is trained, the tower computes by another `forward`, which is an attribute of that one module. So parameters
 keep their names, a save holds the tower as always, and transformers' LLaVA and ours are served alike.
 
-An entry is a file, named after what its features follow from: a digest of the tower's weights, of how it computes, and of the pixels that
-it is given. So another tower, another way to preprocess, or another picture under an old name finds nothing. An entry is written under
-another name and renamed: processes may share the folder, and what is killed leaves nothing half written under a name that is read.
+An entry is a file, named by digests of the tower's weights, of its settings, and of the pixels. So another tower, another preprocessing, or
+another picture under an old name finds nothing. An entry is written under another name and renamed: processes may share the folder, and a
+killed process leaves no half-written entry.
 
-Shapes: N images, P places, the class token included.
+Shapes: N images, P patches, the class token included.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from moe_llava.training.saves import full_disk_named
 
 
 def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
-    """Makes the folder. Raises RecipeError if that cannot be done, or if the tower of `model`, which may be on the meta device, computes
-    something new each time."""
+    """Make the folder. Raises RecipeError if that fails, or if the tower of `model`, which may be on the meta device, is random."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,13 +45,13 @@ def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
 
 @contextlib.contextmanager
 def cached_features(model: LlavaForConditionalGeneration, folder: str) -> Iterator[None]:
-    """Meanwhile the tower of `model` takes the features of an image that it has seen before from `folder`, and writes down the others.
+    """Within this context, the tower of `model` reads the features of images that it has seen before from `folder`, and writes new ones.
 
-    Raises ValueError if the tower learns: its features would not stay what they are.
+    Raises ValueError if the tower is trainable: its features would change.
     """
     tower, layers = model.model.vision_tower, model.config.vision_feature_layer
     if any(parameter.requires_grad for parameter in tower.parameters()):
-        raise ValueError(f"the features of a tower that learns cannot be kept in {folder}: leave feature_cache out")
+        raise ValueError(f"the features of a trainable tower cannot be kept in {folder}: leave feature_cache out")
     tower.forward = FeatureCache(Path(folder), tower, [layers] if isinstance(layers, int) else list(layers))
     try:
         yield
@@ -61,7 +60,7 @@ def cached_features(model: LlavaForConditionalGeneration, folder: str) -> Iterat
 
 
 class FeatureCache:
-    """In place of `tower.forward`: the hidden states of `layers`, and nothing else, which is all that a LLaVA asks a tower for."""
+    """Replace `tower.forward`: return the hidden states of `layers` and nothing else, which is all that a LLaVA uses."""
 
     def __init__(self, folder: Path, tower: Any, layers: list[int]):
         self.folder = folder
@@ -97,7 +96,7 @@ class FeatureCache:
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes, types and all values."""
+    """Return a digest of names, shapes, types and all values."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())

@@ -1,17 +1,18 @@
-"""From YAML to dataclasses. All that is wrong with a file is told at once."""
+"""Read YAML into dataclasses. pydantic checks them; all problems of a file are reported at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
-import sys
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from moe_llava.common.messages import did_you_mean
 
@@ -20,30 +21,38 @@ class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each."""
 
 
-PLAIN = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    type(None): "null",
+# pydantic's types of errors -> the rule, for a message of the form "KEY is VALUE, but must be RULE"
+RULES = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of settings",
+    "dataclass_type": "a mapping of settings",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "too_short": "a list that is not empty",
 }
 
 
 def require(package: str, what: str) -> None:
-    """Raises RecipeError if `package` is not installed."""
+    """Raise RecipeError if `package` is not installed."""
     if importlib.util.find_spec(package) is None:
         raise RecipeError(f"{what} needs {package}, which is not installed: pip install -e '.[adapters]'")
 
 
 def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings in a file, over those of the file that it names as `base`, relative to its own place. `above`: what names it so."""
+    """Return the settings in a file, merged over those of its `base`, a path relative to the file. `above`: the files that led to it."""
     if not file.is_file():
         raise RecipeError(f"recipe {file} does not exist")
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except DuplicateKey as error:
         raise RecipeError(f"{file}, {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date, such as 2026-13-01
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date, such as 2026-13-01
         raise RecipeError(f"{file} is not YAML in UTF-8: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} must hold a mapping of settings, but holds {type(raw).__name__}")
@@ -54,22 +63,23 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{file} has base {base}, which does not exist")
     if base.resolve() in (chain := (*above, file.resolve())):
         raise RecipeError(f"{file} has base {base}, which is based on it in turn")
-    return _over(read(base, chain), raw)
+    return _merge(read(base, chain), raw)
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, mapping by mapping; where both have a value, that of `above`."""
-    nested = {key: _over(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge two mappings, nested ones too. Where both have a value, `above` wins."""
+    nested = {
+        key: _merge(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
     return below | above | nested
 
 
 class DuplicateKey(yaml.YAMLError):
-    """A mapping has a key twice: YAML forbids it, and PyYAML would take the last one."""
+    """A mapping has a key twice. YAML forbids it; PyYAML would take the last one."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string, for want of a dot; this reads it as the number that everybody means. A key that stands twice is an
-    error; one that also comes by `<<` is not."""
+    """Read 1e-3 as a number, which YAML 1.1 reads as text for want of a dot. Refuse duplicate keys, unless one comes by `<<`."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -88,6 +98,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9
 
 
 def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set a value in `raw`. `override` has the form "a.b=value", with a value in YAML."""
     path, equals, value = override.partition("=")
     if not equals:
         problems.append(f"--set {override}: expected a.b=value")
@@ -115,60 +126,66 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `kind` from a mapping; what is wrong goes into `problems`."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where.rstrip('.') or 'recipe'} must be a mapping of settings, but is {raw!r}")
-        return None
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in raw.keys() - fields.keys():
-        problems.append(f"unknown key {where}{key}" + did_you_mean(str(key), fields, f"; known: {', '.join(fields)}", where))
-    values = {}
-    for name, f in fields.items():
-        if name in raw:
-            values[name] = _convert(hints[name], raw[name], where + name, problems)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            problems.append(f"{where}{name} is missing")
-    return None if problems else kind(**values)
+    """Return an instance of the dataclass `kind` from a mapping, or None after adding to `problems`. `where`: prefix of keys in messages.
+
+    pydantic is handed JSON: from Python objects, its strict mode builds no dataclasses.
+    """
+    try:
+        text = json.dumps(raw, default=lambda value: [[]])  # a date, for example: it fits no setting, and neither does this
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        problems += _describe(error, kind, raw, where)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{where.rstrip('.') or 'recipe'} holds what JSON cannot: {error}")
+    return None
 
 
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    kinds = [kind for kind in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(kind)]
-    if isinstance(value, str) and _fits(hint, value):
-        return value
-    if kinds and isinstance(value, list) and any(typing.get_origin(kind) is list for kind in typing.get_args(hint)):
-        return [build(kinds[0], item, f"{where}.{index}.", problems) for index, item in enumerate(value)]
-    if kinds and value is not None:
-        return build(kinds[0], value, where + ".", problems)
-    if not _fits(hint, value):
-        problems.append(f"{where} is {value!r}, but must be {_plain(hint)}")
-        return None
-    return float(value) if hint is float and isinstance(value, int) else value
+def _describe(error: ValidationError, kind: Any, raw: Any, where: str) -> list[str]:
+    """Return a line for each problem. Of a union, the lines about the type that fits best, or one line that names all types."""
+    problems: list[str] = []
+    broken: dict[tuple[Any, ...], list[str]] = {}
+    found = [(entry, *_locate(entry, raw)) for entry in error.errors(include_url=False)]
+    for entry, path, value in found:
+        name = where + ".".join(map(str, path))
+        if entry["type"] == "missing":
+            problems.append(f"{name} is missing")
+        elif entry["type"] == "unexpected_keyword_argument":
+            key, known = str(path[-1]), [field.name for field in dataclasses.fields(_dataclass_in(_hint_at(kind, path[:-1])))]
+            problems.append(f"unknown key {name}" + did_you_mean(key, known, f"; known: {', '.join(known)}", name.removesuffix(key)))
+        elif not any(other[: len(path)] == path != other for _, other, _ in found):
+            broken.setdefault(path, [f"{name.rstrip('.') or 'recipe'} is {value!r}, but must be "]).append(_rule(entry))
+    for path, (start, *alternatives) in broken.items():
+        alternatives += ["null"] if type(None) in typing.get_args(_hint_at(kind, path)) else []
+        problems.append(start + ", or ".join(dict.fromkeys(alternatives)))
+    return problems
 
 
-def _plain(hint: Any) -> str:
-    """Return what a type is called in a message."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is list:
-        return f"a list, and each of its items {_plain(arguments[0])}"
-    if origin in (typing.Union, types.UnionType):
-        return ", or ".join(_plain(argument) for argument in arguments)
-    return PLAIN.get(hint, "a mapping of settings")
+def _rule(entry: ErrorDetails) -> str:
+    if entry["type"] == "literal_error":
+        choices = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"one of {choices}" if ", " in choices else choices
+    return RULES[entry["type"]].format(**entry.get("ctx", {})) if entry["type"] in RULES else entry["msg"]
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    """Return whether a value is of a type. A number must be finite: nan passes every comparison with a bound."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(argument, value) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is float:
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return isinstance(value, hint)
+def _locate(entry: ErrorDetails, raw: Any) -> tuple[tuple[int | str, ...], Any]:
+    """Return the path to the setting that an error is about, and its value. pydantic's path also names the types of unions."""
+    path: list[int | str] = []
+    for number, key in enumerate(entry["loc"], start=1):
+        absent = entry["type"] in ("missing", "unexpected_keyword_argument") and number == len(entry["loc"])
+        if isinstance(raw, dict) and (key in raw or absent):
+            path, raw = [*path, key], raw.get(key)
+        elif isinstance(raw, list) and isinstance(key, int):
+            path, raw = [*path, key], raw[key]
+    return tuple(path), raw
+
+
+def _hint_at(kind: Any, path: tuple[int | str, ...]) -> Any:
+    """Return the type of the setting at `path` in a mapping that `kind` describes."""
+    for key in path:
+        if isinstance(key, str):
+            kind = typing.get_type_hints(_dataclass_in(kind))[key]
+    return kind
+
+
+def _dataclass_in(hint: Any) -> Any:
+    return hint if dataclasses.is_dataclass(hint) else next(filter(None, map(_dataclass_in, typing.get_args(hint))), None)

@@ -1,38 +1,35 @@
-"""What a stage leaves behind while it runs: saves that are whole or not there, logs that fit them."""
+"""The files of a stage while it runs: saves that are whole or not there, their checksums, and logs that fit them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.files import no_room, read_lines, why_not_written, write_whole
+from moe_llava.common.files import file_digest, no_room, read_lines, why_not_written, write_whole
 from moe_llava.common.messages import format_bytes
 
-SAVING = ".saving"
+SAVING = ".saving"  # a folder: the save that is being written
+MANIFEST = "checksums.json"
 
 
 class SaveError(OSError):
-    """A save failed, for want of space for example; the message says what there still is."""
+    """A save failed, for want of space for example. The message names the last whole save."""
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and did, after a save."""
-
-
-def work_folder(final: Path) -> Path:
-    """Where a stage lives until it is complete."""
-    return final.with_name(f".{final.name}")
+    """A run was asked to stop, and stopped after a save."""
 
 
 def saves(work: Path) -> list[Path]:
-    """All saves of a stage, oldest first. Each is written under another name and renamed, so what is here is whole."""
+    """Return all saves of a stage, oldest first. Each was written under another name and renamed, so it is whole."""
     return sorted(work.glob("checkpoint-*"), key=step_of)
 
 
@@ -55,7 +52,7 @@ def saving(work: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         kept = "nothing was saved before"
         if found := saves(work):
-            kept = f"{found[-1]} is whole: go on from it with --resume"
+            kept = f"{found[-1]} is whole: continue from it with --resume"
             if no_room(error):
                 reason += f", and the last save took {format_bytes(sum(file.stat().st_size for file in found[-1].rglob('*')))}"
         raise SaveError(f"{what} could not be saved in {work}: {reason}; {kept}") from error
@@ -71,7 +68,7 @@ def keep(folder: Path, work: Path, limit: int) -> None:
 
 
 def remove_leftovers(work: Path) -> None:
-    """Remove what a killed run had not completed: half a save, or half of an adapter's base."""
+    """Remove what a killed run left incomplete: half a save, or half of an adapter's base."""
     for folder in (work / SAVING, *work.glob(".*.partial")):
         if folder.is_dir():
             shutil.rmtree(folder)
@@ -84,14 +81,14 @@ def remove_saves(folder: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raise SaveError, naming the reason and `folder`, instead of an error that says that there was no room for a file."""
+    """Raise SaveError, which names `folder` and why there is no room in it, instead of other errors for want of room."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, SaveError) or not no_room(error):
             raise
         raise SaveError(
-            f"a file could not be written in {folder}: {why_not_written(error, folder)}; make room, then go on with --resume"
+            f"a file could not be written in {folder}: {why_not_written(error, folder)}; make room, then continue with --resume"
         ) from error
 
 
@@ -102,7 +99,7 @@ def append_line(file: Path, *entries: dict[str, Any]) -> None:
 
 
 def rewind(file: Path, step: int) -> None:
-    """Take the lines of steps after `step` out of a log: they will be made again."""
+    """Remove the lines of steps after `step` from a log: these steps will be logged again."""
     if not file.is_file():
         return
     lines = read_lines(file)
@@ -110,3 +107,57 @@ def rewind(file: Path, step: int) -> None:
         if not isinstance(line.get("step"), int):
             raise DataError(f"{file}, line {number} is damaged: it has no step")
     write_whole(file, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+
+
+def write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """Write size and SHA-256 of `files`, which are in `folder`, into its manifest."""
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+        for file in sorted(files)
+        if file.is_file() and file.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+def find_damage(folder: Path) -> list[str]:
+    """Return a sentence for each file that is not as the folder's manifest says, or for a manifest that cannot be read."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return [f"{folder / MANIFEST} cannot be read ({error})"]
+    if not expected:
+        return [f"{folder / MANIFEST} is damaged: it names no file"]
+    return [problem for name, (length, digest) in expected.items() if (problem := _damage(folder / name, length, digest))]
+
+
+def _damage(file: Path, length: int, digest: str) -> str:
+    if not file.is_file():
+        return f"{file} is missing"
+    if (found := file.stat().st_size) != length:
+        return f"{file} is damaged: it holds {found:,} bytes, but {length:,} were written"
+    try:
+        return "" if file_digest(file) == digest else f"{file} is damaged: its SHA-256 is not that of what was written"
+    except OSError as error:
+        return f"{file} cannot be read ({error})"
+
+
+def find_unreadable(save: Path) -> list[str]:
+    """Return a sentence for each file of a save that is missing or damaged, as far as that shows without a manifest."""
+    needed = ("trainer_state.json", "scheduler.pt", "optimizer*", "rng_state*")
+    problems = [f"{save / name} is missing" for name in needed if not any(save.glob(name))]
+    for file in sorted(path for path in save.rglob("*") if path.is_file()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "numpy"):
+                    pass
+            elif file.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"its part {damaged} has a wrong checksum")
+        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+            problems.append(f"{file} is damaged: {error}")
+    return problems

@@ -1,10 +1,10 @@
-"""Training a model that no process holds as a whole: FSDP2 and expert parallelism, as transformers and torch have them.
+"""Train a model that no process holds as a whole: FSDP2 and expert parallelism, as transformers and torch have them.
 
-transformers shards a model while it loads it from a folder (`distributed_config`), and Trainer trains what was loaded so. Here is what is
-left: which sizes go together, whole models at the end, and saves that a run can go on from.
+transformers shards a model while it loads it from a folder (`distributed_config`), and Trainer trains it. This file has the rest: which
+sizes go together, whole models at the end, and saves that a run can resume from.
 
-Every process has data of its own, under expert parallelism too: tokens travel to the experts and back. So `batch_size` means what it
-means without sharding.
+Every process has data of its own, under expert parallelism too: tokens travel to the experts and back. So `batch_size` means the same with
+and without sharding.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainingArguments
 from transformers.utils.versions import require_version
 
-from moe_llava.checkpoints.load import load_checkpoint, load_config, load_model
-from moe_llava.model import MoeLlavaConfig
+from moe_llava.checkpoints.load import load_checkpoint, load_model
 from moe_llava.training.recipe import Recipe, RecipeError, Sharding
+from moe_llava.training.stage import Stage, is_sparse_checkpoint
 from moe_llava.training.trainer import StageTrainer
 
-OPTIMIZER = "optimizer_shards"  # a folder of a save: the optimizer's state, in parts
+OPTIMIZER = "optimizer_shards"  # a folder of a save: the optimizer's state, in shards
 SCHEDULER = "scheduler.pt"
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Raises RecipeError if the recipe's sharding, or DeepSpeed, does not go with the processes that were started or with what is
-    installed. To be called before the processes meet."""
+    """Raise RecipeError if the recipe's sharding, or DeepSpeed, does not fit the processes that were started or the packages that are
+    installed. Call it before the processes meet."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if deepspeed and not is_deepspeed_available():
         raise RecipeError("accelerate was told to use DeepSpeed, which is not installed: pip install deepspeed, or start with torchrun")
@@ -56,31 +56,29 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def check_zero(arguments: TrainingArguments) -> None:
-    """Raises RecipeError for ZeRO stage 3, under which a process could neither copy FFNs into experts nor save the model."""
+    """Raise RecipeError for ZeRO stage 3, under which a process could neither copy FFNs into experts nor save the model."""
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise RecipeError("DeepSpeed's zero_stage is 3, but must be 1 or 2: to share out the parameters too, use the recipe's sharding")
 
 
 def sharding_of(recipe: Recipe) -> dict[str, int | None]:
-    """The recipe's sharding by the names of its settings, None for a recipe without."""
+    """Return the recipe's settings of sharding by name, each None for a recipe without."""
     return {f"sharding.{field.name}": getattr(recipe.sharding, field.name, None) for field in dataclasses.fields(Sharding)}
 
 
-def load_sharded(recipe: Recipe, path: str, **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
-    """(model, processor) as `load_checkpoint` gives them, but of the model this process's part. A dense model has no experts to share
-    out: `ep_size` is for sparse ones."""
+def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
+    """Return (model, processor) as `load_checkpoint` does, but only this process's shard of the model. `ep_size` is for sparse models: a
+    dense one has no experts to divide."""
     from transformers.distributed import DistributedConfig
 
-    assert recipe.sharding is not None
-    ep_size = recipe.sharding.ep_size if isinstance(load_config(path), MoeLlavaConfig) else 1
-    distributed = DistributedConfig(fsdp_size=recipe.sharding.fsdp_size, ep_size=ep_size)
+    distributed = DistributedConfig(fsdp_size=sharding.fsdp_size, ep_size=sharding.ep_size if is_sparse_checkpoint(path) else 1)
     return load_checkpoint(path, distributed_config=distributed, **settings)
 
 
 @contextmanager
 def shared_folder(folder: Path, make: Callable[[], tuple[LlavaForConditionalGeneration, Any]]) -> Iterator[str]:
-    """A folder in which the main process writes the model and processor that it makes, for all to load from. It is gone afterwards."""
+    """Yield a folder to which the main process has written the model and processor that `make` returns, and remove it afterwards."""
     state = PartialState()
     if state.is_main_process:
         for part in make():
@@ -93,8 +91,8 @@ def shared_folder(folder: Path, make: Callable[[], tuple[LlavaForConditionalGene
 
 
 def whole_model(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """A model as one process would have it, on the CPU of the main process; on the others, without weights. Of a model that is not
-    sharded, itself. All processes have to call it."""
+    """Return the whole of a sharded model, on the CPU of the main process; on the others, without weights. Return any other model as it is.
+    All processes have to call this."""
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         return model
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -109,12 +107,11 @@ def whole_model(model: LlavaForConditionalGeneration) -> LlavaForConditionalGene
 
 
 class ShardedTrainer(StageTrainer):
-    """A StageTrainer for a model that was loaded in parts. Its saves hold the whole model, and the optimizer's state in parts."""
+    """A StageTrainer for a sharded model. Its saves hold the whole model, and the optimizer's state in shards."""
 
-    def __init__(self, *arguments: Any, args: TrainingArguments, **settings: Any):
-        # Trainer insists, as it cannot save the optimizer of such a model; but torch can.
-        args.save_only_model = True
-        super().__init__(*arguments, args=args, **settings)
+    def __init__(self, stage: Stage, args: TrainingArguments, **settings: Any):
+        args.save_only_model = True  # Trainer insists, as it cannot save the optimizer of such a model; but torch can
+        super().__init__(stage, args=args, **settings)
         args.save_only_model = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

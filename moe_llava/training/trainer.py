@@ -1,4 +1,4 @@
-"""transformers' Trainer, which also watches what a sparse model is made of, and saves so that nothing half written is ever found."""
+"""transformers' Trainer, with the numbers of sparse models logged, and with saves that are whole or not there."""
 
 from __future__ import annotations
 
@@ -21,44 +21,35 @@ from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
-from moe_llava.training.checksums import write_manifest
-from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving
+from moe_llava.training.recipe import RecipeError
+from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
+from moe_llava.training.stage import Stage
 from moe_llava.training.watch import ProgressDisplay
 
-MOST_SKIPPED = 0.5  # of the records that a run sees: with more, what is wrong is not single records
-SKIPPED = "skipped.jsonl"  # of a stage's folder; step 0 is before the first
+MOST_SKIPPED = 0.5  # of the records that a run uses: beyond that, the problem is not single records
+SKIPPED = "skipped.jsonl"  # in a stage's folder; step 0 is before the first
 
 
 class StageTrainer(Trainer):
-    """Writes every logged step to `log.jsonl` in the folder `work` as a JSON line.
+    """Write every logged step to `log.jsonl` in the stage's work folder as a JSON line.
 
-    `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, of all processes, padding not counted; since the line before:
+    `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, in all processes, without padding; since the previous line:
     `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
-    also, averaged since the line before: `language_loss`, `balance_loss` (sum over layers; 1 per layer is perfect balance),
-    `expert_shares` (layers x experts), with SMoES `mi_loss` (sum over layers), and with a capacity `dropped_share` of the assignments.
-    `report_to` of the arguments gets all of it as single numbers.
+    also, averaged since the previous line: `language_loss`, `balance_loss` (summed over layers; 1 per layer is perfect balance),
+    `expert_shares` (layers x experts), with SMoES `mi_loss` (summed over layers), and with a capacity `dropped_share` of the assignments.
+    Services in `report_to` get all of it as single numbers.
 
-    A record that cannot be read stops the run by name; with `skip_bad_records` it is left out and written to `skipped.jsonl`, until these
-    are more than MOST_SKIPPED of all that the run sees.
+    A record that cannot be read stops the run; with `on_bad_record: skip` it is left out and written to `skipped.jsonl`, up to MOST_SKIPPED
+    of all records that the run uses.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        work: Path,
-        display: ProgressDisplay,
-        save_total_limit: int,
-        sampler: GroupedSampler | None = None,
-        skip_bad_records: bool = False,
-        **settings: Any,
-    ):
-        super().__init__(*arguments, **settings)
+    def __init__(self, stage: Stage, display: ProgressDisplay, sampler: GroupedSampler | None, **settings: Any):
+        super().__init__(**settings)
         self.remove_callback(PrinterCallback)
-        self.work = work
+        self.stage, self.work = stage, stage.work
         self.display = display
-        self.save_total_limit = save_total_limit
         self.sampler = sampler
-        self.skip_bad_records = skip_bad_records
+        self.skip_bad_records = stage.recipe.on_bad_record == "skip"
         self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
         self.add_callback(_Moments(self))
@@ -66,7 +57,7 @@ class StageTrainer(Trainer):
     def run(self, save: Path | None) -> None:
         """Train to the last step, from `save` if there is one.
 
-        A save of the last step leaves nothing to train: it is loaded, because Trainer would make one step more.
+        From a save of the last step nothing is trained: it is only loaded, because Trainer would run one step more.
         """
         state = None if save is None else TrainerState.load_from_json(str(save / TRAINER_STATE_NAME))
         if save is None or state is None or state.global_step < state.max_steps:
@@ -77,19 +68,19 @@ class StageTrainer(Trainer):
         self.begin(state.global_step)
 
     def begin(self, step: int) -> None:
-        """A run begins, perhaps not at the first step: what was logged after it is taken back."""
+        """Prepare to train from `step` on: remove what was logged after it, and load the sums of its save."""
         if self.is_world_process_zero():
             remove_leftovers(self.work)
             for name in ("log.jsonl", SKIPPED):
                 rewind(self.work / name, step)
         self.accelerator.wait_for_everyone()
-        # What was loaded with a save are its run's; Trainer would warn, and go by them.
+        # Otherwise Trainer would use the values that were loaded with a save.
         self.state.logging_steps, self.state.save_steps = self.args.logging_steps, self.args.save_steps
         self._skipped = sum(line["step"] > 0 for line in read_lines(self.work / SKIPPED))
         self._last_step = step
         self._began = time.monotonic()
         self._uncounted: Tensor | int = 0
-        self._forget()
+        self._start_sums()
         self._load_unlogged(self.work / f"checkpoint-{step}")
 
     def _save_unlogged(self, save: Path) -> None:
@@ -98,7 +89,7 @@ class StageTrainer(Trainer):
         torch.save(unlogged, save / f"unlogged_{self.args.process_index}.pt")
 
     def _load_unlogged(self, save: Path) -> None:
-        """Go on with the sums of a save, unless another number of processes made it."""
+        """Continue the sums of a save, unless another number of processes made it."""
         if len(list(save.glob("unlogged_*.pt"))) != self.args.world_size:
             return
         file = save / f"unlogged_{self.args.process_index}.pt"
@@ -106,8 +97,8 @@ class StageTrainer(Trainer):
         self._sums, self._last_step = unlogged["sums"], unlogged["last_step"]
         self._since -= unlogged["seconds"]
 
-    def _forget(self) -> None:
-        """What is summed from one logged step to the next begins again."""
+    def _start_sums(self) -> None:
+        """Start the sums from one logged step to the next."""
         self._since = time.monotonic()
         self._sums = {}
 
@@ -126,28 +117,29 @@ class StageTrainer(Trainer):
             self._skip(problems)
         for batch in batches:
             mask = batch.get("attention_mask", batch.get("token_mask"))
-            self._add("places", torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device))
-            tokens = self._sums["places"].new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+            positions = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+            tokens = positions if mask is None else mask.sum()
+            self._add("places", positions)  # the name in saves
             self._add("tokens", tokens)
             self._uncounted = self._uncounted + tokens
-        # A step of which nothing is left to learn divides by the number of its labels all the same.
+        # A step without any label divides by their number all the same.
         return batches, labels if labels is None else torch.as_tensor(labels).clamp(min=1)
 
     def _count_tokens(self) -> int:
-        """All that were seen since the stage began: the state is saved, so a run that goes on goes on counting."""
+        """Return the tokens of all processes since the stage began. The state is saved, so a resumed run continues the count."""
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.as_tensor(self._uncounted, device=self.args.device), "sum"))
         self._uncounted = 0
         return self.state.num_input_tokens_seen
 
     def _skip(self, problems: list[str]) -> None:
-        """Counts the records of a step that were left out, in all processes, and writes down this one's."""
+        """Count the records of a step that were left out, in all processes, and log those of this one."""
         if problems:
             append_line(self.work / SKIPPED, *({"step": self.state.global_step + 1, "problem": problem} for problem in problems))
         self._skipped += int(self.accelerator.reduce(torch.tensor(len(problems), device=self.args.device), "sum"))
         seen = self.state.max_steps * self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if self._skipped > MOST_SKIPPED * seen:
             raise DataError(
-                f"{self._skipped} of the {seen:,} records that the run sees could not be read, more than {MOST_SKIPPED:.0%}: "
+                f"{self._skipped} of the {seen:,} records that the run uses could not be read, more than {MOST_SKIPPED:.0%}: "
                 f"{self.work / SKIPPED} names them"
             )
 
@@ -159,7 +151,7 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
-        inputs = {**inputs, **({"output_router_logits": True} if sparse else only_learnt(inputs["labels"]))}
+        inputs = {**inputs, **({"output_router_logits": True} if sparse else logits_at_labels(inputs["labels"]))}
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
         if not sparse:
             inputs.pop("token_mask", None)  # for routers alone
@@ -186,8 +178,8 @@ class StageTrainer(Trainer):
             self._add("dropped", torch.stack([drops_TK[token_mask_T].sum() for drops_TK in outputs.router_drops]).sum())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Trainer reads the file's keys as they stand, but LLaVA saves under older names, which only `from_pretrained` translates; Trainer
-        would warn and go on with the weights of the first step. Of an adapter it reads them well."""
+        """Load the weights of a save. LLaVA saves parameters under older names, which only `from_pretrained` translates: Trainer would warn
+        and keep the weights of the first step. Only an adapter's names does it read well."""
         if without_adapter(self.model) is not self.model:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             check_loaded(self.model, resume_from_checkpoint, "the stage's")
@@ -207,7 +199,7 @@ class StageTrainer(Trainer):
             if self.is_world_process_zero():
                 (save,) = folder.iterdir()
                 write_manifest(save, save.rglob("*"))
-                keep(folder, self.work, self.save_total_limit)
+                keep(folder, self.work, self.stage.recipe.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, Any], *arguments: Any, **settings: Any) -> None:
@@ -224,19 +216,19 @@ class StageTrainer(Trainer):
             self.display.show(entry, self.state.max_steps)
 
     def _numbers(self) -> dict[str, Any]:
-        """What was summed since the last logged step, in all processes."""
+        """Return the numbers since the last logged step, of all processes."""
         seconds = time.monotonic() - self._since
         sums = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
         steps = max(self.state.global_step - self._last_step, 1)
         numbers: dict[str, Any] = {
-            "loss": sums["loss"].item() / steps,  # Trainer's own leaves out the steps before a run was resumed
+            "loss": sums["loss"].item() / steps,  # Trainer's own leaves out steps from before a run was resumed
             "tokens": self._count_tokens(),
             "tokens_per_second": round(sums["tokens"].item() / seconds, 1),
             "padding": round(1 - (sums["tokens"] / sums["places"]).item(), 4),
             "peak_memory": peak_memory(),
         }
         if "counts_LE" in sums:
-            # Each batch's language loss is its share of the step's: their sum counts steps, not batches.
+            # A batch's language loss is its share of the step's loss, so their sum is divided by steps, not by batches.
             numbers["language_loss"] = sums["language_loss"].item() / steps
             numbers |= {name: (sums[name] / sums["batches"]).item() for name in ("balance_loss", "mi_loss") if name in sums}
             numbers["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(sums["counts_LE"]).tolist()]
@@ -244,34 +236,73 @@ class StageTrainer(Trainer):
             numbers["dropped_share"] = round((sums["dropped"] / sums["counts_LE"].sum()).item(), 4)
         if self.skip_bad_records:
             numbers["skipped"] = self._skipped
-        self._forget()
+        self._start_sums()
         return numbers
 
     def _singly(self, logs: dict[str, Any]) -> dict[str, float]:
-        """Without lists, for the services that draw curves: of the shares the smallest and largest in each layer."""
+        """Return single numbers, for services that draw curves: the smallest and largest expert share of each layer."""
         numbers = {name: value for name, value in logs.items() if name != "expert_shares"}
         for index, layer in enumerate(logs.get("expert_shares", [])):
             numbers |= {f"experts_smallest/{index}": min(layer), f"experts_largest/{index}": max(layer)}
         return numbers
 
 
-def only_learnt(labels_BS: Tensor) -> dict[str, Tensor]:
-    """What makes transformers' own LLaVA compute logits only where a label is predicted, in any row; a sparse one does so by itself, row by
-    row. The loss is the same: it is told the labels of these positions, as they are predicted."""
+def training_arguments(stage: Stage) -> TrainingArguments:
+    """Return a stage's settings as transformers takes them. Raises RecipeError if the batch cannot be divided among the devices."""
+    recipe, settings = stage.recipe, stage.settings.optimisation
+    arguments = TrainingArguments(
+        output_dir=str(stage.work),
+        per_device_train_batch_size=settings.per_device_batch_size,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=stage.bf16,
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        save_steps=recipe.save_steps,
+        torch_compile=recipe.torch_compile,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.dataloader_workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every trainable parameter takes part in every step: see EmptyImage
+        disable_tqdm=True,
+        report_to=recipe.report_to or "none",
+    )
+    if arguments.n_gpu > 1:
+        raise RecipeError(f"one process sees {arguments.n_gpu} devices: start one for each with torchrun, or hide all but one from it")
+    at_once = arguments.train_batch_size * arguments.world_size
+    if settings.batch_size % at_once:
+        raise RecipeError(
+            f"batch_size is {settings.batch_size}, but must be a multiple of what all {at_once // settings.per_device_batch_size} devices "
+            f"compute at once, {at_once}"
+        )
+    arguments.gradient_accumulation_steps = settings.batch_size // at_once
+    return arguments
+
+
+def logits_at_labels(labels_BS: Tensor) -> dict[str, Tensor]:
+    """Return arguments with which transformers' own LLaVA computes logits only at positions where any row has a label, for the same loss. A
+    sparse LLaVA does so by itself, row by row."""
     targets_BS = next_labels(labels_BS)
-    learnt = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
-    return {"logits_to_keep": learnt, "shift_labels": targets_BS.index_select(1, learnt)}
+    labelled = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
+    return {"logits_to_keep": labelled, "shift_labels": targets_BS.index_select(1, labelled)}
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was allocated on the accelerator, or without one, that the process took."""
+    """Return the most bytes that were allocated on the accelerator, or without one, the most that the process used."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Moments(TrainerCallback):
-    """Tells the trainer at which step its run begins, and the sampler its epoch, which does not reach it through several processes."""
+    """Report the first step of a run to the trainer, and the epoch to the sampler, which several processes hide from it."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer

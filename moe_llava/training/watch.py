@@ -1,7 +1,8 @@
-"""How a run is shown: a progress bar, a line for each logged step, a picture at the end."""
+"""Show a run: a progress bar, a line for each logged step, a picture at the end."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from datetime import timedelta
 from typing import Any
@@ -48,7 +49,7 @@ class ProgressDisplay(TrainerCallback):
         self.progress.stop()
 
     def show(self, entry: dict[str, Any], steps: int) -> None:
-        """A logged step, of how many."""
+        """Show a logged step out of `steps`."""
         numbers = summarise(entry)
         self.progress.update(self.task, numbers=numbers)
         if not self.console.is_terminal:
@@ -56,7 +57,7 @@ class ProgressDisplay(TrainerCallback):
             self.console.print(f"{self.name} {entry['step']}/{steps} {numbers}{left}", highlight=False, soft_wrap=True)
 
     def time_left(self, step: int, steps: int) -> str:
-        """Return how long the steps after `step` will take, by what this run's steps took, those before it was resumed not counted."""
+        """Return how long the steps after `step` will take, at the rate of this run's own steps."""
         if step == steps:
             return ""
         seconds = (time.monotonic() - self.began) / (step - self.first) * (steps - step)
@@ -64,11 +65,13 @@ class ProgressDisplay(TrainerCallback):
 
 
 def summarise(entry: dict[str, Any]) -> str:
-    """The numbers of one logged step in a few words; for a sparse model with the smallest and largest share of an expert in each layer."""
+    """Return the numbers of one logged step in a few words. Of a sparse model: the balance loss, averaged over layers, and the smallest and
+    largest share of a layer's assignments that an expert gets."""
     words = [f"loss {float(entry['loss']):.3f}"]
     if "balance_loss" in entry:
-        shares = " ".join(f"{min(layer):.0%}-{max(layer):.0%}" for layer in entry["expert_shares"])
-        words = [f"loss {entry['language_loss']:.3f}", f"balance {entry['balance_loss']:.3f}", f"experts {shares}"]
+        layers = entry["expert_shares"]
+        load = f"{100 * min(map(min, layers)):.0f}-{max(map(max, layers)):.0%}"
+        words = [f"loss {entry['language_loss']:.3f}", f"balance loss {entry['balance_loss'] / len(layers):.3f}", f"expert load {load}"]
     if "dropped_share" in entry:
         words.append(f"dropped {entry['dropped_share']:.1%}")
     if "skipped" in entry:
@@ -78,32 +81,30 @@ def summarise(entry: dict[str, Any]) -> str:
 
 
 def plot_run(entries: list[dict[str, Any]]) -> Figure:
-    """The course of a stage, from its logged steps: losses, gradient norm and learning rate, and of a sparse model the experts' shares."""
-    sparse = "expert_shares" in entries[0]
-    layers = len(entries[0]["expert_shares"]) if sparse else 0
-    figure, axes = plt.subplots(1 + sparse + (layers + 2) // 3, 3, figsize=(11, 2.7 * (1 + sparse + (layers + 2) // 3)), squeeze=False)
-    figure.set_layout_engine("constrained")
-    places = iter(axes.flat)
-    panels = {"language_loss" if sparse else "loss": "language loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
-    panels |= {"balance_loss": "balance loss, summed over layers", "padding": "share of padding"} if sparse else {}
+    """Plot the logged steps of a stage: losses, gradient norm and learning rate, and for a sparse model the load of each expert."""
+    layers = len(entries[0].get("expert_shares", []))
+    panels = {"language_loss" if layers else "loss": "language loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
+    panels |= {"balance_loss": "balance loss, mean over layers", "padding": "share of padding"} if layers else {}
     if "dropped_share" in entries[0]:
         panels["dropped_share"] = "share of assignments dropped"
+    above = 2 if layers else 1  # rows of panels; the experts follow
+    rows = above + (layers + 2) // 3
+    figure, axes = plt.subplots(rows, 3, figsize=(11, 2.7 * rows), squeeze=False)
+    figure.set_layout_engine("constrained")
     steps = [entry["step"] for entry in entries]
-    for name, title in panels.items():
-        _line(next(places), title, steps, [entry[name] for entry in entries], EXPERT_COLOURS[0])
-    if sparse and "dropped_share" not in panels:
-        next(places).set_visible(False)
-    for layer in range(layers):
-        axis = next(places)
-        for expert in range(len(entries[0]["expert_shares"][layer])):
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
+        values = [entry[name] / (layers if name == "balance_loss" else 1) for entry in entries]
+        _line(axis, title, steps, values, EXPERT_COLOURS[0])
+    for layer, axis in zip(range(layers), axes[above:].flat, strict=False):
+        for expert, colour in zip(range(len(entries[0]["expert_shares"][layer])), itertools.cycle(EXPERT_COLOURS[:8])):
             shares = [entry["expert_shares"][layer][expert] for entry in entries]
-            _line(axis, f"experts' shares, sparse layer {layer + 1} of {layers}", steps, shares, EXPERT_COLOURS[expert % 8], str(expert))
+            _line(axis, f"expert load, sparse layer {layer + 1} of {layers}", steps, shares, colour, f"expert {expert}")
         axis.set_ylim(bottom=0)
-    for axis in places:
-        axis.set_visible(False)
-    if sparse:
-        handles, names = axes[2, 0].get_legend_handles_labels()
-        figure.legend(handles, [f"expert {name}" for name in names], loc="outside lower center", ncols=8, frameon=False)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+    if layers:
+        handles, names = axes[above, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 

@@ -92,8 +92,8 @@ def test_train_and_its_errors(write_recipe, tmp_path):  # noqa: F811
     done = run_command("train", recipe, "--stage", "1", "--set", "stage1.optimisation.max_steps=2")
     assert done.returncode == 0, done.stderr
     assert "stage1 2/2 loss" in done.stdout
-    assert "learns projector" in done.stdout
-    assert "go on with --resume" in refused("train", recipe, "--stage", "1")
+    assert "trains projector" in done.stdout
+    assert "continue with --resume" in refused("train", recipe, "--stage", "1")
     assert "was made with stage1.optimisation.max_steps 2, now 3" in refused("train", recipe, "--stage", "1", "--resume")
     settings = ["--set", "stage1.optimisation.max_steps=2", "--set", "stage2.optimisation.max_steps=1"]
     again = run_command("train", recipe, "--stage", "1", "--stage", "2", "--resume", *settings)

@@ -8,7 +8,7 @@ from moe_llava import upcycle
 from moe_llava.perf.layers import DENSE, OURS, dense_layer, our_layer, random_weights
 from moe_llava.perf.options import LayerSize
 from moe_llava.training.budget import count, stage_cost
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.trainable import choose_parameters
 from tests.conftest import tiny_dense
 
 ROWS, LENGTH = 2, 11

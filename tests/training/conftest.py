@@ -60,6 +60,18 @@ def write_recipe(tiny_base, tmp_path):
     return write
 
 
+@pytest.fixture
+def put_stage(tiny_base, tmp_path):
+    """Puts the tiny base in the place of a finished stage, by its number, for tests of the stage after it."""
+
+    def put(number, output=tmp_path / "run"):
+        if number > 0:
+            output.mkdir(exist_ok=True)
+            (output / f"stage{number}").symlink_to(tiny_base / "base")
+
+    return put
+
+
 class Stopped(Exception):
     """As if the process had ended."""
 

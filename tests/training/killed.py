@@ -99,7 +99,7 @@ def run(recipe, stage, output, resume, last=0):
     with os.fdopen(reading) as told:
         number = told.read()
     if os.waitstatus_to_exitcode(status) not in ((0, 9) if last else (0,)):
-        sys.exit(f"a run failed: {output}, killed at {last}")
+        raise AssertionError(f"a run failed: {output}, killed at {last}")
     return int(number) if number else None
 
 
@@ -150,7 +150,7 @@ def main(recipe, stage, folder, *numbers):
         run(recipe, stage, output, resume=True)
         wrong = differences(expected, left(output, output / name))
         if wrong or not killed:
-            sys.exit(f"killed at operation {number} of {total}: {killed}; what differs: {wrong}")
+            raise AssertionError(f"killed at operation {number} of {total}: {killed}; what differs: {wrong}")
         shutil.rmtree(output)
         print(f"killed at operation {number} of {total}: no difference", flush=True)
 

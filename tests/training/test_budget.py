@@ -9,10 +9,11 @@ from moe_llava import upcycle
 from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach
-from moe_llava.training.budget import active_parameters, count, on_meta, stage_cost, survey
+from moe_llava.training.budget import active_parameters, count, stage_cost, survey
 from moe_llava.training.recipe import Adapter, load_recipe
+from moe_llava.training.stage import on_meta
 from tests.checkpoints import tiny_published
-from tests.conftest import refused, run_command, run_here, tiny_dense
+from tests.conftest import refused, run_here, tiny_dense
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 # The language models of the paper, from their published configurations.
@@ -132,7 +133,7 @@ def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
     linear = parts["attention"] + parts["FFN"]
     model, counts = attach(tiny_dense("llama"), Adapter(["attention"], rank=2), "stage2", "")
     added = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
-    assert counts.learning == {"projector": parts["projector"], "attention adapter": added}
+    assert counts.trained == {"projector": parts["projector"], "attention adapter": added}
     got = stage_cost(dense, "stage2", [], Adapter(["attention"], rank=2, quantisation=kind)).memory
     expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
     scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
@@ -162,7 +163,7 @@ def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F8
 
 
 def test_the_command(tiny_base, tmp_path):  # noqa: F811
-    table = run_command("params", tiny_base / "base").stdout
+    table = run_here("params", tiny_base / "base").stdout
     assert "tower" in table
     assert "training, stage2: " in table
     found = json.loads(run_here("params", tiny_base / "base", "--json").stdout)

@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from moe_llava.common.errors import DataError
-from moe_llava.training.checksums import MANIFEST
+from moe_llava.training.checks import check_resume, check_stages, describe
 from moe_llava.training.recipe import load_recipe
-from moe_llava.training.resuming import check_resume, describe
-from moe_llava.training.run import check_everything, train
+from moe_llava.training.run import train
+from moe_llava.training.saves import MANIFEST
+from moe_llava.training.stage import Stage
 from tests.conftest import refused
 
 QUIET = Console(quiet=True)
@@ -43,7 +44,8 @@ def stopped(write_recipe, tmp_path, stopping):
     file = write_recipe(save_total_limit=3, stage1__optimisation__max_steps=8)
     with stopping(7):
         train(load_recipe(file), [1], resume=False, console=QUIET)
-    return file, tmp_path / "run" / ".stage1", check_everything(load_recipe(file), {1: "stage1"})["stage1"]
+    (records,) = check_stages([Stage(load_recipe(file), 1)]).values()
+    return file, tmp_path / "run" / ".stage1", records
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -131,11 +133,11 @@ def test_a_stage_does_not_start_from_a_damaged_one(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["adapter", "base"])
-def test_weights_beside_a_save(write_recipe, tmp_path, stopping, part):
+def test_weights_beside_a_save(write_recipe, put_stage, tmp_path, stopping, part):
     """The frozen base of an adapter is in no save; and a finished adapter may be gone on from."""
     adapter = {"targets": ["attention", "experts"], "rank": 2}
     file = write_recipe(stage3__adapter=adapter)
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     work, final = tmp_path / "run" / ".stage3", tmp_path / "run" / "stage3"
     if part == "base":
         with stopping(3):

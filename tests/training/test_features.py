@@ -148,7 +148,7 @@ def test_what_is_killed_leaves_nothing_half_written(model, tmp_path, monkeypatch
 
 def test_where_features_cannot_be_kept(model, write_recipe, tmp_path):
     model.model.vision_tower.requires_grad_(True)
-    with pytest.raises(ValueError, match="the features of a tower that learns cannot be kept in"), cached_features(model, str(tmp_path)):
+    with pytest.raises(ValueError, match="the features of a trainable tower cannot be kept in"), cached_features(model, str(tmp_path)):
         pass
     model.config.vision_config.attention_dropout = 0.1
     with pytest.raises(RecipeError, match=r"tower's features are random while it is trained with: attention_dropout 0\.1"):

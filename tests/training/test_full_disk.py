@@ -93,7 +93,7 @@ def test_a_real_full_disk(write_recipe, tiny_base, tmp_path, room):
     what, last = ("step 4", 2) if room < 2 else ("the finished stage", 4)
     assert f"error: {what} could not be saved in {disk}/.stage1: the disk is full: " in done.stderr
     assert "and the last save took " in done.stderr
-    assert f"checkpoint-{last} is whole: go on from it with --resume" in done.stderr
+    assert f"checkpoint-{last} is whole: continue from it with --resume" in done.stderr
     assert f"checkpoint-{last}" in done.stdout
     assert ".saving" not in done.stdout
 
@@ -104,6 +104,6 @@ def test_a_stage_that_cannot_begin_on_a_full_disk(write_recipe, tmp_path, monkey
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moe_llava.training.run.write_recipe", fail)
+    monkeypatch.setattr("moe_llava.training.stage.Stage.write_recipe", fail)
     with pytest.raises(SaveError, match=rf"a file could not be written in {tmp_path / 'run'}: the disk is full: .*; make room"):
         train(load_recipe(write_recipe()), [1], resume=False, console=Console(quiet=True))

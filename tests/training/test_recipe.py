@@ -49,16 +49,19 @@ def test_all_problems_are_reported_at_once(tmp_path):
     [
         ("stage3.moe.num_experts_per_tok=5", "num_experts_per_tok is 5, but must lie in 1..num_experts=4"),
         ("stage1.optimisation.batch_size=3", "batch_size is 3, but must be a multiple of per_device_batch_size=32"),
-        ("stage1.optimisation.learning_rate=0", "learning_rate is 0.0, but must be above 0"),
+        ("stage1.optimisation.learning_rate=0", "learning_rate is 0, but must be above 0"),
         ("stage1.optimisation.per_device_batch_size=true", "is True, but must be a whole number"),
         ("stage1", "--set stage1: expected a.b=value"),
-        ("logging_steps=0", "logging_steps is 0, but must be at least 1"),
-        ("stage1.optimisation.max_steps=0", "max_steps is 0, but must be above 0, or -1"),
-        ("stage1.optimisation.warmup_ratio=-1", "warmup_ratio is -1.0, but must lie in 0..1"),
+        ("logging_steps=0", "logging_steps is 0, but must be above 0"),
+        ("stage1.optimisation.max_steps=0", "max_steps is 0, but must be -1, or above 0"),
+        ("stage1.optimisation.warmup_ratio=-1", "warmup_ratio is -1, but must be at least 0"),
         ("stage3.moe.capacity_factor=-1.0", "capacity_factor is -1.0, but must be above 0"),
         ("stage3.moe.moe_layers=[0", "'[0' is not YAML"),
         ("model.x=1", "--set model.x=1: model holds a value"),
-        ("stage1=3", "stage1 must be a mapping of settings, but is 3"),
+        ("output=2026-01-01", "output is datetime.date(2026, 1, 1), but must be text"),
+        ("seed=1.0", "seed is 1.0, but must be a whole number"),
+        ("torch_compile=1", "torch_compile is 1, but must be true or false"),
+        ("stage1=3", "stage1 is 3, but must be a mapping of settings, or null"),
     ],
 )
 def test_settings_that_break_a_rule(setting, message):
@@ -109,20 +112,20 @@ def test_several_files_and_a_template(write_recipe):
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
-    for problem in ("stage2.data has weight 0.0", "stage2.template is 'fi'", "stage3.data is an empty list"):
+    for problem in ("stage2.data.1.weight is 0, but must be above 0", "stage2.template is 'fi'", "or a list that is not empty"):
         assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"report_to": "tensorboard"}, "report_to is 'tensorboard', but must be a list, and each of its items text"),
-        ({"model": 5}, "model must be a mapping of settings, but is 5"),
-        ({"stage1__data": "foo.json"}, "stage1.data must be a mapping of settings, but is 'foo.json'"),
-        ({"seed": -1}, "seed is -1, but must lie in 0"),
-        ({"dataloader_workers": -2}, "dataloader_workers is -2, but must lie in 0"),
+        ({"report_to": "tensorboard"}, "report_to is 'tensorboard', but must be a list"),
+        ({"model": 5}, "model is 5, but must be text, or a mapping of settings"),
+        ({"stage1__data": "foo.json"}, "stage1.data is 'foo.json', but must be a mapping of settings, or a list"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"dataloader_workers": -2}, "dataloader_workers is -2, but must be at least 0"),
         ({"stage1__optimisation__learning_rate": float("nan")}, "stage1.optimisation.learning_rate is nan, but must be a finite number"),
-        ({"stage1__optimisation__weight_decay": -3.0}, "stage1.optimisation.weight_decay is -3.0, but must be 0 or above"),
+        ({"stage1__optimisation__weight_decay": -3.0}, "stage1.optimisation.weight_decay is -3.0, but must be at least 0"),
         ({"stage1__data__weight": float("inf")}, "stage1.data.weight is inf, but must be a finite number"),
     ],
 )
@@ -155,7 +158,7 @@ def test_a_list_and_an_adapter_hold_finite_numbers_too(tmp_path):
         load_recipe(changed(tmp_path, change))
     for key in ("stage2.data.0.weight is nan", "stage2.adapter.dropout is inf"):
         assert f"{key}, but must be a finite number" in str(caught.value)
-    assert "moe_layers is [0, nan], but must be text, or a list, and each of its items a whole number" in str(caught.value)
+    assert "stage3.moe.moe_layers.1 is nan, but must be a whole number" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef", "router_mi_loss_coef"])
@@ -193,6 +196,11 @@ def test_a_key_that_also_comes_by_a_merge_is_no_duplicate(tmp_path):
     file = tmp_path / "merged.yaml"
     file.write_text("a: {x: &low {p: 1, q: 1}}\nb: {y: {z: &high {<<: *low, p: 2}}}\nc: {<<: *high, q: 3}\n")
     assert read(file)["c"] == {"p": 2, "q": 3}
+
+
+def test_a_key_that_is_a_number_is_unknown(tmp_path):
+    with pytest.raises(RecipeError, match="unknown key 1; known: model, output"):
+        load_recipe(changed(tmp_path, lambda raw: raw.update({1: 2})))
 
 
 def test_no_date_is_no_traceback(tmp_path):

@@ -30,10 +30,12 @@ from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.encode import encode_record
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.budget import on_meta, start_on_meta, survey
-from moe_llava.training.recipe import RecipeError, load_recipe, stage_settings
-from moe_llava.training.run import train, training_arguments
-from moe_llava.training.stages import choose_parameters
+from moe_llava.training.budget import survey
+from moe_llava.training.recipe import RecipeError, load_recipe
+from moe_llava.training.run import train
+from moe_llava.training.stage import Stage, load_structure, on_meta
+from moe_llava.training.trainable import choose_parameters
+from moe_llava.training.trainer import training_arguments
 from tests.checkpoints import tiny_published as tiny
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
 from tests.conftest import REPOSITORY
@@ -122,12 +124,12 @@ def test_what_learns_in_each_stage(local, name):
     recipe = load_recipe(local(name))
     seen = 1152 if "siglip" in recipe.model.vision_tower else 1024
     projector = (seen + 1) * width + (width + 1) * width
-    dense = start_on_meta(recipe.model)
-    assert sum(choose_parameters(dense, "stage1", []).learning.values()) == projector
-    assert sum(choose_parameters(dense, "stage2", []).learning.values()) == projector + language_model
+    dense = load_structure(recipe.model)
+    assert sum(choose_parameters(dense, "stage1", []).trained.values()) == projector
+    assert sum(choose_parameters(dense, "stage2", []).trained.values()) == projector + language_model
     moe = recipe.stage3.moe
     sparse = on_meta(sparse_config(dense.config, moe))
-    learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).learning
+    learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).trained
     assert learning == {"experts": layers // 2 * 4 * ffn, "routers": layers // 2 * 4 * width}
     assert (moe.num_experts_per_tok, moe.capacity_factor, moe.router_aux_loss_coef) == (2, 1.5, 0.01)
     assert dense.config.image_seq_length == (729 if seen == 1152 else 576)
@@ -142,15 +144,14 @@ def test_the_papers_sizes(local, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_training_settings(name, monkeypatch, tmp_path):
+def test_training_settings(name, monkeypatch):
     """The paper's rates and batches; on the paper's eight devices they follow from one, two and two accumulated batches."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
     assert (recipe.output, recipe.precision) == (f"runs/{name}", "bf16")
     monkeypatch.setattr(TrainingArguments, "world_size", 8)
     found = []
     for number in (1, 2, 3):
-        stage = stage_settings(recipe, number)
-        arguments = training_arguments(recipe, stage, tmp_path)
+        stage, arguments = recipe.settings_of(number), training_arguments(Stage(recipe, number))
         accumulated = arguments.gradient_accumulation_steps
         assert accumulated * arguments.per_device_train_batch_size * 8 == stage.optimisation.batch_size
         assert (arguments.num_train_epochs, arguments.warmup_steps, arguments.weight_decay) == (1, 0.03, 0)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from moe_llava.checkpoints.load import load_config
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
-from tests.conftest import run_command
+from tests.conftest import run_here
 from tests.training.test_distributed import torchrun
 
 QUIET = Console(quiet=True)
@@ -134,8 +134,8 @@ def test_settings_that_do_not_go_together(make_recipe, settings, message):
 
 
 def test_the_command_upcycles_with_routing_and_noise(tiny_base, tmp_path):
-    done = run_command("upcycle", tiny_base / "base", tmp_path / "sparse", "--routing", "smoes", "--expert-start", "noise")
-    assert done.returncode == 0, done.stderr
+    done = run_here("upcycle", tiny_base / "base", tmp_path / "sparse", "--routing", "smoes", "--expert-start", "noise")
+    assert done.exit_code == 0, done.stderr
     assert load_config(tmp_path / "sparse").routing == "smoes"
     experts = parameters(tmp_path / "sparse")["model.language_model.layers.0.mlp.experts.down_proj"]
     assert not torch.equal(experts[0], experts[1])

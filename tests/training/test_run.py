@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
 from moe_llava.checkpoints.load import load_config
 from moe_llava.common.errors import CheckpointError, DataError
-from moe_llava.training.recipe import RecipeError, load_recipe, stages_of
+from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.watch import summarise
 
@@ -70,9 +70,9 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_path, stopping, number):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_stage, tmp_path, stopping, number):
     file = write_recipe(**{f"stage{number}__optimisation__max_steps": 5})
-    train(load_recipe(file), list(range(1, number)), resume=False, console=QUIET)
+    put_stage(number - 1)
     (whole,) = train(load_recipe(file), [number], resume=False, console=QUIET)
     expected = parameters(whole)
     kept = tmp_path / "whole"
@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
     with stopping(3):
         train(load_recipe(file), [number], resume=False, console=QUIET)
     assert not whole.exists()
-    with pytest.raises(RecipeError, match="exists already, finished or not: go on with --resume"):
+    with pytest.raises(RecipeError, match="exists already, finished or not: continue with --resume"):
         train(load_recipe(file), [number], resume=False, console=QUIET)
     train(load_recipe(file), [number], resume=True, console=QUIET)
     for line in log(whole):
@@ -93,10 +93,11 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, tmp_pat
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_stage_III_of_all_parameters_learns_what_stage_II_does(write_recipe, dense):
+def test_stage_III_of_all_parameters_learns_what_stage_II_does(write_recipe, put_stage, dense):
     recipe = load_recipe(write_recipe(stage3__tuned="all", stage3__dense=dense))
-    _, two, three = train(recipe, [1, 2, 3], resume=False, console=QUIET)
-    before, after = parameters(two), parameters(three)
+    put_stage(2)
+    (three,) = train(recipe, [3], resume=False, console=QUIET)
+    before, after = parameters(recipe.model), parameters(three)
     same = {name for name in after if name in before and torch.equal(before[name], after[name])}
     assert same == {name for name in before if "vision_tower" in name}
     assert any(".experts." in name for name in after) != dense
@@ -122,7 +123,7 @@ def test_finished_stages_are_kept(write_recipe, tmp_path):
     assert (stage1 / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_neither_loss_depends_on_gradient_accumulation(write_recipe, tmp_path):
+def test_neither_loss_depends_on_gradient_accumulation(write_recipe, put_stage, tmp_path):
     """One row in four accumulation steps against four rows at once.
 
     Language loss and its gradient are the same to rounding. The balance loss multiplies two means over the batch it sees, so rows one
@@ -130,7 +131,7 @@ def test_neither_loss_depends_on_gradient_accumulation(write_recipe, tmp_path):
     are alike.
     """
     file = write_recipe(stage3__moe__router_aux_loss_coef=1.0, stage3__optimisation__max_steps=1, stage3__optimisation__warmup_ratio=0.0)
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     recipe = load_recipe(file)
     records = json.loads(Path(recipe.stage3.data.file).read_text())[:1] * 8
     (tmp_path / "same.json").write_text(json.dumps(records))
@@ -148,10 +149,10 @@ def test_neither_loss_depends_on_gradient_accumulation(write_recipe, tmp_path):
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
 
 
-def test_accumulation_over_different_rows(write_recipe, tmp_path):
+def test_accumulation_over_different_rows(write_recipe, put_stage):
     """The same with different rows: language loss equal, balance loss within what the means allow."""
     file = write_recipe(stage3__optimisation__max_steps=1)
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     lines = []
     for rows in (1, 4):
         recipe = load_recipe(file, [f"stage3.optimisation.per_device_batch_size={rows}"])
@@ -206,7 +207,7 @@ def test_stage_one_needs_images(write_recipe, tmp_path):
         train(load_recipe(write_recipe(stage1__data__file=str(tmp_path / "text.json"))), [1], resume=False, console=QUIET)
 
 
-def test_bf16_reaches_the_experts(write_recipe, monkeypatch):
+def test_bf16_reaches_the_experts(write_recipe, put_stage, monkeypatch):
     from moe_llava.model.moe import GatedExperts
 
     seen = set()
@@ -219,23 +220,25 @@ def test_bf16_reaches_the_experts(write_recipe, monkeypatch):
         return y
 
     file = write_recipe(precision="bf16")
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     monkeypatch.setattr(GatedExperts, "ffn", spy)
     train(load_recipe(file), [3], resume=False, console=QUIET)
     assert seen == {torch.bfloat16}
 
 
-def test_stages_do_not_start_from_a_sparse_model(write_recipe, tmp_path):
+def test_stages_do_not_start_from_a_sparse_model(write_recipe, put_stage, tmp_path):
     recipe = load_recipe(write_recipe())
-    train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    put_stage(2)
+    train(recipe, [3], resume=False, console=QUIET)
     recipe.model, recipe.output = str(tmp_path / "run" / "stage3"), str(tmp_path / "again")
     with pytest.raises(RecipeError, match="sparse already"):
         train(recipe, [1], resume=False, console=QUIET)
 
 
-def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
+def test_stage_3_goes_on_from_a_sparse_model(write_recipe, put_stage, tmp_path):
     """With other settings where the weights allow it, and a word about it where they do not."""
-    train(load_recipe(write_recipe()), [1, 2, 3], resume=False, console=QUIET)
+    put_stage(2)
+    train(load_recipe(write_recipe()), [3], resume=False, console=QUIET)
     before = load_file(tmp_path / "run" / "stage3" / "model.safetensors")
     again = {"model": str(tmp_path / "run" / "stage3"), "output": str(tmp_path / "again")}
     recipe = load_recipe(write_recipe(**again, stage3__moe={"num_experts_per_tok": 1, "capacity_factor": 1.5}))
@@ -252,7 +255,7 @@ def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
     raw = yaml.safe_load(file.read_text())
     del raw["stage1"], raw["stage2"]
     file.write_text(yaml.safe_dump(raw))
-    assert stages_of(load_recipe(file)) == [3]
+    assert list(load_recipe(file).stages) == [3]
     with pytest.raises(RecipeError, match="the recipe has no stage1"):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
@@ -264,7 +267,7 @@ def test_stage_3_goes_on_from_a_sparse_model(write_recipe, tmp_path):
     ):
         with pytest.raises(RecipeError, match=message):
             train(load_recipe(write_recipe(**other, stage3__moe=moe)), [3], resume=False, console=QUIET)
-    with pytest.raises(RecipeError, match=r"but stage3\.dense asks for the dense control"):
+    with pytest.raises(RecipeError, match=r"but stage3\.dense asks for the dense baseline"):
         train(load_recipe(write_recipe(**other, stage3__dense=True)), [3], resume=False, console=QUIET)
     assert not (tmp_path / "other").exists()
 

@@ -89,7 +89,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so(write_recipe, tmp_path, p
     (save,) = saves(work)
     step = int(save.name.removeprefix("checkpoint-"))
     assert step >= 3
-    assert f"stage1 stopped as asked after step {step} of 2000: go on with --resume" in errors
+    assert f"stage1 stopped as asked after step {step} of 2000: continue with --resume" in errors
     assert "Traceback" not in errors or processes > 1  # torchrun tells of its own
     assert run.returncode != 0 if processes > 1 else run.returncode == 128 + signal.SIGTERM
 
@@ -108,7 +108,7 @@ def test_a_full_disk_loses_nothing(write_recipe, tmp_path):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
 
     try:
-        with pytest.raises(SaveError, match=r"step 4 could not be saved in .*; .*checkpoint-2 is whole: go on from it with --resume"):
+        with pytest.raises(SaveError, match=r"step 4 could not be saved in .*; .*checkpoint-2 is whole: continue from it with --resume"):
             train(recipe, [1], resume=False, console=FullAfterTwoSteps(file=open(os.devnull, "w")))  # noqa: SIM115
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -133,7 +133,7 @@ def test_only_the_last_saves_are_kept(tmp_path):
             (folder / "checkpoint-12").mkdir(parents=True)
             raise OSError("no space")
 
-    with pytest.raises(SaveError, match=r"a step could not be saved in .*: no space; .*checkpoint-11 is whole: go on"):
+    with pytest.raises(SaveError, match=r"a step could not be saved in .*: no space; .*checkpoint-11 is whole: continue"):
         fail()
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -186,7 +186,7 @@ def test_bad_records_are_skipped_and_counted_if_they_are_few(write_recipe, tiny_
     data = data_with_bad_records(tiny_base, tmp_path, 12, 20)
     file = write_recipe(stage1__data=data, on_bad_record="skip", output=str(tmp_path / "more"), **steps)
     with pytest.raises(
-        ValueError, match=r"1[12] of the 20 records that the run sees could not be read, more than 50%: .*skipped.jsonl names them"
+        ValueError, match=r"1[12] of the 20 records that the run uses could not be read, more than 50%: .*skipped.jsonl names them"
     ):
         train(load_recipe(file), [1], resume=False, console=QUIET)
 
@@ -253,10 +253,10 @@ def test_a_resumed_run_saves_and_logs_as_its_own_recipe_says(write_recipe, tmp_p
     assert [line["step"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == [1, 3, 4, 5, 6, 7]
 
 
-def test_a_save_between_two_logged_steps_changes_no_logged_number(write_recipe, tmp_path, stopping):
+def test_a_save_between_two_logged_steps_changes_no_logged_number(write_recipe, put_stage, tmp_path, stopping):
     """Of a sparse model, whose numbers are sums over steps and batches; the save of step 2 is amid the steps 2 to 4."""
     file = write_recipe(logging_steps=4, stage3__optimisation__max_steps=5, stage3__optimisation__per_device_batch_size=2)
-    train(load_recipe(file), [1, 2], resume=False, console=QUIET)
+    put_stage(2)
     lines = []
     for stopped in (False, True):
         if stopped:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
+from moe_llava.training.checks import check_folder
 from moe_llava.training.recipe import RecipeError, load_recipe
-from moe_llava.training.run import check_folder, train
+from moe_llava.training.run import train
 from moe_llava.training.sharding import check_zero
+from moe_llava.training.stage import Stage
 from tests.conftest import REPOSITORY, run_command, tiny_dense
 from tests.training.test_distributed import BIN, make_recipe, read_log, torchrun  # noqa: F401
 
@@ -115,7 +117,7 @@ def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_
     ("sharding", "message"),
     [
         ({"fsdp_size": 1}, r"sharding.fsdp_size is 1, but must be at least 2"),
-        ({"fsdp_size": 4, "ep_size": 3}, r"sharding.ep_size is 3, but must be at least 1 and divide fsdp_size=4"),
+        ({"fsdp_size": 4, "ep_size": 3}, r"sharding.ep_size is 3, but must divide fsdp_size=4"),
         ({"fsdp_size": 6, "ep_size": 3}, r"sharding.ep_size is 3, but must divide stage3.moe.num_experts=4"),
         ({"fsdp_sise": 2}, r"unknown key sharding.fsdp_sise; did you mean sharding.fsdp_size\?"),
     ],
@@ -149,7 +151,7 @@ def test_a_stage_in_parts_is_not_resumed_as_a_whole(write_recipe, tmp_path, befo
     work = tmp_path / "run" / ".stage1"
     work.mkdir(parents=True)
     (work / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
-    check_folder(recipe, tmp_path / "run" / "stage1", resume=True)
+    check_folder(Stage(recipe, 1), resume=True)
     recipe = load_recipe(write_recipe(sharding=now))
     with pytest.raises(RecipeError, match=r"was made with sharding.fsdp_size \w+, now \w+; .*: choose another output, or remove it"):
-        check_folder(recipe, tmp_path / "run" / "stage1", resume=True)
+        check_folder(Stage(recipe, 1), resume=True)

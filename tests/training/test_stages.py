@@ -11,7 +11,7 @@ from moe_llava import upcycle
 from moe_llava.training.adapters import attach, without_adapter
 from moe_llava.training.recipe import Adapter, load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.stages import checkpoint_layers, choose_parameters
+from moe_llava.training.trainable import checkpoint_layers, choose_parameters
 from moe_llava.training.trainer import StageTrainer
 from tests.conftest import tiny_dense, tiny_inputs
 
@@ -31,11 +31,11 @@ def test_what_learns_in_each_stage(family):
 
     counts = choose_parameters(dense, "stage1", layers)
     assert learning(dense) == {name for name, _ in dense.named_parameters() if "multi_modal_projector" in name}
-    assert counts.learning == {"projector": count(dense, "multi_modal_projector")}
+    assert counts.trained == {"projector": count(dense, "multi_modal_projector")}
 
     counts = choose_parameters(dense, "stage2", layers)
     assert learning(dense) == {name for name, _ in dense.named_parameters() if "vision_tower" not in name}
-    assert counts.learning["language model"] == count(dense, "language_model", "lm_head")
+    assert counts.trained["language model"] == count(dense, "language_model", "lm_head")
 
     choose_parameters(dense, "dense", layers)
     assert learning(dense) == {name for name, _ in dense.named_parameters() if "layers.0.mlp" in name or "layers.2.mlp" in name} - {
@@ -47,9 +47,9 @@ def test_what_learns_in_each_stage(family):
     assert learning(sparse) == {
         name for name, _ in sparse.named_parameters() if ".experts." in name or ".router." in name or ".coefficient." in name
     }
-    assert counts.learning == {"experts": count(sparse, ".experts."), "routers": count(sparse, ".router.", ".coefficient.")}
+    assert counts.trained == {"experts": count(sparse, ".experts."), "routers": count(sparse, ".router.", ".coefficient.")}
     assert counts.total == sum(parameter.numel() for parameter in sparse.parameters())
-    assert "learns experts" in str(counts)
+    assert "trains experts" in str(counts)
 
 
 class Kept:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_llava.training.trainer import only_learnt
+from moe_llava.training.trainer import logits_at_labels
 from tests.conftest import FAMILIES, tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of
 
@@ -20,7 +20,7 @@ def test_a_dense_model_makes_logits_only_where_a_row_has_a_label(family, checkpo
     positions = []
     dense.lm_head.register_forward_hook(lambda _, arguments, output: positions.append(arguments[0].shape[1]))
     found = []
-    for more in ({}, only_learnt(labels)):
+    for more in ({}, logits_at_labels(labels)):
         dense.zero_grad()
         loss = dense(**inputs, labels=labels, num_items_in_batch=torch.tensor(50), **more).loss
         loss.backward()
@@ -33,7 +33,7 @@ def test_a_dense_batch_without_a_label_has_a_loss_of_zero_and_gradients():
     dense = tiny_dense("llama").train()
     inputs = tiny_inputs()
     labels = torch.full_like(inputs["input_ids"], -100)
-    loss = dense(**inputs, labels=labels, num_items_in_batch=torch.tensor(7), **only_learnt(labels)).loss
+    loss = dense(**inputs, labels=labels, num_items_in_batch=torch.tensor(7), **logits_at_labels(labels)).loss
     loss.backward()
     assert loss.item() == 0
     for name in ("lm_head.weight", "model.multi_modal_projector.linear_1.weight"):

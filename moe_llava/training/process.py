@@ -1,20 +1,25 @@
-"""One run per stage folder. The lock is the kernel's: it ends with its process, however that ends."""
+"""A run among other processes: it locks the stages that it trains, and it ends, after a save, when it is asked to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_llava.training.parsing import RecipeError
 
 
 def lock_file(output: Path, name: str) -> Path:
-    """Return the file by which a stage is locked. It may be there without a lock: a killed run leaves it."""
+    """Return the lock file of a stage. A killed run leaves it behind, but not locked: the kernel's lock ends with the process."""
     return output / f".{name}.lock"
 
 
@@ -66,3 +71,35 @@ def _read_holder(file: Path) -> str:
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()  # which leaves alone what is not empty
+
+
+class StopWhenAsked(TrainerCallback):
+    """On SIGTERM or Ctrl-C, finish and save the step in all processes, then end training. A second Ctrl-C acts at once; SIGTERM may well
+    come twice, from a scheduler and from torchrun."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopWhenAsked:
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is: the picture ends where the run does
+        asked = self.asked
+        if args.world_size > 1:
+            anybody = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(anybody, torch.distributed.ReduceOp.MAX)
+            asked = bool(anybody)
+        if asked:
+            control.should_save = control.should_training_stop = True

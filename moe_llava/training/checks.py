@@ -1,0 +1,205 @@
+"""Everything that can be wrong with recipe, data, checkpoints and folders, found before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.load import check_weights
+from moe_llava.common.errors import CheckpointError, DataError
+from moe_llava.common.files import read_object, write_whole
+from moe_llava.common.messages import changes
+from moe_llava.data.batches import ConversationDataset, EmptyImage
+from moe_llava.data.rendering import check_prompt
+from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.adapters import check_adapter
+from moe_llava.training.features import check_cache
+from moe_llava.training.parsing import flatten
+from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
+from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
+from moe_llava.training.sharding import check_zero, sharding_of
+from moe_llava.training.stage import STRUCTURE, Stage, load_structure, on_meta
+from moe_llava.training.start import set_aspect_ratio, start_processor
+from moe_llava.training.trainer import training_arguments
+
+RECORDS = "records.json"  # in a stage's folder: which records it is trained on
+
+
+def check_folder(stage: Stage, resume: bool) -> None:
+    """Raise RecipeError if the stage's folder is in the way, or was made with other settings."""
+    for folder in (stage.final, stage.work):
+        if not folder.exists():
+            continue
+        if not folder.is_dir() or (folder == stage.final and not (folder / "config.json").is_file()):
+            raise RecipeError(f"{folder} is in the way: it is no stage that was finished or begun")
+        if not resume:
+            raise RecipeError(f"{folder} exists already, finished or not: continue with --resume, or choose another output")
+        if not (folder / "recipe.yaml").is_file():
+            continue  # it was stopped before it had begun
+        made = read_recipe(folder / "recipe.yaml")
+        before, now = (_decisive(recipe, stage.number) for recipe in (made, stage.recipe))
+        if folder == stage.work:  # a run with other shards cannot read its saves
+            before, now = before | sharding_of(made), now | sharding_of(stage.recipe)
+        if changed := changes(before, now):
+            raise RecipeError(f"{folder} was made with {'; '.join(changed)}: choose another output, or remove it")
+
+
+def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
+    """Return the settings that decide the result of a stage."""
+    whole = dataclasses.asdict(recipe)
+    return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", f"stage{number}")})
+
+
+def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
+    """Return the records of each stage. Raises what `train` promises, for all of them."""
+    processors, numbers = [], {stage.number for stage in todo}
+    for stage in todo:
+        adapter = stage.settings.adapter
+        if stage.number - 1 not in numbers or (adapter and adapter.continue_from):
+            path = stage.origin
+            check_start(stage)
+            processor = start_processor(path)
+        if adapter:
+            check_adapter(adapter, stage.name, stage.structure(path))
+        if stage.recipe.feature_cache:
+            check_cache(stage.recipe.feature_cache, stage.structure(path))
+        set_aspect_ratio(processor, stage.settings)
+        ConversationDataset([], processor, stage.settings.template)  # raises if the tokenizer does not do for the stage
+        check_zero(training_arguments(stage))
+        check_prompt(processor.tokenizer, processor.image_token)
+        processors.append(processor)
+    problems: list[str] = []
+    data = {stage: load_data(stage, processor, problems) for stage, processor in zip(todo, processors, strict=True)}
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
+    return data
+
+
+def check_start(stage: Stage) -> None:
+    """Raise CheckpointError, RecipeError or ValueError if the stage cannot start from its origin, or stage III could not upcycle it."""
+    path, settings = stage.origin, stage.recipe.stage3
+    if path == str(stage.final.with_name(f"stage{stage.number - 1}")) and not Path(path).is_dir():
+        before = stage.number - 1
+        raise CheckpointError(f"stage {stage.number} starts from {path}, which does not exist: run stage {before} first")
+    if isinstance(path, str):
+        check_checkpoint(path, plain=True)
+        check_weights(path)
+    model = load_structure(path)
+    if not isinstance(model, MoeLlavaForConditionalGeneration):
+        on_meta(sparse_config(model.config, settings.moe))
+        return
+    if stage.number != 3:
+        raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
+    if settings.dense:
+        raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense baseline, which starts from a dense LLaVA")
+    if settings.expert_start != "copy":
+        rule = "which is for experts that are made here"
+        raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
+    wanted = MoeLlavaConfig(**model.config.to_dict() | dataclasses.asdict(settings.moe))
+    for name in STRUCTURE:
+        attribute = "moe_layer_indices" if name == "moe_layers" else name
+        has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
+        if has != asked:
+            raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
+
+
+def load_data(stage: Stage, processor: Any, problems: list[str]) -> Records:
+    """Return the records of a stage, without the bad ones if these are to be skipped. Other problems go into `problems`."""
+    parts, settings, image_tokens = [], stage.settings, EmptyImage.of(processor).tokens
+    for source in settings.sources:
+        try:
+            read = read_records(source.file, source.images)
+            found = sift(read, stage.number, processor.tokenizer, settings.template, image_tokens, settings.max_length)
+            if stage.recipe.on_bad_record == "stop":
+                check_problems(found, source.file)
+            parts.append(weighted(found, source.weight, stage.recipe.seed))
+            if not len(parts[-1]):
+                left = f", without {len(found.problems)} bad ones, such as {found.problems[0]}" if found.problems else ""
+                problems.append(
+                    f"stage{stage.number}.data has weight {source.weight} for {source.file}, which leaves no record of it{left}"
+                )
+        except DataError as error:
+            problems.append(str(error))
+    return joined(parts) if parts else Records([], np.zeros((0, 2), np.int64))
+
+
+def check_files(data: dict[Stage, Records], console: Console) -> None:
+    """Raise DataError if a file that a stage starts or resumes from is damaged, or if a stage that was begun had other records."""
+    for stage, records in data.items():
+        adapter = stage.settings.adapter
+        if stage.number - 1 not in {other.number for other in data} and isinstance(stage.origin, str):
+            _check_manifest(Path(stage.origin))
+        if adapter and adapter.continue_from:
+            _check_manifest(Path(adapter.continue_from))
+        _check_manifest(stage.work / "base")  # of an adapter that was begun
+        check_resume(stage.work, records, console)
+
+
+def _check_manifest(folder: Path) -> None:
+    """Raise DataError if a folder has a manifest, and files that are not as it says."""
+    if (folder / MANIFEST).is_file() and (problems := find_damage(folder)):
+        way = f"restore it, or train that stage again; if it was changed on purpose, remove {folder / MANIFEST}"
+        raise DataError("\n".join([*problems, way]))
+
+
+def check_resume(work: Path, records: Records, console: Console) -> None:
+    """Raise DataError if a stage that was begun cannot be resumed from its last save.
+
+    Either it was begun on other records, so that a run would see some twice and others never; or the save is damaged, and the message names
+    the last whole one.
+    """
+    found = saves(work)
+    if not found:
+        return
+    before, now = _read_described(work), describe(records)
+    if before and before["digest"] != now["digest"]:
+        raise DataError(
+            f"{work} was begun on {before['records']:,} records, and its data files now hold others ({now['records']:,}): "
+            "put them back, or remove the folder and begin again"
+        )
+    old = not before.get("checksums")
+    problems = _find_problems(found[-1], old)
+    if not problems:
+        if not (found[-1] / MANIFEST).is_file():
+            note = f"{found[-1]} was made before saves had checksums: its weights are resumed from as they are"
+            console.print(note, highlight=False, soft_wrap=True)
+        return
+    whole = next((save for save in reversed(found[:-1]) if not _find_problems(save, old)), None)
+    if whole is None:
+        raise DataError("\n".join([*problems, f"no other save is whole: remove {work} to begin the stage again"]))
+    later = " and ".join(str(save) for save in found[found.index(whole) + 1 :])
+    raise DataError("\n".join([*problems, f"{whole} is whole: remove {later} to resume from it"]))
+
+
+def _find_problems(save: Path, old: bool) -> list[str]:
+    """Return what is wrong with a save. In an `old` stage, whose first saves had no checksums, a manifest may be missing."""
+    return find_unreadable(save) if old and not (save / MANIFEST).is_file() else find_damage(save)
+
+
+def describe(records: Records) -> dict[str, Any]:
+    return {"records": len(records), "digest": records.digest()}
+
+
+def write_records(work: Path, records: Records) -> None:
+    """Write which records a stage is trained on, and that all of its saves have checksums, if they do."""
+    checksums = not saves(work) or bool(_read_described(work).get("checksums"))
+    write_whole(work / RECORDS, json.dumps(describe(records) | {"checksums": checksums}))
+
+
+def _read_described(work: Path) -> dict[str, Any]:
+    """Return what `write_records` wrote, or nothing. Raises DataError if it is damaged."""
+    file = work / RECORDS
+    if not file.is_file():
+        return {}
+    found = read_object(file)
+    if not isinstance(found.get("digest"), str) or not isinstance(found.get("records"), int):
+        raise DataError(f"{file} is damaged: it names no records")
+    return found

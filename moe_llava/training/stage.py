@@ -1,0 +1,136 @@
+"""A stage of a recipe, resolved once: its settings, its folders, the parts that it trains, and the checkpoint that it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlavaForConditionalGeneration
+
+from moe_llava.checkpoints.join import joined_config
+from moe_llava.checkpoints.load import load_config, load_on_meta
+from moe_llava.common.files import write_whole
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model.upcycling import sparse_config
+from moe_llava.training.adapters import base_of
+from moe_llava.training.recipe import Parts, Recipe, StageSettings
+
+STRUCTURE = ("num_experts", "moe_layers", "use_residual")  # options that a sparse checkpoint's weights fix; others may change between runs
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Stage `number` of `recipe`. Raises RecipeError if the recipe has no such stage."""
+
+    recipe: Recipe
+    number: int
+
+    def __post_init__(self) -> None:
+        self.recipe.settings_of(self.number)  # raises if the recipe has no such stage
+
+    @property
+    def settings(self) -> StageSettings:
+        """Its section of the recipe."""
+        return self.recipe.settings_of(self.number)
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.number == 3 and self.recipe.stage3.dense else f"stage{self.number}"
+
+    @property
+    def final(self) -> Path:
+        """The folder of the finished stage."""
+        return Path(self.recipe.output) / self.name
+
+    @property
+    def work(self) -> Path:
+        """The folder of the stage until it is finished."""
+        return self.final.with_name(f".{self.name}")
+
+    @property
+    def trainable(self) -> str:
+        """The key of TRAINABLE with the parts of the model that the stage trains, if it has no adapter."""
+        return "stage2" if self.number == 3 and self.recipe.stage3.tuned == "all" else self.name
+
+    @property
+    def bf16(self) -> bool:
+        """Compute in bfloat16: for "auto", where a GPU or CPU has instructions for it; elsewhere it is slower than float32."""
+        if self.recipe.precision == "auto":
+            if torch.cuda.is_available():
+                return torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.cpu._is_avx512_bf16_supported()
+        return self.recipe.precision == "bf16"
+
+    @cached_property
+    def origin(self) -> str | Parts:
+        """The checkpoint to start from: that of the stage before; the recipe's model, for stage I, or if it is sparse already, for stage
+        III; or the base of an adapter to continue."""
+        adapter, before, model = self.settings.adapter, Path(self.recipe.output) / f"stage{self.number - 1}", self.recipe.model
+        if adapter and adapter.continue_from:
+            return base_of(adapter.continue_from)
+        if self.number == 1 or (self.number == 3 and not before.is_dir() and isinstance(model, str) and is_sparse_checkpoint(model)):
+            return model
+        return str(before)
+
+    def upcycles(self, path: str | Parts) -> bool:
+        """Return whether the stage has to make the checkpoint that it starts from sparse."""
+        return self.name == "stage3" and not (isinstance(path, str) and is_sparse_checkpoint(path))
+
+    def load_settings(self, path: str) -> dict[str, Any]:
+        """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix."""
+        options = self._changeable if is_sparse_checkpoint(path) else {}
+        return {"dtype": torch.float32, "attn_implementation": self.recipe.attention, **options}
+
+    def adapter_base(self, folder: Path) -> str:
+        """Return the checkpoint that the stage's adapter belongs to: the origin, or, if that has to become sparse or to take other options,
+        the copy of it in `folder`, which is the folder of the stage, before or after it is finished."""
+        assert isinstance(self.origin, str), "stage I, which alone starts from parts, has no adapter"
+        if self.name != "stage3":
+            return self.origin
+        config = load_config(self.origin)
+        same = isinstance(config, MoeLlavaConfig) and all(getattr(config, name) == value for name, value in self._changeable.items())
+        return self.origin if same else str(folder / "base")
+
+    @property
+    def _changeable(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.moe).items() if name not in STRUCTURE}
+
+    def structure(self, path: str | Parts) -> LlavaForConditionalGeneration:
+        """Return the model that the stage begins with, without weights. `path`: its origin, or that of an earlier stage."""
+        model = load_structure(path)
+        if self.number != 3 or isinstance(model, MoeLlavaForConditionalGeneration):
+            return model
+        return on_meta(sparse_config(model.config, self.recipe.stage3.moe))
+
+    def moe_layers(self, model: LlavaForConditionalGeneration) -> list[int]:
+        """Return the layers of `model` that are, or would be, sparse."""
+        if isinstance(model, MoeLlavaForConditionalGeneration):
+            return model.config.moe_layer_indices
+        return sparse_config(model.config, self.recipe.stage3.moe).moe_layer_indices
+
+    def write_recipe(self) -> None:
+        """Write the recipe into the stage's folder, which a resumed run compares its own with."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_whole(self.work / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
+
+
+def is_sparse_checkpoint(path: str) -> bool:
+    return isinstance(load_config(path), MoeLlavaConfig)
+
+
+def load_structure(start: str | Parts) -> LlavaForConditionalGeneration:
+    """Return a checkpoint, or what is joined from parts, without weights. Raises CheckpointError as loading its configuration does."""
+    if isinstance(start, str):
+        return load_on_meta(start)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
+
+
+def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:
+    with torch.device("meta"):
+        return MoeLlavaForConditionalGeneration._from_config(config)
