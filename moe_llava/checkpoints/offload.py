@@ -69,7 +69,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     Raises ValueError if `keep` is less than two experts, if the device is not supported, if experts are adapted or quantised, or if the
     checkpoint stores them in another way.
     """
-    mlps = model.model.sparse_mlps()
+    mlps = model.sparse_mlps()
     total = len(mlps) * model.config.num_experts
     kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
     if kept < 2:

@@ -166,7 +166,7 @@ def random_checkpoint(folder: Path, alike: bool, width: int = 1024, ffn_width: i
     with torch.no_grad():
         # As large as what layers add, so that a token's state changes little from layer to layer.
         model.get_input_embeddings().weight.normal_()
-        mlps = list(model.model.sparse_mlps().values())
+        mlps = list(model.sparse_mlps().values())
         for mlp in mlps[1:] if alike else ():
             mlp.router.weight.copy_(mlps[0].router.weight)
     model.save_pretrained(folder)

@@ -16,7 +16,7 @@ def shuffled_sparse(family: str, **settings) -> MoeLlavaForConditionalGeneration
     sparse = upcycle(tiny_dense(family), **settings)
     torch.manual_seed(5)
     with torch.no_grad():
-        for mlp in sparse.model.sparse_mlps().values():
+        for mlp in sparse.sparse_mlps().values():
             for parameter in mlp.experts.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             mlp.router.weight.mul_(20)
@@ -39,7 +39,7 @@ def test_upcycled_computes_what_dense_computed(family, top_k, use_residual):
     expected = dense(**inputs).logits
     sparse = upcycle(dense, num_experts_per_tok=top_k, use_residual=use_residual)
     assert (sparse(**inputs).logits - expected).abs().max() <= 1e-5
-    assert len(sparse.model.sparse_mlps()) == 2
+    assert len(sparse.sparse_mlps()) == 2
 
 
 @every_family
@@ -178,7 +178,7 @@ def test_gradients_reach_routers_and_used_experts(family):
     inputs = tiny_inputs(batch=3)
     outputs = sparse(**inputs, labels=labels_of(inputs), output_router_logits=True)
     outputs.language_loss.backward()
-    for logits, mlp in zip(outputs.router_logits, sparse.model.sparse_mlps().values(), strict=True):
+    for logits, mlp in zip(outputs.router_logits, sparse.sparse_mlps().values(), strict=True):
         assert mlp.router.weight.grad.abs().sum() > 0
         used = set(logits.topk(2).indices.flatten().tolist())
         for name, parameter in mlp.experts.named_parameters():
@@ -292,7 +292,7 @@ def test_experts_per_token_may_change_at_load(tmp_path, k):
     upcycle(tiny_dense("llama"), num_experts=4).save_pretrained(tmp_path)
     changed = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, num_experts_per_tok=k)
     assert changed.config.num_experts_per_tok == k
-    router = changed.model.sparse_mlps()[0].router
+    router = changed.sparse_mlps()[0].router
     assert router(torch.randn(5, 32))[2].shape == (5, k)
 
 
