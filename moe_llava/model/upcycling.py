@@ -1,5 +1,5 @@
-"""Sparse upcycling: convert a dense vision-language model to a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055), and
-initialise its experts differently, if requested.
+"""Sparse upcycling: convert a dense vision-language model to a sparse one that computes the same (paper, section 3.3, stage III; arXiv
+2212.05055), and initialise its experts differently, if requested.
 
 Shapes: E experts.
 """

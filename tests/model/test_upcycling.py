@@ -112,11 +112,11 @@ def test_upcycled_computes_what_dense_computed_to_the_rounding_of_the_dtype(fami
         assert difference.norm() <= TOLERANCES[dtype] * expected.norm()
 
 
-def test_only_dense_llavas_are_taken():
+def test_only_dense_vision_language_models_are_taken():
     sparse = upcycle(tiny_dense("llama"))
     with pytest.raises(ValueError, match="sparse already"):
         upcycle(sparse)
-    with pytest.raises(TypeError, match="takes a LlavaForConditionalGeneration, not a LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="takes a vision-language model, but LlamaForCausalLM has no vision tower"):
         upcycle(LlamaForCausalLM(tiny_config("llama").text_config))
 
 
