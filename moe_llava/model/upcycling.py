@@ -74,7 +74,8 @@ def _make_sparse(dense: PreTrainedModel, config: SparseConfig, expert_start: str
         find_form(dense_layers[index])
 
     with torch.device("meta"):
-        sparse = sparse_class(type(dense))._from_config(config, dtype=dense.dtype)
+        kind: Any = type(dense)
+        sparse = sparse_class(kind)._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
     for index, mlp in sparse.sparse_mlps().items():
         try:
@@ -160,7 +161,8 @@ def sparse_config(dense: PreTrainedConfig, options: MoeOptions) -> SparseConfig:
     settings = copy.deepcopy(dense).to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    config = sparse_config_class(type(dense))(**settings, **asdict(options))
+    kind: Any = type(dense)
+    config = sparse_config_class(kind)(**settings, **asdict(options))
     # PreTrainedConfig takes the value of the text config, whatever its own is.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # `to_dict` leaves it out.
