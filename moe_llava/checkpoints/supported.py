@@ -60,19 +60,31 @@ def _decoder_layers(model_type: str, class_name: str) -> list[nn.Module]:
 
     Raise ValueError if neither has any.
     """
-    with torch.device("meta"):
+    failures = []
+    for build in (_whole, _backbone):
         try:
-            model = getattr(transformers, class_name)(_small(AutoConfig.for_model(model_type)))
-        except Exception as whole:  # defaults of configurations fail in many ways, and the reason is reported
-            try:
-                model: Any = AutoModel.from_config(_small(AutoConfig.for_model(model_type)).get_text_config())
-            except Exception:
-                raise ValueError(f"its default configuration builds no model: {type(whole).__name__}: {whole}") from whole
-    return list(find_backbone(model)[1].layers)
+            with torch.device("meta"):
+                return list(find_backbone(build(model_type, class_name))[1].layers)
+        except ValueError as error:
+            if "decoder layers" in str(error):
+                raise
+            failures.append(error)
+        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:  # configurations' defaults fail in many ways
+            failures.append(error)
+    raise ValueError(f"its default configuration builds no model: {type(failures[0]).__name__}: {failures[0]}")
+
+
+def _whole(model_type: str, class_name: str) -> Any:
+    return getattr(transformers, class_name)(_small(AutoConfig.for_model(model_type)))
+
+
+def _backbone(model_type: str, class_name: str) -> Any:
+    return AutoModel.from_config(_small(AutoConfig.for_model(model_type)).get_text_config())
 
 
 def _small(config: Any) -> Any:
-    for part in (config.get_text_config(), getattr(config, "vision_config", None)):
+    parts: list[Any] = [config.get_text_config(), getattr(config, "vision_config", None)]
+    for part in parts:
         if getattr(part, "num_hidden_layers", None) and not getattr(part, "layer_types", None):
             part.num_hidden_layers = FEW_LAYERS
     return config
