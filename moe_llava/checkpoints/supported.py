@@ -60,7 +60,7 @@ def _decoder_layers(model_type: str, class_name: str) -> list[nn.Module]:
 
     Raise ValueError if neither has any.
     """
-    failures = []
+    failures: list[Exception] = []
     for build in (_whole, _backbone):
         try:
             with torch.device("meta"):
