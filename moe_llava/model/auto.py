@@ -8,8 +8,9 @@ import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from .configuration import SparseConfig
 from .losses import balance_loss, z_loss
-from .modeling import sparse_class
+from .modeling import SparseModel, sparse_class
 from .moe import Experts, Router, SparseMlp
 from .options import MoeOptions
 from .processing import MoeLlavaProcessor
@@ -57,7 +58,9 @@ __all__ = [
     "MoeLlavaProcessor",
     "MoeOptions",
     "Router",
+    "SparseConfig",
     "SparseMlp",
+    "SparseModel",
     "balance_loss",
     "evolve_experts",
     "upcycle",
