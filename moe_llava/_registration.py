@@ -14,34 +14,34 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-MODEL_TYPE = "moe_llava"
-_HOME = f"transformers.models.{MODEL_TYPE}"
-# module -> (its table, the class to add)
-_TABLES = {
-    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "MoeLlavaConfig"),
-    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING_NAMES", "MoeLlavaProcessor"),
-}
+PREFIX = "moe_"
+_HOME = f"transformers.models.{PREFIX}"
+_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_PROCESSORS = "transformers.models.auto.processing_auto"
 
 
 def register_with_transformers() -> None:
     """Add our names to tables that are loaded already, and to the others when they are loaded."""
     sys.meta_path.insert(0, _Finder())
-    for name in _TABLES.keys() & sys.modules.keys():
+    for name in {_CONFIGURATIONS, _PROCESSORS} & sys.modules.keys():
         _enter(sys.modules[name])
 
 
 def _enter(module: ModuleType) -> None:
-    table, class_name = _TABLES[module.__name__]
-    getattr(module, table)[MODEL_TYPE] = class_name
+    if module.__name__ == _PROCESSORS:
+        module.PROCESSOR_MAPPING_NAMES["moe_llava"] = "MoeLlavaProcessor"
+        return
+    names = module.CONFIG_MAPPING_NAMES
+    names.update({PREFIX + model_type: "Moe" + name for model_type, name in list(names.items())})
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname == _HOME:
+        if fullname.startswith(_HOME):
             return importlib.machinery.ModuleSpec(fullname, _HomeLoader())
-        if fullname not in _TABLES:
+        if fullname not in (_CONFIGURATIONS, _PROCESSORS):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.origin is not None:
@@ -50,14 +50,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _HomeLoader(importlib.abc.Loader):
-    """Load `transformers.models.moe_llava`: the classes of `moe_llava.model`."""
+    """Load `transformers.models.moe_<type>`: the sparse classes of that model type."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        model = importlib.import_module("moe_llava.model")
-        vars(module).update({name: getattr(model, name) for _, name in _TABLES.values()})
+        auto = importlib.import_module("moe_llava.model.auto")
+        vars(module).update(auto.classes_of(module.__name__.removeprefix(_HOME)))
 
 
 class _TableLoader(importlib.machinery.SourceFileLoader):

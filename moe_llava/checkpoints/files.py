@@ -11,11 +11,11 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from moe_llava._registration import MODEL_TYPE
 from moe_llava.checkpoints.families import published_family
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line
 
+MODEL_TYPE = "moe_llava"
 MODEL_TYPES = ("llava", MODEL_TYPE)
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code

@@ -47,7 +47,7 @@ class Piece:
 def plan(model: LlavaForConditionalGeneration, family: Family) -> list[Piece]:
     """Return the pieces of every parameter of `model`, which is on the meta device."""
     sparse = isinstance(model, MoeLlavaForConditionalGeneration)
-    mlps: dict[int, SparseMlp] = model.model.sparse_mlps() if sparse else {}
+    mlps: dict[int, SparseMlp] = model.sparse_mlps() if sparse else {}
     pieces = []
     for target in model.state_dict():
         _, _, name = target.partition("model.")

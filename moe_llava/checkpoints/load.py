@@ -17,8 +17,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from moe_llava.checkpoints.families import UNUSED
@@ -34,7 +34,7 @@ _PLACEMENT = ("dtype", "device_map", "quantization_config", "distributed_config"
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
+def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> tuple[PreTrainedModel, Any]:
     """Return (model in evaluation mode, processor) of a folder or hub id.
 
     Raises CheckpointError as `load_model` and `load_processor` do.
@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | str = "auto", **setti
     return load_model(path, dtype, **settings), processor
 
 
-def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> LlavaForConditionalGeneration:
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> PreTrainedModel:
     """Return the model of a folder or hub id, in evaluation mode; `settings` go to `from_pretrained`, fields of the configuration among
     them.
 
@@ -61,7 +61,7 @@ def check_weights(path: str | Path) -> None:
         _check_without_data(model_class, Path(path), config, f"checkpoint {path}", {})
 
 
-def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaConfig, dict[str, Any]]:
+def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, PreTrainedConfig, dict[str, Any]]:
     """Return (class, configuration, the settings that are no fields of it) of a folder or hub id."""
     fields = {key: value for key, value in settings.items() if key not in _PLACEMENT}
     config, others = _read_config(path, return_unused_kwargs=True, **fields)
@@ -75,7 +75,7 @@ def _parts_of(path: str | Path, settings: dict[str, Any]) -> tuple[Any, LlavaCon
     )
 
 
-def load_config(path: str | Path) -> LlavaConfig:
+def load_config(path: str | Path) -> PreTrainedConfig:
     """Return the configuration of a folder or hub id. Raises CheckpointError as `check_checkpoint` does."""
     return _read_config(path)
 
@@ -191,7 +191,7 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_on_meta(path: str | Path) -> LlavaForConditionalGeneration:
+def load_on_meta(path: str | Path) -> PreTrainedModel:
     """Return the model of a checkpoint without its weights, in no memory. Raises CheckpointError as `check_checkpoint` does."""
     config = load_config(path)
     with torch.device("meta"):

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.files import check_checkpoint, resolve
 from moe_llava.checkpoints.load import best_device, load_checkpoint
@@ -45,7 +45,7 @@ MEMORY = 20  # forward passes, about, that the statistics remember
 Key = tuple[int, int]  # the number of the MoE layer, from 0, and of the expert
 
 
-def load_offloaded(path: str | Path, keep: float) -> tuple[LlavaForConditionalGeneration, Any, ExpertCache]:
+def load_offloaded(path: str | Path, keep: float) -> tuple[PreTrainedModel, Any, ExpertCache]:
     """Return (model on the best device, processor, cache) from a folder or hub id. The device has slots for the share `keep` of the
     experts; all of them stay in CPU memory or, if the device is the CPU, in the checkpoint's files.
 
@@ -69,7 +69,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     Raises ValueError if `keep` is less than two experts, if the device is not supported, if experts are adapted or quantised, or if the
     checkpoint stores them in another way.
     """
-    mlps = model.model.sparse_mlps()
+    mlps = model.sparse_mlps()
     total = len(mlps) * model.config.num_experts
     kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
     if kept < 2:

@@ -22,7 +22,7 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
-from moe_llava.model import MoeLlavaConfig, MoeLlavaProcessor, evolve_experts, upcycle
+from moe_llava.model import MoeLlavaProcessor, SparseConfig, evolve_experts, upcycle
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.checks import load_data
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStageSettings, StageSettings
@@ -192,7 +192,7 @@ def _saved_in(home: Path, training: Stage) -> Stage:
 def run_training(training: Stage, start: str | Parts, console: Console) -> Path:
     """Train from `start`, unless that is done, and return the checkpoint."""
     recipe = training.recipe
-    if training.number == 1 or isinstance(start, Parts) or isinstance(load_config(start), MoeLlavaConfig):
+    if training.number == 1 or isinstance(start, Parts) or isinstance(load_config(start), SparseConfig):
         recipe = dataclasses.replace(recipe, model=start)
     else:
         _link(Path(recipe.output) / f"stage{training.number - 1}", start)

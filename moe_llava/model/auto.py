@@ -1,28 +1,53 @@
-"""The public names of the network. Importing this file registers configuration, model and processor with transformers' Auto classes."""
+"""Sparse classes as transformers' Auto classes know them. This file stays with the package: saved checkpoints do not carry it along."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .configuration import MoeLlavaConfig
+from .configuration import SparseConfig
 from .losses import balance_loss, z_loss
-from .modeling import MoeLlavaForConditionalGeneration, MoeLlavaModel
+from .modeling import SparseModel, sparse_class
 from .moe import Experts, Router, SparseMlp
 from .options import MoeOptions
 from .processing import MoeLlavaProcessor
 from .upcycling import evolve_experts, upcycle
 
-# The names of configuration and processor may stand in the tables already: see moe_llava/_registration.py.
-AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
-AutoModel.register(MoeLlavaConfig, MoeLlavaModel)
-AutoModelForImageTextToText.register(MoeLlavaConfig, MoeLlavaForConditionalGeneration)
-AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
-# pipeline("image-text-to-text") looks the model up by name.
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MoeLlavaConfig.model_type] = MoeLlavaForConditionalGeneration.__name__
 
-# What is saved takes these files with it, and names them in `auto_map`.
-MoeLlavaConfig.register_for_auto_class("AutoConfig")
-MoeLlavaModel.register_for_auto_class("AutoModel")
-MoeLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+def register(dense: Any) -> dict[str, Any]:
+    """Make the sparse subclass of a dense class with a head known to the Auto classes, under the model type moe_<type of the family>.
+
+    Return the sparse classes of the family by name.
+    """
+    model = sparse_class(dense)
+    config = model.config_class
+    base = sparse_class(MODEL_MAPPING[dense.config_class])
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, base, exist_ok=True)
+    AutoModelForImageTextToText.register(config, model, exist_ok=True)
+    # pipeline("image-text-to-text") looks the model up by name.
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = model.__name__
+    # Saved models take the files of these classes with them, and name them in `auto_map`.
+    config.register_for_auto_class("AutoConfig")
+    base.register_for_auto_class("AutoModel")
+    model.register_for_auto_class("AutoModelForImageTextToText")
+    return {found.__name__: found for found in (config, base, model)}
+
+
+def classes_of(model_type: str) -> dict[str, Any]:
+    """Return the sparse classes of a model type of transformers by name. Raise ImportError if it is no vision-language model."""
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise ImportError(f"transformers has no vision-language model of type {model_type}")
+    processors = {"MoeLlavaProcessor": MoeLlavaProcessor} if model_type == "llava" else {}
+    return register(getattr(transformers, name)) | processors
+
+
+MoeLlavaConfig, MoeLlavaModel, MoeLlavaForConditionalGeneration = register(transformers.LlavaForConditionalGeneration).values()
+AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
 MoeLlavaProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
@@ -33,7 +58,9 @@ __all__ = [
     "MoeLlavaProcessor",
     "MoeOptions",
     "Router",
+    "SparseConfig",
     "SparseMlp",
+    "SparseModel",
     "balance_loss",
     "evolve_experts",
     "upcycle",

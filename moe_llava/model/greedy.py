@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")  # names of their fields
+
 
 def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
     """Return [B, S]: the ids of the inputs and their greedy continuation. An ended row is padded, possibly with an ordinary token."""
@@ -18,8 +20,13 @@ def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> T
 
 def never_written(model: Any) -> list[int]:
     """Return the ids that are never generated, the image placeholder among them; it may lie outside the vocabulary."""
-    image = getattr(model.config, "image_token_id", None)
-    return sorted({*as_list(model.generation_config.suppress_tokens), *as_list(image)})
+    return sorted({*as_list(model.generation_config.suppress_tokens), *placeholder_ids(model.config)})
+
+
+def placeholder_ids(config: Any) -> list[int]:
+    """Return the ids that stand for images and videos in a prompt, as a configuration names them."""
+    found = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return sorted({token for token in found if token is not None})
 
 
 def end_tokens(model: Any) -> list[int]:

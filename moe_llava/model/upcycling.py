@@ -1,5 +1,5 @@
-"""Sparse upcycling: convert a dense LLaVA to a sparse one that computes the same (paper, section 3.3, stage III; arXiv 2212.05055), and
-initialise its experts differently, if requested.
+"""Sparse upcycling: convert a dense vision-language model to a sparse one that computes the same (paper, section 3.3, stage III; arXiv
+2212.05055), and initialise its experts differently, if requested.
 
 Shapes: E experts.
 """
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from .configuration import MoeLlavaConfig
+from .configuration import SparseConfig, sparse_config_class
 from .ffn import copy_into_experts, find_form
-from .modeling import MoeLlavaForConditionalGeneration
+from .modeling import SparseLanguageModel, SparseModel, find_backbone, sparse_class
 from .moe import Experts, SparseMlp
 from .options import MoeOptions
 
@@ -29,13 +29,13 @@ EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # ranges of beta_n, f
 
 @torch.no_grad()
 def upcycle(
-    dense: LlavaForConditionalGeneration,
+    dense: PreTrainedModel,
     options: MoeOptions | None = None,
     *,
     expert_start: str = "copy",
     seed: int = 0,
     **fields: Any,
-) -> MoeLlavaForConditionalGeneration:
+) -> SparseLanguageModel:
     """Copy the FFN of each chosen layer into `num_experts` experts behind a router with a small random start.
 
     With `norm_topk_prob` (and no capacity) the result computes what `dense` computes, up to rounding: the logits differ by about 1e-6 of
@@ -43,8 +43,8 @@ def upcycle(
     that only the balance loss trains the router.
 
     Args:
-        dense: any LLaVA of transformers. The result shares all its parameters except the replaced FFNs: training one changes the other.
-            Its mode (train or eval), dtype and device are kept.
+        dense: any vision-language model of transformers whose layers have a feed-forward network of FFN_FORMS. The result shares all its
+            parameters except the replaced FFNs: training one changes the other. Its mode (train or eval), dtype and device are kept.
         expert_start: "copy", or "noise", which adds different Gaussian noise to every expert, with NOISE_STD times the standard deviation
             of each parameter; the result then computes approximately the same. For a third way see `evolve_experts`.
         seed: for the initial routers and the noise; the routers are the same with and without noise.
@@ -52,37 +52,38 @@ def upcycle(
         fields: single fields of MoeOptions, such as `num_experts=4`, instead of `options` or on top of them.
 
     Raises:
-        TypeError: `dense` is no LlavaForConditionalGeneration, or MoeOptions has no such field.
+        TypeError: `dense` is no model of transformers that generates text from images, or MoeOptions has no such field.
         ValueError: `dense` is sparse already, `expert_start` is unknown, an option breaks a rule of MoeOptions, or the FFN of this
             family is unknown or computes something other than the experts would (see ffn.py).
     """
-    if isinstance(dense, MoeLlavaForConditionalGeneration):
+    if isinstance(dense, SparseModel):
         raise ValueError("this model is sparse already: upcycle its dense origin")
-    if not isinstance(dense, LlavaForConditionalGeneration):
-        raise TypeError(f"upcycle takes a LlavaForConditionalGeneration, not a {type(dense).__name__}")
+    if not isinstance(dense, PreTrainedModel) or not isinstance(dense, GenerationMixin):
+        raise TypeError(f"upcycle takes a vision-language model of transformers that generates text, not a {type(dense).__name__}")
+    if not hasattr(dense.config, "vision_config"):
+        raise TypeError(f"upcycle takes a vision-language model, but {type(dense).__name__} has no vision tower")
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
     config = sparse_config(dense.config, replace(options or MoeOptions(), **fields))
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
 
 
-def _make_sparse(
-    dense: LlavaForConditionalGeneration, config: MoeLlavaConfig, expert_start: str, generator: torch.Generator
-) -> MoeLlavaForConditionalGeneration:
-    dense_layers = dense.model.language_model.layers
+def _make_sparse(dense: PreTrainedModel, config: SparseConfig, expert_start: str, generator: torch.Generator) -> SparseLanguageModel:
+    dense_layers = find_backbone(dense)[1].layers
     for index in config.moe_layer_indices:
         find_form(dense_layers[index])
 
     with torch.device("meta"):
-        sparse = MoeLlavaForConditionalGeneration._from_config(config, dtype=dense.dtype)
+        kind: Any = type(dense)
+        sparse = sparse_class(kind)._from_config(config, dtype=dense.dtype)
     _share(dense, sparse)
-    for index, mlp in sparse.model.sparse_mlps().items():
+    for index, mlp in sparse.sparse_mlps().items():
         try:
             _fill(mlp, dense_layers[index].mlp, generator)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
     if expert_start == "noise":
-        for mlp in sparse.model.sparse_mlps().values():
+        for mlp in sparse.sparse_mlps().values():
             _add_noise(mlp.experts, generator)
     sparse.tie_weights()
     sparse.generation_config = copy.deepcopy(dense.generation_config)
@@ -110,7 +111,7 @@ def _add_noise(experts: Experts, generator: torch.Generator) -> None:
             expert.add_(torch.randn(expert.shape, generator=generator).to(expert) * std.to(expert))
 
 
-def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0) -> None:
+def evolve_experts(sparse: SparseLanguageModel, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0) -> None:
     """Differentiate the experts of a freshly upcycled model by expert evolution (EvoMoE, arXiv 2505.23830).
 
     The first expert of each layer, theta_1, is kept; the n-th after it becomes beta_n theta_1 + (1 - beta_n) grad theta_1, with beta_n
@@ -123,7 +124,7 @@ def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[M
 
     Raises ValueError if the experts differ already, if there are more experts than ranges, or without a batch.
     """
-    mlps = sparse.model.sparse_mlps()
+    mlps = sparse.sparse_mlps()
     if sparse.config.num_experts > 1 + len(EVOLUTION_RATES):
         raise ValueError(f"num_experts is {sparse.config.num_experts}, but expert evolution has rates for {1 + len(EVOLUTION_RATES)} only")
     if not batches:
@@ -142,9 +143,7 @@ def evolve_experts(sparse: MoeLlavaForConditionalGeneration, batches: Sequence[M
                 expert.copy_(beta * parameter[0] + (1 - beta) * gradient)
 
 
-def _common_gradients(
-    sparse: MoeLlavaForConditionalGeneration, parameters: list[nn.Parameter], batches: Sequence[Mapping[str, Tensor]]
-) -> list[Tensor]:
+def _common_gradients(sparse: SparseLanguageModel, parameters: list[nn.Parameter], batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return for each stacked parameter [E, ...] with equal slices the gradient with respect to the slice: the sum over the experts."""
     training = sparse.training
     sparse.eval()
@@ -157,13 +156,14 @@ def _common_gradients(
     return sums
 
 
-def sparse_config(dense: LlavaConfig, options: MoeOptions) -> MoeLlavaConfig:
-    """Return the configuration of a dense LLaVA with `options` added. Raise ValueError as MoeLlavaConfig does."""
+def sparse_config(dense: PreTrainedConfig, options: MoeOptions) -> SparseConfig:
+    """Return a dense model's configuration with `options` added. Raise ValueError as SparseConfig does."""
     settings = copy.deepcopy(dense).to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    config = MoeLlavaConfig(**settings, **asdict(options))
-    # LlavaConfig takes the value of the text config, whatever its own is.
+    kind: Any = type(dense)
+    config = sparse_config_class(kind)(**settings, **asdict(options))
+    # PreTrainedConfig takes the value of the text config, whatever its own is.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # `to_dict` leaves it out.
     config._attn_implementation = {"": dense._attn_implementation} | {
@@ -172,7 +172,7 @@ def sparse_config(dense: LlavaConfig, options: MoeOptions) -> MoeLlavaConfig:
     return config
 
 
-def _share(dense: LlavaForConditionalGeneration, sparse: MoeLlavaForConditionalGeneration) -> None:
+def _share(dense: PreTrainedModel, sparse: SparseLanguageModel) -> None:
     """Replace every parameter and buffer of `sparse` that `dense` also has by the tensor of `dense`."""
     for name, module in sparse.named_modules(remove_duplicate=False):
         try:

@@ -72,7 +72,7 @@ def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None
         model = MoeLlavaForConditionalGeneration._from_config(config, dtype=weights[0].dtype)
     if backend is not None:
         model.set_experts_implementation(backend)
-    return _with_weights(model.model.sparse_mlps()[0], ("router.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
+    return _with_weights(model.sparse_mlps()[0], ("router.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
 
 
 def mixtral_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:

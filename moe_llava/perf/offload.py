@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 from moe_llava.checkpoints.load import load_config, load_model
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, offload_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseConfig
 from moe_llava.perf.measure import Timings, begin_report, summary
 from moe_llava.perf.options import BenchError
 from moe_llava.perf.running import Cases, show_cases
@@ -86,7 +86,7 @@ def bench_offload(checkpoint: Path | None, shares: Sequence[float], tokens: int,
 
 def _measure(name: str, folder: Path, shares: Sequence[float], running: Cases) -> None:
     config = load_config(folder)
-    if not isinstance(config, MoeLlavaConfig):
+    if not isinstance(config, SparseConfig):
         raise BenchError(f"checkpoint {folder} is dense: it has no experts to keep or to offload")
     ids_S = torch.randint(
         3, config.text_config.vocab_size, (PROMPT + running.report["rounds"],), generator=torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def random_checkpoint(folder: Path, alike: bool, width: int = 1024, ffn_width: i
     with torch.no_grad():
         # As large as what layers add, so that a token's state changes little from layer to layer.
         model.get_input_embeddings().weight.normal_()
-        mlps = list(model.model.sparse_mlps().values())
+        mlps = list(model.sparse_mlps().values())
         for mlp in mlps[1:] if alike else ():
             mlp.router.weight.copy_(mlps[0].router.weight)
     model.save_pretrained(folder)

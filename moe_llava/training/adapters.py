@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config
@@ -34,7 +34,7 @@ from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line, listed
-from moe_llava.model import Experts, MoeLlavaConfig, Router
+from moe_llava.model import Experts, Router, SparseConfig
 from moe_llava.training.parsing import require
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.trainable import TRAINABLE, ParameterCount
@@ -47,7 +47,7 @@ LAYERS = "model.language_model.layers"
 UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # nor stacked experts
 
 
-def check_adapter(adapter: Adapter, stage: str, model: LlavaForConditionalGeneration) -> None:
+def check_adapter(adapter: Adapter, stage: str, model: PreTrainedModel) -> None:
     """Raise RecipeError if `adapter` does not fit `model`, which `stage` starts from and which may be on the meta device, if the adapter to
     continue from has other settings, or if a package is missing."""
     if stage == "dense":
@@ -90,7 +90,7 @@ def base_of(folder: str | Path) -> str:
     return str(base)
 
 
-def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str) -> Any:
+def lora_config(model: PreTrainedModel, adapter: Adapter, stage: str) -> Any:
     """Return PEFT's LoraConfig for `adapter` on `model`.
 
     Raises RecipeError if the model lacks a target, if its experts are quantised, or if PEFT is not installed.
@@ -116,7 +116,7 @@ def lora_config(model: LlavaForConditionalGeneration, adapter: Adapter, stage: s
     )
 
 
-def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
+def _find_targets(model: PreTrainedModel) -> dict[str, set[str]]:
     """Return target -> names of modules: linear layers by name within a decoder layer, experts' matrices and routers by full name."""
     found: dict[str, set[str]] = {target: set() for target in ADAPTER_TARGETS}
     layers: Any = model.model.language_model.layers
@@ -136,7 +136,7 @@ def _find_targets(model: LlavaForConditionalGeneration) -> dict[str, set[str]]:
     return found
 
 
-def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[LlavaForConditionalGeneration, Any]:
+def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor) of `base` in float32, with the linear layers of its language model quantised if `adapter` says so; those of
     4 bits compute in `dtype`. Raises CheckpointError as `load_checkpoint` does."""
     settings = {"quantization_config": quantisation_config(adapter.quantisation, dtype)} if adapter.quantisation else {}
@@ -151,7 +151,7 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
 
 
-def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
+def quantisation_saves(model: PreTrainedModel, kind: str) -> int:
     """Return how many bytes quantisation saves in the linear layers of `model`, which are in float32. A scale of 4 bytes is kept for every
     64 weights ("nf4") or for every row ("int8")."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(LAYERS)}
@@ -161,23 +161,23 @@ def quantisation_saves(model: LlavaForConditionalGeneration, kind: str) -> int:
     return sum(3 * weight.numel() - 4 * weight.shape[0] for weight in weights)
 
 
-def describe_base(model: LlavaForConditionalGeneration, adapter: Adapter) -> str:
+def describe_base(model: PreTrainedModel, adapter: Adapter) -> str:
     """Return a line that says which layers of the frozen model are quantised."""
     if adapter.quantisation is None:
         return "adapter on a base that is not quantised"
     return f"adapter on a base with {describe_quantised(model, adapter.quantisation)}"
 
 
-def describe_quantised(model: LlavaForConditionalGeneration, kind: str) -> str:
+def describe_quantised(model: PreTrainedModel, kind: str) -> str:
     rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in model.modules()) else "embeddings"
     return f"{len(quantised_layers(model))} linear layers of the language model in {kind}; {rest} and the rest are not"
 
 
-def quantised_layers(model: LlavaForConditionalGeneration) -> dict[str, nn.Linear]:
+def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear}
 
 
-def attach(model: LlavaForConditionalGeneration, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
+def attach(model: PreTrainedModel, adapter: Adapter, stage: str, base: str | Path) -> tuple[Any, ParameterCount]:
     """Return (PeftModel around `model`, its parameters counted). All of `model` itself is frozen; it was loaded from `base`.
 
     Raises RecipeError as `lora_config` does.
@@ -213,7 +213,7 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def load_adapter(model: LlavaForConditionalGeneration, folder: str | Path, base: str, is_trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, folder: str | Path, base: str, is_trainable: bool = False) -> Any:
     """Return a PeftModel: `model`, which was loaded from `base`, with the adapter in `folder`.
 
     Raises CheckpointError, listing names and shapes, if the adapter's tensors are not those that it has on this base.
@@ -261,7 +261,7 @@ def stored_tensors(folder: str | Path) -> dict[str, list[int]]:
 def describe_weights(base: str | Path) -> dict[str, Any]:
     """Return what identifies a base: the digest of its weights, and its MoE settings."""
     config = load_config(base)
-    moe = {name: getattr(config, name) for name in MOE} if isinstance(config, MoeLlavaConfig) else {}
+    moe = {name: getattr(config, name) for name in MOE} if isinstance(config, SparseConfig) else {}
     return {"weights": weights_digest(find_weights(resolve(base, with_weights=True))), "moe": moe}
 
 
@@ -280,7 +280,7 @@ def check_base(folder: str | Path, base: str | Path) -> None:
         )
 
 
-def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> LlavaForConditionalGeneration:
+def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> PreTrainedModel:
     """Write the adapter of a PeftModel into `folder`, and return it merged into `base`, in float32. `later`: the path of `base` when the
     stage is finished."""
     adapted.save_pretrained(folder)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
-from moe_llava.model import MoeLlavaForConditionalGeneration, SparseMlp
+from moe_llava.model import SparseMlp, SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
 from moe_llava.training.recipe import Adapter, Recipe
@@ -69,7 +69,7 @@ class StageCost:
     flops: int
 
 
-def count(model: LlavaForConditionalGeneration, context: int = CONTEXT) -> Budget:
+def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     """Return the budget of `model`, which may be on the meta device. `context`: tokens that the counted token attends to."""
     total = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -97,7 +97,7 @@ def _head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _score_flops(model: LlavaForConditionalGeneration, context: int) -> int:
+def _score_flops(model: PreTrainedModel, context: int) -> int:
     """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values."""
     text: Any = model.config.text_config
     return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * context
@@ -142,17 +142,17 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
     return count(final, context), costs
 
 
-def is_sparse(model: LlavaForConditionalGeneration) -> bool:
-    return isinstance(model, MoeLlavaForConditionalGeneration)
+def is_sparse(model: PreTrainedModel) -> bool:
+    return isinstance(model, SparseModel)
 
 
-def active_parameters(model: LlavaForConditionalGeneration) -> int:
+def active_parameters(model: PreTrainedModel) -> int:
     """Return how many parameters one token goes through."""
     return sum(count(model).active.values())
 
 
 def stage_cost(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     stage: str,
     moe_layers: list[int],
     adapter: Adapter | None = None,
@@ -176,7 +176,7 @@ def stage_cost(
     return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
 
 
-def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) -> float:
+def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:
     """Return how many of the `number` trainable parameters of a part a text token is multiplied with."""
     if part == "projector":
         return 0
@@ -187,7 +187,7 @@ def _multiplied(model: LlavaForConditionalGeneration, part: str, number: int) ->
     return number
 
 
-def _part(model: LlavaForConditionalGeneration, name: str) -> str:
+def _part(model: PreTrainedModel, name: str) -> str:
     """Return which of PARTS the parameter `name` belongs to."""
     if ".vision_tower." in name:
         return "tower"

@@ -24,14 +24,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moe_llava.training.recipe import RecipeError
 from moe_llava.training.saves import full_disk_named
 
 
-def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
+def check_cache(folder: str, model: PreTrainedModel) -> None:
     """Make the folder. Raises RecipeError if that fails, or if the tower of `model`, which may be on the meta device, is random."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def check_cache(folder: str, model: LlavaForConditionalGeneration) -> None:
 
 
 @contextlib.contextmanager
-def cached_features(model: LlavaForConditionalGeneration, folder: str) -> Iterator[None]:
+def cached_features(model: PreTrainedModel, folder: str) -> Iterator[None]:
     """Within this context, the tower of `model` reads the features of images that it has seen before from `folder`, and writes new ones.
 
     Raises ValueError if the tower is trainable: its features would change.

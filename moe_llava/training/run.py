@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import LlavaForConditionalGeneration, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from moe_llava.common.files import read_lines, write_whole
 from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage, GroupedSampler
@@ -151,7 +151,7 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
         console.print(f"{stage.final}: {active_parameters(finished):,} active parameters", highlight=False, soft_wrap=True)
 
 
-def prepare_parameters(stage: Stage, model: LlavaForConditionalGeneration) -> tuple[Any, ParameterCount]:
+def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, ParameterCount]:
     """Return (model, its parameters counted): the stage's parts are trainable, or an adapter is attached and the rest is frozen."""
     settings = stage.settings
     if settings.adapter:
@@ -186,7 +186,7 @@ def make_sampler(stage: Stage, records: Records, image_tokens: int, processes: i
     return GroupedSampler(lengths, has_image, *sizes, processes, stage.recipe.seed)
 
 
-def finish(stage: Stage, model: Any, processor: Any) -> LlavaForConditionalGeneration:
+def finish(stage: Stage, model: Any, processor: Any) -> PreTrainedModel:
     """Write and return the model of a finished stage, with its adapter merged, and rename the stage's folder. The saves are removed last:
     until then, a run can resume from them."""
     work = stage.work

@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
 from transformers.utils.versions import require_version
 
 from moe_llava.checkpoints.load import load_checkpoint, load_model
@@ -67,7 +67,7 @@ def sharding_of(recipe: Recipe) -> dict[str, int | None]:
     return {f"sharding.{field.name}": getattr(recipe.sharding, field.name, None) for field in dataclasses.fields(Sharding)}
 
 
-def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[LlavaForConditionalGeneration, Any]:
+def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor) as `load_checkpoint` does, but only this process's shard of the model. `ep_size` is for sparse models: a
     dense one has no experts to divide."""
     from transformers.distributed import DistributedConfig
@@ -77,7 +77,7 @@ def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[LlavaF
 
 
 @contextmanager
-def shared_folder(folder: Path, make: Callable[[], tuple[LlavaForConditionalGeneration, Any]]) -> Iterator[str]:
+def shared_folder(folder: Path, make: Callable[[], tuple[PreTrainedModel, Any]]) -> Iterator[str]:
     """Yield a folder to which the main process has written the model and processor that `make` returns, and remove it afterwards."""
     state = PartialState()
     if state.is_main_process:
@@ -90,7 +90,7 @@ def shared_folder(folder: Path, make: Callable[[], tuple[LlavaForConditionalGene
         shutil.rmtree(folder)
 
 
-def whole_model(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the whole of a sharded model, on the CPU of the main process; on the others, without weights. Return any other model as it is.
     All processes have to call this."""
     if not getattr(model, "is_distributed_loading_by_transformers", False):

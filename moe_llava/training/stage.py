@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_config, load_on_meta
 from moe_llava.common.files import write_whole
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseConfig, SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
@@ -93,23 +93,23 @@ class Stage:
         if self.name != "stage3":
             return self.origin
         config = load_config(self.origin)
-        same = isinstance(config, MoeLlavaConfig) and all(getattr(config, name) == value for name, value in self._changeable.items())
+        same = isinstance(config, SparseConfig) and all(getattr(config, name) == value for name, value in self._changeable.items())
         return self.origin if same else str(folder / "base")
 
     @property
     def _changeable(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.moe).items() if name not in STRUCTURE}
 
-    def structure(self, path: str | Parts) -> LlavaForConditionalGeneration:
+    def structure(self, path: str | Parts) -> PreTrainedModel:
         """Return the model that the stage begins with, without weights. `path`: its origin, or that of an earlier stage."""
         model = load_structure(path)
-        if self.number != 3 or isinstance(model, MoeLlavaForConditionalGeneration):
+        if self.number != 3 or isinstance(model, SparseModel):
             return model
         return on_meta(sparse_config(model.config, self.recipe.stage3.moe))
 
-    def moe_layers(self, model: LlavaForConditionalGeneration) -> list[int]:
+    def moe_layers(self, model: PreTrainedModel) -> list[int]:
         """Return the layers of `model` that are, or would be, sparse."""
-        if isinstance(model, MoeLlavaForConditionalGeneration):
+        if isinstance(model, SparseModel):
             return model.config.moe_layer_indices
         return sparse_config(model.config, self.recipe.stage3.moe).moe_layer_indices
 
@@ -120,10 +120,10 @@ class Stage:
 
 
 def is_sparse_checkpoint(path: str) -> bool:
-    return isinstance(load_config(path), MoeLlavaConfig)
+    return isinstance(load_config(path), SparseConfig)
 
 
-def load_structure(start: str | Parts) -> LlavaForConditionalGeneration:
+def load_structure(start: str | Parts) -> PreTrainedModel:
     """Return a checkpoint, or what is joined from parts, without weights. Raises CheckpointError as loading its configuration does."""
     if isinstance(start, str):
         return load_on_meta(start)

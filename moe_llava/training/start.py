@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
@@ -38,7 +38,7 @@ def set_aspect_ratio(processor: Any, settings: StageSettings) -> None:
     images.do_pad = settings.image_aspect_ratio == "pad"
 
 
-def start(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
+def start(stage: Stage) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor) as the stage begins with them."""
     if stage.settings.adapter:
         model, processor = _start_frozen(stage)
@@ -48,7 +48,7 @@ def start(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
     return model, processor
 
 
-def _start_whole(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
+def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor): in float32, sparse in stage III."""
     path, recipe = stage.origin, stage.recipe
     if isinstance(path, Parts):
@@ -60,7 +60,7 @@ def _start_whole(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
     return model, processor
 
 
-def _start_sharded(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
+def _start_sharded(stage: Stage) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor), the model as this process's shard. Shards are loaded from a folder, so a model that has to be joined or
     upcycled first is written to one."""
     path, sharding = stage.origin, stage.recipe.sharding
@@ -71,7 +71,7 @@ def _start_sharded(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
         return load_sharded(sharding, folder, **stage.load_settings(folder))
 
 
-def _start_frozen(stage: Stage) -> tuple[LlavaForConditionalGeneration, Any]:
+def _start_frozen(stage: Stage) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor) for an adapter: in float32 but for what is quantised."""
     base, adapter = stage.adapter_base(stage.work), stage.settings.adapter
     assert adapter is not None

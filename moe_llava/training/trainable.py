@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 TRAINABLE = {
     "stage1": ("projector",),
@@ -38,7 +38,7 @@ class ParameterCount:
         return f"trains {parts}: {trained:,} of {self.total:,} parameters ({trained / self.total:.1%})"
 
 
-def choose_parameters(model: LlavaForConditionalGeneration, stage: str, moe_layers: list[int]) -> ParameterCount:
+def choose_parameters(model: PreTrainedModel, stage: str, moe_layers: list[int]) -> ParameterCount:
     """Set `requires_grad` of every parameter for `stage`, a key of TRAINABLE. `moe_layers` are the layers that are or would be sparse."""
     model.requires_grad_(False)
     counts = dict.fromkeys(TRAINABLE[stage], 0)
@@ -49,7 +49,7 @@ def choose_parameters(model: LlavaForConditionalGeneration, stage: str, moe_laye
     return ParameterCount(counts, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
+def checkpoint_layers(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on for the layers whose activations a backward pass needs.
 
     For reentrant checkpointing, transformers makes the outputs of the embeddings and of the tower require a gradient. Then the frozen tower
@@ -59,7 +59,7 @@ def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
     model.disable_input_require_grads()
 
 
-def _parameters_of(model: LlavaForConditionalGeneration, part: str, moe_layers: list[int]) -> list[nn.Parameter]:
+def _parameters_of(model: PreTrainedModel, part: str, moe_layers: list[int]) -> list[nn.Parameter]:
     layers: Any = model.model.language_model.layers
     mlps = [layers[index].mlp for index in moe_layers]
     match part:

@@ -17,7 +17,7 @@ from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
-from moe_llava.model import MoeLlavaForConditionalGeneration
+from moe_llava.model import SparseModel
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
@@ -150,7 +150,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), MoeLlavaForConditionalGeneration)
+        sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), SparseModel)
         inputs = {**inputs, **({"output_router_logits": True} if sparse else logits_at_labels(inputs["labels"]))}
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
         if not sparse:

@@ -68,7 +68,7 @@ def test_a_sparse_checkpoint_computes_the_recorded_outputs(load, name, row):
 @torch.no_grad()
 def test_each_sparse_layer_alone(load, name):
     model, recorded = load(name)
-    for layer, mlp in model.model.sparse_mlps().items():
+    for layer, mlp in model.sparse_mlps().items():
         x = recorded[f"seq0.layer{layer}.moe_in"]
         close(mlp(x[None])[0], recorded[f"seq0.layer{layer}.moe_out"], 1e-5)
         logits, weights, ids, dropped = mlp.router(x)
@@ -114,7 +114,7 @@ def test_upcycling_it(load, top_k):
     """Use the recorded routers. The original does not renormalise the weight of a single expert."""
     dense, recorded = load("phi_stage2")
     model = upcycle(dense, num_experts=4, num_experts_per_tok=top_k, norm_topk_prob=top_k > 1)
-    for layer, mlp in model.model.sparse_mlps().items():
+    for layer, mlp in model.sparse_mlps().items():
         mlp.router.weight.copy_(recorded[f"upcycled.layer{layer}.wg"])
     outputs = model(**inputs_of(model, recorded, [0]), output_router_logits=True)
     close(outputs.logits[0], recorded[f"upcycled_top{top_k}.seq0.logits"], 1e-4)

@@ -85,7 +85,7 @@ def test_the_next_layers_experts_are_prefetched(saved):
     """Routers that send every token to the same two experts, others in each layer: after one pass, nothing but these is fetched, and all
     of it before it is needed."""
     model = load(saved())
-    for layer, mlp in enumerate(model.model.sparse_mlps().values()):
+    for layer, mlp in enumerate(model.sparse_mlps().values()):
         mlp.router.register_forward_hook(partial(_always, layer))
     cache = offload_experts(model, 0.25, CPU, saved())  # room for 4: one layer's two, and the next one's
     inputs = tiny_inputs()
@@ -123,7 +123,7 @@ def test_statistics_of_successive_choices():
 @torch.no_grad()
 def test_with_slots_for_all_every_expert_is_read_once(saved):
     model = load(saved())
-    size = sum(parameter.nbytes for mlp in model.model.sparse_mlps().values() for parameter in mlp.experts.parameters())
+    size = sum(parameter.nbytes for mlp in model.sparse_mlps().values() for parameter in mlp.experts.parameters())
     cache = offload_experts(model, 1.0, CPU, saved())
     for seed in range(6):
         model(**tiny_inputs(seed=seed))

@@ -20,7 +20,7 @@ def tiny_sparse(family):
     sparse = upcycle(tiny_dense(family), seed=1)
     torch.manual_seed(2)
     with torch.no_grad():
-        for mlp in sparse.model.sparse_mlps().values():
+        for mlp in sparse.sparse_mlps().values():
             for parameter in mlp.experts.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
             mlp.router.weight.normal_()

@@ -17,12 +17,10 @@ QUIET = Console(quiet=True)
 gc.freeze()  # every training collects garbage: not among the imported modules
 
 
-@pytest.fixture(scope="session", autouse=True)
-def empty_pictures_of_stages():
-    """A stage draws its losses, which takes longer than these stages do; the tests of training look at the picture."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "plot_run", lambda entries: Figure(figsize=(1, 1)))
-        yield
+@pytest.fixture(autouse=True)
+def empty_pictures_of_stages(monkeypatch):
+    """Drawing the losses takes longer than these stages do; the tests of training look at the picture."""
+    monkeypatch.setattr(run, "plot_run", lambda entries: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     assert short.config.text_config.num_hidden_layers == 2
     assert results["short"]["parameters"]["total"] < results["evolution"]["parameters"]["total"]
     evolved = AutoModelForImageTextToText.from_pretrained(plan.cells["evolution"].folder / "evolved")
-    experts = next(iter(evolved.model.sparse_mlps().values())).experts
+    experts = next(iter(evolved.sparse_mlps().values())).experts
     assert not any(torch.equal(parameter[0], parameter[1]) for parameter in experts.parameters())
 
     # The first sparse stage of two, and the merged one, start from stage I on the same data: the same first loss.

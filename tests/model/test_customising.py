@@ -140,7 +140,7 @@ def test_with_the_documented_row_it_becomes_sparse(dense, documented_row, tmp_pa
     inputs = tiny_inputs()
     expected = dense(**inputs).logits
     sparse = upcycle(dense, num_experts=3)
-    assert torch.equal(sparse.model.sparse_mlps()[0].experts.down_proj[2], dense.model.language_model.layers[0].mlp.w2.weight)
+    assert torch.equal(sparse.sparse_mlps()[0].experts.down_proj[2], dense.model.language_model.layers[0].mlp.w2.weight)
     torch.testing.assert_close(sparse(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     sparse.save_pretrained(tmp_path)
     loaded = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path)

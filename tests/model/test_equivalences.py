@@ -16,7 +16,7 @@ def shuffled_sparse(family: str, **settings) -> MoeLlavaForConditionalGeneration
     sparse = upcycle(tiny_dense(family), **settings)
     torch.manual_seed(5)
     with torch.no_grad():
-        for mlp in sparse.model.sparse_mlps().values():
+        for mlp in sparse.sparse_mlps().values():
             for parameter in mlp.experts.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             mlp.router.weight.mul_(20)
@@ -39,7 +39,7 @@ def test_upcycled_computes_what_dense_computed(family, top_k, use_residual):
     expected = dense(**inputs).logits
     sparse = upcycle(dense, num_experts_per_tok=top_k, use_residual=use_residual)
     assert (sparse(**inputs).logits - expected).abs().max() <= 1e-5
-    assert len(sparse.model.sparse_mlps()) == 2
+    assert len(sparse.sparse_mlps()) == 2
 
 
 @every_family
@@ -178,7 +178,7 @@ def test_gradients_reach_routers_and_used_experts(family):
     inputs = tiny_inputs(batch=3)
     outputs = sparse(**inputs, labels=labels_of(inputs), output_router_logits=True)
     outputs.language_loss.backward()
-    for logits, mlp in zip(outputs.router_logits, sparse.model.sparse_mlps().values(), strict=True):
+    for logits, mlp in zip(outputs.router_logits, sparse.sparse_mlps().values(), strict=True):
         assert mlp.router.weight.grad.abs().sum() > 0
         used = set(logits.topk(2).indices.flatten().tolist())
         for name, parameter in mlp.experts.named_parameters():
@@ -263,9 +263,9 @@ def test_text_without_image():
 def test_images_and_placeholders_must_match():
     sparse = upcycle(tiny_dense("llama"))
     inputs = tiny_inputs(batch=2)
-    with pytest.raises(ValueError, match=f"found {2 * IMAGE_TOKENS} image placeholders .* but the images make {IMAGE_TOKENS} features"):
+    with pytest.raises(ValueError, match=f"do not match, tokens: {2 * IMAGE_TOKENS}"):
         sparse(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"][:1])
-    with pytest.raises(ValueError, match=f"found {2 * IMAGE_TOKENS} image placeholders .* 0 features"):
+    with pytest.raises(ValueError, match=f"found {2 * IMAGE_TOKENS} image placeholders in input_ids, but no images"):
         sparse(input_ids=inputs["input_ids"])
 
 
@@ -278,7 +278,7 @@ def test_either_ids_or_embeddings():
         sparse()
     with pytest.raises(ValueError, match="exactly one"):
         sparse(input_ids=ids, inputs_embeds=embeds)
-    with pytest.raises(ValueError, match="images need input_ids"):
+    with pytest.raises(ValueError, match="do not match, tokens: 0"):
         sparse(inputs_embeds=embeds, pixel_values=torch.zeros(1, 3, 16, 16))
 
 
@@ -292,7 +292,7 @@ def test_experts_per_token_may_change_at_load(tmp_path, k):
     upcycle(tiny_dense("llama"), num_experts=4).save_pretrained(tmp_path)
     changed = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, num_experts_per_tok=k)
     assert changed.config.num_experts_per_tok == k
-    router = changed.model.sparse_mlps()[0].router
+    router = changed.sparse_mlps()[0].router
     assert router(torch.randn(5, 32))[2].shape == (5, k)
 
 

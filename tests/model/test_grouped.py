@@ -125,7 +125,7 @@ def test_there_and_back_again():
 
 def test_the_backend_is_chosen_unless_it_is_said():
     sparse = shuffled_sparse("llama")
-    (layer, *_) = sparse.model.sparse_mlps().values()
+    (layer, *_) = sparse.sparse_mlps().values()
     assert layer.experts.config._experts_implementation == "auto"
     for backend in ("grouped_mm", "auto"):
         sparse.set_experts_implementation(backend)
@@ -138,7 +138,7 @@ def test_the_backend_is_chosen_unless_it_is_said():
 @torch.no_grad()
 def test_compiled_in_one_graph():
     """Other backends than the loop, which would break it."""
-    (layer, *_) = shuffled_sparse("llama").model.sparse_mlps().values()
+    (layer, *_) = shuffled_sparse("llama").sparse_mlps().values()
     x = torch.randn(1, 20, layer.experts.hidden_dim)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-5)

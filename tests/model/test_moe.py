@@ -110,7 +110,7 @@ def test_top_one_unnormalised_is_the_published_form():
     dense = tiny_dense("llama")
     inputs = tiny_inputs()
     sparse = upcycle(dense, num_experts_per_tok=1, norm_topk_prob=False)
-    router_ = sparse.model.sparse_mlps()[0].router
+    router_ = sparse.sparse_mlps()[0].router
     _, weights_TK, _, _ = router_(torch.randn(5, 32))
     assert (weights_TK < 1).all()
     assert (sparse(**inputs).logits - dense(**inputs).logits).abs().max() > 1e-3

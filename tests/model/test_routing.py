@@ -230,4 +230,4 @@ def test_agnostic_models_hold_and_save_what_they_always_did():
     outputs = sparse.train()(**inputs, labels=labels_of(inputs), output_router_logits=True)
     assert outputs.mi_loss is None
     assert outputs.modality_scores is None
-    assert sparse.model.sparse_mlps()[0].image_mask is None
+    assert sparse.sparse_mlps()[0].image_mask is None

@@ -153,7 +153,7 @@ def test_the_loss_teaches_routers_to_tell_the_modalities_apart():
     """Gradient steps on the mutual information alone, of the routers alone: image and text part company."""
     sparse = learned().requires_grad_(False)
     inputs = tiny_inputs(batch=4)
-    routers = [mlp.router.weight.requires_grad_(True) for mlp in sparse.model.sparse_mlps().values()]
+    routers = [mlp.router.weight.requires_grad_(True) for mlp in sparse.sparse_mlps().values()]
     optimizer = torch.optim.Adam(routers, lr=0.03)
     losses = []
     for _ in range(30):
@@ -174,7 +174,7 @@ def test_the_loss_has_all_its_parts():
     full = sparse(**inputs, labels=labels, output_router_logits=True)
     expected = full.language_loss + 0.3 * full.aux_loss + 0.2 * full.z_loss + 0.5 * full.mi_loss
     torch.testing.assert_close(full.loss, expected)
-    mlps = list(sparse.model.sparse_mlps().values())
+    mlps = list(sparse.sparse_mlps().values())
     bins = [mlp.statistics.bins() for mlp in mlps]
     torch.testing.assert_close(full.aux_loss, balance_loss(full.router_logits, groups=bins))
     information = sum(
@@ -197,9 +197,9 @@ def test_statistics_learn_in_training_only():
     sparse.train()(**inputs)  # no labels: nothing is learnt from
     assert all(torch.equal(buffer, start[name]) for name, buffer in statistics_of(sparse).items())
     inputs_TD = []
-    sparse.model.sparse_mlps()[2].register_forward_pre_hook(lambda _, arguments: inputs_TD.append(arguments[0].flatten(0, 1)))
+    sparse.sparse_mlps()[2].register_forward_pre_hook(lambda _, arguments: inputs_TD.append(arguments[0].flatten(0, 1)))
     sparse(**inputs, labels=labels)
-    statistics = sparse.model.sparse_mlps()[2].statistics
+    statistics = sparse.sparse_mlps()[2].statistics
     is_image_T = (inputs["input_ids"] == 98).flatten()
     assert int(is_image_T.sum()) == 2 * IMAGE_TOKENS
     for m, rows_T in ((IMAGE, is_image_T), (TEXT, ~is_image_T)):

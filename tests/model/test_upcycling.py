@@ -18,7 +18,7 @@ def test_frozen_weights_are_shared_not_copied():
 
 
 def test_router_start_is_small_and_seeded():
-    weights = [upcycle(tiny_dense("llama"), seed=seed).model.sparse_mlps()[0].router.weight for seed in (3, 3, 4)]
+    weights = [upcycle(tiny_dense("llama"), seed=seed).sparse_mlps()[0].router.weight for seed in (3, 3, 4)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert 0.01 < weights[0].std() < 0.03
@@ -26,7 +26,7 @@ def test_router_start_is_small_and_seeded():
 
 def test_experts_are_copies_of_their_own():
     dense = tiny_dense("phi")
-    experts = upcycle(dense, num_experts=3).model.sparse_mlps()[2].experts
+    experts = upcycle(dense, num_experts=3).sparse_mlps()[2].experts
     ffn = dense.model.language_model.layers[2].mlp
     for expert in range(3):
         assert torch.equal(experts.up_proj[expert], ffn.fc1.weight)
@@ -44,7 +44,7 @@ def test_experts_are_copies_of_their_own():
     [("interval", [0, 2, 4]), ("all", [0, 1, 2, 3, 4]), ("first_half", [0, 1]), ("second_half", [2, 3, 4]), ([3, 1], [1, 3])],
 )
 def test_placement(placement, layers):
-    assert list(upcycle(tiny_dense("llama", layers=5), moe_layers=placement).model.sparse_mlps()) == layers
+    assert list(upcycle(tiny_dense("llama", layers=5), moe_layers=placement).sparse_mlps()) == layers
 
 
 def test_mode_dtype_and_generation_settings_are_kept():
@@ -68,7 +68,7 @@ def test_experts_have_the_dtype_of_their_ffn():
     dense = tiny_dense("llama")
     dense.model.language_model.to(torch.bfloat16)
     sparse = upcycle(dense)
-    assert {parameter.dtype for parameter in sparse.model.sparse_mlps()[0].parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in sparse.sparse_mlps()[0].parameters()} == {torch.bfloat16}
 
 
 def test_tied_embeddings_stay_tied():
@@ -112,11 +112,11 @@ def test_upcycled_computes_what_dense_computed_to_the_rounding_of_the_dtype(fami
         assert difference.norm() <= TOLERANCES[dtype] * expected.norm()
 
 
-def test_only_dense_llavas_are_taken():
+def test_only_dense_vision_language_models_are_taken():
     sparse = upcycle(tiny_dense("llama"))
     with pytest.raises(ValueError, match="sparse already"):
         upcycle(sparse)
-    with pytest.raises(TypeError, match="takes a LlavaForConditionalGeneration, not a LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="takes a vision-language model, but LlamaForCausalLM has no vision tower"):
         upcycle(LlamaForCausalLM(tiny_config("llama").text_config))
 
 
@@ -165,7 +165,7 @@ def test_random_start_without_a_checkpoint():
     dense = tiny_config("phi").to_dict()
     dense.pop("model_type")
     model = MoeLlavaForConditionalGeneration(MoeLlavaConfig(**dense))
-    experts = model.model.sparse_mlps()[0].experts
+    experts = model.sparse_mlps()[0].experts
     assert 0.15 < experts.up_proj.std() < 0.25  # initializer_range of the tiny configuration
     assert experts.up_proj_bias.abs().sum() == 0
     assert not torch.equal(experts.up_proj[0], experts.up_proj[1])
@@ -174,7 +174,7 @@ def test_random_start_without_a_checkpoint():
 def test_noise_makes_experts_differ_and_is_seeded():
     dense = tiny_dense("phi")
     copies, noisy, same, other = (
-        upcycle(dense, expert_start=start, seed=seed).model.sparse_mlps()
+        upcycle(dense, expert_start=start, seed=seed).sparse_mlps()
         for start, seed in (("copy", 3), ("noise", 3), ("noise", 3), ("noise", 4))
     )
     for layer in (0, 2):
@@ -207,7 +207,7 @@ def test_evolved_experts_are_those_of_the_formula(family):
         evolve_experts(sparse, batches, seed=seed)
         assert sparse.training
         assert all(parameter.grad is None for parameter in sparse.parameters())
-        found.append(sparse.model.sparse_mlps()[2].experts.down_proj.detach().clone())
+        found.append(sparse.sparse_mlps()[2].experts.down_proj.detach().clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert torch.equal(found[0][0], weight)
