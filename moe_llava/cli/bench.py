@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measures speed and memory side by side, as ratios to a limit: a dense model of as many active parameters.",
+    help="Measure speed and memory as ratios to a dense model with as many active parameters.",
 )
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel="Evaluate")
 
 Rounds = Annotated[int, typer.Option(min=1, help="in each of which every variant has its turn")]
 Dtypes = Annotated[list[str], typer.Option("--dtype", help="float32, bfloat16 or float16; may be given several times")]
@@ -42,7 +42,7 @@ def layer(
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """A sparse layer in every way to compute it, checked against float64, against a dense one k times as wide."""
+    """Compare all backends of a sparse layer, checked against float64, with a dense layer k times as wide."""
     with user_errors():
         sizes = [parse_size(text, experts, top_k) for text in size]
         check_names("--phase", phase, PHASES)
@@ -63,7 +63,7 @@ def model(
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """A whole sparse model that reads a prompt, against a dense one of as many active parameters."""
+    """Compare the prefill of a sparse model with that of a dense one with as many active parameters."""
     with user_errors():
         check_names("--size", size, MODEL_SIZES)
         dtypes = _dtypes(dtype, as_json)
@@ -84,7 +84,7 @@ def train(
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """A training step of stage III and its memory, against a dense model of as many active parameters. bfloat16 is autocast."""
+    """Compare time and memory of a training step of stage III with those of a dense model with as many active parameters."""
     with user_errors():
         check_names("--size", size, MODEL_SIZES)
         dtypes = _dtypes(dtype, as_json)
@@ -106,7 +106,7 @@ def generate(
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """Greedy tokens per second of a sparse model, against a dense one of as many active parameters."""
+    """Compare greedy decoding of a sparse model with that of a dense one with as many active parameters."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
 
@@ -132,7 +132,7 @@ def serve(
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """A server of a checkpoint of the digits world, asked by many clients at once against one after another."""
+    """Compare many clients at once with one after another, on a server with a checkpoint of the digits data."""
     with user_errors():
         from importlib.util import find_spec
 
@@ -158,7 +158,7 @@ def load(
     rounds: Rounds = 3,
     as_json: JsonFile = None,
 ) -> None:
-    """Memory and time of loading a checkpoint, and the time of `chat` from its start to the answer."""
+    """Measure memory and time of loading a checkpoint, and the time of `chat` from its start to the answer."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image
@@ -181,7 +181,7 @@ def offload(
     tokens: Annotated[int, typer.Option(min=1, help="that are written, one at a time")] = 32,
     as_json: JsonFile = None,
 ) -> None:
-    """A token's time against the share of the experts that memory has room for, the others on disk."""
+    """Measure the time per token for several shares of experts in memory, with the others on disk."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint, check_share
 

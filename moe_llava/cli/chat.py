@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
 
 QUANTISATIONS = {4: "nf4", 8: "int8"}
 
 
-@app.command()
+@verb("Use a model", 'moe-llava chat runs/demo/stage3 --image picture.png "describe the image ."', "moe-llava chat runs/demo/stage3")
 def chat(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Argument(help="a question; without one, a conversation")] = None,
@@ -30,7 +30,7 @@ def chat(
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Ask a model about images: once, or as a conversation on the terminal, or line by line through a pipe."""
+    """Query a model about images: once, as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import app, heavy_imports, user_errors, with_options
+from moe_llava.cli.common import heavy_imports, user_errors, verb, with_options
 from moe_llava.model.options import MoeOptions
 
 
@@ -21,7 +21,7 @@ def _layers(text: str) -> str | list[int]:
     return [int(index) for index in text.split(",")]
 
 
-@app.command()
+@verb("Convert", "moe-llava upcycle runs/demo/stage2 runs/sparse --num-experts 4")
 @with_options(MoeOptions, moe_layers=str)
 def upcycle(
     dense: Annotated[str, typer.Argument(help="a dense LLaVA: a folder, or a hub id")],
@@ -30,7 +30,7 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
     **options: Any,
 ) -> None:
-    """Makes a dense checkpoint sparse: each chosen FFN becomes several experts, and the result computes the same (without noise)."""
+    """Upcycle a dense checkpoint: each chosen FFN becomes several experts, and the outputs stay the same."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.files import new_folder
@@ -52,14 +52,14 @@ def upcycle(
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
 
 
-@app.command()
+@verb("Convert", "moe-llava convert published converted --vision-towers towers")
 def convert(
     published: Annotated[str, typer.Argument(help="a checkpoint of the original MoE-LLaVA code: a folder, or a hub id")],
     out: Annotated[Path, typer.Argument(help="folder for the converted checkpoint; must not exist")],
     vision_towers: Annotated[Path | None, typer.Option(help="folder with the vision towers, instead of the hub")] = None,
     language_model: Annotated[str | None, typer.Option(help="for a stage I projector: the language model it was trained with")] = None,
 ) -> None:
-    """Turns a published checkpoint, sparse or of stage I or II, into one that this package and transformers load."""
+    """Convert a checkpoint of the original MoE-LLaVA code to one that transformers loads."""
     with user_errors():
         with heavy_imports():
             from moe_llava.checkpoints.published import convert as run
@@ -68,13 +68,13 @@ def convert(
             print(line)
 
 
-@app.command()
+@verb("Convert", "moe-llava merge runs/lora/stage3/adapter runs/lora/merged")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder, such as the `adapter` of a stage")],
     out: Annotated[Path, typer.Argument(help="folder for the merged checkpoint; must not exist")],
     base: Annotated[str | None, typer.Option(help="the checkpoint it belongs to, if that is no longer where the adapter says")] = None,
 ) -> None:
-    """Adds an adapter into the weights of its base: a checkpoint like any other."""
+    """Merge an adapter (LoRA) into the weights of its base."""
     with user_errors():
         from moe_llava.common.files import new_folder
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import app, heavy_imports, user_errors
+from moe_llava.cli.common import heavy_imports, user_errors, verb
 
 if TYPE_CHECKING:
     from moe_llava.data.check import Report
 
 
-@app.command()
+@verb("Train", "moe-llava check train.json --images images --model runs/digits/base")
 def check(
     data: Annotated[Path, typer.Argument(help="a JSON list, JSON lines, or a folder of `datasets`")],
     images: Annotated[Path, typer.Option(help="folder that its image names are relative to")] = Path("."),
@@ -25,7 +25,7 @@ def check(
     batch_size: Annotated[int, typer.Option(min=1, help="to tell how much of a batch would be padding")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Looks through a data file: every problem by record, lengths, padding. Exit status 1 if there is a problem."""
+    """Check a data file: list the problems by record, lengths and padding. Exit status 1 if there is a problem."""
     with user_errors():
         from moe_llava.data.check import check_data
         from moe_llava.data.templates import TEMPLATES

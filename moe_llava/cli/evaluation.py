@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
 
 
-@app.command()
+@verb("Evaluate", "moe-llava benchmarks")
 def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
-    """Lists the benchmarks, and the files that each needs."""
+    """List the benchmarks, and the files that each needs."""
     with user_errors():
         from moe_llava.evaluation.score.benchmark import NAMES, find_benchmark
 
@@ -27,7 +27,7 @@ def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one J
             print(f"  {name}: {purpose}")
 
 
-@app.command()
+@verb("Evaluate")
 def score(
     name: Annotated[str, typer.Argument(help="a benchmark; `moe-llava benchmarks` lists them")],
     data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
@@ -35,7 +35,7 @@ def score(
     model: Annotated[str | None, typer.Option(help="who answered; default: what the answers name as model_id")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Scores answers to a benchmark as its published script does, with 95% intervals."""
+    """Score answers to a benchmark as its published script does, with 95% intervals."""
     with user_errors():
         from moe_llava.evaluation.score.scoring import score_answers
 
@@ -46,7 +46,7 @@ def score(
         _print_scores(found)
 
 
-@app.command()
+@verb("Evaluate")
 def judge(
     name: Annotated[str, typer.Argument(help="llava-bench or mm-vet")],
     data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
@@ -59,7 +59,7 @@ def judge(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Scores answers by the opinion of a language model. Its API key is read from MOE_LLAVA_JUDGE_KEY; nothing is asked twice."""
+    """Score answers by the opinion of a language model. Its API key is read from MOE_LLAVA_JUDGE_KEY; no query is sent twice."""
     with user_errors():
         from moe_llava.evaluation.score.scoring import judge_answers
 
@@ -75,20 +75,20 @@ def judge(
         print("The judge accepts no temperature 0, so it used its own: another run may give other scores.")
 
 
-@app.command()
+@verb("Evaluate", "moe-llava table runs/sparse runs/dense --format html")
 def table(
     results: Annotated[list[Path], typer.Argument(help="result.json files, or folders with BENCHMARK/result.json")],
     form: Annotated[str, typer.Option("--format", help="markdown, csv or html")] = "markdown",
     reference: Annotated[bool, typer.Option("--reference", help="add the paper's published scores, apart")] = False,
 ) -> None:
-    """Puts the main scores of models side by side, with 95% intervals."""
+    """Show the main scores of several models side by side, with 95% intervals."""
     with user_errors():
         from moe_llava.evaluation.score.tables import write_table
 
         print(write_table(results, form, reference), end="")
 
 
-@app.command()
+@verb("Evaluate", "moe-llava evaluate runs/demo/stage3 --benchmark digits --data runs/demo/data --out runs/evaluation")
 def evaluate(
     checkpoint: Checkpoint,
     benchmark: Annotated[str, typer.Option(help="a benchmark, or several with commas between; `moe-llava benchmarks` lists them")],
@@ -169,7 +169,7 @@ def _print_drops(summary: dict[str, Any], picture: Path) -> None:
     print(picture)
 
 
-@app.command()
+@verb("Evaluate", "moe-llava pope-questions instances_val2014.json runs/pope --images-per-set 500")
 def pope_questions(
     annotations: Annotated[Path, typer.Argument(help="COCO's instances as JSON, or JSON lines of image and objects")],
     out: Annotated[Path, typer.Argument(help="folder for questions and labels; must not exist")],
@@ -178,7 +178,7 @@ def pope_questions(
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the random choices")] = 0,
 ) -> None:
-    """Writes questions as in POPE, of pictures of your own: is there such an object?"""
+    """Write questions about present and absent objects in your own images, as POPE does."""
     with user_errors():
         from moe_llava.evaluation.stress.pope_questions import IMAGES, write_pope_questions
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import app, stops, user_errors
+from moe_llava.cli.common import stops, user_errors, verb
 from moe_llava.digits import RECIPE
 
 ABLATIONS = "strategy, tuned, experts, topk, placement, capacity, size"
@@ -24,7 +24,7 @@ TestImages = Annotated[int | None, typer.Option(help="number of test pictures, o
 BatchSize = Annotated[int, typer.Option(min=1, help="questions per batch")]
 
 
-@app.command()
+@verb("Evaluate", "moe-llava ablate topk --seeds 2")
 def ablate(
     name: Annotated[str, typer.Argument(help=f"an ablation of the paper ({ABLATIONS}), or a YAML file")],
     out: Annotated[Path | None, typer.Option(help="output folder; a run resumes from what it holds. Default: runs/ablations/NAME")] = None,
@@ -49,7 +49,7 @@ def ablate(
         print(run_ablation(name, setup, Console()))
 
 
-@app.command()
+@verb("Evaluate", "moe-llava trial --margin 0.02 --seeds 5")
 def trial(
     margin: Annotated[float, typer.Option(help="how much worse sparse may be, as a share of the questions between 0 and 1, such as 0.02")],
     out: Annotated[Path, typer.Option(help="output folder; a run resumes from what it holds")] = Path("runs/trial"),

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, heavy_imports, user_errors, verb
 
 
-@app.command()
+@verb("Use a model", "moe-llava routes runs/demo/stage3 --data runs/demo/data/test.json --images runs/demo/data/images --out runs/routes")
 def routes(
     checkpoint: Checkpoint,
     data: Annotated[Path, typer.Option(help="conversations: a JSON list, JSON lines, or a folder of `datasets`")],
@@ -20,7 +20,7 @@ def routes(
     limit: Annotated[int | None, typer.Option(min=1, help="only so many records, the first ones")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="records at once")] = 16,
 ) -> None:
-    """Shows which experts took which tokens: numbers, pictures, and a page in which to pick an image, a layer, a token."""
+    """Show which experts each token used: statistics, pictures, and a page to explore."""
     with user_errors():
         from moe_llava.common.files import new_folder
 

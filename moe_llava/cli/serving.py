@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, app, heavy_imports, user_errors
+from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
 
 
-@app.command()
+@verb("Use a model", "moe-llava serve runs/demo/stage3")
 def serve(
     checkpoint: Checkpoint,
     host: Annotated[str, typer.Option(help="the address to listen at; another than this machine's own needs --api-keys")] = "127.0.0.1",
@@ -26,7 +26,7 @@ def serve(
     ] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Serve OpenAI's chat completions over HTTP, many at once, and a page to chat with. SIGTERM lets it finish what it has begun."""
+    """Serve OpenAI's chat completions over HTTP, with continuous batching, and a chat page. SIGTERM finishes what has begun."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.serving.http.listen import listener, read_keys

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_llava.cli.common import app, heavy_imports, stops, user_errors
+from moe_llava.cli.common import heavy_imports, stops, user_errors, verb
 
 if TYPE_CHECKING:
     from moe_llava.training.budget import Budget, StageCost
 
 
-@app.command()
+@verb("Train", "moe-llava demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
     recipe: Annotated[Path | None, typer.Option(help="a recipe instead of the shipped recipes/digits.yaml")] = None,
@@ -22,7 +22,7 @@ def demo(
     train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
     test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
-    """Trains the three stages on scenes of real handwritten digits, tests them, and writes a report with pictures."""
+    """Train the three stages on scenes of handwritten digits, evaluate them, and write a report with pictures."""
     with user_errors(), stops():
         from moe_llava.digits import RECIPE
         from moe_llava.training.recipe import load_recipe
@@ -35,13 +35,13 @@ def demo(
         run_demo(out, loaded, train_images, test_images)
 
 
-@app.command()
+@verb("Train", "moe-llava digits runs/digits")
 def digits(
     out: Annotated[Path, typer.Argument(help="folder to write `data` and `base` into")] = Path("runs/digits"),
     train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
     test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
-    """Writes the digits data set (LLaVA files) and the dense model that training on it starts from."""
+    """Write the digits data set (LLaVA files) and the dense model to start from."""
     with user_errors():
         from rich.console import Console
 
@@ -51,14 +51,14 @@ def digits(
         print(f"{out / 'data'}: pictures and questions; {out / 'base'}: the dense model to start from")
 
 
-@app.command()
+@verb("Train", "moe-llava train recipes/digits.yaml", "moe-llava train recipes/digits.yaml --stage 3 --set seed=1 --resume")
 def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="run this stage only; may be given several times")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, go on with an unfinished one")] = False,
 ) -> None:
-    """Runs MoE-Tuning: the projector, then the language model, then the experts."""
+    """Run MoE-Tuning: train the projector, then the language model, then the experts."""
     with user_errors(), stops():
         from rich.console import Console
 
@@ -75,13 +75,13 @@ def train(
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
 
 
-@app.command()
+@verb("Train", "moe-llava params recipes/digits.yaml")
 def params(
     target: Annotated[str, typer.Argument(help="a recipe (.yaml), or a checkpoint, ours or a published one: a folder or a hub id")],
     vision_towers: Annotated[Path | None, typer.Option(help="for a published checkpoint: folder with the vision towers")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Counts a model's parameters, arithmetic and memory from its configuration, without its weights."""
+    """Compute a model's parameters, FLOPs and memory from its configuration, without its weights."""
     with user_errors():
         from moe_llava.checkpoints.files import read_config
         from moe_llava.training.recipe import load_recipe
