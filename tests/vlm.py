@@ -1,0 +1,137 @@
+"""Tiny vision-language models of several families, with random weights, made from each family's own configuration, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+IMAGE, VIDEO, START, END = 90, 91, 92, 93  # token ids; the vocabulary ends at 98
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large weights, so that a mistake shows
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+SIGLIP = CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False}
+QWEN_TOWER = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+
+
+def images(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image of 16 x 16 pixels for each row."""
+    return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+
+
+def tiles(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image of one tile for each row."""
+    return {"pixel_values": torch.randn(rows, 1, 3, 16, 16, generator=generator)}
+
+
+def patches(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image of 4 x 4 flattened patches of 4 x 4 pixels for each row, with its grid."""
+    return {"pixel_values": torch.randn(16 * rows, 3 * 2 * 16, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model. `features`: placeholders of an image; `around`: the tokens before and after them; `make`: pixel values of an image per
+    row; `types`: the argument that marks image tokens with 1."""
+
+    settings: dict[str, Any]
+    text: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    features: int = 4
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    make: Callable[[int, torch.Generator], dict[str, Tensor]] = images
+    types: str | None = None
+
+
+FAMILIES = {
+    "llava": Family({"vision_config": CLIP | {"model_type": "clip_vision_model"}, "image_token_index": IMAGE}),
+    "qwen2_5_vl": Family(
+        {"vision_config": QWEN_TOWER | {"window_size": 16, "fullatt_block_indexes": [1]}, **QWEN_IDS},
+        text={"rope_parameters": MROPE},
+        around=((START,), (END,)),
+        make=patches,
+        types="mm_token_type_ids",
+    ),
+    "qwen3_vl": Family(
+        {"vision_config": QWEN_TOWER | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}, **QWEN_IDS},
+        text={"rope_parameters": MROPE},
+        around=((START,), (END,)),
+        make=patches,
+        types="mm_token_type_ids",
+    ),
+    "gemma3": Family(
+        {"vision_config": SIGLIP, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END, "mm_tokens_per_image": 4},
+        text={"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+        types="token_type_ids",
+    ),
+    "paligemma": Family(
+        {"vision_config": SIGLIP, "image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32},
+        text={"model_type": "gemma"},
+        types="token_type_ids",
+    ),
+    "internvl": Family(
+        {
+            "vision_config": CLIP | {"image_size": [16, 16], "patch_size": [4, 4]},
+            "image_token_id": IMAGE,
+            "downsample_ratio": 0.5,
+        },
+        text={"model_type": "qwen3"},
+    ),
+    "smolvlm": Family({"vision_config": CLIP | {"patch_size": 4}, "image_token_id": IMAGE, "scale_factor": 2}, make=tiles),
+    "cohere2_vision": Family(
+        {
+            "vision_config": SIGLIP | {"patch_size": 4},
+            "image_token_id": IMAGE,
+            "downsample_factor": 2,
+            "alignment_intermediate_size": 64,
+        },
+        text={"model_type": "cohere2", "sliding_window": 8},
+    ),
+}
+
+
+def tiny_vlm(family: str, seed: int = 0) -> PreTrainedModel:
+    """Return a dense model of `family` with random weights, in evaluation mode."""
+    row = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, text_config=TEXT | row.text, **row.settings)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+def vlm_inputs(family: str, rows: int = 2, with_images: bool = True, seed: int = 1) -> dict[str, Tensor]:
+    """Return a batch, padded on the left: each row has one image, or none, and text of another length."""
+    row, generator = FAMILIES[family], torch.Generator().manual_seed(seed)
+    before, after = row.around
+    prompts = []
+    for number in range(rows):
+        text = torch.randint(3, 89, (5 + 2 * number,), generator=generator).tolist()
+        pictured = [*before, *[IMAGE] * row.features, *after] if with_images else []
+        prompts.append([1, text[0], *pictured, *text[1:]])
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = {"input_ids": ids, "attention_mask": mask}
+    if row.types:
+        found[row.types] = (ids == IMAGE).long()
+    return found | (row.make(rows, generator) if with_images else {})
