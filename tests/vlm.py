@@ -37,6 +37,22 @@ def images(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
 
 
+def sized(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image for each row, with its size in pixels."""
+    return images(rows, generator) | {"image_sizes": torch.tensor([[16, 16]] * rows)}
+
+
+def anyres(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image of 16 x 16 pixels for each row, as a whole and as its only tile, whose rows end with a newline feature."""
+    return {"pixel_values": torch.randn(rows, 2, 3, 16, 16, generator=generator), "image_sizes": torch.tensor([[16, 16]] * rows)}
+
+
+def positioned(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return an image of 4 x 4 flattened patches of 4 x 4 pixels for each row, with their positions."""
+    positions = torch.tensor([[column, row] for row in range(4) for column in range(4)])
+    return {"pixel_values": torch.rand(rows, 16, 48, generator=generator), "image_position_ids": positions.expand(rows, 16, 2)}
+
+
 def tiles(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return an image of one tile for each row."""
     return {"pixel_values": torch.randn(rows, 1, 3, 16, 16, generator=generator)}
@@ -95,6 +111,103 @@ FAMILIES = {
         text={"model_type": "qwen3"},
     ),
     "smolvlm": Family({"vision_config": CLIP | {"patch_size": 4}, "image_token_id": IMAGE, "scale_factor": 2}, make=tiles),
+    "idefics3": Family({"vision_config": CLIP | {"patch_size": 4}, "image_token_id": IMAGE, "scale_factor": 2}, make=tiles),
+    "vipllava": Family(
+        {"vision_config": CLIP | {"model_type": "clip_vision_model"}, "image_token_index": IMAGE, "vision_feature_layer": [-1, -2]}
+    ),
+    "qwen3_5": Family(
+        {"vision_config": QWEN_TOWER | {"num_position_embeddings": 16}, **QWEN_IDS},
+        text={
+            "rope_parameters": MROPE,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        around=((START,), (END,)),
+        make=patches,
+        types="mm_token_type_ids",
+    ),
+    "glm4v": Family(
+        {
+            "vision_config": QWEN_TOWER | {"image_size": 16, "out_hidden_size": 32, "intermediate_size": 32},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "image_start_token_id": START,
+            "image_end_token_id": END,
+            "video_start_token_id": 94,
+            "video_end_token_id": 95,
+        },
+        text={"rope_parameters": MROPE | {"partial_rotary_factor": 1.0, "mrope_interleaved": False}},
+        around=((START,), (END,)),
+        make=patches,
+        types="mm_token_type_ids",
+    ),
+    "aya_vision": Family(
+        {"vision_config": SIGLIP | {"patch_size": 4}, "image_token_index": IMAGE, "downsample_factor": 2, "adapter_hidden_size": 64},
+        text={"model_type": "cohere2", "sliding_window": 8},
+    ),
+    "mistral3": Family(
+        {
+            "vision_config": CLIP | {"model_type": "pixtral", "patch_size": 4, "head_dim": 8},
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 2,
+        },
+        text={"model_type": "mistral"},
+        make=sized,
+    ),
+    "llava_next": Family(
+        {
+            "vision_config": CLIP | {"model_type": "clip_vision_model"},
+            "image_token_index": IMAGE,
+            "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]],
+        },
+        features=10,
+        make=anyres,
+    ),
+    "llava_onevision": Family(
+        {
+            "vision_config": SIGLIP,
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+            "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]],
+        },
+        text={"model_type": "qwen2"},
+        features=10,
+        make=anyres,
+    ),
+    "ovis2": Family(
+        {
+            "vision_config": CLIP | {"hidden_stride": 1, "vocab_size": 32, "num_visual_indicator_tokens": 5},
+            "image_token_id": IMAGE,
+            "visual_indicator_token_ids": [84, 85, 86, 87, 88],
+            "vocab_size": 99,
+            "hidden_size": 32,
+        },
+        text={"model_type": "qwen2"},
+    ),
+    "gemma4": Family(
+        {
+            "vision_config": CLIP | {"patch_size": 4, "head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "boi_token_id": START,
+            "eoi_token_id": END,
+            "audio_token_id": 94,
+        },
+        text={
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 99,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "global_head_dim": 8,
+        },
+        make=positioned,
+        types="mm_token_type_ids",
+    ),
     "cohere2_vision": Family(
         {
             "vision_config": SIGLIP | {"patch_size": 4},

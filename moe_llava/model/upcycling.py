@@ -167,7 +167,7 @@ def sparse_config(dense: PreTrainedConfig, options: MoeOptions) -> SparseConfig:
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
     # `to_dict` leaves it out.
     config._attn_implementation = {"": dense._attn_implementation} | {
-        name: getattr(dense, name)._attn_implementation for name in dense.sub_configs
+        name: part._attn_implementation for name in dense.sub_configs if (part := getattr(dense, name)) is not None
     }
     return config
 
