@@ -18,7 +18,7 @@ from moe_llava.common.messages import changes
 from moe_llava.data.batches import ConversationDataset, EmptyImage
 from moe_llava.data.rendering import check_prompt
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
-from moe_llava.model import SparseConfig, SparseModel
+from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import check_adapter
 from moe_llava.training.features import check_cache
@@ -103,7 +103,7 @@ def check_start(stage: Stage) -> None:
     if settings.expert_start != "copy":
         rule = "which is for experts that are made here"
         raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
-    wanted = SparseConfig(**model.config.to_dict() | dataclasses.asdict(settings.moe))
+    wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.moe))
     for name in STRUCTURE:
         attribute = "moe_layer_indices" if name == "moe_layers" else name
         has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
