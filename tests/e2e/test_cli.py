@@ -27,7 +27,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
-        (["--help"], 0, "Dense vision-language models made sparse"),
+        (["--help"], 0, "Convert dense vision-language models to sparse ones"),
         (["benchmarks"], 0, "pope: POPE"),
         (["train", "{folder}/none.yaml"], 2, "none.yaml does not exist"),
         (["train", "recipes/digits.yaml", "--set", "stage1.optimisation.max_step=2"], 2, "did you mean stage1.optimisation.max_steps?"),
