@@ -163,8 +163,9 @@ def sparse_config(dense: PreTrainedConfig, options: MoeOptions) -> SparseConfig:
         settings.pop(name, None)
     kind: Any = type(dense)
     config = sparse_config_class(kind)(**settings, **asdict(options))
-    # PreTrainedConfig takes the value of the text config, whatever its own is.
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = dense.tie_word_embeddings
+    if hasattr(dense, "tie_word_embeddings"):
+        # PreTrainedConfig takes the value of the text config, whatever its own is.
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = dense.tie_word_embeddings
     # `to_dict` leaves it out.
     config._attn_implementation = {"": dense._attn_implementation} | {
         name: part._attn_implementation for name in dense.sub_configs if (part := getattr(dense, name)) is not None
