@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,41 +32,41 @@ QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_toke
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
 
 
-def images(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image of 16 x 16 pixels for each row."""
-    return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+def images(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images of 16 x 16 pixels."""
+    return {"pixel_values": torch.randn(number, 3, 16, 16, generator=generator)}
 
 
-def sized(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image for each row, with its size in pixels."""
-    return images(rows, generator) | {"image_sizes": torch.tensor([[16, 16]] * rows)}
+def sized(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images with their sizes in pixels."""
+    return images(number, generator) | {"image_sizes": torch.tensor([[16, 16]] * number)}
 
 
-def anyres(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image of 16 x 16 pixels for each row, as a whole and as its only tile, whose rows end with a newline feature."""
-    return {"pixel_values": torch.randn(rows, 2, 3, 16, 16, generator=generator), "image_sizes": torch.tensor([[16, 16]] * rows)}
+def anyres(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images of 16 x 16 pixels, each as a whole and as its only tile, whose rows end with a newline feature."""
+    return {"pixel_values": torch.randn(number, 2, 3, 16, 16, generator=generator), "image_sizes": torch.tensor([[16, 16]] * number)}
 
 
-def positioned(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image of 4 x 4 flattened patches of 4 x 4 pixels for each row, with their positions."""
+def positioned(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images of 4 x 4 flattened patches of 4 x 4 pixels, with the positions of the patches."""
     positions = torch.tensor([[column, row] for row in range(4) for column in range(4)])
-    return {"pixel_values": torch.rand(rows, 16, 48, generator=generator), "image_position_ids": positions.expand(rows, 16, 2)}
+    return {"pixel_values": torch.rand(number, 16, 48, generator=generator), "image_position_ids": positions.expand(number, 16, 2)}
 
 
-def tiles(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image of one tile for each row."""
-    return {"pixel_values": torch.randn(rows, 1, 3, 16, 16, generator=generator)}
+def tiles(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images of one tile each."""
+    return {"pixel_values": torch.randn(number, 1, 3, 16, 16, generator=generator)}
 
 
-def patches(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return an image of 4 x 4 flattened patches of 4 x 4 pixels for each row, with its grid."""
-    return {"pixel_values": torch.randn(16 * rows, 3 * 2 * 16, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+def patches(number: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return images of 4 x 4 flattened patches of 4 x 4 pixels, with their grids."""
+    return {"pixel_values": torch.randn(16 * number, 3 * 2 * 16, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]] * number)}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model. `features`: placeholders of an image; `around`: the tokens before and after them; `make`: pixel values of an image per
-    row; `types`: the argument that marks image tokens with 1."""
+    """A tiny model. `features`: placeholders of an image; `around`: the tokens before and after them; `make`: pixel values of a number of
+    images; `types`: the argument that marks image tokens with 1."""
 
     settings: dict[str, Any]
     text: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
@@ -232,19 +232,33 @@ def tiny_vlm(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def vlm_inputs(family: str, rows: int = 2, with_images: bool = True, seed: int = 1) -> dict[str, Tensor]:
-    """Return a batch, padded on the left: each row has one image, or none, and text of another length."""
+def vlm_inputs(family: str, images: Sequence[int] = (1, 1), side: str = "left", seed: int = 1) -> dict[str, Tensor]:
+    """Return a batch, padded on `side`: a row for each number of images, which follow each other, and text of another length."""
     row, generator = FAMILIES[family], torch.Generator().manual_seed(seed)
     before, after = row.around
     prompts = []
-    for number in range(rows):
-        text = torch.randint(3, 89, (5 + 2 * number,), generator=generator).tolist()
-        pictured = [*before, *[IMAGE] * row.features, *after] if with_images else []
-        prompts.append([1, text[0], *pictured, *text[1:]])
+    for index, number in enumerate(images):
+        text = torch.randint(3, 80, (5 + 2 * index,), generator=generator).tolist()
+        prompts.append([1, text[0], *[*before, *[IMAGE] * row.features, *after] * number, *text[1:]])
     length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    found = {"input_ids": ids, "attention_mask": mask}
+
+    def padded(tokens: list[int], padding: int) -> list[int]:
+        missing = [padding] * (length - len(tokens))
+        return missing + tokens if side == "left" else tokens + missing
+
+    ids = torch.tensor([padded(prompt, 0) for prompt in prompts])
+    found = {"input_ids": ids, "attention_mask": torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts])}
     if row.types:
         found[row.types] = (ids == IMAGE).long()
-    return found | (row.make(rows, generator) if with_images else {})
+    if not any(images):
+        return found
+    made = row.make(sum(images), generator)
+    return found | (by_row(made, images) if row.make is tiles else made)
+
+
+def by_row(made: dict[str, Tensor], images: Sequence[int]) -> dict[str, Tensor]:
+    """Return images arranged by the rows of a batch, and filled up with empty ones, which families of tiles leave out."""
+    pixels = torch.zeros(len(images), max(images), *made["pixel_values"].shape[2:])
+    for row, own in zip(pixels, made["pixel_values"][:, 0].split(list(images)), strict=True):
+        row[: len(own)] = own
+    return made | {"pixel_values": pixels}
