@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage, GroupedSampler
+from moe_llava.data.batches import Collator, ConversationDataset, GroupedSampler
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
@@ -55,12 +56,13 @@ def main() -> None:
     model.train()
     with tempfile.TemporaryDirectory() as folder:
         records = make_records(Path(folder), arguments.records, random)
-        dataset, image = ConversationDataset(records, processor), EmptyImage.of(processor)
+        encoder = Encoder(processor)
+        dataset, items = ConversationDataset(records, encoder), (encoder.nothing(), encoder.empty_image())
         lengths = np.array([len(dataset[index]["input_ids"]) for index in range(len(records))])
         has_image = np.array([bool(record.images) for record in records])
         shuffled = random.permutation(len(records)).tolist()
         grouped = list(GroupedSampler(lengths, has_image, arguments.batch, arguments.batch, 1, seed=0))
-        padded, packed = Collator(0, image), Collator(0, image, packed=True)
+        padded, packed = Collator(*items), Collator(*items, packed=True)
         ways = {"random": (shuffled, padded), "grouped": (grouped, padded), "packed": (shuffled, packed)}
         streams = {name: batches(order, arguments.batch, dataset, collate) for name, (order, collate) in ways.items()}
         rates: dict[str, list[float]] = {name: [] for name in ways}

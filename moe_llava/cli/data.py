@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_llava.cli.common import heavy_imports, user_errors, verb
 
 if TYPE_CHECKING:
-    from moe_llava.data.check import Report
+    from moe_llava.data.check import Measure, Report
 
 
 @verb("Train", "moe-llava check train.json --images images --model runs/digits/base")
@@ -32,8 +32,8 @@ def check(
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
-        tokenizer, image_tokens = (None, 1) if model is None else _tokenizer_of(model, template)
-        report = check_data(data, images, tokenizer, template, image_tokens, max_length)
+        measure = None if model is None else _measure(model, template, max_length)
+        report = check_data(data, images, measure)
     counts: dict[str, float] = {
         "records": report.records,
         "text_only": report.text_only,
@@ -41,7 +41,7 @@ def check(
         "images": report.images,
         "problems": len(report.problems),
     }
-    if tokenizer is not None:
+    if measure is not None:
         counts |= {"tokens": sum(report.lengths), "learnt": report.targets, "cut": report.cut, "padding": report.padding(batch_size)}
     if as_json:
         print(json.dumps(counts | {"problems": report.problems, "lengths": report.histogram()}))
@@ -51,9 +51,9 @@ def check(
         raise typer.Exit(1)
 
 
-def _tokenizer_of(model: str, template: str | None) -> tuple[Any, int]:
-    """A model's tokenizer, and how many tokens an image takes: one, where there is no vision tower yet. Raises DataError if the chat
-    template that is to be used cannot be."""
+def _measure(model: str, template: str | None, max_length: int | None) -> Measure:
+    """Return what counts the tokens of a record for `model`; an image is one where there is no vision tower yet. Raise DataError if the
+    chat template that is to be used cannot be."""
     from moe_llava.checkpoints.files import check_checkpoint, is_text_model
 
     text_model = is_text_model(model)
@@ -64,20 +64,21 @@ def _tokenizer_of(model: str, template: str | None) -> tuple[Any, int]:
         from moe_llava.checkpoints.join import language_tokenizer
         from moe_llava.checkpoints.load import load_processor
         from moe_llava.data.answers import check_template
-        from moe_llava.data.batches import EmptyImage
+        from moe_llava.data.encode import encode_within
+        from moe_llava.data.encoder import Encoder
         from moe_llava.data.records import IMAGE_TOKEN
         from moe_llava.data.rendering import check_prompt
 
-    if text_model:
-        tokenizer, image, tokens = language_tokenizer(model, own_template=template is None), IMAGE_TOKEN, 1
-        print(f"{model} has no vision tower: an image counts as one token", file=sys.stderr)
-    else:
-        processor = load_processor(model)
-        tokenizer, image, tokens = processor.tokenizer, processor.image_token, EmptyImage.of(processor).tokens
+    if not text_model:
+        encoder = Encoder(load_processor(model), template, max_length)
+        encoder.check_processor()
+        return encoder.measure
+    tokenizer = language_tokenizer(model, own_template=template is None)
+    print(f"{model} has no vision tower: an image counts as one token", file=sys.stderr)
     check_template(tokenizer, template)
     if template is None:
-        check_prompt(tokenizer, image)
-    return tokenizer, tokens
+        check_prompt(tokenizer, IMAGE_TOKEN)
+    return lambda record, sizes: encode_within(record, tokenizer, template, 1, max_length)
 
 
 def _print_check(report: Report, counts: dict[str, float]) -> None:

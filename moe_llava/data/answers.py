@@ -28,9 +28,9 @@ _NOT_BY_TURNS = (
 )
 
 
-def render(messages: list[Message], tokenizer: Any, template: str | None, has_images: bool = False) -> tuple[str, list[Span]]:
+def render(messages: list[Message], tokenizer: Any, template: str | None, image: str | None = None) -> tuple[str, list[Span]]:
     """Return the text of a conversation, and [start, end) of each answer in it: the answer and what ends its turn, nothing after that.
-    Empty answers are left out. With `has_images`, `<image>` in a question is an image, and rendered as `placeholder`.
+    Empty answers are left out. With `image`, `<image>` in a question is an image, and `image` is what the template renders for it.
 
     Raises DataError if the tokenizer has no chat template, or one that refuses the messages or does not build a conversation turn by turn.
     """
@@ -38,11 +38,11 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, has_im
         bos = "" if adds_bos(tokenizer) else tokenizer.bos_token or ""
         return run_template(messages, chat_template(template), return_assistant_tokens_mask=True, bos_token=bos)
     special = special_tokens(tokenizer)
-    jinja = make_portable(own_template(tokenizer), tokenizer, placeholder(tokenizer, None))
+    jinja = make_portable(own_template(tokenizer), tokenizer, image or placeholder(tokenizer, None))
     messages = [
         message
         if message["role"] == "assistant"
-        else message | {"content": content_parts(message["content"], has_images and IMAGE_TOKEN in message["content"])}
+        else message | {"content": content_parts(message["content"], image is not None and IMAGE_TOKEN in message["content"])}
         for message in messages
     ]
     end = end_of_turn(tokenizer, jinja)
@@ -56,7 +56,7 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, has_im
 
 
 def placeholder(tokenizer: Any, template: str | None) -> str:
-    """Return the text of an image in a rendered conversation."""
+    """Return what a chat template renders for an image, where there is no processor that says so."""
     return IMAGE_TOKEN if template is not None else getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
 
 

@@ -14,129 +14,88 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.images import open_image
-from moe_llava.data.answers import check_template
-from moe_llava.data.encode import IGNORE_INDEX, IMAGE_INDEX, encode_within
+from moe_llava.data.encode import IGNORE_INDEX
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 
 POOL = 64  # random batches that are sorted by length together: enough for little padding, few enough to stay random
-_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
+# The inputs with a value for each token, and that of padding. All others belong to images.
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
 class ConversationDataset(Dataset):
-    """Records as model inputs: `input_ids` and `labels` [S], `pixel_values` [images, 3, H, W] (absent without images).
+    """Records as the inputs that `encoder` makes of them. The labels are the answers, including their end tokens. A record that cannot be
+    encoded has the key `problem` alone."""
 
-    Labels are the answers, including their end tokens. `template`: a chat template, a key of TEMPLATES; None for the tokenizer's own. Items
-    are cut after `max_length` tokens.
-    """
-
-    def __init__(self, records: Sequence[Record], processor: Any, template: str | None = None, max_length: int | None = None):
+    def __init__(self, records: Sequence[Record], encoder: Encoder):
         self.records = records
-        self.processor = processor
-        self.template = template
-        self.max_length = max_length
-        if processor.tokenizer.pad_token_id is None:
-            raise DataError("the tokenizer has no pad token, which batches are padded with")
-        check_template(processor.tokenizer, template)
+        self.encoder = encoder
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return self._encode(self.records[index])
+            return dict(self.encoder(self.records[index]))
         except DataError as error:
             return {"problem": str(error)}
-
-    def _encode(self, record: Record) -> dict[str, Tensor]:
-        item: dict[str, Tensor] = {}
-        tokens_per_image = 0
-        if record.images:
-            images = [open_image(path, record.source) for path in record.images]
-            item["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            tokens_per_image = image_tokens(self.processor, item["pixel_values"])
-        encoded, _ = encode_within(record, self.processor.tokenizer, self.template, tokens_per_image, self.max_length)
-        ids, labels = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["labels"])
-        item["input_ids"] = ids.masked_fill(ids == IMAGE_INDEX, self.processor.image_token_id)
-        item["labels"] = labels.masked_fill(labels == IMAGE_INDEX, IGNORE_INDEX)
-        return item
-
-
-def image_tokens(processor: Any, pixel_values: Tensor) -> int:
-    """Return the number of placeholders of an image: its patches and the tower's extra tokens, less a class token that is left out."""
-    height, width = pixel_values.shape[-2:]
-    number = (height // processor.patch_size) * (width // processor.patch_size) + processor.num_additional_image_tokens
-    return number - (processor.vision_feature_select_strategy == "default")
-
-
-@dataclass(frozen=True)
-class EmptyImage:
-    """An image for a batch of text alone, which no token sees. With it the projector takes part in every step of every process; otherwise a
-    process without images would keep the others waiting for the projector's gradients.
-
-    `pixels` [1, 3, H, W]; `tokens` placeholders with the id `token_id`, as many as any image has: the processor resizes all to one size.
-    """
-
-    pixels: Tensor
-    tokens: int
-    token_id: int
-
-    @classmethod
-    def of(cls, processor: Any) -> EmptyImage:
-        pixels = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
-        return cls(pixels, image_tokens(processor, pixels), processor.image_token_id)
-
-    def add_to(self, batch: dict[str, Tensor]) -> None:
-        """Append the image to the first row, outside labels and attention mask. A packed batch has no attention mask: there it is one more
-        sample, and a `token_mask` excludes it from the routers' losses and capacities."""
-        rows = batch["input_ids"].shape[0]
-        if "position_ids" in batch:
-            batch["token_mask"] = torch.ones_like(batch["input_ids"])
-        added = {name: torch.full((rows, self.tokens), fill) for name, fill in _PADDING.items() if name in batch}
-        added["input_ids"][0] = self.token_id  # one image, one row of placeholders
-        if "position_ids" in batch:
-            added["position_ids"] = torch.arange(self.tokens)[None]
-        for name, tensor in added.items():
-            batch[name] = torch.cat([batch[name], tensor], dim=1)
-        batch["pixel_values"] = self.pixels
 
 
 @dataclass(frozen=True)
 class Collator:
     """Pad items on the right to the longest row. With `packed`, put all samples into one row instead, each with positions of its own, by
-    which transformers keeps their attention apart. `empty_image` is added to batches without images."""
+    which transformers keeps their attention apart.
 
-    pad_token_id: int
-    empty_image: EmptyImage | None = None
+    `nothing`: an item of one padding token (`Encoder.nothing`). `empty_image`: an item (`Encoder.empty_image`) that no token sees, added to
+    a batch of text alone. With it the projector takes part in every step of every process; otherwise a process without images would keep
+    the others waiting for the projector's gradients.
+    """
+
+    nothing: dict[str, Tensor]
+    empty_image: dict[str, Tensor] | None = None
     packed: bool = False
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [item["problem"] for item in items if "problem" in item]
         # If nothing is left, one token without a label keeps this process in step with the others.
-        nothing = {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([IGNORE_INDEX])}
-        items = [item for item in items if "problem" not in item] or [nothing]
+        items = [item for item in items if "problem" not in item] or [self.nothing]
         batch: dict[str, Any] = self._pack(items) if self.packed else self._pad(items)
-        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-        elif self.empty_image is not None:
-            self.empty_image.add_to(batch)
+        names = dict.fromkeys(name for item in items for name in item if name not in _PADDING)  # in order
+        for name in names:
+            batch[name] = _cat_padded([item[name] for item in items if name in item])
+        if not names and self.empty_image is not None:
+            self._add_empty_image(batch, self.empty_image)
         return batch | ({"problems": problems} if problems else {})
 
+    def _add_empty_image(self, batch: dict[str, Tensor], image: dict[str, Tensor]) -> None:
+        """Append the image to the first row, outside labels and attention mask. A packed batch has no attention mask: there it is one more
+        sample, and a `token_mask` excludes it from the routers' losses and capacities."""
+        rows, length = batch["input_ids"].shape[0], len(image["input_ids"])
+        if self.packed:
+            batch["token_mask"] = torch.ones_like(batch["input_ids"])
+        added = {name: torch.full((rows, length), fill) for name, fill in _PADDING.items() if name in batch}
+        for name in added.keys() & image.keys():
+            added[name][0] = image[name]  # one image, one row of placeholders
+        if self.packed:
+            added["position_ids"] = torch.arange(length)[None]
+        for name, tensor in added.items():
+            batch[name] = torch.cat([batch[name], tensor], dim=1)
+        batch |= {name: tensor for name, tensor in image.items() if name not in _PADDING}
+
     def _pad(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids_BS = pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=self.pad_token_id)
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        return {
-            "input_ids": ids_BS,
-            "attention_mask": (torch.arange(ids_BS.shape[1]) < lengths[:, None]).long(),
-            "labels": pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORE_INDEX),
+        padding = _PADDING | {"input_ids": int(self.nothing["input_ids"])}
+        batch = {
+            name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=padding[name])
+            for name in _PADDING.keys() & items[0].keys()
         }
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        return batch | {"attention_mask": (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()}
 
     def _pack(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
         labels = [item["labels"].clone() for item in items]
@@ -148,6 +107,19 @@ class Collator:
             "position_ids": torch.cat([torch.arange(len(item["labels"])) for item in items])[None],
             "use_cache": False,  # with a cache, transformers ignores the positions
         }
+
+
+def _cat_padded(tensors: list[Tensor]) -> Tensor:
+    """Concatenate inputs of images, [images or patches, ...], padded with zeros in the other dimensions: images of other sizes, or of fewer
+    tiles."""
+    sizes = [max(lengths) for lengths in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    missing = [[size - length for size, length in zip(sizes, tensor.shape[1:], strict=True)] for tensor in tensors]
+    return torch.cat(
+        [
+            F.pad(tensor, [each for length in reversed(lengths) for each in (0, length)]) if any(lengths) else tensor
+            for tensor, lengths in zip(tensors, missing, strict=True)
+        ]
+    )
 
 
 class GroupedSampler(Sampler[int]):

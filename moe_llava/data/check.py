@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
 from moe_llava.common.progress import with_bar
-from moe_llava.data.encode import encode_within
+from moe_llava.data.encode import Encoded
 from moe_llava.data.files import read_items
-from moe_llava.data.records import IMAGE_TOKEN, parse_record
+from moe_llava.data.records import IMAGE_TOKEN, Record, parse_record
+
+Measure = Callable[[Record, list[tuple[int, int]]], tuple[Encoded, bool]]
 
 
 @dataclass
 class Report:
-    """The result of `check_data`. Without a tokenizer there are no lengths, targets and cuts.
+    """The result of `check_data`. Without `measure` there are no lengths, targets and cuts.
 
     `image_as_text`: number of records without an image whose text has `<image>`. `problems`: a line for each. `lengths`: of each valid
     record, with its images. `targets`: number of tokens to train on. `cut`: number of records that the limit cuts.
@@ -47,30 +50,25 @@ class Report:
 def check_data(
     file: str | Path,
     images: str | Path,
-    tokenizer: Any = None,
-    template: str | None = None,
-    image_tokens: int = 1,
-    max_length: int | None = None,
+    measure: Measure | None = None,
 ) -> Report:
     """Read every record, decode every image once, and return a Report.
 
-    Args:
-        tokenizer: counts tokens, and finds records without targets; None leaves both out.
-        template, image_tokens, max_length: as for `encode_within`.
+    `measure`: returns (ids and labels, whether it was cut) of a record and the sizes of its images, such as `Encoder.measure`. None counts
+    no tokens, and finds no records without targets.
 
     Raises DataError only if the file itself cannot be read.
     """
-    report, seen = Report(), set()
+    report, sizes = Report(), dict[Any, tuple[int, int]]()
     for source, item in with_bar(read_items(file), "checking"):
         report.records += 1
         try:
             record = parse_record(source, item, Path(images))
             for path in record.images:
-                if path not in seen:
-                    seen.add(path)
-                    open_image(path, source)
-            if tokenizer is not None:
-                encoded, was_cut = encode_within(record, tokenizer, template, image_tokens, max_length)
+                if path not in sizes:
+                    sizes[path] = open_image(path, source).size
+            if measure is not None:
+                encoded, was_cut = measure(record, [sizes[path] for path in record.images])
                 report.cut += was_cut
                 report.lengths.append(len(encoded["labels"]))
                 report.targets += sum(label >= 0 for label in encoded["labels"])
@@ -78,5 +76,5 @@ def check_data(
             report.image_as_text += not record.images and any(IMAGE_TOKEN in text for turn in record.turns for text in turn)
         except DataError as error:
             report.problems.append(str(error))
-    report.images = len(seen)
+    report.images = len(sizes)
     return report

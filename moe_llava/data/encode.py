@@ -1,19 +1,23 @@
 """Convert a conversation to token ids and labels.
 
-One mechanism for all chat templates: the template is rendered, the answers in its text are found, and the text between images is tokenized
-piece by piece, as in the original code. A token is a target if it ends within an answer.
+One mechanism for all chat templates: the template is rendered, the answers in its text are found, and each placeholder of an image is
+replaced by what the model's processor makes of that image. A token is a target if it ends within an answer.
 
 Unusual here:
-- An image is -200 in the ids until a model's own placeholder replaces it. Within an answer it is -200 in the labels too, and no target
-  there either.
+- With a named chat template, the text between images is tokenized piece by piece, as in the original code. With the model's own template
+  the whole text is tokenized at once, as its processor does: a line break before an image and one that belongs to it may be one token.
+- Without a processor, an image is -200 in the ids. Within an answer it is -200 in the labels too, and no target there either.
 - The beginning-of-sequence token comes once, whether the tokenizer adds it, the template writes it, or both do.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +35,40 @@ LONGEST_RUN = 16
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, of equal length
 
 
+@dataclass(frozen=True)
+class Images:
+    """The images of a record as text. `placeholder`: what a chat template renders for an image. `texts`: what replaces each placeholder.
+    `reserved`: the tokens in `texts` that stand for features; in the text of a record they are text like any other."""
+
+    placeholder: str
+    texts: Sequence[str]
+    reserved: tuple[str, ...]
+
+    def hidden_texts(self) -> list[str]:
+        """Return `texts` with the reserved tokens under the names that `_with_true_offsets` gives them."""
+        pattern = "|".join(map(re.escape, self.reserved))
+        return [re.sub(pattern, lambda found: MARK + found[0], text) for text in self.texts]
+
+
+@dataclass
+class _Tokens:
+    """Ids, labels and, for each token, whether it belongs to an image."""
+
+    ids: list[int]
+    labels: list[int]
+    of_image: list[bool]
+
+    def __add__(self, other: _Tokens) -> _Tokens:
+        return _Tokens(self.ids + other.ids, self.labels + other.labels, self.of_image + other.of_image)
+
+    def without(self, first: int) -> _Tokens:
+        """Leave out the first tokens."""
+        return _Tokens(self.ids[first:], self.labels[first:], self.of_image[first:])
+
+    def cut(self, end: int | None) -> Encoded:
+        return {"input_ids": self.ids[:end], "labels": self.labels[:end]}
+
+
 def encode_record(record: Record | Mapping[str, Any], tokenizer: Any, template: str | None = None, image_tokens: int = 1) -> Encoded:
     """Return `input_ids` and `labels` of a record, of equal length.
 
@@ -46,41 +84,42 @@ def encode_record(record: Record | Mapping[str, Any], tokenizer: Any, template: 
     Raises DataError, naming the rule, if the conversation has no question, or roles out of order, or if the template refuses it.
     """
     whole, end = _encode_whole(record, tokenizer, template, image_tokens)
-    return {name: values[:end] for name, values in whole.items()}
+    return whole.cut(end)
 
 
-def encode_within(record: Record, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> tuple[Encoded, bool]:
+def encode_within(
+    record: Record, tokenizer: Any, template: str | None, images: Images | int, max_length: int | None
+) -> tuple[Encoded, bool]:
     """Return (ids and labels of a record for training, whether it was cut). It is cut after `max_length` tokens, and text alone also at the
-    tokenizer's `model_max_length`.
+    tokenizer's `model_max_length`. `images`: those of the record, or without a processor the number of -200 for each.
 
     Raises DataError as `encode_record` does, and if the cut goes through an image, or leaves no target.
     """
-    whole, end = _encode_whole(record, tokenizer, template, image_tokens)
-    length, limit = len(whole["input_ids"]), min((limit for limit in (max_length, end) if limit is not None), default=None)
+    whole, end = _encode_whole(record, tokenizer, template, images)
+    length, limit = len(whole.ids), min((limit for limit in (max_length, end) if limit is not None), default=None)
     if limit is None or length <= limit:
-        return whole, False
-    if IMAGE_INDEX in whole["input_ids"][limit:]:
+        return whole.cut(None), False
+    if any(whole.of_image[limit:]):
         raise DataError(f"{record.source} has {length} tokens, and an image goes beyond the limit of {limit}")
-    kept = {name: values[:limit] for name, values in whole.items()}
-    if all(label < 0 for label in kept["labels"]):
+    if all(label < 0 for label in whole.labels[:limit]):
         raise DataError(f"{record.source} has {length} tokens, and nothing to learn from is left of it at the limit of {limit}")
-    return kept, True
+    return whole.cut(limit), True
 
 
-def check_rendering(record: Record, tokenizer: Any, template: str | None) -> None:
-    """Raise DataError, naming the record, if the chat template refuses it. Nothing is tokenized."""
+def check_rendering(record: Record, tokenizer: Any, template: str | None, image: str) -> None:
+    """Raise DataError, naming the record, if the chat template, which renders an image as `image`, refuses it. Nothing is tokenized."""
     with _named(record):
         messages, has_images = _messages(record, template)
-        render(messages, tokenizer, template, has_images)
+        render(messages, tokenizer, template, image if has_images else None)
 
 
 def _encode_whole(
-    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, image_tokens: int
-) -> tuple[Encoded, int | None]:
-    """Return (ids and labels of a whole record, the limit of the tokenizer for text alone)."""
+    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, images: Images | int
+) -> tuple[_Tokens, int | None]:
+    """Return (tokens of a whole record, the limit of the tokenizer for text alone)."""
     with _named(record):
         messages, has_images = _messages(record, template)
-        whole = _encode_messages(messages, has_images, tokenizer, template, image_tokens)
+        whole = _encode_messages(messages, has_images, tokenizer, template, images)
     return whole, None if has_images else tokenizer.model_max_length
 
 
@@ -93,51 +132,84 @@ def _named(record: Record | Mapping[str, Any]) -> Iterator[None]:
         raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
 
 
-def _encode_messages(messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, image_tokens: int) -> Encoded:
-    text, answers = render(messages, tokenizer, template, has_images)
-    image = placeholder(tokenizer, template)
+def _encode_messages(messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, images: Images | int) -> _Tokens:
+    count = images if isinstance(images, int) else None
+    image = placeholder(tokenizer, template) if isinstance(images, int) else images.placeholder
+    text, answers = render(messages, tokenizer, template, image if has_images else None)
     pieces = text.split(image) if has_images else [text]
     wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages) if has_images else 0
     if template is None and len(pieces) - 1 != wanted:
         raise DataError(f"the chat template makes {len(pieces) - 1} {image} of {wanted} images")
-    ids, labels, start = [], [], 0
-    # Every piece is tokenized as a text of its own; the token that the tokenizer adds to each is kept of the first only.
-    added = int(adds_bos(tokenizer))
-    for number, piece in enumerate(pieces):
-        if number:
-            ids += [IMAGE_INDEX] * image_tokens
-            labels += [IMAGE_INDEX if _is_target(start, answers) else IGNORE_INDEX] * image_tokens
-        piece_ids, piece_labels = _encode_piece(piece, start, answers, tokenizer)
-        ids += piece_ids[added if number else 0 :]
-        labels += piece_labels[added if number else 0 :]
-        start += len(piece) + len(image)
-    return {"input_ids": ids, "labels": labels}
+    reserved: tuple[str, ...]
+    if isinstance(images, int):
+        texts, reserved = [""] * (len(pieces) - 1), (IMAGE_TOKEN, getattr(tokenizer, "image_token", None) or IMAGE_TOKEN)
+    else:
+        texts, reserved = images.hidden_texts(), images.reserved
+    parts, spans = _put_together(pieces, texts, len(image), answers)
+    backend = _with_true_offsets(tokenizer, reserved)
+    if template is None and count is None:
+        whole = "".join(part for part, _ in parts)
+        of_image = [(start, start + len(part)) for part, start in parts[1::2]]
+        return _encode_text(whole, 0, spans, of_image, backend, tokenizer)
+    # Every piece is a text of its own; the token that the tokenizer adds to each is kept of the first only.
+    found, added = _Tokens([], [], []), int(adds_bos(tokenizer))
+    for number, (part, start) in enumerate(parts):
+        if number % 2 == 0:
+            tokens = _encode_text(part, start, spans, [], backend, tokenizer)
+            found += tokens.without(added if number else 0)
+        elif count is not None:
+            label = IMAGE_INDEX if _is_within(start, spans) else IGNORE_INDEX
+            found += _Tokens([IMAGE_INDEX] * count, [label] * count, [True] * count)
+        else:
+            ids = backend.encode(part, add_special_tokens=False).ids
+            found += _Tokens(ids, [IGNORE_INDEX] * len(ids), [True] * len(ids))
+    return found
 
 
-def _is_target(end: int, answers: list[Span]) -> bool:
-    """Return whether a token that ends at `end` of the text belongs to an answer."""
-    return any(low < end <= high for low, high in answers)
+def _put_together(pieces: list[str], texts: list[str], width: int, answers: list[Span]) -> tuple[list[tuple[str, int]], list[Span]]:
+    """Return ((text, its start) of each piece and of each image's text, in turn; the spans of the answers), both counted in the text with
+    `texts` in place of the placeholders of `width` characters."""
+    parts, before, after = [], [0], [0]  # the start of each piece in the rendered text, and in the new one
+    for piece, text in zip(pieces, [*texts, None], strict=True):
+        parts.append((piece, after[-1]))
+        if text is not None:
+            start = after[-1] + len(piece)
+            parts.append((text, start))
+            before.append(before[-1] + len(piece) + width)
+            after.append(start + len(text))
+
+    def moved(position: int) -> int:
+        piece = bisect_right(before, position) - 1
+        return position - before[piece] + after[piece]
+
+    return parts, [(moved(low), moved(high)) for low, high in answers]
 
 
-def _encode_piece(text: str, start: int, answers: list[Span], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return ids and labels of a piece that begins at `start` of the whole text."""
-    encoded = _with_true_offsets(tokenizer).encode(text)
+def _is_within(end: int, spans: list[Span]) -> bool:
+    """Return whether a token that ends at `end` of the text belongs to one of `spans`."""
+    return any(low < end <= high for low, high in spans)
+
+
+def _encode_text(text: str, start: int, answers: list[Span], images: list[Span], backend: Tokenizer, tokenizer: Any) -> _Tokens:
+    """Return the tokens of a text that begins at `start` of the whole text. `answers`, `images`: spans of the whole text."""
+    encoded = backend.encode(text)
+    ends = [start + end for _, end in encoded.offsets]
+    of_image = [_is_within(end, images) for end in ends]
     labels = [
-        token if _is_target(start + end, answers) else IGNORE_INDEX for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True)
+        id if _is_within(end, answers) and not image else IGNORE_INDEX for id, end, image in zip(encoded.ids, ends, of_image, strict=True)
     ]
     # The template may write the beginning-of-sequence token that the tokenizer adds.
     twice = int(encoded.ids[:2] == [tokenizer.bos_token_id] * 2)
-    return encoded.ids[twice:], labels[twice:]
+    return _Tokens(encoded.ids, labels, of_image).without(twice)
 
 
-@lru_cache(maxsize=4)
-def _with_true_offsets(tokenizer: Any) -> Tokenizer:
-    """Return a tokenizer that reports tokens with their white space, which byte-level ones leave out, and for which `<image>` is text:
-    images have been cut out already. The token of `<image>` keeps its id, because others may be counted from it, under a name that is in no
-    text."""
+@lru_cache(maxsize=8)
+def _with_true_offsets(tokenizer: Any, reserved: tuple[str, ...]) -> Tokenizer:
+    """Return a tokenizer that reports tokens with their white space, which byte-level ones leave out, and for which `reserved` tokens are
+    text. These keep their ids, because others may be counted from them, under names that are in no text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
-    names = {token: MARK + token for token in (IMAGE_TOKEN, getattr(tokenizer, "image_token", None)) if token}
+    names = {token: MARK + token for token in reserved}
     for added in state["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
     vocab = state["model"]["vocab"]

@@ -23,7 +23,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import missing_image
 from moe_llava.common.messages import listed
 from moe_llava.common.progress import with_bar
-from moe_llava.data.encode import check_rendering
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.files import read_items
 from moe_llava.data.records import Record, StoredImage, parse_record
 
@@ -193,14 +193,12 @@ def joined(parts: Iterable[Records]) -> Records:
     return Records(tables, np.concatenate(places), list(dict.fromkeys(problems)))
 
 
-def sift(records: Records, stage: int, tokenizer: Any, template: str | None, image_tokens: int, max_length: int | None) -> Records:
-    """Return the records that a stage can be trained on: with images, which stage 1 needs, that fit into `max_length`, and with a
-    conversation that the chat template takes. The others are named in `problems`. What only tokenizing or decoding can show is found during
-    training.
-
-    Args: `stage`: 1, 2 or 3; the others as for `encode_within`.
+def sift(records: Records, stage: int, encoder: Encoder) -> Records:
+    """Return the records that a stage (1, 2 or 3) can be trained on: with images, which stage 1 needs, that fit into the encoder's
+    `max_length`, and with a conversation that the chat template takes. The others are named in `problems`. What only tokenizing or decoding
+    can show is found during training.
     """
-    images = records.image_counts()
+    images, image_tokens, max_length = records.image_counts(), encoder.image_tokens or 0, encoder.max_length
     problems = {}
     for index in np.flatnonzero(images == 0).tolist() if stage == 1 else []:
         problems[index] = f"{records[index].source} has no image, but stage I trains the projector, which sees nothing else"
@@ -212,16 +210,16 @@ def sift(records: Records, stage: int, tokenizer: Any, template: str | None, ima
     # refused: rendering a million takes minutes.
     _, firsts, shapes = np.unique(records.shapes()[left], return_index=True, return_inverse=True)
     for shape, first in enumerate(firsts.tolist()):
-        if _refusal(records[int(left[first])], tokenizer, template):
-            refusals = {index: _refusal(records[index], tokenizer, template) for index in left[shapes == shape].tolist()}
+        if _refusal(records[int(left[first])], encoder):
+            refusals = {index: _refusal(records[index], encoder) for index in left[shapes == shape].tolist()}
             problems |= {index: refusal for index, refusal in refusals.items() if refusal}
     return records.without(dict(sorted(problems.items())))
 
 
-def _refusal(record: Record, tokenizer: Any, template: str | None) -> str:
+def _refusal(record: Record, encoder: Encoder) -> str:
     """Return the message of the chat template that refuses a record, "" if it takes it."""
     try:
-        check_rendering(record, tokenizer, template)
+        encoder.check_rendering(record)
     except DataError as error:
         return str(error)
     return ""

@@ -22,6 +22,7 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
+from moe_llava.data.encoder import Encoder
 from moe_llava.model import MoeLlavaProcessor, SparseConfig, evolve_experts, upcycle
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.checks import load_data
@@ -228,15 +229,16 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
     settings = recipe.stage3
     processor = load_processor(dense)
     set_aspect_ratio(processor, settings)
+    encoder = Encoder(processor, settings.template, settings.max_length)
     problems: list[str] = []
-    records = load_data(Stage(recipe, 3), processor, problems)
-    dataset = ConversationDataset(records, processor, settings.template, settings.max_length)
+    records = load_data(Stage(recipe, 3), encoder, problems)
+    dataset = ConversationDataset(records, encoder)
     rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
     problems += [row["problem"] for row in rows if "problem" in row]
     if problems:
         raise DataError("\n".join(problems))
     at_once = settings.optimisation.per_device_batch_size
-    batches = [Collator(processor.tokenizer.pad_token_id)(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
+    batches = [Collator(encoder.nothing())(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
     model = load_checkpoint(dense, dtype=torch.float32)[0]
     sparse = upcycle(model, **dataclasses.asdict(settings.moe), seed=recipe.seed).to(best_device())
     evolve_experts(sparse, [{key: value.to(sparse.device) for key, value in batch.items()} for batch in batches], seed=recipe.seed)

@@ -15,8 +15,7 @@ from moe_llava.checkpoints.load import check_weights
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.common.files import read_object, write_whole
 from moe_llava.common.messages import changes
-from moe_llava.data.batches import ConversationDataset, EmptyImage
-from moe_llava.data.rendering import check_prompt
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
@@ -60,7 +59,7 @@ def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
 
 def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
     """Return the records of each stage. Raises what `train` promises, for all of them."""
-    processors, numbers = [], {stage.number for stage in todo}
+    encoders, numbers = [], {stage.number for stage in todo}
     for stage in todo:
         adapter = stage.settings.adapter
         if stage.number - 1 not in numbers or (adapter and adapter.continue_from):
@@ -72,12 +71,12 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
         if stage.recipe.feature_cache:
             check_cache(stage.recipe.feature_cache, stage.structure(path))
         set_aspect_ratio(processor, stage.settings)
-        ConversationDataset([], processor, stage.settings.template)  # raises if the tokenizer does not do for the stage
+        encoder = Encoder(processor, stage.settings.template, stage.settings.max_length)
+        encoder.check_processor()
         check_zero(training_arguments(stage))
-        check_prompt(processor.tokenizer, processor.image_token)
-        processors.append(processor)
+        encoders.append(encoder)
     problems: list[str] = []
-    data = {stage: load_data(stage, processor, problems) for stage, processor in zip(todo, processors, strict=True)}
+    data = {stage: load_data(stage, encoder, problems) for stage, encoder in zip(todo, encoders, strict=True)}
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
     return data
@@ -111,13 +110,13 @@ def check_start(stage: Stage) -> None:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
 
 
-def load_data(stage: Stage, processor: Any, problems: list[str]) -> Records:
+def load_data(stage: Stage, encoder: Encoder, problems: list[str]) -> Records:
     """Return the records of a stage, without the bad ones if these are to be skipped. Other problems go into `problems`."""
-    parts, settings, image_tokens = [], stage.settings, EmptyImage.of(processor).tokens
-    for source in settings.sources:
+    parts = []
+    for source in stage.settings.sources:
         try:
             read = read_records(source.file, source.images)
-            found = sift(read, stage.number, processor.tokenizer, settings.template, image_tokens, settings.max_length)
+            found = sift(read, stage.number, encoder)
             if stage.recipe.on_bad_record == "stop":
                 check_problems(found, source.file)
             parts.append(weighted(found, source.weight, stage.recipe.seed))

@@ -21,7 +21,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
 from moe_llava.common.files import read_lines, write_whole
-from moe_llava.data.batches import Collator, ConversationDataset, EmptyImage, GroupedSampler
+from moe_llava.data.batches import Collator, ConversationDataset, GroupedSampler
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records
 from moe_llava.training.adapters import attach, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
@@ -114,22 +115,22 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
     model, counts = prepare_parameters(stage, model)
     console.print(f"[bold]{TITLES[stage.name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(stage.name, console)
-    image = EmptyImage.of(processor)
+    encoder = Encoder(processor, settings.template, settings.max_length)
     cache = cached_features(without_adapter(model), recipe.feature_cache) if recipe.feature_cache else contextlib.nullcontext()
     with StopWhenAsked() as stop, cache:
         trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
             stage,
             model=model,
             args=arguments,
-            train_dataset=ConversationDataset(records, processor, settings.template, settings.max_length),
+            train_dataset=ConversationDataset(records, encoder),
             data_collator=Collator(
-                processor.tokenizer.pad_token_id,
-                image if "projector" in TRAINABLE[stage.trainable] else None,
+                encoder.nothing(),
+                encoder.empty_image() if "projector" in TRAINABLE[stage.trainable] else None,
                 settings.optimisation.packing,
             ),
             callbacks=[stop],
             display=display,
-            sampler=make_sampler(stage, records, image.tokens, arguments.world_size),
+            sampler=make_sampler(stage, records, encoder, arguments.world_size),
         )
         if trainer.is_world_process_zero():
             stage.write_recipe()
@@ -175,12 +176,12 @@ def write_skipped(work: Path, problems: list[str], console: Console) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def make_sampler(stage: Stage, records: Records, image_tokens: int, processes: int) -> GroupedSampler | None:
+def make_sampler(stage: Stage, records: Records, encoder: Encoder, processes: int) -> GroupedSampler | None:
     """Return the sampler of `group_by_length`, or None for Trainer's own random order."""
     settings = stage.settings
     if not settings.optimisation.group_by_length:
         return None
-    lengths = np.minimum(records.lengths(image_tokens), settings.max_length or np.iinfo(np.int64).max)
+    lengths = np.minimum(records.lengths(encoder.estimate_image_tokens(records)), settings.max_length or np.iinfo(np.int64).max)
     has_image = records.image_counts() > 0
     sizes = (settings.optimisation.batch_size, settings.optimisation.per_device_batch_size)
     return GroupedSampler(lengths, has_image, *sizes, processes, stage.recipe.seed)

@@ -6,7 +6,8 @@ from PIL import Image
 
 from moe_llava import upcycle
 from moe_llava.common.errors import DataError
-from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset, EmptyImage
+from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.digits.base import build_base
 from tests.conftest import FAMILIES, IMAGE_TOKENS, tiny_dense
@@ -27,7 +28,7 @@ def records(tmp_path):
 
 
 def test_labels_are_the_answers_with_their_end(processor, records):
-    item = ConversationDataset(records, processor)[0]
+    item = ConversationDataset(records, Encoder(processor))[0]
     tokenizer = processor.tokenizer
     learnt = item["labels"][item["labels"] != IGNORE_INDEX]
     assert tokenizer.convert_ids_to_tokens(learnt.tolist()) == ["top-left", "</s>", "2", "</s>"]
@@ -35,7 +36,7 @@ def test_labels_are_the_answers_with_their_end(processor, records):
 
 
 def test_ids_equal_those_of_the_processor(processor, records):
-    item = ConversationDataset(records, processor)[0]
+    item = ConversationDataset(records, Encoder(processor))[0]
     text = processor.tokenizer.apply_chat_template(records[0].messages(), tokenize=False)
     expected = processor(text=text, images=Image.open(records[0].images[0]), add_special_tokens=False, return_tensors="pt")
     assert torch.equal(item["input_ids"], expected["input_ids"][0])
@@ -44,8 +45,8 @@ def test_ids_equal_those_of_the_processor(processor, records):
 
 
 def test_batches_are_padded_on_the_right(processor, records):
-    dataset = ConversationDataset(records, processor)
-    batch = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    dataset = ConversationDataset(records, Encoder(processor))
+    batch = Collator(dataset.encoder.nothing())([dataset[0], dataset[1]])
     length = len(dataset[1]["input_ids"])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"][0].all()
@@ -53,15 +54,15 @@ def test_batches_are_padded_on_the_right(processor, records):
     assert (batch["labels"][1, length:] == IGNORE_INDEX).all()
     assert (batch["input_ids"][1, length:] == processor.tokenizer.pad_token_id).all()
     assert batch["pixel_values"].shape == (1, 3, 48, 48)
-    assert "pixel_values" not in Collator(0)([dataset[1]])
+    assert "pixel_values" not in Collator(dataset.encoder.nothing())([dataset[1]])
 
 
 def test_an_empty_image_changes_no_loss(processor, records):
     """The projector takes part in the backward pass."""
     model, _ = build_base()
-    dataset = ConversationDataset([records[1], records[1]], processor)
-    plain = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
-    batch = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor))([dataset[0], dataset[1]])
+    dataset = ConversationDataset([records[1], records[1]], Encoder(processor))
+    plain = Collator(dataset.encoder.nothing())([dataset[0], dataset[1]])
+    batch = Collator(dataset.encoder.nothing(), dataset.encoder.empty_image())([dataset[0], dataset[1]])
     assert batch["pixel_values"].shape == (1, 3, 48, 48)
     length = plain["input_ids"].shape[1]
     for name in plain:
@@ -80,23 +81,23 @@ def test_a_template_whose_answers_cannot_be_found_is_refused(processor, records)
     plain = deepcopy(processor)
     plain.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(DataError, match="name one of phi, stablelm"):
-        ConversationDataset(records, plain)
-    assert ConversationDataset(records, plain, "phi")[1]["labels"].max() > 0
+        ConversationDataset(records, Encoder(plain))
+    assert ConversationDataset(records, Encoder(plain, "phi"))[1]["labels"].max() > 0
     plain.tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template: name one of"):
-        ConversationDataset(records, plain)
+        ConversationDataset(records, Encoder(plain))
     plain.tokenizer.chat_template = "{%- generation -%}{%- endgeneration -%}"
-    ConversationDataset(records, plain)
+    ConversationDataset(records, Encoder(plain))
     plain.tokenizer.pad_token = None
     with pytest.raises(DataError, match="no pad token"):
-        ConversationDataset(records, plain)
+        ConversationDataset(records, Encoder(plain))
 
 
 def test_an_unreadable_record_is_left_out_and_reported(processor, records, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     broken = Record("three", records[0].turns, (tmp_path / "b.png",))
-    dataset = ConversationDataset([broken, *records], processor)
-    collate = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor))
+    dataset = ConversationDataset([broken, *records], Encoder(processor))
+    collate = Collator(dataset.encoder.nothing(), dataset.encoder.empty_image())
     batch = collate([dataset[0], dataset[1], dataset[2]])
     assert len(batch["problems"]) == 1
     assert "three names the image" in batch.pop("problems")[0]
@@ -110,18 +111,18 @@ def test_an_unreadable_record_is_left_out_and_reported(processor, records, tmp_p
 
 
 def test_records_are_cut_at_the_limit(processor, records):
-    whole = ConversationDataset(records, processor)[0]
+    whole = ConversationDataset(records, Encoder(processor))[0]
     length = len(whole["input_ids"])
-    cut = ConversationDataset(records, processor, max_length=length - 2)[0]
+    cut = ConversationDataset(records, Encoder(processor, max_length=length - 2))[0]
     assert torch.equal(cut["input_ids"], whole["input_ids"][:-2])
     assert torch.equal(cut["labels"], whole["labels"][:-2])
-    assert torch.equal(ConversationDataset(records, processor, max_length=length)[0]["labels"], whole["labels"])
+    assert torch.equal(ConversationDataset(records, Encoder(processor, max_length=length))[0]["labels"], whole["labels"])
     first_answer = int((whole["labels"] != IGNORE_INDEX).nonzero()[0])
     for limit, message in (
         (first_answer, "nothing to learn from is left of it at the limit of"),
         (9, "an image goes beyond the limit of 9"),
     ):
-        problem = ConversationDataset(records, processor, max_length=limit)[0]["problem"]
+        problem = ConversationDataset(records, Encoder(processor, max_length=limit))[0]["problem"]
         assert problem.startswith(f"one has {length} tokens, and ")
         assert message in problem
 
@@ -147,7 +148,7 @@ def test_packed_samples_do_not_see_each_other(family, attention):
         model.train()
         found = []
         for packed in (False, True):
-            batch = Collator(0, packed=packed)(items)
+            batch = Collator({"input_ids": torch.tensor([0])}, packed=packed)(items)
             model.zero_grad()
             loss = model(**batch).loss
             loss.backward()
@@ -159,10 +160,10 @@ def test_packed_samples_do_not_see_each_other(family, attention):
 
 def test_an_empty_image_beside_packed_samples(processor, records):
     model, _ = build_base()
-    dataset = ConversationDataset([records[1], records[1]], processor)
+    dataset = ConversationDataset([records[1], records[1]], Encoder(processor))
     items = [dataset[0], dataset[1]]
-    plain = Collator(processor.tokenizer.pad_token_id)(items)
-    batch = Collator(processor.tokenizer.pad_token_id, EmptyImage.of(processor), packed=True)(items)
+    plain = Collator(dataset.encoder.nothing())(items)
+    batch = Collator(dataset.encoder.nothing(), dataset.encoder.empty_image(), packed=True)(items)
     torch.testing.assert_close(model(**batch).loss, model(**plain).loss)
 
 
@@ -171,10 +172,14 @@ def test_an_empty_image_beside_packed_samples_changes_no_router(processor, recor
     """Losses and gradients of a sparse model with a trainable projector equal those of the padded batch, and of a batch without it."""
     dense, _ = build_base()
     model = upcycle(dense, num_experts=4, num_experts_per_tok=2, router_z_loss_coef=0.01, capacity_factor=capacity).train()
-    dataset = ConversationDataset([records[1], Record("three", (("how many digits are there ?", "2"),))], processor)
-    items, empty = [dataset[0], dataset[1]], EmptyImage.of(processor)
+    dataset = ConversationDataset([records[1], Record("three", (("how many digits are there ?", "2"),))], Encoder(processor))
+    items, nothing, empty = [dataset[0], dataset[1]], dataset.encoder.nothing(), dataset.encoder.empty_image()
     found = []
-    for collate in (Collator(0), Collator(0, empty), Collator(0, empty, packed=True)):
+    for collate in (
+        Collator(dataset.encoder.nothing()),
+        Collator(dataset.encoder.nothing(), empty),
+        Collator(dataset.encoder.nothing(), empty, packed=True),
+    ):
         model.zero_grad()
         outputs = model(**collate(items), output_router_logits=True)
         outputs.loss.backward()
@@ -190,14 +195,14 @@ def test_text_alone_is_cut_at_the_models_limit(processor, records):
 
     short = deepcopy(processor)
     short.tokenizer.model_max_length = 6
-    problem = ConversationDataset([records[1]], short)[0]["problem"]
+    problem = ConversationDataset([records[1]], Encoder(short))[0]["problem"]
     assert "nothing to learn from is left of it at the limit of 6" in problem
-    assert "problem" not in ConversationDataset([records[0]], short)[0]
+    assert "problem" not in ConversationDataset([records[0]], Encoder(short))[0]
 
 
 def test_a_system_prompt_replaces_that_of_the_template(processor, records):
     spoken = Record("s", records[1].turns, system="there is a red 7 .")
-    dataset = ConversationDataset([records[1], spoken], processor, "v1")
+    dataset = ConversationDataset([records[1], spoken], Encoder(processor, "v1"))
     plain, other = (processor.tokenizer.decode(dataset[index]["input_ids"]) for index in (0, 1))
     assert "there is a red 7 ." in other
     assert "there is a red 7 ." not in plain

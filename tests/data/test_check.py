@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moe_llava.data.check import Report, check_data
-from moe_llava.data.encode import encode_record
+from moe_llava.data.encode import encode_record, encode_within
 from moe_llava.digits.tokenizer import build_tokenizer
 from tests.conftest import refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -52,19 +52,24 @@ def test_every_problem_is_found(data):
         assert what in problem
 
 
+def measured(tokenizer, limit=None):
+    """Count 36 tokens for an image."""
+    return lambda record, sizes: encode_within(record, tokenizer, None, 36, limit)
+
+
 def test_lengths_are_those_of_training(data):
     tokenizer = build_tokenizer()
-    report = check_data(data / "data.json", data, tokenizer, image_tokens=36)
+    report = check_data(data / "data.json", data, measured(tokenizer))
     records = json.loads((data / "data.json").read_text())
     assert report.lengths == [len(encode_record(record, tokenizer, image_tokens=36)["input_ids"]) for record in records[:2]]
     assert report.targets == 2 + 4  # one word and its end; two of them
 
 
 def test_the_limit(data):
-    report = check_data(data / "data.json", data, build_tokenizer(), image_tokens=36, max_length=30)
+    report = check_data(data / "data.json", data, measured(build_tokenizer(), 30))
     assert report.cut == 0  # what the limit spoils is a problem
-    longest = max(check_data(data / "data.json", data, build_tokenizer(), image_tokens=36).lengths)
-    assert check_data(data / "data.json", data, build_tokenizer(), image_tokens=36, max_length=longest - 1).cut == 1
+    longest = max(check_data(data / "data.json", data, measured(build_tokenizer())).lengths)
+    assert check_data(data / "data.json", data, measured(build_tokenizer(), longest - 1)).cut == 1
     assert max(report.lengths) <= 30
     assert any("an image goes beyond the limit of 30" in problem for problem in report.problems)
 

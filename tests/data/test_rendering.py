@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.answers import render
+from moe_llava.data.answers import placeholder, render
 from moe_llava.data.encode import encode_record
 from moe_llava.data.rendering import check_prompt, make_portable
 from tests.checkpoints.tiny_tokenizers import train
@@ -68,7 +68,7 @@ def test_prompts_are_prefixes_of_the_training_text(model):
     roles = {"human": "user", "gpt": "assistant"}
     strings = [{"role": roles[role], "content": text} for role, text in TALK]
     lists = [{"role": roles[role], "content": parts(text)} for role, text in TALK]
-    text, _ = render(strings, tokenizer, None, has_images=True)
+    text, _ = render(strings, tokenizer, None, placeholder(tokenizer, None))
     processor = LlavaProcessor(LlavaImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
     for turns in (1, 3):
         for messages in (lists, strings):

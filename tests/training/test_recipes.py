@@ -26,8 +26,8 @@ from transformers import (
 
 from moe_llava.checkpoints.join import TEXT_LENGTH, join, joined_processor
 from moe_llava.common.errors import CheckpointError
-from moe_llava.data.batches import ConversationDataset
 from moe_llava.data.encode import encode_record
+from moe_llava.data.encoder import Encoder
 from moe_llava.model import MoeLlavaForConditionalGeneration
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.budget import survey
@@ -376,4 +376,4 @@ def test_a_joined_processor_trains_on_its_own_form(parts):
     processor = joined_processor(**model_of(parts, "phi", "clip"))
     record = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
     assert encode_record(record, processor.tokenizer) == encode_record(record, processor.tokenizer, "phi")
-    ConversationDataset([], processor)
+    Encoder(processor).check_processor()
