@@ -11,10 +11,12 @@ demo: .venv/installed
 # Two processes of one thread each: torch's threads would only get in each other's way.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov=moe_llava/model --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(FAMILIES)
 
 # The demo takes as long as all the others together: whoever is done takes over what waits.
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(FAMILIES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -24,6 +26,9 @@ lint: .venv/installed
 # Broken links and docstrings that cannot be parsed fail the build.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Tests with torchvision, which is of another build than torch here: the plugin makes it importable, for these tests alone.
+FAMILIES := -p tests.families.operators tests/families
 
 # What lmms-eval imports to run a task. All that it requires is a hundred packages, and a torchvision that may be of another build than torch.
 LMMS_EVAL := evaluate loguru pytablewriter pytz sacrebleu tenacity
@@ -37,6 +42,7 @@ TRANSFORMERS_TESTS := .venv/transformers-tests
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(LMMS_EVAL)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
+	rm -rf .venv/torchvision && $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/torchvision torchvision
 	rm -rf $(TRANSFORMERS_TESTS) && mkdir $(TRANSFORMERS_TESTS)
 	$(BIN)/pip freeze | grep ^transformers== > $(TRANSFORMERS_TESTS)/version
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(TRANSFORMERS_TESTS) --requirement $(TRANSFORMERS_TESTS)/version

@@ -220,16 +220,33 @@ FAMILIES = {
 }
 
 
-def tiny_vlm(family: str, seed: int = 0) -> PreTrainedModel:
-    """Return a dense model of `family` with random weights, in evaluation mode."""
+def tiny_vlm(family: str, seed: int = 0, ids: dict[int, int] | None = None, vocab_size: int = TEXT["vocab_size"]) -> PreTrainedModel:
+    """Return a dense model of `family` with random weights, in evaluation mode. `ids` replaces token ids of the settings."""
     row = FAMILIES[family]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, text_config=TEXT | row.text, **row.settings)
+    if ids:
+        config = type(config).from_dict(_with_ids(config.to_dict(), ids, vocab_size))
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
     return model
+
+
+def _with_ids(settings: dict[str, Any], ids: dict[int, int], vocab_size: int) -> dict[str, Any]:
+    """Replace token ids, and the size of the text's vocabulary, wherever a configuration has them."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found[name] = _with_ids(value, ids, vocab_size)
+        elif str(name).startswith("vocab_size") and value == TEXT["vocab_size"]:
+            found[name] = vocab_size
+        elif "token_id" in str(name) or "token_index" in str(name):
+            found[name] = [ids.get(id, id) for id in value] if isinstance(value, list) else ids.get(value, value)
+        else:
+            found[name] = value
+    return found
 
 
 def vlm_inputs(family: str, images: Sequence[int] = (1, 1), side: str = "left", seed: int = 1) -> dict[str, Tensor]:

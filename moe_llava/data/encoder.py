@@ -150,11 +150,13 @@ class Encoder:
 
     @cached_property
     def _reserved(self) -> tuple[str, ...]:
-        """The tokens that stand for images and videos: in a record they are text."""
-        ids = [*self.processor.image_token_ids, *self.processor.video_token_ids]
-        own = [self.processor.image_token, getattr(self.processor, "video_token", None)]
-        own += [self.tokenizer.convert_ids_to_tokens(token) for token in ids if token is not None]
-        return tuple(sorted({IMAGE_TOKEN, *filter(None, own)}))
+        """The tokens that stand for images and videos, and those that the processor puts around them. In a record they are text, but for
+        those that the chat template itself writes."""
+        image = self._text_of(_SIZES[0])
+        rendered, _ = render([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], self.tokenizer, self.template)
+        special = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        found = {token for token in special if token in image and token not in rendered}
+        return tuple(sorted({IMAGE_TOKEN, self.processor.image_token, getattr(self.processor, "video_token", None) or IMAGE_TOKEN} | found))
 
     @lru_cache(maxsize=4096)  # noqa: B019 (an encoder lives as long as its stage)
     def _text_of(self, size: tuple[int, int]) -> str:

@@ -23,7 +23,6 @@ from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
-from transformers.utils.versions import require_version
 
 from moe_llava.checkpoints.load import load_checkpoint, load_model
 from moe_llava.training.recipe import Recipe, RecipeError, Sharding
@@ -49,10 +48,6 @@ def check_engine(recipe: Recipe) -> None:
         raise RecipeError(
             f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes that torchrun starts, {processes}"
         )
-    try:
-        require_version("transformers>=5.23")
-    except ImportError as error:
-        raise RecipeError(f"sharding needs a newer transformers: {error}") from error
 
 
 def check_zero(arguments: TrainingArguments) -> None:
