@@ -69,6 +69,11 @@ def make_processor(
     )
 
 
+def sparse_processor(processor: Any) -> Any:
+    """Return the processor of the sparse model that is made from the dense one of `processor`: the same, but for a LLaVA."""
+    return MoeLlavaProcessor.from_llava(processor) if isinstance(processor, LlavaProcessor) else processor
+
+
 def complete_processor(processor: Any, config: LlavaConfig, path: str | Path) -> None:
     """Take from `config` what the files in `path` of a LlavaProcessor lack, and make its tokenizer pad on the left and its chat template
     take strings and lists of parts.

@@ -87,7 +87,7 @@ def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tupl
     from moe_llava.training.adapters import describe_quantised, quantisation_config, quantised_layers
 
     kind = QUANTISATIONS[bits]
-    config = quantisation_config(kind, load_config(checkpoint).dtype or torch.float32)
+    config = quantisation_config(checkpoint, kind, load_config(checkpoint).dtype or torch.float32)
     model, processor = load_checkpoint(checkpoint, quantization_config=config, device_map=best_device())
     for name, layer in quantised_layers(model).items():
         if bits == 4 and model.device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 32):

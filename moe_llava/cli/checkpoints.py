@@ -41,13 +41,13 @@ def upcycle(
             # These take seconds, and a mistake is told before.
             with heavy_imports():
                 from moe_llava.checkpoints.load import load_checkpoint
-                from moe_llava.model import MoeLlavaProcessor
+                from moe_llava.checkpoints.processors import sparse_processor
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
             model, processor = load_checkpoint(dense)
             sparse = make_sparse(model, expert_start=expert_start, seed=seed, **options)
             sparse.save_pretrained(folder)
-            MoeLlavaProcessor.from_llava(processor).save_pretrained(folder)
+            sparse_processor(processor).save_pretrained(folder)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
 

@@ -19,11 +19,13 @@ import torch
 from rich.console import Console
 
 from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
+from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
-from moe_llava.model import MoeLlavaProcessor, SparseConfig, evolve_experts, upcycle
+from moe_llava.model import SparseConfig, evolve_experts, upcycle
+from moe_llava.model.modeling import find_backbone
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.checks import load_data
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStageSettings, StageSettings
@@ -211,12 +213,13 @@ def _link(place: Path, checkpoint: str) -> None:
 
 def cut_layers(checkpoint: str, layers: int, out: Path) -> None:
     """Save the model with the first `layers` of its language model. Raise ExperimentError if it has fewer."""
-    found = load_config(checkpoint).text_config.num_hidden_layers
+    found = load_config(checkpoint).get_text_config().num_hidden_layers
     if layers > found:
         raise ExperimentError(f"{checkpoint} has {found} layers, but the experiment needs the first {layers}")
     model, processor = load_checkpoint(checkpoint)
-    model.model.language_model.layers = model.model.language_model.layers[:layers]
-    model.config.text_config.num_hidden_layers = layers
+    backbone = find_backbone(model)[1]
+    backbone.layers = backbone.layers[:layers]
+    model.config.get_text_config().num_hidden_layers = layers
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -244,5 +247,5 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
     evolve_experts(sparse, [{key: value.to(sparse.device) for key, value in batch.items()} for batch in batches], seed=recipe.seed)
     with new_folder(out) as folder:
         sparse.save_pretrained(folder)
-        MoeLlavaProcessor.from_llava(processor).save_pretrained(folder)
+        sparse_processor(processor).save_pretrained(folder)
     return str(out)

@@ -29,13 +29,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
-from moe_llava.checkpoints.load import load_checkpoint, load_config
+from moe_llava.checkpoints.load import load_checkpoint, load_config, load_on_meta
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line, listed
 from moe_llava.model import Experts, Router, SparseConfig
 from moe_llava.training.parsing import require
+from moe_llava.training.parts import backbone_name, decoder_layers, projector_modules
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.trainable import TRAINABLE, ParameterCount
 
@@ -43,8 +44,7 @@ BASE = "base.json"  # in an adapter's folder: what identifies its base
 # Fields of a sparse base's configuration that change its outputs.
 MOE = ("num_experts", "num_experts_per_tok", "moe_layer_indices", "norm_topk_prob", "capacity_factor", "use_residual", "routing")
 logger = logging.getLogger(__name__)
-LAYERS = "model.language_model.layers"
-UNQUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head", "mlp.coefficient"]  # nor stacked experts
+UNQUANTISED = ["lm_head", "mlp.coefficient"]  # nor all that is outside the language model, nor stacked experts
 
 
 def check_adapter(adapter: Adapter, stage: str, model: PreTrainedModel) -> None:
@@ -104,32 +104,37 @@ def lora_config(model: PreTrainedModel, adapter: Adapter, stage: str) -> Any:
             raise RecipeError(f"{stage}.adapter.targets names {target}, but the language model of this stage has none")
     chosen = {target: sorted(found[target]) if target in adapter.targets else [] for target in ADAPTER_TARGETS}
     linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"]]
-    whole = ["model.multi_modal_projector"] if "projector" in TRAINABLE[stage] else []
+    whole = projector_modules(model) if "projector" in TRAINABLE[stage] else []
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_dora=adapter.use_dora,
-        target_modules=rf"{re.escape(LAYERS)}\.\d+\.({'|'.join(linear)})" if linear else [],
+        target_modules=rf"{re.escape(_layers(model))}\.\d+\.({'|'.join(linear)})" if linear else [],
         target_parameters=chosen["experts"] or None,
         modules_to_save=whole + chosen["routers"] or None,
     )
 
 
+def _layers(model: PreTrainedModel) -> str:
+    """Return the name of the list of decoder layers."""
+    return f"{backbone_name(model)}.layers"
+
+
 def _find_targets(model: PreTrainedModel) -> dict[str, set[str]]:
     """Return target -> names of modules: linear layers by name within a decoder layer, experts' matrices and routers by full name."""
     found: dict[str, set[str]] = {target: set() for target in ADAPTER_TARGETS}
-    layers: Any = model.model.language_model.layers
-    for index, layer in enumerate(layers):
+    layers = _layers(model)
+    for index, layer in enumerate(decoder_layers(model)):
         for name, module in layer.named_modules():
             if isinstance(module, Experts):
                 if is_parametrized(module) or not all(parameter.is_floating_point() for parameter in module.parameters()):
-                    raise RecipeError(f"{LAYERS}.{index}.{name} is quantised: LoRA over them would leave matrices without a gradient")
+                    raise RecipeError(f"{layers}.{index}.{name} is quantised: LoRA over them would leave matrices without a gradient")
                 matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
-                found["experts"] |= {f"{LAYERS}.{index}.{name}.{key}" for key in matrices}
+                found["experts"] |= {f"{layers}.{index}.{name}.{key}" for key in matrices}
             elif isinstance(module, Router) or name == "mlp.coefficient":
-                found["routers"].add(f"{LAYERS}.{index}.{name}")
-            elif isinstance(module, nn.Linear) and name.startswith("self_attn."):
+                found["routers"].add(f"{layers}.{index}.{name}")
+            elif isinstance(module, nn.Linear) and name.startswith(("self_attn.", "linear_attn.")):
                 found["attention"].add(name)
             elif isinstance(module, nn.Linear) and name.startswith("mlp."):
                 found["FFN"].add(name)
@@ -139,22 +144,26 @@ def _find_targets(model: PreTrainedModel) -> dict[str, set[str]]:
 def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[PreTrainedModel, Any]:
     """Return (model, processor) of `base` in float32, with the linear layers of its language model quantised if `adapter` says so; those of
     4 bits compute in `dtype`. Raises CheckpointError as `load_checkpoint` does."""
-    settings = {"quantization_config": quantisation_config(adapter.quantisation, dtype)} if adapter.quantisation else {}
+    settings = {"quantization_config": quantisation_config(base, adapter.quantisation, dtype)} if adapter.quantisation else {}
     return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
 
 
-def quantisation_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the configuration that quantises the linear layers of a language model as it is loaded; those of "nf4" compute in `dtype`."""
+def quantisation_config(checkpoint: str | Path, kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration that quantises the linear layers of a checkpoint's language model as it is loaded; those of "nf4" compute in
+    `dtype`."""
+    model = load_on_meta(checkpoint)
+    parent, _, own = backbone_name(model).rpartition(".")
+    skipped = UNQUANTISED + [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children() if name != own]
     if kind == "nf4":
         four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        return BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=UNQUANTISED)
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTISED)
+        return BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
 
 
 def quantisation_saves(model: PreTrainedModel, kind: str) -> int:
     """Return how many bytes quantisation saves in the linear layers of `model`, which are in float32. A scale of 4 bytes is kept for every
     64 weights ("nf4") or for every row ("int8")."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(LAYERS)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(_layers(model))}
     weights = [module.weight for name, module in linear.items() if not name.endswith(".mlp.coefficient")]
     if kind == "nf4":
         return sum(4 * weight.numel() - weight.numel() // 2 - 4 * math.ceil(weight.numel() / 64) for weight in weights)
@@ -193,13 +202,14 @@ def attach(model: PreTrainedModel, adapter: Adapter, stage: str, base: str | Pat
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     trained = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     counts: Counter[str] = Counter()
+    projector = projector_modules(model)
     for name, number in trained.items():
-        counts[_part(name)] += number
+        counts[_part(name, projector)] += number
     return adapted, ParameterCount(counts, total + sum(number for name, number in trained.items() if ".modules_to_save." not in name))
 
 
-def _part(name: str) -> str:
-    if ".multi_modal_projector." in name:
+def _part(name: str, projector: list[str]) -> str:
+    if any(f".{module}." in name for module in projector):
         return "projector"
     if ".self_attn." in name:
         return "attention adapter"

@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
-from moe_llava.model import SparseMlp, SparseModel
+from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
+from moe_llava.training.parts import PARTS, attention_layers, parts_of
 from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
 from moe_llava.training.trainable import choose_parameters
 
 CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
-PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,16 @@ class StageCost:
 def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     """Return the budget of `model`, which may be on the meta device. `context`: tokens that the counted token attends to."""
     total = dict.fromkeys(PARTS, 0)
+    parts = parts_of(model)
     for name, parameter in model.named_parameters():
-        total[_part(model, name)] += parameter.numel()
+        total[parts[name]] += parameter.numel()
     experts = (model.config.num_experts, model.config.num_experts_per_tok) if is_sparse(model) else None
     active = dict(total)
     if experts is not None:
         active["experts"] = total["experts"] * experts[1] // experts[0]
-    text: Any = model.config.text_config
+    text: Any = model.config.get_text_config()
     # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
-    head = model.lm_head.weight.numel()
+    head = model.get_output_embeddings().weight.numel()
     multiplied = active["attention"] + active["FFN"] + active["experts"] + active["router"] + head
     return Budget(
         layers=text.num_hidden_layers,
@@ -89,7 +89,7 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
         total=total,
         active=active,
         flops=2 * multiplied + _score_flops(model, context),
-        cache_bytes=2 * text.num_hidden_layers * (text.num_key_value_heads or text.num_attention_heads) * _head_width(text) * 2,
+        cache_bytes=2 * len(list(attention_layers(model))) * (_key_value_heads(text) or text.num_attention_heads) * _head_width(text) * 2,
     )
 
 
@@ -97,10 +97,16 @@ def _head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def _key_value_heads(text: Any) -> int | None:
+    return getattr(text, "num_key_value_heads", None)
+
+
 def _score_flops(model: PreTrainedModel, context: int) -> int:
-    """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values."""
-    text: Any = model.config.text_config
-    return 4 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * context
+    """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values. A layer with
+    a sliding window sees no more than that of the context; layers without attention over the context are left out."""
+    text: Any = model.config.get_text_config()
+    seen = sum(min(context, getattr(layer, "sliding_window", None) or context) for layer in attention_layers(model))
+    return 4 * seen * text.num_attention_heads * _head_width(text)
 
 
 def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None) -> tuple[Budget, dict[str, StageCost]]:
@@ -185,20 +191,3 @@ def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:
     if part in ("experts", "experts adapter"):
         return number * model.config.num_experts_per_tok / model.config.num_experts
     return number
-
-
-def _part(model: PreTrainedModel, name: str) -> str:
-    """Return which of PARTS the parameter `name` belongs to."""
-    if ".vision_tower." in name:
-        return "tower"
-    if ".multi_modal_projector." in name:
-        return "projector"
-    if name.startswith("lm_head.") or ".embed_tokens." in name:
-        return "embeddings"
-    if ".mlp." in name:
-        mlp: nn.Module = model.get_submodule(name.partition(".mlp.")[0] + ".mlp")
-        inner = name.partition(".mlp.")[2].partition(".")[0]
-        if isinstance(mlp, SparseMlp) and inner != "residual_mlp":
-            return "experts" if inner == "experts" else "router"
-        return "FFN"
-    return "attention" if ".self_attn." in name else "norms"

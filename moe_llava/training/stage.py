@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PreTrainedModel
 
 from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_config, load_on_meta
 from moe_llava.common.files import write_whole
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, SparseConfig, SparseModel
+from moe_llava.model import SparseConfig, SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
@@ -131,6 +131,6 @@ def load_structure(start: str | Parts) -> PreTrainedModel:
         return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
 
 
-def on_meta(config: MoeLlavaConfig) -> MoeLlavaForConditionalGeneration:
+def on_meta(config: SparseConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return MoeLlavaForConditionalGeneration._from_config(config)
+        return AutoModelForImageTextToText.from_config(config)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
+from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.files import new_folder
-from moe_llava.model import MoeLlavaProcessor, upcycle
+from moe_llava.model import upcycle
 from moe_llava.training.adapters import load_base
 from moe_llava.training.recipe import Parts, RecipeError, StageSettings
 from moe_llava.training.saves import saving, write_manifest
@@ -56,7 +57,7 @@ def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
     model, processor = load_checkpoint(path, **stage.load_settings(path))
     if stage.upcycles(path):
         model = upcycle(model, recipe.stage3.moe, expert_start=recipe.stage3.expert_start, seed=recipe.seed)
-        processor = MoeLlavaProcessor.from_llava(processor)
+        processor = sparse_processor(processor)
     return model, processor
 
 

@@ -17,6 +17,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_llava.model.modeling import find_backbone
+from moe_llava.training.parts import PROJECTORS, decoder_layers, projector_modules
+
 TRAINABLE = {
     "stage1": ("projector",),
     "stage2": ("projector", "language model"),
@@ -60,13 +63,20 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def _parameters_of(model: PreTrainedModel, part: str, moe_layers: list[int]) -> list[nn.Parameter]:
-    layers: Any = model.model.language_model.layers
-    mlps = [layers[index].mlp for index in moe_layers]
+    """Raise ValueError if no module of the model is known as its projector."""
+    if part == "language model":
+        return list(find_backbone(model)[1].parameters()) + list(model.get_output_embeddings().parameters())
+    if part == "projector":
+        names = projector_modules(model)
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no projector that is known, so stages I and II cannot train it: it must be called one of "
+                f"{', '.join(PROJECTORS)}"
+            )
+        return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
+    layers = decoder_layers(model)
+    mlps: list[Any] = [layers[index].mlp for index in moe_layers]
     match part:
-        case "projector":
-            modules: list[nn.Module] = [model.model.multi_modal_projector]
-        case "language model":
-            modules = [model.model.language_model, model.lm_head]
         case "experts":
             modules = [mlp.experts for mlp in mlps]
         case "routers":

@@ -162,16 +162,16 @@ def test_a_tied_head(damaged, how):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_while_loading(damaged, kind):
+def test_quantised_while_loading(damaged, sparse, kind):
     """bitsandbytes compares no shapes."""
-    settings = {"quantization_config": quantisation_config(kind, torch.float32), "device_map": "cpu"}
+    settings = {"quantization_config": quantisation_config(sparse, kind, torch.float32), "device_map": "cpu"}
     with pytest.raises(CheckpointError, match=r"q_proj.weight is \[16, 32\], but the configuration asks for \[32, 32\]"):
         load_model(damaged(shaped("layers.1.self_attn.q_proj.weight", 16, 32)), **settings)
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("nf4", "weight.absmax"), ("int8", "SCB")])
 def test_stored_quantised(sparse, tmp_path, kind, scale):
-    settings = {"quantization_config": quantisation_config(kind, torch.float32), "device_map": "cpu"}
+    settings = {"quantization_config": quantisation_config(sparse, kind, torch.float32), "device_map": "cpu"}
     load_model(sparse, **settings).save_pretrained(tmp_path / "packed")
     assert load_model(tmp_path / "packed").config.quantization_config
     file = tmp_path / "packed" / "model.safetensors"

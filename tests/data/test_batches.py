@@ -176,9 +176,9 @@ def test_an_empty_image_beside_packed_samples_changes_no_router(processor, recor
     items, nothing, empty = [dataset[0], dataset[1]], dataset.encoder.nothing(), dataset.encoder.empty_image()
     found = []
     for collate in (
-        Collator(dataset.encoder.nothing()),
-        Collator(dataset.encoder.nothing(), empty),
-        Collator(dataset.encoder.nothing(), empty, packed=True),
+        Collator(nothing),
+        Collator(nothing, empty),
+        Collator(nothing, empty, packed=True),
     ):
         model.zero_grad()
         outputs = model(**collate(items), output_router_logits=True)

@@ -77,8 +77,8 @@ COHERE_TOKENS = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOK
 
 @dataclass(frozen=True)
 class Row:
-    """`processor`: the class. `images`, `videos`: (class, settings) of the parts. `tokens`: special tokens, `named` those that the processor
-    reads from the tokenizer. `first`: the token that begins a text, if the template writes one."""
+    """`processor`: the class. `images`, `videos`: (class, settings) of the parts. `tokens`: special tokens, `named` those that the
+    processor reads from the tokenizer. `first`: the token that begins a text, if the template writes one."""
 
     processor: str
     images: tuple[str, dict[str, Any]]

@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from moe_llava import upcycle
-from moe_llava.checkpoints.processors import complete_processor
 from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record

@@ -1,0 +1,67 @@
+"""The parts of a vision-language model of any family, by the names of its parameters.
+
+Everything outside the text backbone and the head sees images: the projector is what PROJECTORS names, and the tower is the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_llava.model import SparseMlp
+from moe_llava.model.modeling import find_backbone
+
+PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
+# What families call the modules between tower and language model.
+PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "embed_vision", "visual_embeddings_table")
+_MIXERS = ("self_attn", "linear_attn")  # what families call the attention of a decoder layer
+
+
+def backbone_name(model: PreTrainedModel) -> str:
+    """Return the name of the text backbone, which has the decoder layers."""
+    return find_backbone(model)[0]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(find_backbone(model)[1].layers)
+
+
+def parts_of(model: PreTrainedModel) -> dict[str, str]:
+    """Return which of PARTS each parameter belongs to, by its name. `model` may be on the meta device."""
+    backbone, head = backbone_name(model), model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return {name: "embeddings" if id(parameter) in heads else _part(model, name, backbone) for name, parameter in model.named_parameters()}
+
+
+def _part(model: PreTrainedModel, name: str, backbone: str) -> str:
+    if not name.startswith(f"{backbone}."):
+        return "projector" if set(name.split(".")) & set(PROJECTORS) else "tower"
+    inside = name.removeprefix(f"{backbone}.").split(".")
+    if inside[0] != "layers":
+        return "norms" if "norm" in inside[0] else "embeddings"
+    if inside[2] == "mlp":
+        mlp = model.get_submodule(".".join([backbone, *inside[:3]]))
+        if isinstance(mlp, SparseMlp) and inside[3] != "residual_mlp":
+            return "experts" if inside[3] == "experts" else "router"
+        return "FFN"
+    return "attention" if inside[2] in _MIXERS else "norms"
+
+
+def projector_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules of the projector."""
+    names = [name for name, part in parts_of(model).items() if part == "projector"]
+    found: dict[str, None] = {}
+    for name in names:
+        words = name.split(".")
+        end = next(index for index, word in enumerate(words) if word in PROJECTORS)
+        found[".".join(words[: end + 1])] = None
+    return list(found)
+
+
+def attention_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the modules of the decoder layers that compute attention over the context: hybrid models have layers without."""
+    for layer in decoder_layers(model):
+        if hasattr(layer, _MIXERS[0]):
+            yield getattr(layer, _MIXERS[0])
