@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,9 @@ from huggingface_hub import constants
 
 from moe_llava.checkpoints.families import published_family
 from moe_llava.common.errors import CheckpointError
-from moe_llava.common.messages import first_line
+from moe_llava.common.messages import did_you_mean, first_line
 
-MODEL_TYPE = "moe_llava"
-MODEL_TYPES = ("llava", MODEL_TYPE)
+SPARSE = "moe_"  # the model type of a sparse model is that of the dense one after this prefix
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -25,7 +26,7 @@ _SETTINGS, _WEIGHTS = ["*.json", "*.tiktoken", "*.model", "*.txt"], ["*.safetens
 
 
 def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain: bool = False) -> None:
-    """Raise CheckpointError unless `path` is a folder or hub id with the configuration of a dense or sparse LLaVA.
+    """Raise CheckpointError unless `path` is a folder or hub id with the configuration of a vision-language model, dense or sparse.
 
     With `keep_experts`, the model must be sparse, and the number a share above 0 and at most 1. With it or `plain`, the weights must not be
     quantised.
@@ -35,15 +36,31 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain:
     check_no_other_llava(content, path)
     if published_family(model_type):
         raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): convert it with `moe-llava convert`")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, but must have one of {', '.join(MODEL_TYPES)}")
+    if not is_known(model_type):
+        similar = did_you_mean(str(model_type), known_types(), "")
+        rule = f"which is no vision-language model of the installed transformers{similar}"
+        raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, {rule}")
     check_quantisation(content, path)
     if (plain or keep_experts is not None) and quantisation_method(content):
         raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: use the model before quantisation")
     if keep_experts is not None:
-        if model_type != MODEL_TYPE:
+        if not str(model_type).startswith(SPARSE):
             raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
         check_share("the share of experts to keep", keep_experts)
+
+
+def is_known(model_type: Any) -> bool:
+    """Return whether a model type is that of a dense or sparse vision-language model."""
+    return isinstance(model_type, str) and model_type.removeprefix(SPARSE) in known_types()
+
+
+@cache
+def known_types() -> tuple[str, ...]:
+    """Return the model types of AutoModelForImageTextToText. The table is read from transformers' source, whose import takes seconds."""
+    spec: Any = find_spec("transformers")
+    table = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    _, _, names = table.read_text(encoding="utf-8").partition("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = OrderedDict(")
+    return tuple(re.findall(r'\("([^"]+)",', names.partition("\n)")[0]))
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -96,7 +113,7 @@ def is_text_model(path: str | Path) -> bool:
         return any((folder / name).is_file() for name in TOKENIZER_FILES)
     content = read_config(path)
     model_type = content.get("model_type")
-    return not (model_type in MODEL_TYPES or published_family(model_type) or "vision_config" in content)
+    return not (is_known(model_type) or published_family(model_type) or "vision_config" in content)
 
 
 def check_share(name: str, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Load a dense or sparse LLaVA folder with its processor, or report what is wrong with the folder.
+"""Load the folder of a vision-language model, dense or sparse, with its processor, or report what is wrong with the folder.
 
 Unusual here: before a folder is loaded, its weights are loaded without their data. This costs no memory, and compares every name and shape,
 also of layers that are quantised or sharded, which the load itself does not compare. So random weights are never used silently.
@@ -182,7 +182,7 @@ def load_processor(path: str | Path) -> Any:
         processor = AutoProcessor.from_pretrained(path)
         complete_processor(processor, config, path)
         return processor
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # some need torchvision or another package
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
 
 

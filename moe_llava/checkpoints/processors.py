@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedConfig, PreTrainedTokenizerFast
 
 from moe_llava.checkpoints.families import TOWERS
 from moe_llava.checkpoints.settings import extra_tokens, no_tokens
@@ -74,15 +74,18 @@ def sparse_processor(processor: Any) -> Any:
     return MoeLlavaProcessor.from_llava(processor) if isinstance(processor, LlavaProcessor) else processor
 
 
-def complete_processor(processor: Any, config: LlavaConfig, path: str | Path) -> None:
-    """Take from `config` what the files in `path` of a LlavaProcessor lack, and make its tokenizer pad on the left and its chat template
-    take strings and lists of parts.
+def complete_processor(processor: Any, config: PreTrainedConfig, path: str | Path) -> None:
+    """Make the tokenizer of a processor pad on the left, and its chat template take strings and lists of parts. Take from `config` what the
+    files in `path` of a LlavaProcessor lack.
 
-    Raises CheckpointError if something is unknown, or if an image would get another number of placeholders than the model has features.
+    Raises CheckpointError if it is no processor of images and text, if something is unknown, or if an image would get another number of
+    placeholders than the model has features.
     """
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_token", None) is None:
+        raise CheckpointError(f"it is a {type(processor).__name__}, which does not put images into a text")
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
-    if isinstance(processor, LlavaProcessor):
+    if isinstance(processor, LlavaProcessor) and isinstance(config, LlavaConfig):
         stored, _ = type(processor).get_processor_dict(path)
         _complete_features(processor, config, stored)
         if stored.get("image_token") is None and processor.image_token not in tokenizer.get_vocab():

@@ -31,7 +31,7 @@ from moe_llava.training.checks import load_data
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStageSettings, StageSettings
 from moe_llava.training.run import train
 from moe_llava.training.stage import Stage
-from moe_llava.training.start import set_aspect_ratio
+from moe_llava.training.start import prepare_images
 
 Strategy = Literal["three_stages", "merged", "sparse_twice"]
 
@@ -231,7 +231,7 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
         return str(out)
     settings = recipe.stage3
     processor = load_processor(dense)
-    set_aspect_ratio(processor, settings)
+    prepare_images(processor, settings)
     encoder = Encoder(processor, settings.template, settings.max_length)
     problems: list[str] = []
     records = load_data(Stage(recipe, 3), encoder, problems)

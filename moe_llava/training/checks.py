@@ -26,7 +26,7 @@ from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
 from moe_llava.training.stage import STRUCTURE, Stage, load_structure, on_meta
-from moe_llava.training.start import set_aspect_ratio, start_processor
+from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
 
 RECORDS = "records.json"  # in a stage's folder: which records it is trained on
@@ -62,7 +62,7 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
     encoders, numbers = [], {stage.number for stage in todo}
     for stage in todo:
         adapter = stage.settings.adapter
-        if stage.number - 1 not in numbers or (adapter and adapter.continue_from):
+        if stage.before not in numbers or (adapter and adapter.continue_from):
             path = stage.origin
             check_start(stage)
             processor = start_processor(path)
@@ -70,7 +70,7 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
             check_adapter(adapter, stage.name, stage.structure(path))
         if stage.recipe.feature_cache:
             check_cache(stage.recipe.feature_cache, stage.structure(path))
-        set_aspect_ratio(processor, stage.settings)
+        prepare_images(processor, stage.settings)
         encoder = Encoder(processor, stage.settings.template, stage.settings.max_length)
         encoder.check_processor()
         check_zero(training_arguments(stage))
@@ -85,9 +85,8 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
 def check_start(stage: Stage) -> None:
     """Raise CheckpointError, RecipeError or ValueError if the stage cannot start from its origin, or stage III could not upcycle it."""
     path, settings = stage.origin, stage.recipe.stage3
-    if path == str(stage.final.with_name(f"stage{stage.number - 1}")) and not Path(path).is_dir():
-        before = stage.number - 1
-        raise CheckpointError(f"stage {stage.number} starts from {path}, which does not exist: run stage {before} first")
+    if path == str(stage.final.with_name(f"stage{stage.before}")) and not Path(path).is_dir():
+        raise CheckpointError(f"stage {stage.number} starts from {path}, which does not exist: run stage {stage.before} first")
     if isinstance(path, str):
         check_checkpoint(path, plain=True)
         check_weights(path)
@@ -98,7 +97,7 @@ def check_start(stage: Stage) -> None:
     if stage.number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
     if settings.dense:
-        raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense baseline, which starts from a dense LLaVA")
+        raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense baseline, which starts from a dense model")
     if settings.expert_start != "copy":
         rule = "which is for experts that are made here"
         raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
@@ -134,7 +133,7 @@ def check_files(data: dict[Stage, Records], console: Console) -> None:
     """Raise DataError if a file that a stage starts or resumes from is damaged, or if a stage that was begun had other records."""
     for stage, records in data.items():
         adapter = stage.settings.adapter
-        if stage.number - 1 not in {other.number for other in data} and isinstance(stage.origin, str):
+        if stage.before not in {other.number for other in data} and isinstance(stage.origin, str):
             _check_manifest(Path(stage.origin))
         if adapter and adapter.continue_from:
             _check_manifest(Path(adapter.continue_from))

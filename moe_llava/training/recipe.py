@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -75,16 +75,24 @@ class Parts:
 
 @dataclass
 class StageSettings:
-    """`data`: one file, or several. `template`: the chat template, a key of TEMPLATES in data/templates.py; None is the tokenizer's own.
-    `max_length`: tokens, those of images included, after which a record is cut; None cuts nothing. `image_aspect_ratio`: "pad" pads images
-    to a square with the tower's mean colour, "square" resizes and crops them as the tower's preprocessing does; None leaves the processor
-    as it is. `adapter`: what is trained instead of the stage's own parameters; None trains these in full."""
+    """Settings of every stage.
+
+    data: one file, or several.
+    template: the chat template, a key of TEMPLATES in data/templates.py; None is the processor's own.
+    max_length: tokens, those of images included, after which a record is cut; None cuts nothing.
+    image_aspect_ratio: "pad" pads images to a square with the tower's mean colour, "square" resizes and crops them as the tower's
+        preprocessing does; None leaves the processor as it is.
+    image_processor: settings of the image processor, such as `max_pixels` or `size`, which decide on the number of tokens of an image. The
+        finished stage keeps them.
+    adapter: what is trained instead of the stage's own parameters; None trains these in full.
+    """
 
     data: Data | Annotated[list[Data], Field(min_length=1)]
     optimisation: Optimisation
     template: Template | None = None
     max_length: PositiveInt | None = None
     image_aspect_ratio: Literal["pad", "square"] | None = None
+    image_processor: dict[str, Any] = field(default_factory=dict)
     adapter: Adapter | None = None
 
     @property
@@ -115,12 +123,16 @@ class Sharding:
 
 @dataclass
 class Recipe:
-    """`model` is a folder or hub id of a LLaVA with its processor, dense, or sparse for stage III alone; or what a dense one is joined
-    from. `precision` "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
+    """All settings of a run.
 
-    `on_bad_record`: a record that cannot be read stops the run, or is left out; `report_to`: services of transformers' Trainer that draw
-    curves, such as tensorboard, trackio, wandb; `save_total_limit`: how many saves are kept, the last ones; `feature_cache`: a folder in
-    which the tower's features of an image are kept, for epochs, stages and runs to come; None computes them each time.
+    model: a folder or hub id of a vision-language model with its processor, dense, or sparse for stage III alone; or the parts that a dense
+        LLaVA is joined from. The first stage of the recipe starts from it.
+    precision: "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
+    on_bad_record: a record that cannot be read stops the run, or is left out.
+    report_to: services of transformers' Trainer that draw curves, such as tensorboard, trackio, wandb.
+    save_total_limit: how many saves are kept, the last ones.
+    feature_cache: a folder in which the tower's features of an image are kept, for epochs, stages and runs to come; None computes them each
+        time.
     """
 
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # nan passes every comparison with a bound
@@ -128,7 +140,7 @@ class Recipe:
     model: str | Parts
     output: str
     stage3: SparseStageSettings
-    stage1: StageSettings | None = None  # absent where the model has been through it
+    stage1: StageSettings | None = None  # absent, like stage2, where the model is aligned already
     stage2: StageSettings | None = None
     seed: Seed = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -193,6 +205,8 @@ def _conflicts(recipe: Recipe) -> list[str]:
             problems.append(f"{where} is {batch_size}, but must be a multiple of per_device_batch_size={at_once}")
         if settings.adapter is not None:
             problems += [f"stage{number}.adapter{problem}" for problem in _adapter_conflicts(settings, settings.adapter, number)]
+    if isinstance(recipe.model, Parts) and recipe.stage1 is None:
+        problems.append("model is joined from parts, whose projector is untrained, but stage1, which trains it, is missing")
     problems += [f"stage3.moe.{problem}" for problem in recipe.stage3.moe.moe_problems()]
     if recipe.report_to:
         from transformers.integrations import get_available_reporting_integrations  # takes seconds, and few recipes name any

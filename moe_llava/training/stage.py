@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, LlavaForConditionalGeneration, PreTrainedModel
 
 from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_config, load_on_meta
 from moe_llava.common.files import write_whole
 from moe_llava.model import SparseConfig, SparseModel
+from moe_llava.model.modeling import sparse_class
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
@@ -66,14 +67,22 @@ class Stage:
             return torch.cpu._is_avx512_bf16_supported()
         return self.recipe.precision == "bf16"
 
+    @property
+    def before(self) -> int | None:
+        """The number of the stage before in the recipe; None if this one is the first."""
+        return max((number for number in self.recipe.stages if number < self.number), default=None)
+
     @cached_property
     def origin(self) -> str | Parts:
-        """The checkpoint to start from: that of the stage before; the recipe's model, for stage I, or if it is sparse already, for stage
-        III; or the base of an adapter to continue."""
-        adapter, before, model = self.settings.adapter, Path(self.recipe.output) / f"stage{self.number - 1}", self.recipe.model
+        """The checkpoint to start from: that of the stage before; the recipe's model, for the first stage, or if it is sparse already, for
+        stage III; or the base of an adapter to continue."""
+        adapter, model = self.settings.adapter, self.recipe.model
         if adapter and adapter.continue_from:
             return base_of(adapter.continue_from)
-        if self.number == 1 or (self.number == 3 and not before.is_dir() and isinstance(model, str) and is_sparse_checkpoint(model)):
+        if self.before is None:
+            return model
+        before = Path(self.recipe.output) / f"stage{self.before}"
+        if self.number == 3 and not before.is_dir() and isinstance(model, str) and is_sparse_checkpoint(model):
             return model
         return str(before)
 
@@ -132,5 +141,6 @@ def load_structure(start: str | Parts) -> PreTrainedModel:
 
 
 def on_meta(config: SparseConfig) -> PreTrainedModel:
+    """Return the sparse model of a configuration without weights."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return sparse_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config.dense_class])._from_config(config)

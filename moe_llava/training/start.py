@@ -14,6 +14,7 @@ from moe_llava.checkpoints.join import join, joined_processor
 from moe_llava.checkpoints.load import load_checkpoint, load_processor
 from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.files import new_folder
+from moe_llava.common.messages import did_you_mean
 from moe_llava.model import upcycle
 from moe_llava.training.adapters import load_base
 from moe_llava.training.recipe import Parts, RecipeError, StageSettings
@@ -27,11 +28,21 @@ def start_processor(path: str | Parts) -> Any:
     return joined_processor(**dataclasses.asdict(path)) if isinstance(path, Parts) else load_processor(path)
 
 
-def set_aspect_ratio(processor: Any, settings: StageSettings) -> None:
-    """Make the processor pad images to a square, or not, if the stage says so. Raises RecipeError if it cannot pad."""
+def prepare_images(processor: Any, settings: StageSettings) -> None:
+    """Set how a stage's images are processed. Raises RecipeError for a setting that the model's image processor does not have."""
+    images = processor.image_processor
+    if settings.image_processor:
+        known = images.to_dict().keys() | getattr(images.valid_kwargs, "__annotations__", {}).keys()
+        for name in settings.image_processor:
+            if name not in known:
+                rule = did_you_mean(name, known, f"; it has {', '.join(sorted(known))}")
+                raise RecipeError(f"image_processor.{name} is no setting of the model's {type(images).__name__}{rule}")
+        try:
+            processor.image_processor = images = type(images)(**images.to_dict() | settings.image_processor)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"image_processor is {settings.image_processor}, which {type(images).__name__} refuses: {error}") from error
     if settings.image_aspect_ratio is None:
         return
-    images = processor.image_processor
     if not hasattr(images, "pad_to_square"):
         raise RecipeError(
             f"image_aspect_ratio is {settings.image_aspect_ratio}, but the model's {type(images).__name__} cannot pad to a square"
@@ -45,7 +56,7 @@ def start(stage: Stage) -> tuple[PreTrainedModel, Any]:
         model, processor = _start_frozen(stage)
     else:
         model, processor = _start_sharded(stage) if stage.recipe.sharding else _start_whole(stage)
-    set_aspect_ratio(processor, stage.settings)
+    prepare_images(processor, stage.settings)
     return model, processor
 
 

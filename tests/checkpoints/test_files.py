@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY, refused
     [
         (None, "has no config.json"),
         ("{", "is not JSON"),
-        ('{"model_type": "llama"}', "has model_type 'llama', but must have one of llava, moe_llava"),
+        ('{"model_type": "llama"}', "has model_type 'llama', which is no vision-language model of the installed transformers; did"),
     ],
 )
 def test_folders_that_are_no_checkpoint(tmp_path, config, message):

@@ -8,6 +8,7 @@ from moe_llava import upcycle
 from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
+from moe_llava.training.trainer import logits_at_labels
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 
 FAMILIES = sorted(ROWS)
@@ -120,5 +121,6 @@ def test_a_batch_computes_what_its_rows_compute(family, processor, records):
         for row, item in enumerate(items):
             alone = dense(**collate([item])).logits
             assert (found[row, : alone.shape[1]] - alone[0]).abs().max() <= 2e-5 * scale
+        torch.testing.assert_close(dense(**batch, **logits_at_labels(batch["labels"])).loss, dense(**batch).loss)
     sparse.train()(**batch, output_router_logits=True).loss.backward()
     assert all(mlp.experts.down_proj.grad.any() for mlp in sparse.model.sparse_mlps().values())
