@@ -73,6 +73,7 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
         prepare_images(processor, stage.settings)
         encoder = Encoder(processor, stage.settings.template, stage.settings.max_length)
         encoder.check_processor()
+        check_packing(stage, processor)
         check_zero(training_arguments(stage))
         encoders.append(encoder)
     problems: list[str] = []
@@ -80,6 +81,15 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
     return data
+
+
+def check_packing(stage: Stage, processor: Any) -> None:
+    """Raise RecipeError if a stage packs records for a model that reads more of a row than positions and tokens."""
+    if stage.settings.optimisation.packing and processor.return_mm_token_type_ids:
+        raise RecipeError(
+            f"stage{stage.number}.optimisation.packing is true, but {type(processor).__name__} marks the tokens of images, from which the "
+            "model derives positions or masks of a whole row: records packed in one row would see each other. Use group_by_length"
+        )
 
 
 def check_start(stage: Stage) -> None:

@@ -32,7 +32,13 @@ from moe_llava.training.saves import full_disk_named
 
 
 def check_cache(folder: str, model: PreTrainedModel) -> None:
-    """Make the folder. Raises RecipeError if that fails, or if the tower of `model`, which may be on the meta device, is random."""
+    """Make the folder. Raises RecipeError if that fails, or if the tower of `model`, which may be on the meta device, is random, or is not
+    one whose hidden states are all that the model uses."""
+    if not hasattr(model.config, "vision_feature_layer") or not hasattr(model.base_model, "vision_tower"):
+        raise RecipeError(
+            f"feature_cache is set, but {type(model).__name__} does not take its features from hidden states of a vision tower, which are "
+            "what is cached: leave it out"
+        )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

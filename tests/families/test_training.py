@@ -7,13 +7,17 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.data.encoder import Encoder
+from moe_llava.data.records import Record
 from moe_llava.training.budget import survey
-from moe_llava.training.recipe import load_recipe
+from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from tests.families.processors import ROWS, tiny_checkpoint
+from tests.training.conftest import stopping  # noqa: F401
 
 QUIET = Console(quiet=True)
 
@@ -87,3 +91,40 @@ def test_stage_3_of_an_aligned_model(family, write_recipe, tmp_path):
     assert sum(budget.total.values()) == sum(parameter.numel() for parameter in load_checkpoint(sparse)[0].parameters())
     assert min(budget.total[part] for part in ("tower", "attention", "FFN", "experts", "router")) > 0
     assert list(costs) == ["stage3"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage3__optimisation__packing": True}, "Qwen3VLProcessor marks the tokens of images"),
+        ({"feature_cache": "cache"}, "Qwen3VLForConditionalGeneration does not take its features from hidden states"),
+        ({"stage3__image_aspect_ratio": "pad"}, "Qwen2VLImageProcessor cannot pad to a square"),
+        ({"stage3__image_processor": {"max_pixel": 100}}, r"image_processor.max_pixel is no setting .*; did you mean max_pixels\?"),
+    ],
+)
+def test_settings_that_do_not_fit_the_family(write_recipe, monkeypatch, tmp_path, settings, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        train(load_recipe(write_recipe("qwen3_vl", **settings)), [3], resume=False, console=QUIET)
+
+
+def test_settings_of_images(write_recipe, tmp_path):
+    """`max_pixels` decides on the number of tokens, and stays with the finished stage."""
+    (whole,) = train(load_recipe(write_recipe("qwen3_vl", stage3__image_processor={"max_pixels": 1024})), [3], False, QUIET)
+    _, processor = load_checkpoint(whole)
+    assert processor.image_processor.size.longest_edge == 1024
+    _, before = load_checkpoint(tmp_path / "base")
+    record = Record("large", (("<image>\nWhat?", "A."),), (tmp_path,))
+    lengths = [len(Encoder(each).measure(record, [(300, 300)])[0]["labels"]) for each in (processor, before)]
+    assert lengths[1] - lengths[0] == 64 - 16
+
+
+def test_a_resumed_run_ends_with_the_same_weights(write_recipe, tmp_path, stopping):  # noqa: F811
+    (whole,) = train(load_recipe(write_recipe("qwen3_vl", output=str(tmp_path / "whole"), steps=3)), [3], False, QUIET)
+    recipe = load_recipe(write_recipe("qwen3_vl", steps=3))
+    with stopping(2):
+        train(recipe, [3], False, QUIET)
+    (resumed,) = train(recipe, [3], True, QUIET)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
