@@ -14,6 +14,7 @@ LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def declare() -> None:
+    """Import torchvision."""
     sys.path.append(str(Path(sys.prefix) / "torchvision"))
     try:
         import torchvision

@@ -1,6 +1,10 @@
 """Stage III and its dense baseline, from an aligned model of any family."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +20,10 @@ from moe_llava.data.records import Record
 from moe_llava.training.budget import survey
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
+from tests.conftest import REPOSITORY
 from tests.families.processors import ROWS, tiny_checkpoint
 from tests.training.conftest import stopping  # noqa: F401
+from tests.training.test_distributed import read_log
 
 QUIET = Console(quiet=True)
 
@@ -128,3 +134,26 @@ def test_a_resumed_run_ends_with_the_same_weights(write_recipe, tmp_path, stoppi
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], ids=["FSDP2", "FSDP2 and EP"])
+def test_two_processes_in_parts_do_what_one_does(write_recipe, data, tmp_path, sharding):
+    """Images of several sizes, two batches a step, the balance loss left out: it multiplies two means over what a process sees."""
+    records = [record for record in json.loads((data / "train.json").read_text()) if "image" in record]
+    (tmp_path / "images.json").write_text(json.dumps(records))
+    settings = {"stage3__data__file": str(tmp_path / "images.json"), "stage3__moe__router_aux_loss_coef": 0.0, "steps": 2}
+    settings |= {"stage3__optimisation__batch_size": 4, "stage3__optimisation__per_device_batch_size": 2}
+    (one,) = train(load_recipe(write_recipe("qwen3_vl", **settings, output=str(tmp_path / "one"))), [3], False, QUIET)
+    file = write_recipe("qwen3_vl", **settings, output=str(tmp_path / "two"), sharding=sharding)
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "tests.families.cli", "train", file]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two" / "stage3"
+    for expected, found in zip(read_log(one), read_log(two), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    before, after = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
+    assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-3
+    assert type(load_checkpoint(two)[0]) is type(load_checkpoint(one)[0])
