@@ -39,6 +39,7 @@ from moe_llava.training.trainer import training_arguments
 from tests.checkpoints import tiny_published as tiny
 from tests.checkpoints.tiny_tokenizers import write_phi, write_tiktoken
 from tests.conftest import REPOSITORY
+from tests.training.test_aligned_recipes import ALIGNED
 from tests.training.test_budget import LANGUAGE_MODELS, TOWER
 
 QUIET = Console(quiet=True)
@@ -113,7 +114,7 @@ def local(hub, tmp_path):
 
 
 def test_every_recipe_is_looked_at():
-    assert {file.stem for file in (REPOSITORY / "recipes").glob("*.yaml")} == {*RECIPES, "digits"}
+    assert {file.stem for file in (REPOSITORY / "recipes").glob("*.yaml")} == {*RECIPES, *ALIGNED, "digits"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
