@@ -57,7 +57,7 @@ def chat(
             from moe_llava.serving.engine.engine import Engine
 
         model, processor, cache = _load(checkpoint, bits, keep_experts)
-        with Engine(model, processor.tokenizer, places=1, time_limit=math.inf) as engine:
+        with Engine(model, processor.tokenizer, slots=1, time_limit=math.inf) as engine:
             conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
             conversation.add_images(image or [])
             terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json, prompt is None and sys.stdin.isatty())

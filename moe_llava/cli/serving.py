@@ -18,9 +18,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8000,
     name: Annotated[str | None, typer.Option(help="the model's name for clients; default: the folder's")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="a file with a key per line, one of which a client has to send")] = None,
-    places: Annotated[int, typer.Option(min=1, help="answers that are generated at once")] = 8,
-    max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a place; more are refused")] = 32,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, including the time it waits for a place")] = 300.0,
+    slots: Annotated[int, typer.Option(min=1, help="answers that are generated at once")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a slot; more are refused")] = 32,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, including the time it waits for a slot")] = 300.0,
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Default: none")
     ] = None,
@@ -56,7 +56,7 @@ def serve(
             else:
                 model, processor, cache = load_offloaded(checkpoint, keep_experts)
                 counts = cache.counts
-            engine = Engine(model, processor.tokenizer, places, max_waiting, time_limit)
+            engine = Engine(model, processor.tokenizer, slots, max_waiting, time_limit)
             name = name or Path(checkpoint).resolve().name
             application = build_app(engine, processor, name, limits, keys, fetcher, counts)
             at, bound = socket.getsockname()[:2]

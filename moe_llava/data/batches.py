@@ -8,7 +8,7 @@ Shapes: B rows, S sequence, N images of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from moe_llava.data.records import Record
 POOL = 64  # random batches that are sorted by length together: enough for little padding, few enough to stay random
 # The inputs with a value for each token, and that of padding. All others belong to images.
 _PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0, "token_type_ids": 0}
+TOKEN_INPUTS = frozenset(_PADDING)
 
 
 class ConversationDataset(Dataset):
@@ -66,10 +67,9 @@ class Collator:
         # If nothing is left, one token without a label keeps this process in step with the others.
         items = [item for item in items if "problem" not in item] or [self.nothing]
         batch: dict[str, Any] = self._pack(items) if self.packed else self._pad(items)
-        names = dict.fromkeys(name for item in items for name in item if name not in _PADDING)  # in order
-        for name in names:
-            batch[name] = _cat_padded([item[name] for item in items if name in item])
-        if not names and self.empty_image is not None:
+        images = concatenated([{name: value for name, value in item.items() if name not in _PADDING} for item in items])
+        batch |= images
+        if not images and self.empty_image is not None:
             self._add_empty_image(batch, self.empty_image)
         return batch | ({"problems": problems} if problems else {})
 
@@ -107,6 +107,12 @@ class Collator:
             "position_ids": torch.cat([torch.arange(len(item["labels"])) for item in items])[None],
             "use_cache": False,  # with a cache, transformers ignores the positions
         }
+
+
+def concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the inputs of the images of all `parts`, some of which may have none."""
+    names = dict.fromkeys(name for part in parts for name in part)  # in order
+    return {name: _cat_padded([part[name] for part in parts if name in part]) for name in names}
 
 
 def _cat_padded(tensors: list[Tensor]) -> Tensor:

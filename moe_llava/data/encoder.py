@@ -134,22 +134,25 @@ class Encoder:
         return self._as_tensors({"input_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}) | inputs
 
     def _encode(self, record: Record, texts: list[str], max_length: int | None) -> tuple[Encoded, bool]:
-        images = Images(self._placeholder, texts, self._reserved)
+        images = Images(self._placeholder, texts, self.reserved)
         return encode_within(record, self.tokenizer, self.template, images, max_length)
 
     def _as_tensors(self, encoded: Encoded) -> dict[str, Tensor]:
-        tensors = {name: torch.tensor(values) for name, values in encoded.items()}
-        if self.processor.return_mm_token_type_ids:
-            own = "mm_token_type_ids" if "mm_token_type_ids" in self.processor.model_input_names else "token_type_ids"
-            tensors[own] = torch.tensor(self.processor.create_mm_token_type_ids([encoded["input_ids"]])[0])
-        return tensors
+        return {name: torch.tensor(values) for name, values in encoded.items()} | self.token_types(encoded["input_ids"])
+
+    def token_types(self, ids: list[int]) -> dict[str, Tensor]:
+        """Return the type of each token [S] under the name of the model's input; nothing for a model without types."""
+        if not self.processor.return_mm_token_type_ids:
+            return {}
+        name = "mm_token_type_ids" if "mm_token_type_ids" in self.processor.model_input_names else "token_type_ids"
+        return {name: torch.tensor(self.processor.create_mm_token_type_ids([ids])[0])}
 
     @property
     def _placeholder(self) -> str:
         return self.processor.image_token if self.template is None else IMAGE_TOKEN
 
     @cached_property
-    def _reserved(self) -> tuple[str, ...]:
+    def reserved(self) -> tuple[str, ...]:
         """The tokens that stand for images and videos, and those that the processor puts around them. In a record they are text, but for
         those that the chat template itself writes."""
         image = self._text_of(_SIZES[0])

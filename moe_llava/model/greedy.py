@@ -5,6 +5,8 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +39,16 @@ def end_tokens(model: Any) -> list[int]:
 def positions(mask_BS: Tensor) -> Tensor:
     """Return [B, S]: the position of each token in its row, not counting padding (0 in the mask)."""
     return (mask_BS.cumsum(-1) - 1).clamp(min=0)
+
+
+def prefill_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the positions of a padded prompt's tokens: [B, S], or [3, B, S] in families that place the patches of an image by row and
+    column (M-RoPE). The next token of a row follows its largest position."""
+    rope_index = getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None or not any(name.endswith("grid_thw") for name in inputs):
+        return positions(inputs["attention_mask"])
+    known = signature(rope_index).parameters
+    return rope_index(**{name: value for name, value in inputs.items() if name in known})[0]
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

@@ -121,7 +121,7 @@ def body_of(question: Question) -> bytes:
 @contextmanager
 def server(checkpoint: str, slots: int) -> Iterator[tuple[psutil.Process, int]]:
     """Run a server; yield (the process, its port)."""
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--places", str(slots)]
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--slots", str(slots)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.progress import with_bar
-from moe_llava.data.batches import ConversationDataset
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
 from moe_llava.routing.plots import Chart, as_data, plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
@@ -44,7 +44,7 @@ def write_routes(
         for record in records:
             _group(record, group_by)
     chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
-    statistics, examples = RoutingStatistics(), []
+    statistics, examples, encoder = RoutingStatistics(), [], Encoder(processor)
     batches = trace_records(model, processor, records, batch_size)
     starts = range(0, len(records), batch_size)
     for start, trace in zip(with_bar(starts, "tracing routes"), batches, strict=True):
@@ -52,7 +52,7 @@ def write_routes(
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
             if start + row in chosen:
-                pictures = as_seen(ConversationDataset(records, processor)[start + row]["pixel_values"], processor) if record.images else []
+                pictures = as_seen(encoder(record)["pixel_values"], processor) if record.images else []
                 group = "" if group_by is None else _group(record, group_by)
                 examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
     summary = statistics.summary()

@@ -22,13 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from moe_llava.common.errors import DataError
-from moe_llava.data.batches import Collator, ConversationDataset
+from moe_llava.data.batches import TOKEN_INPUTS, Collator, ConversationDataset
 from moe_llava.data.encode import IGNORE_INDEX
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
 from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
@@ -165,12 +167,15 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
     )
 
 
-def trace_answer(model: PreTrainedModel, tokenizer: Any, prompt: list[int], answer: list[int], pixel_values: Tensor | None) -> Trace:
-    """Return the routes of one prompt and its answer, given as token ids, in one forward pass. `pixel_values`: of the prompt's images."""
-    inputs = {"input_ids": torch.tensor([prompt + answer]), "labels": torch.tensor([[IGNORE_INDEX] * len(prompt) + answer])}
-    if pixel_values is not None:
-        inputs["pixel_values"] = pixel_values.to(model.dtype)
-    return trace_routing(model, inputs, tokenizer)
+def trace_answer(model: PreTrainedModel, tokenizer: Any, prompt: list[int], answer: list[int], inputs: Mapping[str, Tensor]) -> Trace:
+    """Return the routes of one prompt and its answer, given as token ids, in one forward pass. `inputs`: the prompt's other inputs; types
+    of tokens cover the prompt, and may cover the answer."""
+    ids = {"input_ids": torch.tensor([prompt + answer]), "labels": torch.tensor([[IGNORE_INDEX] * len(prompt) + answer])}
+    length = len(prompt) + len(answer)
+    types = {name: F.pad(value, (0, length - value.shape[1])) for name, value in inputs.items() if name in TOKEN_INPUTS}
+    images = {name: value for name, value in inputs.items() if name not in TOKEN_INPUTS}
+    images |= {name: value.to(model.dtype) for name, value in images.items() if value.is_floating_point()}
+    return trace_routing(model, ids | types | images, tokenizer)
 
 
 def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Record], batch_size: int) -> Iterator[Trace]:
@@ -178,8 +183,8 @@ def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Reco
 
     Raise DataError for a record that cannot be read, RoutingError as `trace_routing` does.
     """
-    dataset = ConversationDataset(records, processor)
-    collate = Collator(processor.tokenizer.pad_token_id)
+    encoder = Encoder(processor)
+    dataset, collate = ConversationDataset(records, encoder), Collator(encoder.nothing())
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         if "problems" in batch:
             raise DataError("\n  ".join(batch["problems"]))

@@ -17,7 +17,7 @@ from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.model.greedy import end_tokens
 from moe_llava.model.upcycling import upcycle
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.requests import Piece, Request
+from moe_llava.serving.engine.requests import Piece, Prompt, Request
 from moe_llava.serving.http.api import build_app
 from moe_llava.serving.http.connections import http_server
 from moe_llava.serving.http.listen import listener
@@ -62,7 +62,8 @@ def text_of(pieces) -> str:
 def request_of(processor, question, max_new_tokens=12, **settings) -> Request:
     """A benchmark's question as a request."""
     inputs = prompt_inputs(processor, [question])
-    return Request(inputs["input_ids"][0].tolist(), max_new_tokens, inputs.get("pixel_values"), **settings)
+    images = {name: value for name, value in inputs.items() if name == "pixel_values"}
+    return Request(Prompt(inputs["input_ids"][0].tolist(), images), max_new_tokens, **settings)
 
 
 @pytest.fixture(scope="session")

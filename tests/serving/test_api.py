@@ -101,7 +101,7 @@ def test_a_conversation_goes_as_it_does_in_chat(served, client):
     """Two turns about a picture; what came back is sent on as it came."""
     model, processor, about_one = served
     messages = [user([image_part(picture(about_one[0].images[0])), text_part("where is the red 7 ?")])]
-    with Engine(model, processor.tokenizer, places=1) as engine:
+    with Engine(model, processor.tokenizer, slots=1) as engine:
         conversation = Conversation(engine, processor, Settings(max_new_tokens=8))
         conversation.add_images(about_one[0].images)
         for question in ("where is the red 7 ?", "how many digits are there ?"):
@@ -347,7 +347,7 @@ def test_keys(served):
 
 def test_who_comes_when_the_queue_is_full_is_told_to_try_again(endless):
     model, processor = endless
-    with server(Engine(model, processor.tokenizer, places=1, max_waiting=1), processor) as url, client_of(url) as client:
+    with server(Engine(model, processor.tokenizer, slots=1, max_waiting=1), processor) as url, client_of(url) as client:
         streams = [complete(client, [user()], stream=True, max_tokens=40) for _ in range(2)]
         with pytest.raises(openai.RateLimitError) as caught:
             complete(client, [user()])
@@ -361,7 +361,7 @@ def test_who_comes_when_the_queue_is_full_is_told_to_try_again(endless):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(endless, stream):
     model, processor = endless
-    with server(Engine(model, processor.tokenizer, places=1), processor) as url, client_of(url) as client:
+    with server(Engine(model, processor.tokenizer, slots=1), processor) as url, client_of(url) as client:
         if stream:
             leaving = complete(client, [user()], stream=True, max_tokens=90)
             next(iter(leaving))

@@ -15,7 +15,7 @@ from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import trace_routing
 from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prompt import FormError
+from moe_llava.serving.engine.prompt import PromptError
 from moe_llava.serving.engine.requests import Request, RequestError
 from tests.serving.conftest import ask, model_of
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -29,7 +29,7 @@ def begin(served):
     engines = []
 
     def begin(model=None, **settings):
-        engines.append(Engine(model or model_of("llama", True, served[1]), served[1].tokenizer, places=1))
+        engines.append(Engine(model or model_of("llama", True, served[1]), served[1].tokenizer, slots=1))
         return Conversation(engines[-1], served[1], Settings(**settings))
 
     yield begin
@@ -123,8 +123,8 @@ def test_a_seed_is_that_of_the_first_answer(served, begin):
         list(conversation.ask(ASKED))
         tokens[name] = conversation.turns[0].tokens
     assert tokens["one"] == tokens["again"] != tokens["other"]
-    ids, _ = conversation._read([], conversation.turns[0])
-    direct = ask(conversation.engine, Request(ids, 12, temperature=1.0, top_p=0.9, seed=7))
+    prompt = conversation._read([], conversation.turns[0])
+    direct = ask(conversation.engine, Request(prompt, 12, temperature=1.0, top_p=0.9, seed=7))
     assert tuple(piece.token for piece in direct) == tokens["one"]
     list(conversation.regenerate())
     assert conversation.turns[0].tokens != tokens["other"]
@@ -134,8 +134,8 @@ def test_a_placeholder_that_was_typed_is_text(begin):
     conversation = begin(max_new_tokens=2)
     list(conversation.ask("<image> where ?"))
     assert conversation.record("model")["messages"][0]["content"] == [{"type": "text", "text": "< image> where ?"}]
-    conversation._form.as_text = str
-    with pytest.raises(FormError, match="has no place for the images"):
+    conversation._builder.as_text = str
+    with pytest.raises(PromptError, match="has no place for the images"):
         list(conversation.ask("<image> where ?"))
 
 
@@ -143,7 +143,7 @@ def test_a_placeholder_that_was_typed_is_text(begin):
 def test_a_template_that_refuses_a_question_is_named(served, begin, monkeypatch, template):
     monkeypatch.setattr(served[1], "chat_template", template)
     conversation = begin(max_new_tokens=2)
-    with pytest.raises(FormError, match=r"the model's conversation form refuses them: (no users|can only concatenate str)"):
+    with pytest.raises(PromptError, match=r"the model's chat template refuses them: (no users|can only concatenate str)"):
         list(conversation.ask(ASKED))
     assert conversation.turns == []
 
@@ -202,8 +202,8 @@ def test_routes_are_those_of_the_answer(served, begin, images):
     conversation.add_images(images[:2])
     list(conversation.ask(ASKED))
     trace = conversation.trace()
-    ids, pixels = conversation._read([], conversation.turns[0])
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
+    prompt = conversation._read([], conversation.turns[0])
+    inputs = {"input_ids": torch.tensor([prompt.input_ids]), **prompt.inputs}
     written = trace_routing(conversation.engine.model, inputs, served[1].tokenizer, max_new_tokens=6)
     read = slice(0, len(written.token_ids_T))  # a model does not read the last token that it writes
     assert torch.equal(trace.token_ids_T[read], written.token_ids_T)

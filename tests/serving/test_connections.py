@@ -37,7 +37,7 @@ def url(served, monkeypatch):
     model, processor, _ = served
     monkeypatch.setattr(connections, "SPARE_CONNECTIONS", 4)
     monkeypatch.setattr(connections, "LINGER_SECONDS", 0.5)
-    with server(Engine(model, processor.tokenizer, places=1, max_waiting=0), processor, LIMITS) as url:
+    with server(Engine(model, processor.tokenizer, slots=1, max_waiting=0), processor, LIMITS) as url:
         yield url
 
 

@@ -4,7 +4,6 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.model.greedy import end_tokens, write_greedily
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.requests import EngineClosed, QueueFull, Request, RequestError, TimeLimitExceeded
+from moe_llava.serving.engine.requests import EngineClosed, Prompt, QueueFull, Request, RequestError, TimeLimitExceeded
 from tests.conftest import FAMILIES
 from tests.serving.conftest import ask, model_of, received, request_of, text_of
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -20,11 +19,9 @@ from tests.training.conftest import tiny_base  # noqa: F401
 
 def alone(model, request):
     """The tokens that transformers writes, up to an end."""
-    ids = torch.tensor([request.input_ids])
+    ids = torch.tensor([request.prompt.input_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if request.pixel_values is not None:
-        inputs["pixel_values"] = request.pixel_values
-    written = write_greedily(model, inputs, request.max_new_tokens)[0, ids.shape[1] :].tolist()
+    written = write_greedily(model, inputs | request.prompt.inputs, request.max_new_tokens)[0, ids.shape[1] :].tolist()
     end = next((place for place, token in enumerate(written) if token in end_tokens(model)), len(written))
     return written[: end + 1]
 
@@ -44,7 +41,7 @@ def questions(served):
 @pytest.fixture
 def engine(served):
     model, processor, _ = served
-    with Engine(model, processor.tokenizer, places=2, max_waiting=2) as engine:
+    with Engine(model, processor.tokenizer, slots=2, max_waiting=2) as engine:
         yield engine
 
 
@@ -69,7 +66,7 @@ def test_answers_are_the_same_as_alone(served, questions, family, sparse):
     model = model_of(family, sparse, processor)
     requests = [request_of(processor, question, 4 + 3 * number) for number, question in enumerate(questions)]
     expected = [alone(model, request) for request in requests]
-    with Engine(model, processor.tokenizer, places=4) as engine:
+    with Engine(model, processor.tokenizer, slots=4) as engine:
         answers = [ask(engine, request) for request in requests]
         assert [tokens(answer) for answer in answers] == expected
     assert len({tuple(answer) for answer in expected}) > 1
@@ -86,7 +83,7 @@ def test_answers_are_the_same_whenever_one_joins(served, questions, family, shor
         model.config.text_config.sliding_window = 8  # shorter than any of the prompts
     short, two, one = (request_of(processor, questions[place], length) for place, length in ((6, 9), (7, 20), (0, 14)))
     requests = [short, two, one] if short_first else [two, short, one]
-    with Engine(model, processor.tokenizer, places=3) as engine:
+    with Engine(model, processor.tokenizer, slots=3) as engine:
         answers, begun = [], []
         for request in requests:
             answers.append(ask(engine, request))
@@ -118,7 +115,7 @@ def test_those_who_wait_are_read_together(served, questions, family, monkeypatch
         answers += [ask(engine, request) for request in requests[1:]]
         may_begin.set()
         assert [tokens(answer) for answer in answers] == expected
-    lengths = {len(request.input_ids) for request in requests[1:]}
+    lengths = {len(request.prompt.input_ids) for request in requests[1:]}
     assert len(lengths) == 3
     assert (3, max(lengths)) in widths
 
@@ -137,7 +134,7 @@ def test_eight_at_once_need_hardly_more_steps_than_one(endless, served, monkeypa
     steps = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: (steps.append(len(inputs["input_ids"])), forward(**inputs))[1])
-    with Engine(model, served[1].tokenizer, places=8) as engine:
+    with Engine(model, served[1].tokenizer, slots=8) as engine:
         for answer in [ask(engine, request) for _ in range(8)]:
             assert len(list(answer)) == request.max_new_tokens
     assert sum(steps) == 8 * request.max_new_tokens
@@ -171,7 +168,7 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(endless, served):
         words = text_of(ask(engine, request)).split(" ")
         stop = " ".join(words[3:5])
         before = " ".join(words).partition(stop)[0]
-        pieces = list(ask(engine, Request(request.input_ids, 60, request.pixel_values, stop=("never there", stop))))
+        pieces = list(ask(engine, Request(request.prompt, 60, stop=("never there", stop))))
     assert text_of(pieces) == before
     assert pieces[-1].finish_reason == "stop"
     assert len(pieces) < 60
@@ -182,7 +179,7 @@ def test_logprobs_are_those_of_the_model(engine, served):
     request = request_of(processor, about_one[0], max_new_tokens=1, top_logprobs=3)
     (piece,) = ask(engine, request)
     with torch.no_grad():
-        logits_V = model(input_ids=torch.tensor([request.input_ids]), pixel_values=request.pixel_values).logits[0, -1]
+        logits_V = model(input_ids=torch.tensor([request.prompt.input_ids]), **request.prompt.inputs).logits[0, -1]
     logits_V[model.config.image_token_id] = -torch.inf
     top = logits_V.log_softmax(-1).topk(3)
     assert [text for text, _ in piece.logprobs.top] == [processor.decode([token]) for token in top.indices]
@@ -193,11 +190,11 @@ def test_logprobs_are_those_of_the_model(engine, served):
 def test_what_is_cancelled_frees_its_place(endless, served, monkeypatch):
     model, request = endless
     slowed(model, monkeypatch)
-    with Engine(model, served[1].tokenizer, places=1) as engine:
+    with Engine(model, served[1].tokenizer, slots=1) as engine:
         running, waiting = queue.Queue(), queue.Queue()
         cancel_running, cancel_waiting = engine.submit(request, running.put), engine.submit(request, waiting.put)
         next(received(running))
-        answer = ask(engine, Request(request.input_ids, 3, request.pixel_values))
+        answer = ask(engine, Request(request.prompt, 3))
         assert (engine.running, engine.waiting) == (1, 2)
         cancel_waiting()
         cancel_running()
@@ -209,9 +206,9 @@ def test_what_is_cancelled_frees_its_place(endless, served, monkeypatch):
 def test_beyond_the_queue_there_is_no_room(endless, served, monkeypatch):
     model, request = endless
     slowed(model, monkeypatch)
-    with Engine(model, served[1].tokenizer, places=2, max_waiting=2) as engine:
+    with Engine(model, served[1].tokenizer, slots=2, max_waiting=2) as engine:
         answers = [ask(engine, request) for _ in range(4)]
-        with pytest.raises(QueueFull, match="4 requests are being answered or wait"):
+        with pytest.raises(QueueFull, match="4 requests are running or waiting"):
             ask(engine, request)
         for answer in answers:
             assert len(list(answer)) == request.max_new_tokens
@@ -221,13 +218,13 @@ def test_beyond_the_queue_there_is_no_room(endless, served, monkeypatch):
 def test_nobody_waits_for_ever(endless, served, monkeypatch):
     model, request = endless
     slowed(model, monkeypatch, 0.05)
-    with Engine(model, served[1].tokenizer, places=1, time_limit=0.5) as engine:
+    with Engine(model, served[1].tokenizer, slots=1, time_limit=0.5) as engine:
         running, waiting = ask(engine, request), ask(engine, request)
         with pytest.raises(TimeLimitExceeded, match=r"not complete within 0\.5 seconds"):
             list(running)
         with pytest.raises(TimeLimitExceeded):
             list(waiting)
-        assert len(list(ask(engine, Request(request.input_ids, 2, request.pixel_values)))) == 2
+        assert len(list(ask(engine, Request(request.prompt, 2)))) == 2
 
 
 def test_a_failure_is_told_to_those_whom_it_concerns(endless, served, monkeypatch):
@@ -237,14 +234,14 @@ def test_a_failure_is_told_to_those_whom_it_concerns(endless, served, monkeypatc
         running = ask(engine, request)
         next(running)
         with pytest.raises(ValueError, match="doesn't match model"):
-            list(ask(engine, Request(request.input_ids, 2, torch.zeros(1, 3, 24, 24))))
+            list(ask(engine, Request(Prompt(request.prompt.input_ids, {"pixel_values": torch.zeros(1, 3, 24, 24)}), 2)))
         assert len(list(running)) == request.max_new_tokens - 1
 
 
 def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
     model, request = endless
     slowed(model, monkeypatch)
-    engine = Engine(model, served[1].tokenizer, places=1)
+    engine = Engine(model, served[1].tokenizer, slots=1)
     answers = [ask(engine, request), ask(engine, request)]
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -262,7 +259,7 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 120}, "the model takes 128 together"),
         ({"input_ids": [1, 500]}, "token 500, but the model knows 99"),
-        ({"pixel_values": torch.zeros(1, 3, 48, 48)}, "0 placeholders, which cannot be those of 1 images"),
+        ({"inputs": {"pixel_values": torch.zeros(1, 3, 48, 48)}}, "0 placeholders, which cannot be those of 1 images"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1e-40}, "temperature must be 0 or at least"),
         ({"top_p": 0.0}, "top_p above 0"),
@@ -270,9 +267,10 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
     ],
 )
 def test_what_cannot_be_answered_is_refused(engine, change, message):
-    settings = SimpleNamespace(**({"input_ids": list(range(5, 20)), "max_new_tokens": 4} | change))
+    settings = {"input_ids": list(range(5, 20)), "inputs": {}, "max_new_tokens": 4} | change
+    prompt = Prompt(settings.pop("input_ids"), settings.pop("inputs"))
     with pytest.raises(RequestError, match=message):
-        ask(engine, Request(**vars(settings)))
+        ask(engine, Request(prompt, **settings))
 
 
 def test_other_work_is_done_between_two_tokens(served, endless, monkeypatch):
@@ -295,7 +293,7 @@ def test_other_work_is_done_between_two_tokens(served, endless, monkeypatch):
 def test_work_that_fails_is_cancelled_or_late(served):
     model, processor, _ = served
     begun, may_end, done = threading.Event(), threading.Event(), queue.Queue()
-    with Engine(model, processor.tokenizer, places=1, max_waiting=2, time_limit=0.2) as engine:
+    with Engine(model, processor.tokenizer, slots=1, max_waiting=2, time_limit=0.2) as engine:
         engine.submit_work(lambda *_: (begun.set(), may_end.wait(20), 1 / 0), done.put)
         assert begun.wait(20)
         engine.submit_work(lambda *_: "late", done.put)

@@ -343,7 +343,7 @@ def test_a_busy_server_and_one_that_is_gone(browser, slow):
     """Are told where the answer would be; the question stays, and can be asked again."""
     model, processor = slow
     with ThreadPoolExecutor() as pool:
-        with server(Engine(model, processor.tokenizer, places=1, max_waiting=0), processor) as url:
+        with server(Engine(model, processor.tokenizer, slots=1, max_waiting=0), processor) as url:
             open_page(browser, url)
             pool.submit(post, url, {"model": "tiny", "messages": [user()], "max_tokens": 20})
             eventually(lambda: metric(url, "requests_running") == 1)
@@ -368,7 +368,7 @@ def test_a_server_that_is_ending_says_so(browser, sparse):
         engine.close()
         ask(browser, QUESTION)
         assert answered(browser) == [""]
-        assert text_of(browser, ".answer .problem") == "The server takes no question now: the server is ending."
+        assert text_of(browser, ".answer .problem") == "The server takes no question now: the server is shutting down."
 
 
 def test_large_pictures_become_smaller(browser, sparse, tmp_path):

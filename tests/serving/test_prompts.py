@@ -14,7 +14,7 @@ from transformers import LlavaImageProcessorPil
 
 from moe_llava.common.images import MOST_SIDE
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prompt import ConversationForm
+from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.http.bodies import Memory, Worker
 from moe_llava.serving.http.prompts import PromptMaker, working_bytes
 from moe_llava.serving.http.protocol import ApiError, ImagePart, Limits, Message, TextPart
@@ -56,8 +56,8 @@ def prompts(served):
 def test_a_data_url_may_have_parameters(prompts, head):
     """What its content is says the content."""
     found, expected = (prompts.make(question(url), {}) for url in (head + PAYLOAD, data_url(PNG)))
-    assert found[0] == expected[0]
-    assert torch.equal(found[1], expected[1])
+    assert found.input_ids == expected.input_ids
+    assert torch.equal(found.inputs["pixel_values"], expected.inputs["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,16 @@ def test_many_parameters_take_no_time(prompts):
 def test_one_image_at_a_time_is_as_good_as_all(served, prompts):
     _, processor, _ = served
     images = [PLAIN, PLAIN.rotate(90), Image.effect_noise((50, 70), 90)]
-    ids, pixels = prompts.make(question(*(data_url(encoded(image)) for image in images)), {})
+    prompt = prompts.make(question(*(data_url(encoded(image)) for image in images)), {})
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": "where is the red 7 ?"}]}],
         add_generation_prompt=True,
     )
     expected = processor(text=text, images=[image.convert("RGB") for image in images], add_special_tokens=False, return_tensors="pt")
-    assert ids == expected["input_ids"][0].tolist()
-    assert torch.equal(pixels, expected["pixel_values"])
+    assert prompt.input_ids == expected["input_ids"][0].tolist()
+    assert torch.equal(prompt.inputs["pixel_values"], expected["pixel_values"])
     needs = prompts.needs(question(*(data_url(encoded(image)) for image in images)), {})
-    assert needs.kept == pixels.nbytes
+    assert needs.kept == prompt.inputs["pixel_values"].nbytes
     assert needs.working == prompts.needs(question(data_url(encoded(images[2]))), {}).working  # the largest one
 
 
@@ -180,7 +180,7 @@ def test_pixel_values_count_until_they_are_answered(sparse):
     """Room for those of one image and a little more: ten requests, one after another, need no more; two images do."""
     model, processor = sparse
     image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
-    form = ConversationForm(processor)
+    form = PromptBuilder(processor)
     with server(Engine(model, processor.tokenizer), processor, replace(LIMITS, all_bytes=form.image_bytes + 5000)) as url:
 
         def status(images=1, path="/v1/chat/completions", **settings):

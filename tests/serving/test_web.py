@@ -206,7 +206,7 @@ def slow(sparse, monkeypatch):
 def test_a_full_queue_and_too_long_a_wait(slow):
     model, processor, asked, traced = slow
     with (
-        server(Engine(model, processor.tokenizer, places=1, max_waiting=1, time_limit=0.3), processor) as url,
+        server(Engine(model, processor.tokenizer, slots=1, max_waiting=1, time_limit=0.3), processor) as url,
         ThreadPoolExecutor() as pool,
     ):
         answered = pool.submit(post, url, asked)

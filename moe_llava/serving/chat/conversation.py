@@ -10,15 +10,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from moe_llava.common.images import open_image
 from moe_llava.data.records import check_characters
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.trace import Trace, trace_answer
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prompt import ConversationForm
-from moe_llava.serving.engine.requests import LONGEST, Piece, Request
+from moe_llava.serving.engine.prompt import PromptBuilder
+from moe_llava.serving.engine.requests import LONGEST, Piece, Prompt, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Conversation:
         self.settings = settings
         self.turns: list[Turn] = []
         self.waiting: tuple[Picture, ...] = ()
-        self._form = ConversationForm(processor)
+        self._builder = PromptBuilder(processor)
         self._asked = 0
 
     def add_images(self, paths: Sequence[Path]) -> None:
@@ -72,7 +71,7 @@ class Conversation:
         """Yields the answer piece by piece, and keeps it as a turn. So is what was written by then where the caller stops; where nothing
         was, or an error is raised, everything stays as it was.
 
-        Raises ValueError if `question` is empty or no text; FormError and RequestError if the model cannot be asked it.
+        Raises ValueError if `question` is empty or no text; PromptError and RequestError if the model cannot be asked it.
         """
         if not question.strip():
             raise ValueError("the prompt is empty: ask something")
@@ -91,11 +90,12 @@ class Conversation:
         Raises ValueError if nothing was asked; RoutingError as `trace_routing` does.
         """
         *before, last = self._begun()
-        ids, pixels = self._read(before, last)
+        prompt = self._read(before, last)
         ends = end_tokens(self.engine.model)
         answer = [token for token in last.tokens if token not in ends]
         results: SimpleQueue[Trace | Exception] = SimpleQueue()
-        self.engine.submit_work(lambda model, tokenizer: trace_answer(model, tokenizer, ids, answer, pixels), results.put)
+        ids, inputs = prompt.input_ids, prompt.inputs
+        self.engine.submit_work(lambda model, tokenizer: trace_answer(model, tokenizer, ids, answer, inputs), results.put)
         result = results.get()
         if isinstance(result, Exception):
             raise result
@@ -125,9 +125,9 @@ class Conversation:
 
     def _write(self, before: list[Turn], turn: Turn) -> Generator[str, None, None]:
         began = time.monotonic()
-        ids, pixels = self._read(before, turn)
+        prompt = self._read(before, turn)
         delivered: SimpleQueue[Piece | Exception] = SimpleQueue()
-        cancel = self.engine.submit(self._request(ids, pixels), delivered.put)
+        cancel = self.engine.submit(self._request(prompt), delivered.put)
         self._asked += 1
         answer, reason = "", None
         tokens: list[int] = []
@@ -146,24 +146,25 @@ class Conversation:
             cancel()
             if reason is not None:
                 seconds = time.monotonic() - began
-                self.turns = [*before, Turn(turn.question, turn.pictures, answer.strip(), reason, len(ids), tuple(tokens), seconds)]
+                length = len(prompt.input_ids)
+                self.turns = [*before, Turn(turn.question, turn.pictures, answer.strip(), reason, length, tuple(tokens), seconds)]
                 self.waiting = tuple(picture for picture in self.waiting if picture not in turn.pictures)
 
-    def _request(self, ids: list[int], pixels: Tensor | None) -> Request:
+    def _request(self, prompt: Prompt) -> Request:
         settings = self.settings
         return Request(
-            input_ids=ids,
-            max_new_tokens=settings.max_new_tokens or self.engine.room(len(ids), LONGEST),
-            pixel_values=pixels,
+            prompt=prompt,
+            max_new_tokens=settings.max_new_tokens or self.engine.room(len(prompt.input_ids), LONGEST),
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=None if settings.seed is None else settings.seed + self._asked,
         )
 
-    def _read(self, before: Sequence[Turn], turn: Turn) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values) of a question after others."""
+    def _read(self, before: Sequence[Turn], turn: Turn) -> Prompt:
+        """Return the prompt of a question after others."""
         turns = [*before, turn]
-        return self._form.read(self._messages(turns)[:-1], [picture.content for each in turns for picture in each.pictures])
+        images = [picture.content for each in turns for picture in each.pictures]
+        return self._builder.build(self._messages(turns)[:-1], images, len(images))
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         messages = [self._message("system", self.settings.system)] if self.settings.system else []
@@ -172,4 +173,4 @@ class Conversation:
         return messages
 
     def _message(self, role: str, text: str, pictures: int = 0) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._form.as_text(text)}]}
+        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._builder.as_text(text)}]}

@@ -1,10 +1,10 @@
-"""Continuous batching: one thread owns the model, and writes the next token of every answer at once.
+"""Continuous batching: one thread owns the model and generates the next token of every completion at once.
 
-A request need not wait until others are answered. Those that wait are read together (prefill), and join the batch as rows of its cache; a
-row leaves when its answer is complete. The cache is padded on the left, so a row's tokens are always one run that ends at the last
-column, and distances between them, of which sliding windows are made, stay true.
+A request need not wait until others are complete. Waiting requests are prefilled together and join the batch as rows of its cache; a row
+leaves when its completion is finished. The cache is padded on the left, so the tokens of a row are always one run that ends at the last
+column, and the distances between them, from which sliding windows are made, stay true.
 
-transformers' own continuous batching takes token ids only, and has no way for an image to come with them.
+transformers' own continuous batching takes token ids only, without images.
 
 Shapes: B rows of the batch, S columns of the cache, V vocabulary.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_llava.model.greedy import end_tokens, never_written, positions
+from moe_llava.data.batches import TOKEN_INPUTS, concatenated
+from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
 from moe_llava.serving.engine.cache import roomy_cache
 from moe_llava.serving.engine.requests import (
     EngineClosed,
     Piece,
+    Prompt,
     QueueFull,
     Request,
     RequestError,
@@ -42,11 +44,12 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Piece | Exception], None]
 Work = Callable[[Any, Any], Any]  # of model and tokenizer
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
 @dataclass(eq=False)
-class Asked:
-    """What somebody waits for."""
+class Pending:
+    """A result that a caller waits for."""
 
     deliver: Callable[[Any], None]
     deadline: float
@@ -61,43 +64,51 @@ class Asked:
 
 
 @dataclass(eq=False)
-class Row(Asked):
-    """An answer while it is written. `cached`: its tokens in the cache, all but the last."""
+class Row(Pending):
+    """A completion in the making. `cached`: the number of its tokens in the cache, all but the last. `position`: that of its next token."""
 
     request: Request
     text: AnswerText
     sampler: Sampler | None
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
+    position: int = 0
 
 
 @dataclass(eq=False)
-class Job(Asked):
+class Job(Pending):
     """Other work with the model, done between two tokens."""
 
     work: Work
 
 
 class Engine:
-    """Answers up to `places` requests at once, while `max_waiting` more wait. Each has `time_limit` seconds, waiting among them.
+    """Complete up to `slots` prompts at once, while up to `max_waiting` more wait. Each request has `time_limit` seconds, including the
+    time it waits.
 
-    What `generation_config` says counts where it ends an answer or suppresses tokens; how to sample is said by the request. Answers do not
-    depend on the company they are written in, but for rounding, and for a sparse model with a capacity, which drops tokens of a batch.
+    `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
+    Completions do not depend on the rest of the batch, except for rounding, and for a sparse model with a capacity, which drops tokens of a
+    batch.
+
+    Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, places: int = 8, max_waiting: int = 32, time_limit: float = 300.0):
+    def __init__(self, model: Any, tokenizer: Any, slots: int = 8, max_waiting: int = 32, time_limit: float = 300.0):
         self.model = model
-        self.places = places
+        self.slots = slots
         self.max_waiting = max_waiting
         self.time_limit = time_limit
-        self.context = model.config.text_config.max_position_embeddings
-        self._tokenizer = copy.deepcopy(tokenizer)  # one cannot be used by two threads at a time
+        text = model.config.get_text_config()
+        if stateful := sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION):
+            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states cannot be batched here")
+        self.context = text.max_position_embeddings
+        self._tokenizer = copy.deepcopy(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
-        self._image = model.config.image_token_id
+        self._placeholders = frozenset(placeholder_ids(model.config))
         suppressed = [token for token in never_written(model) if token < self._vocabulary]
-        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # there may be none
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # may be empty
         self._ends = frozenset(end_tokens(model))
-        self._newcomers: list[Row] = []  # have a place, and are about to be read
+        self._newcomers: list[Row] = []  # have a slot, and will be prefilled next
         self._rows: list[Row] = []
         self._cache: Any = None  # [B, heads, S, head width] per layer
         self._columns = 0  # S
@@ -109,10 +120,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> Callable[[], None]:
-        """Has `request` answered: calls `deliver` from the engine's thread with each piece, or with the error that ended the answer; it
-        must neither wait nor raise. Returns what cancels the answer; a piece that is being written may still come.
+        """Queue a request, and return a function that cancels it. `deliver` is called from the engine's thread with each piece, or with the
+        error that ended the completion; it must neither block nor raise. After a cancellation one more piece may arrive.
 
-        Raises RequestError if the model cannot answer it, QueueFull if too many wait, EngineClosed after `close`.
+        Raises RequestError if the model cannot answer it, QueueFull if the queue is full, EngineClosed after `close`.
         """
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
@@ -121,47 +132,48 @@ class Engine:
         return row.cancel
 
     def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
-        """Has `work` done in the engine's thread, with the model and its tokenizer, and calls `deliver` from there with what it returns, or
-        with the error that ended it. It waits, is counted and is cancelled as an answer is; once begun, it is not stopped.
+        """Queue `work`, which is called in the engine's thread with the model and its tokenizer, and return a function that cancels it.
+        `deliver` is called from there with its result, or with the error that ended it. It waits and counts like a request; once begun, it
+        is not stopped.
 
-        Raises QueueFull if too many wait, EngineClosed after `close`.
+        Raises QueueFull if the queue is full, EngineClosed after `close`.
         """
         job = Job(deliver, time.monotonic() + self.time_limit, work)
         self._queue(job)
         return job.cancel
 
-    def _queue(self, asked: Row | Job) -> None:
+    def _queue(self, pending: Row | Job) -> None:
         with self._changed:
             self.check_room()
-            if isinstance(asked, Job):
-                self._jobs.append(asked)
+            if isinstance(pending, Job):
+                self._jobs.append(pending)
             else:
-                self._waiting.append(asked)
+                self._waiting.append(pending)
             self._changed.notify()
 
     def check_room(self) -> None:
-        """Raises QueueFull or EngineClosed where `submit` would: for who wants to know before a request is prepared."""
+        """Raise QueueFull or EngineClosed as `submit` would, before a request is prepared."""
         if self._closed:
-            raise EngineClosed("the server is ending")
-        if self.running + self.waiting >= self.places + self.max_waiting:
-            raise QueueFull(f"{self.running + self.waiting} requests are being answered or wait, as many as may; try again later")
+            raise EngineClosed("the server is shutting down")
+        if self.running + self.waiting >= self.slots + self.max_waiting:
+            raise QueueFull(f"{self.running + self.waiting} requests are running or waiting, the maximum; try again later")
 
     def room(self, prompt: int, most: int) -> int:
-        """How many tokens the answer to so many may have, up to `most`; 1 where there is room for none, which `submit` refuses."""
+        """Return how many tokens the completion of a prompt of this length may have, up to `most`; 1 if none, which `submit` refuses."""
         return max(1, min(most, self.context - prompt))
 
     @property
     def running(self) -> int:
-        """Answers that are being written."""
+        """The number of completions being generated."""
         return len(self._newcomers) + len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place, and work that waits for its turn."""
+        """The number of requests and jobs in the queue."""
         return len(self._waiting) + len(self._jobs)
 
     def close(self) -> None:
-        """Takes no more requests, and returns when all that it took are answered."""
+        """Accept no more requests, and return when all accepted ones are complete."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -173,31 +185,30 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def check_readable(self, ids: list[int], pixel_values: Tensor | None) -> None:
-        """Raises RequestError if the model cannot read them."""
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise RequestError if the model cannot be run on a prompt."""
+        ids = prompt.input_ids
         if len(ids) > self.context:
             raise RequestError(f"the conversation has {len(ids)} tokens, but the model takes {self.context}")
-        unknown = max((token for token in ids if token != self._image), default=0)
+        unknown = max((token for token in ids if token not in self._placeholders), default=0)
         if unknown >= self._vocabulary:
             raise RequestError(f"the prompt has token {unknown}, but the model knows {self._vocabulary}")
-        places, images = ids.count(self._image), 0 if pixel_values is None else len(pixel_values)
-        if bool(places) != bool(images) or (images and places % images):
-            raise RequestError(f"the prompt has {places} placeholders, which cannot be those of {images} images")
+        found, images = sum(token in self._placeholders for token in ids), image_count(prompt.inputs)
+        if bool(found) != bool(images):
+            raise RequestError(f"the prompt has {found} placeholders, which cannot be those of {images} images")
 
     def _check(self, request: Request) -> None:
-        ids, limit = request.input_ids, request.max_new_tokens
-        if not ids or limit < 1:
-            raise RequestError(f"a request needs a prompt and a token to write, but has {len(ids)} tokens and max_new_tokens={limit}")
-        if len(ids) + limit > self.context:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the answer up to {limit}, but the model takes {self.context} together"
-            )
-        self.check_readable(ids, request.pixel_values)
+        length, limit = len(request.prompt.input_ids), request.max_new_tokens
+        if not length or limit < 1:
+            raise RequestError(f"a request needs a prompt and a token to generate, but has {length} tokens and max_new_tokens={limit}")
+        if length + limit > self.context:
+            raise RequestError(f"the prompt has {length} tokens and the answer up to {limit}, but the model takes {self.context} together")
+        self.check_prompt(request.prompt)
         check_sampling(request.temperature, request.top_p)
         if "" in request.stop:
-            raise RequestError("a stop string is empty, which none may be")
+            raise RequestError("a stop string is empty, which is not allowed")
 
-    # What follows runs in the engine's thread.
+    # All methods below run in the engine's thread.
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -206,44 +217,44 @@ class Engine:
             if self._jobs:
                 self._do(self._jobs[0])
             if self._newcomers:
-                self._guarded(self._read, self._newcomers)
+                self._guarded(self._prefill, self._newcomers)
             if self._rows:
-                self._guarded(self._write, self._rows)
+                self._guarded(self._decode, self._rows)
 
     def _wait_for_work(self) -> bool:
-        """False at the end."""
+        """Return False when the engine is closed and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._jobs or self._rows or self._closed)
             return bool(self._waiting or self._jobs or self._rows)
 
     def _admit(self) -> None:
-        """Gives the first of those that wait a place, as far as there are places. Ends what was cancelled, or took too long."""
+        """Move waiting requests to free slots, in order. Drop what was cancelled, and fail what exceeded its time."""
         with self._changed:
-            asked = (*self._rows, *self._waiting, *self._jobs)
-            for late in [one for one in asked if not one.done and time.monotonic() > one.deadline]:
+            pending = (*self._rows, *self._waiting, *self._jobs)
+            for late in [one for one in pending if not one.done and time.monotonic() > one.deadline]:
                 late.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
-            self._let_go()
+            self._drop_finished()
             still = [row for row in self._waiting if not row.done]
             self._jobs = [job for job in self._jobs if not job.done]
-            free = self.places - len(self._rows)
+            free = self.slots - len(self._rows)
             self._newcomers, self._waiting = still[:free], still[free:]
 
     def _guarded(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
-        """Whoever asked is told what went wrong; the next request may go well."""
+        """Deliver an error to the rows that it concerns; the next requests may succeed."""
         try:
             work(rows)
         except Exception as error:
-            logger.exception("answering %d requests failed", len(rows))  # those who asked may all have left
+            logger.exception("answering %d requests failed", len(rows))  # their clients may all have left
             for row in rows:
                 if not row.done:
                     row.fail(error)
-        self._let_go()
+        self._drop_finished()
 
     def _do(self, job: Job) -> None:
-        """One job: those whose answers are being written wait for no more than that."""
+        """Run one job: running completions wait for no more than that."""
         try:
             result = job.work(self.model, self._tokenizer)
-        except Exception as error:  # noqa: BLE001  who asked raises or logs it
+        except Exception as error:  # noqa: BLE001  the caller raises or logs it
             job.fail(error)
         else:
             job.done = True
@@ -251,52 +262,61 @@ class Engine:
         with self._changed:
             self._jobs.remove(job)
 
-    def _read(self, newcomers: list[Row]) -> None:
-        """Reads prompts, of which a cache of their own comes, and writes the first token of each answer."""
-        device = self.model.device
-        prompts = [row.request.input_ids for row in newcomers]
-        columns = max(map(len, prompts))
-        filler = int(self._image == 0)  # any token but a placeholder: it is masked
-        ids_BS = torch.tensor([[filler] * (columns - len(ids)) + ids for ids in prompts], device=device)
-        mask_BS = self._mask([len(ids) for ids in prompts], columns)
-        images = [row.request.pixel_values for row in newcomers if row.request.pixel_values is not None]
+    def _prefill(self, newcomers: list[Row]) -> None:
+        """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
+        prompts = [row.request.prompt for row in newcomers]
+        columns = max(len(prompt.input_ids) for prompt in prompts)
+        inputs = self._batch(prompts, columns)
+        places = prefill_positions(self.model, inputs)
         cache = roomy_cache()
-        logits_B1V = self.model(
-            input_ids=ids_BS,
-            attention_mask=mask_BS,
-            position_ids=positions(mask_BS),
-            pixel_values=torch.cat(images).to(device, self.model.dtype) if images else None,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        for row, ids in zip(newcomers, prompts, strict=True):
-            row.cached = len(ids)
+        logits_B1V = self.model(**inputs, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        last = places.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
+        for row, prompt, position in zip(newcomers, prompts, last, strict=True):
+            row.cached, row.position = len(prompt.input_ids), position + 1
         self._join(cache, columns)
         self._choose(newcomers, logits_B1V[:, -1])
 
-    def _write(self, rows: list[Row]) -> None:
-        """Writes the next token of every answer."""
+    def _batch(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
+        """Return the model's inputs of several prompts, padded on the left to `columns`."""
+        device = self.model.device
+        filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        ids_BS = torch.tensor([[filler] * (columns - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=device)
+        types = sorted({name for prompt in prompts for name in prompt.inputs} & TOKEN_INPUTS)
+        typed = {
+            name: torch.cat([F.pad(prompt.inputs[name], (columns - length, 0)) for prompt, length in zip(prompts, lengths, strict=True)])
+            for name in types
+        }
+        images = concatenated([{name: value for name, value in prompt.inputs.items() if name not in TOKEN_INPUTS} for prompt in prompts])
+        moved = {name: self._moved(value) for name, value in (typed | images).items()}
+        return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | moved
+
+    def _moved(self, value: Tensor) -> Tensor:
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+    def _decode(self, rows: list[Row]) -> None:
+        """Generate the next token of every completion."""
         device = self.model.device
         logits_B1V = self.model(
             input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=device),
             attention_mask=self._mask([row.cached + 1 for row in rows], self._columns + 1),
-            position_ids=torch.tensor([[row.cached] for row in rows], device=device),
+            position_ids=torch.tensor([[row.position] for row in rows], device=device),
             past_key_values=self._cache,
             use_cache=True,
         ).logits
         self._columns += 1
         for row in rows:
             row.cached += 1
+            row.position += 1
         self._choose(rows, logits_B1V[:, -1])
 
     def _mask(self, lengths: list[int], columns: int) -> Tensor:
-        """[B, S], 0 for padding on the left."""
+        """Return [B, S], 0 for padding on the left."""
         starts = torch.tensor([columns - length for length in lengths])
         return (torch.arange(columns) >= starts[:, None]).long().to(self.model.device)
 
     def _join(self, cache: Any, columns: int) -> None:
-        """Makes newcomers rows of the batch, below those that are there."""
+        """Append newcomers to the rows of the batch."""
         if self._rows:
             longest = max(columns, self._columns)
             for layer, theirs in zip(self._cache.layers, cache.layers, strict=True):
@@ -309,8 +329,8 @@ class Engine:
             self._cache, self._columns = cache, columns
         self._rows, self._newcomers = [*self._rows, *self._newcomers], []
 
-    def _let_go(self) -> None:
-        """Takes rows that are done out of the batch, and columns that nobody needs any more."""
+    def _drop_finished(self) -> None:
+        """Remove finished rows from the batch, and columns that no row uses any more."""
         self._newcomers = [row for row in self._newcomers if not row.done]
         kept = [index for index, row in enumerate(self._rows) if not row.done]
         if len(kept) == len(self._rows):
@@ -326,14 +346,15 @@ class Engine:
         self._columns = columns
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> None:
+        """Choose the next token of each row."""
         logits_BV = logits_BV.float()
         logits_BV[:, self._suppressed] = -torch.inf
-        for row, logits_V, likeliest in zip(rows, logits_BV, logits_BV.argmax(-1).tolist(), strict=True):
+        for row, logits_V, most_likely in zip(rows, logits_BV, logits_BV.argmax(-1).tolist(), strict=True):
             if not row.done:
-                self._add(row, row.sampler.draw(logits_V) if row.sampler else likeliest, logits_V)
+                self._add(row, row.sampler.draw(logits_V) if row.sampler else most_likely, logits_V)
 
     def _add(self, row: Row, token: int, logits_V: Tensor) -> None:
-        """Delivers what `token` adds to an answer."""
+        """Append `token` to a completion, and deliver the new text."""
         row.tokens.append(token)
         reason: str | None
         if token in self._ends:
@@ -355,6 +376,11 @@ class Engine:
         return TokenLogprobs(texts[0], float(logprobs_V[token]), list(zip(texts[1:], top.values.tolist(), strict=True)))
 
 
+def image_count(inputs: Mapping[str, Tensor]) -> int:
+    """Return the number of images, or of their patches or tiles, in the inputs of a prompt."""
+    return len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+
+
 def _pad_left(states: Tensor, columns: int) -> Tensor:
-    """[B, heads, S, head width], with zeros before, `columns` long."""
+    """Return [B, heads, S, head width] with zeros before, up to `columns`."""
     return F.pad(states, (0, 0, columns - states.shape[2], 0))

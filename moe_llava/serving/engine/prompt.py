@@ -1,4 +1,4 @@
-"""Messages and images -> what the model reads, by the conversation form of its processor. Of a user's text nothing becomes an image."""
+"""Convert messages and images to a prompt, with the chat template of the model's processor. No text of a user becomes an image."""
 
 from __future__ import annotations
 
@@ -6,63 +6,61 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
+from moe_llava.common.errors import DataError
+from moe_llava.data.batches import concatenated
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.rendering import REFUSALS
+from moe_llava.serving.engine.requests import Prompt
+
+_LARGE = (1024, 1024)
 
 
-class FormError(ValueError):
-    """Messages that the conversation form has no place for."""
+class PromptError(ValueError):
+    """The chat template or the processor refuses the messages."""
 
 
-class ConversationForm:
-    """For one thread at a time, since its tokenizer is."""
+class PromptBuilder:
+    """Build prompts for the model of `processor`. Only one thread may use it at a time, because its tokenizer is not thread-safe.
+
+    `image_bytes`: the size of a large image's inputs.
+    """
 
     def __init__(self, processor: Any):
         self._processor = processor
-        self._placeholder = re.compile(re.escape(processor.image_token), re.IGNORECASE)
-        blank = processor(text=processor.image_token, images=[Image.new("RGB", (8, 8))], add_special_tokens=False, return_tensors="pt")
-        self._image_tokens = self._count(blank["input_ids"][0].tolist())
-        self.image_bytes = blank["pixel_values"].nbytes  # of an image's pixel values, the same for every one
+        self._encoder = Encoder(processor)
+        self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)
+        large, _ = self._encoder.process([Image.new("RGB", _LARGE)])
+        self.image_bytes = sum(tensor.nbytes for tensor in large.values())
 
-    def read(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
-        answer, to the end. `messages`: as chat templates take them, their texts by `as_text`.
+    def build(self, messages: Sequence[dict[str, Any]], images: Iterable[Image.Image], count: int) -> Prompt:
+        """Return the prompt of `messages` with `count` images, up to the beginning of the next answer or, if the last message is an answer,
+        to its end. An iterator of images is consumed one by one, so it need not hold two at once, and not before the messages are checked.
 
-        Raises FormError as `ids` does.
-        """
-        return self.ids(messages, len(images)), self.pixels(images)
+        `messages`: as chat templates take them, with texts from `as_text`.
 
-    def ids(self, messages: Sequence[dict[str, Any]], images: int) -> list[int]:
-        """The input ids alone, of messages with so many images.
-
-        Raises FormError if the form refuses the messages, or has no place for the images, or a text reads as one.
+        Raises PromptError if the chat template refuses the messages or does not render all images, or if a text contains a placeholder.
         """
         token = self._processor.image_token
         try:
             text = self._processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
         except REFUSALS as error:
-            raise FormError(f"the model's conversation form refuses them: {error}") from error
-        if text.count(token) != images:
-            raise FormError("the model's conversation form has no place for the images")
-        ids = self._processor.tokenizer(text.replace(token, token * self._image_tokens), add_special_tokens=False)["input_ids"]
-        if self._count(ids) != images * self._image_tokens:
-            raise FormError(f"a text reads as {token}, which stands for an image")
-        return ids
-
-    def pixels(self, images: Iterable[Image.Image]) -> Tensor | None:
-        """The pixel values [images, channels, height, width]; one image at a time, so that an iterator need not hold two."""
-        values = list(map(self._values, images))
-        return torch.cat(values) if values else None
-
-    def _values(self, image: Image.Image) -> Tensor:
-        return self._processor.image_processor([image], return_tensors="pt")["pixel_values"]
+            raise PromptError(f"the model's chat template refuses them: {error}") from error
+        if text.count(token) != count:
+            raise PromptError("the model's chat template has no place for the images")
+        if any(self._placeholder.search(part["text"]) for message in messages for part in message["content"] if part["type"] == "text"):
+            raise PromptError("a text contains a placeholder, which stands for an image")
+        try:
+            processed = [self._encoder.process([image]) for image in images]
+        except DataError as error:
+            raise PromptError(str(error)) from error
+        pieces = text.split(token)
+        text = pieces[0] + "".join(replaced[0] + piece for (_, replaced), piece in zip(processed, pieces[1:], strict=True))
+        ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        inputs = concatenated([found for found, _ in processed])
+        return Prompt(ids, inputs | {name: types[None] for name, types in self._encoder.token_types(ids).items()})
 
     def as_text(self, text: str) -> str:
-        """A placeholder that a user wrote gets a space after its first character, and is text."""
+        """Insert a space after the first character of every placeholder in `text`, so that it is tokenized as text."""
         return self._placeholder.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-    def _count(self, ids: list[int]) -> int:
-        return ids.count(self._processor.tokenizer.convert_tokens_to_ids(self._processor.image_token))

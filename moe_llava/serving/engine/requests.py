@@ -1,50 +1,63 @@
-"""What is asked of the engine, what it hands back, and why it may refuse."""
+"""Requests to the engine, what it delivers, and the errors by which it refuses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-LONGEST = 512  # tokens of an answer, where nothing is said
-MOST_TEMPERATURE = 2.0  # as with OpenAI
+LONGEST = 512  # tokens of a completion, if the request sets no limit
+MOST_TEMPERATURE = 2.0  # as in OpenAI's API
 
 
 class RequestError(ValueError):
-    """A request that this model cannot answer; the message names the value and the rule."""
+    """The model cannot answer this request; the message names the value and the rule."""
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises RequestError. Logits divided by less than 0.001 would be no numbers any more."""
+    """Raise RequestError if a value is out of bounds. Logits divided by less than 0.001 would overflow."""
     if not (temperature == 0 or 0.001 <= temperature <= MOST_TEMPERATURE) or not 0 < top_p <= 1:
         rule = f"temperature must be 0 or at least 0.001, and at most {MOST_TEMPERATURE:g}, and top_p above 0 and at most 1"
         raise RequestError(f"{rule}, but they are {temperature:g} and {top_p:g}")
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
 
 class TimeLimitExceeded(RuntimeError):
-    """An answer was not complete in time."""
+    """A completion was not finished in time."""
 
 
 class EngineClosed(RuntimeError):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model's processor makes it. `input_ids`: token ids, the placeholders of images included. `inputs`: the model's other
+    inputs: a type for each token [1, S], if the model has these, and those of the images."""
+
+    input_ids: list[int]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Request:
-    """`input_ids`: as the processor makes them, placeholders of images and all. `pixel_values`: [images, channels, height, width].
-    `temperature` 0: the likeliest token, always. `seed`: None for another answer each time. `stop`: strings that end the answer.
-    `top_logprobs`: how many of the likeliest tokens to tell with each; None for no probabilities at all."""
+    """A prompt, and how it is to be completed.
 
-    input_ids: list[int]
+    temperature: 0 is greedy decoding.
+    seed: None samples another completion each time.
+    stop: strings that end the completion.
+    top_logprobs: the number of most likely tokens to report for each token; None reports no probabilities.
+    """
+
+    prompt: Prompt
     max_new_tokens: int
-    pixel_values: Tensor | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -54,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities at temperature 1; `top`: of the likeliest tokens, in order."""
+    """Natural logarithms of probabilities at temperature 1. `top`: those of the most likely tokens, in order."""
 
     text: str
     logprob: float
@@ -63,8 +76,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to an answer. `text` may be empty: a character or a stop string may come in parts. `finish_reason`: "stop" or
-    "length" with the last piece, else None. The token that ends an answer has no `logprobs`."""
+    """The addition of one token to a completion. `text` may be empty, because a character or a stop string may consist of several tokens.
+    `finish_reason`: "stop" or "length" in the last piece, else None. The token that ends a completion has no `logprobs`."""
 
     token: int
     text: str

@@ -64,7 +64,7 @@ class Answer:
             loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         self._cancel = engine.submit(request, deliver)
-        metrics.prompt_tokens += len(request.input_ids)
+        metrics.prompt_tokens += len(request.prompt.input_ids)
         self.outcome = "cancelled"
 
     async def pieces(self) -> AsyncIterator[requests.Piece]:
@@ -127,7 +127,7 @@ class Service:
             form, request = await self.prepared(client, self._request, share)
             answer = Answer(self.engine, request, self.metrics, arrival, share.release)
             held.pop_all()  # from here on the answer holds the share
-        reply = Reply(self.name, len(request.input_ids), form.logprobs)
+        reply = Reply(self.name, len(request.prompt.input_ids), form.logprobs)
         if form.stream:
             headers = {"Cache-Control": "no-cache"}
             # The background task runs when the stream ends, and when its client leaves.
@@ -187,11 +187,10 @@ class Service:
 
     def _request(self, asked: ChatCompletionRequest, fetched: Fetched) -> tuple[Form, requests.Request]:
         form = Form(asked.stream, asked.stream_options.include_usage, asked.logprobs)
-        ids, pixels = self.prompts.make(asked.messages, fetched)
+        prompt = self.prompts.make(asked.messages, fetched)
         return form, requests.Request(
-            input_ids=ids,
-            max_new_tokens=asked.longest() or self.engine.room(len(ids), self.limits.new_tokens),
-            pixel_values=pixels,
+            prompt=prompt,
+            max_new_tokens=asked.longest() or self.engine.room(len(prompt.input_ids), self.limits.new_tokens),
             temperature=asked.temperature,
             top_p=asked.top_p,
             seed=asked.seed,

@@ -126,7 +126,7 @@ def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn
     """What serves `application`, with limits on what `application` does not see."""
     # By then every answer is complete, or was ended. Who does not read it is not waited for.
     longest = limits.body_seconds + limits.fetch_seconds + engine.time_limit + READING_SECONDS
-    most = engine.places + engine.max_waiting + SPARE_CONNECTIONS
+    most = engine.slots + engine.max_waiting + SPARE_CONNECTIONS
     connection = functools.partial(Connection, most=most, head_seconds=limits.head_seconds, longest=longest)
     return uvicorn.Server(
         uvicorn.Config(

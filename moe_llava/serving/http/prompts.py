@@ -11,11 +11,11 @@ from io import BytesIO
 from typing import Any, BinaryIO
 
 from PIL import Image
-from torch import Tensor
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, check_shape, fitting, open_image
-from moe_llava.serving.engine.prompt import ConversationForm, FormError
+from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
+from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -55,7 +55,7 @@ class PromptMaker:
     """`needs` and `make` may each be used by one thread at a time, as a tokenizer may."""
 
     def __init__(self, processor: Any, limits: Limits):
-        self._form = ConversationForm(processor)
+        self._builder = PromptBuilder(processor)
         self._images = processor.image_processor
         self._limits = limits
 
@@ -72,20 +72,19 @@ class PromptMaker:
             if all_pixels > self._limits.all_pixels:
                 raise ApiError(400, f"the images have more than {self._limits.all_pixels} pixels together", "messages")
             working, count = max(working, taken), count + 1
-        return Needs(working, count * self._form.image_bytes)
+        return Needs(working, count * self._builder.image_bytes)
 
-    def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> tuple[list[int], Tensor | None]:
-        """(input ids, pixel values [images, channels, height, width]), up to where the answer to the last message begins, or, if that is an
-        answer, to the end. After `needs`.
+    def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Prompt:
+        """Return the prompt of `messages`, up to the beginning of the next answer or, if the last message is an answer, to its end. Call
+        `needs` first.
 
-        Raises ApiError (400) if an image cannot be decoded, or the conversation form has no place for what was said.
+        Raises ApiError (400) if an image cannot be decoded, or the chat template refuses the messages.
         """
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         try:
-            ids = self._form.ids(conversation, len(image_urls(messages)))
-        except FormError as error:
+            return self._builder.build(conversation, map(self._decoded, self._sent(messages, fetched)), len(image_urls(messages)))
+        except PromptError as error:
             raise ApiError(400, f"messages: {error}", "messages") from error
-        return ids, self._form.pixels(map(self._decoded, self._sent(messages, fetched)))
 
     def _parts(self, message: Any) -> list[dict[str, str]]:
         """Texts that follow each other become one, with line breaks between them, so that no two of them together make a placeholder."""
@@ -97,7 +96,7 @@ class PromptMaker:
                 parts.append({"type": "text", "text": part.text})
             else:
                 parts.append({"type": "image"})
-        return [part | {"text": self._form.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
+        return [part | {"text": self._builder.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
 
     def _sent(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Iterator[SentImage]:
         for url, place in image_urls(messages):

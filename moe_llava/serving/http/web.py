@@ -22,6 +22,7 @@ from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.bodies import Share, until_left
 from moe_llava.serving.http.prompts import PromptMaker
 from moe_llava.serving.http.protocol import LEFT, ApiError, ChatCompletionRequest, Message
@@ -38,7 +39,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-Conversation = tuple[list[int], Tensor | None, int]  # ids, pixels, where the last answer begins
+Conversation = tuple[Prompt, int]  # with the last answer, and the token at which that begins
 
 
 def add_page(app: FastAPI) -> None:
@@ -88,18 +89,19 @@ class Routes:
             return await self._traced(client, share)
 
     async def _traced(self, client: Request, share: Share) -> Response:
-        ids, pixels, begin = await self._service.prepared(client, self._read, share, answered=True)
-        self._service.engine.check_readable(ids, pixels)
+        prompt, begin = await self._service.prepared(client, self._read, share, answered=True)
+        self._service.engine.check_prompt(prompt)
+        ids = prompt.input_ids
 
         def work(model: Any, tokenizer: Any) -> Trace:
-            return trace_answer(model, tokenizer, ids[:begin], ids[begin:], pixels)
+            return trace_answer(model, tokenizer, ids[:begin], ids[begin:], prompt.inputs)
 
         trace = await self._done(client, work)
         metrics = self._service.metrics
         metrics.prompt_tokens += len(ids)
         metrics.requests["routes"] += 1
         # In a thread: it may be some megabytes of JSON.
-        return await run_in_threadpool(lambda: JSONResponse(self._told(trace, pixels)))
+        return await run_in_threadpool(lambda: JSONResponse(self._told(trace, prompt)))
 
     def _read(self, asked: ChatCompletionRequest, fetched: Mapping[str, bytes]) -> Conversation:
         return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
@@ -120,9 +122,9 @@ class Routes:
             watching.cancel()
             cancel()
 
-    def _told(self, trace: Trace, pixels: Tensor | None) -> dict[str, Any]:
+    def _told(self, trace: Trace, prompt: Prompt) -> dict[str, Any]:
         colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
-        pictures = [] if pixels is None else as_seen(pixels, self._processor)
+        pictures = as_seen(prompt.inputs["pixel_values"], self._processor) if prompt.inputs else []
         return {
             "object": "routes",
             "model": self._service.name,
@@ -148,12 +150,12 @@ def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
 
 def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:
     """What the model had read when it wrote the last token of the answer that is the last message, and that token."""
-    prompt, _ = prompts.make(messages[:-1], fetched)
-    ids, pixels = prompts.make(messages, fetched)
+    before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
+    ids = whole.input_ids
     # A form may end a prompt in another way than what stands before an answer that is given: there the answer begins, too.
-    begin = next((place for place, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), min(len(prompt), len(ids)))
+    begin = next((place for place, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
     end = next((place for place in range(begin, len(ids)) if ids[place] in ends), len(ids))
-    return ids[:end], pixels, begin
+    return Prompt(ids[:end], whole.inputs), begin
 
 
 def _image(trace: Trace, number: int, picture: str) -> dict[str, Any]:
