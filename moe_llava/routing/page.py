@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moe_llava.common.colours import expert_colour, ink
 from moe_llava.routing.plots import Chart, data_url
-from moe_llava.routing.tokens import KINDS
+from moe_llava.routing.tokens import KINDS, picture_sizes, tiles
 from moe_llava.routing.trace import Trace
 
 ONE = 65535  # stands for a probability of 1
@@ -73,13 +74,33 @@ def write_page(
     file.write_text(page, encoding="utf-8")
 
 
-def as_seen(pixels_NCHW: Tensor, processor: Any) -> list[np.ndarray]:
-    """Return [height, width, 3] in 0..1 of each image as the model sees it: padded, cut and scaled, without the pixels at the right and at
-    the bottom that fill no patch."""
-    height, width = (size // processor.patch_size * processor.patch_size for size in pixels_NCHW.shape[2:])
-    pixels = pixels_NCHW[:, :, :height, :width].permute(0, 2, 3, 1).float().numpy()
-    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
-    return list((pixels * std + mean).clip(0, 1))
+def as_seen(inputs: Mapping[str, Tensor], processor: Any, config: Any) -> list[np.ndarray]:
+    """Return [height, width, 3] in 0..1 of each image, or of each of its tiles, as the model sees it: padded, cut and scaled, without the
+    pixels at the right and at the bottom that fill no patch. `inputs`: those of the model, possibly without images."""
+    if "pixel_values" not in inputs:
+        return []
+    images, sizes = processor.image_processor, picture_sizes(inputs, config)
+    if "image_grid_thw" in inputs:
+        seen = _from_patches(inputs["pixel_values"], inputs["image_grid_thw"].tolist(), images)
+    else:
+        seen = list(tiles(inputs["pixel_values"]))
+    if sizes is None:
+        patch = getattr(processor, "patch_size", None) or 1
+        sizes = [(picture.shape[1] // patch * patch, picture.shape[2] // patch * patch) for picture in seen]
+    shift, scale = (np.array(getattr(images, name, None) or other) for name, other in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3)))
+    pictures = [picture[:, :height, :width].permute(1, 2, 0).float().numpy() for picture, (height, width) in zip(seen, sizes, strict=True)]
+    return [(picture * scale + shift).clip(0, 1) for picture in pictures]
+
+
+def _from_patches(patches: Tensor, grids: list[list[int]], images: Any) -> list[Tensor]:
+    """Return [channels, height, width] of each image from its patches [patches, channels x time x size x size], which stand in groups that
+    become one token."""
+    merge, size, time = images.merge_size, images.patch_size, images.temporal_patch_size
+    found = []
+    for (frames, rows, columns), own in zip(grids, patches.split([math.prod(grid) for grid in grids]), strict=True):
+        own = own.view(frames, rows // merge, columns // merge, merge, merge, -1, time, size, size)
+        found.append(own[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * size, columns * size))
+    return found
 
 
 def png_url(picture: np.ndarray) -> str:

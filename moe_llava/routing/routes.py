@@ -52,7 +52,7 @@ def write_routes(
         statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
         for row, record in enumerate(members):
             if start + row in chosen:
-                pictures = as_seen(encoder(record)["pixel_values"], processor) if record.images else []
+                pictures = as_seen(encoder(record), processor, model.config)
                 group = "" if group_by is None else _group(record, group_by)
                 examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
     summary = statistics.summary()

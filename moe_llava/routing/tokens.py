@@ -64,11 +64,14 @@ def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) ->
 
 
 def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]]:
-    """Return (tokens before the patches, rows, columns) of each image."""
-    if "image_grid_thw" in inputs:  # Qwen's models: images of any size, whose neighbouring patches are merged
-        merge = config.vision_config.spatial_merge_size
-        return [(0, int(height) // merge, int(width) // merge) for _, height, width in inputs["image_grid_thw"]]
-    number = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    """Return (tokens before the patches, rows, columns) of each image, or of each of its tiles."""
+    sizes = picture_sizes(inputs, config)
+    if sizes is not None:
+        step = config.vision_config.patch_size * _merged(config)
+        return [(0, height // step, width // step) for height, width in sizes]
+    if "image_position_ids" in inputs or hasattr(config, "image_grid_pinpoints"):
+        raise RoutingError(f"where the patches of {type(config).__name__} are in their image is not known")
+    number = len(tiles(inputs["pixel_values"])) if "pixel_values" in inputs else 0
     if not number or found % number:
         raise RoutingError(f"found {found} image tokens, but {number} images in pixel_values")
     tokens = found // number
@@ -77,6 +80,29 @@ def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int
     if before > 1:  # a class token may come first
         raise RoutingError(f"an image has {tokens} tokens, which are no square of patches")
     return [(before, side, side)] * number
+
+
+def picture_sizes(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]] | None:
+    """Return (height, width) in pixels of each image as a model of dynamic resolution sees it; None for models with images of one size."""
+    if "image_grid_thw" in inputs:  # Qwen's and GLM's models
+        patch = config.vision_config.patch_size
+        return [(int(height) * patch, int(width) * patch) for _, height, width in inputs["image_grid_thw"]]
+    if "image_sizes" in inputs and hasattr(config, "spatial_merge_size"):  # Mistral's
+        return [(int(height), int(width)) for height, width in inputs["image_sizes"]]
+    return None
+
+
+def tiles(pixel_values: Tensor) -> Tensor:
+    """Return [N, channels, height, width] of images, or of their tiles [rows, tiles, channels, height, width] without empty ones."""
+    if pixel_values.dim() == 4:
+        return pixel_values
+    flat = pixel_values.flatten(0, 1)
+    return flat[flat.flatten(1).any(dim=1)]
+
+
+def _merged(config: Any) -> int:
+    """Return how many patches in a row and in a column become one token."""
+    return getattr(config, "spatial_merge_size", None) or config.vision_config.spatial_merge_size
 
 
 def _grid(image: int, before: int, height: int, width: int) -> Tensor:

@@ -144,7 +144,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
     placeholders = placeholder_kinds(model.config, given)
     with _recording(model) as recorded, torch.no_grad():
         if max_new_tokens is None:
-            model(**given, use_cache=False, logits_to_keep=1)
+            model.base_model(**given, use_cache=False)  # without the head, whose logits would take more memory than the rest
         else:
             ids_BS, new_BS = _generate(model, given, max_new_tokens)
             mask_BS, answer_BS = torch.cat([mask_BS, new_BS], dim=1), torch.cat([answer_BS, new_BS], dim=1)

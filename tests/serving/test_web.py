@@ -95,7 +95,7 @@ def test_a_longer_conversation(served, sparse, url):
     assert [image["experts"] for image in found["images"]] == [
         trace.ids_LTK[:, trace.places_T3[:, 0] == image].tolist() for image in range(2)
     ]
-    for image, path, seen in zip(found["images"], paths, as_seen(inputs["pixel_values"], processor), strict=True):
+    for image, path, seen in zip(found["images"], paths, as_seen(inputs, processor, model.config), strict=True):
         shown = np.asarray(Image.open(BytesIO(base64.b64decode(image["picture"].partition(",")[2]))))
         assert np.abs(shown / 255 - seen).max() < 0.003
         assert np.abs(shown.astype(int) - np.asarray(Image.open(path).convert("RGB").resize((48, 48), 3))).mean() < 2
@@ -109,7 +109,7 @@ def _as_parts(content):
 
 def test_a_picture_ends_with_its_last_patch(sparse):
     _, processor = sparse
-    assert as_seen(torch.zeros(1, 3, 51, 50), processor)[0].shape == (48, 48, 3)  # patches of 8
+    assert as_seen({"pixel_values": torch.zeros(1, 3, 51, 50)}, processor, None)[0].shape == (48, 48, 3)  # patches of 8
 
 
 def test_an_answer_is_found_where_a_prompt_ends_otherwise(sparse):

@@ -124,7 +124,7 @@ class Routes:
 
     def _told(self, trace: Trace, prompt: Prompt) -> dict[str, Any]:
         colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
-        pictures = as_seen(prompt.inputs["pixel_values"], self._processor) if prompt.inputs else []
+        pictures = as_seen(prompt.inputs, self._processor, self._service.engine.model.config)
         return {
             "object": "routes",
             "model": self._service.name,
