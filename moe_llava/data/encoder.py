@@ -24,7 +24,8 @@ from moe_llava.data.encode import IGNORE_INDEX, Encoded, Images, check_rendering
 from moe_llava.data.records import IMAGE_TOKEN, Record
 from moe_llava.data.rendering import check_prompt
 
-TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets", "labels")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # inputs with a type for each token; a model has one of them or none
+TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES, "text_replacement_offsets", "labels")
 _SIZES = (
     (224, 224),
     (640, 480),
@@ -95,7 +96,7 @@ class Encoder:
         theirs = self.processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
         names = theirs.keys() - {"attention_mask"}
         wrong = sorted(names ^ (ours.keys() - {"labels"})) or [
-            name for name in TEXT_INPUTS[:4] if name in names and not torch.equal(ours[name], theirs[name][0])
+            name for name in ("input_ids", *TOKEN_TYPES) if name in names and not torch.equal(ours[name], theirs[name][0])
         ]
         if wrong:
             raise DataError(
@@ -144,7 +145,7 @@ class Encoder:
         """Return the type of each token [S] under the name of the model's input; nothing for a model without types."""
         if not self.processor.return_mm_token_type_ids:
             return {}
-        name = "mm_token_type_ids" if "mm_token_type_ids" in self.processor.model_input_names else "token_type_ids"
+        name = next(name for name in TOKEN_TYPES if name in self.processor.model_input_names)
         return {name: torch.tensor(self.processor.create_mm_token_type_ids([ids])[0])}
 
     @property

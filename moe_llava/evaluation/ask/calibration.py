@@ -15,7 +15,7 @@ import torch
 from moe_llava.evaluation.ask.generate import prompt_inputs
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
-from moe_llava.model.greedy import positions
+from moe_llava.model.greedy import prefill_positions
 
 BINS = 10
 
@@ -40,7 +40,7 @@ def yes_probabilities(
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
         inputs = prompt_inputs(processor, batch).to(model.device, dtype=model.dtype)
-        logits_BV = model(**inputs, position_ids=positions(inputs["attention_mask"]), logits_to_keep=1).logits[:, -1].float()
+        logits_BV = model(**inputs, position_ids=prefill_positions(model, inputs), logits_to_keep=1).logits[:, -1].float()
         found += torch.sigmoid(logits_BV[:, yes] - logits_BV[:, no]).tolist()
         advance(len(batch))
     return found

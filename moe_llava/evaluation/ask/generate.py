@@ -2,7 +2,8 @@
 
 Most of a prompt is its image, and benchmarks have several questions about one image. So a prompt is prefilled in two parts: its head, up to
 the end of its last image, once for all questions that share it; and its rest, with the answer, in batches. Under attack every question has
-its own pixels, and so its own head.
+its own pixels, and so its own head. Where a processor writes more than placeholders for an image, or the model more than positions for a
+token, prompts are prefilled as a whole.
 
 Shapes: H heads, B rows of a batch, S sequence.
 """
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from moe_llava.common.images import open_image
+from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import IMAGE_TOKEN, content_parts
 from moe_llava.data.rendering import REFUSALS
 from moe_llava.evaluation.score.questions import Question
@@ -64,6 +67,9 @@ def answer(
     if perturbation is not None:
         questions = [perturb_question(question, perturbation) for question in questions]
     texts = [prompt_text(processor, question) for question in questions]
+    if not shares_heads(processor):
+        yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation)
+        return
     groups = _group_by_head(questions, texts, processor.image_token, batch_size, alone=attack is not None)
     # The processor is used in the background thread, and a tokenizer in one thread only.
     tokenizer = copy.deepcopy(processor.tokenizer)
@@ -74,6 +80,45 @@ def answer(
         for batch in group.batches:
             answers = _answer_batch(model, tokenizer, group.heads, cache, batch, max_new_tokens)
             yield list(zip([index for index, *_ in batch], answers, strict=True))
+
+
+def shares_heads(processor: Any) -> bool:
+    """Return whether an image is nothing but placeholders in a prompt, and a token nothing but its id and position."""
+    _, (image,) = Encoder(processor).process([Image.new("RGB", (64, 64))])
+    return not image.replace(processor.image_token, "") and not processor.return_mm_token_type_ids
+
+
+def _answer_whole(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    perturbation: Perturbation | None,
+) -> Iterator[list[tuple[int, str]]]:
+    """Do the same as `answer`, without sharing heads."""
+    attack = perturbation if perturbation is not None and perturbation.kind == "adversarial" else None
+    order = sorted(range(len(questions)), key=lambda index: (len(questions[index].images), len(texts[index]), texts[index]), reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    tokenizer = copy.deepcopy(processor.tokenizer)
+
+    def prepared(batch: list[int]) -> Any:
+        images = [[_opened(image, questions[index], perturbation) for image in questions[index].images] for index in batch]
+        return _process(processor, [texts[index] for index in batch], images)
+
+    for batch, made in zip(batches, in_background(prepared, batches), strict=True):
+        inputs = made.to(model.device, dtype=model.dtype)
+        if attack is not None and "pixel_values" in inputs:
+            inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
+        with torch.inference_mode():
+            generated = write_greedily(model, dict(inputs), max_new_tokens)
+        yield list(zip(batch, _decoded(model, tokenizer, generated[:, inputs["input_ids"].shape[1] :]), strict=True))
+
+
+def _opened(image: Any, question: Question, perturbation: Perturbation | None) -> Any:
+    opened = open_image(image, f"question {question.id}")
+    return opened if perturbation is None else perturb_image(opened, perturbation)
 
 
 def _group_by_head(
@@ -109,10 +154,8 @@ def _group_inputs(
 ) -> Group:
     heads = None
     firsts = [members[0] for members in group]
-    images = [open_image(image, f"question {questions[index].id}") for index in firsts for image in questions[index].images]
-    if perturbation is not None:
-        images = [perturb_image(image, perturbation) for image in images]
-    if images:
+    images = [[_opened(image, questions[index], perturbation) for image in questions[index].images] for index in firsts]
+    if any(images):
         heads = _process(processor, [_head(texts[index], processor.image_token) for index in firsts], images)
     number = {index: place for place, members in enumerate(group) for index in members}
     order = sorted(number, key=lambda index: (len(texts[index]), texts[index]), reverse=True)
@@ -125,16 +168,18 @@ def _group_inputs(
     return Group(heads, [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
 
-def _process(processor: Any, texts: list[str], images: list[Any] | None) -> Any:
-    return processor(text=texts, images=images, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+def _process(processor: Any, texts: list[str], images: list[list[Any]]) -> Any:
+    """Return the model's inputs of texts, each with a list of images."""
+    given = images if any(images) else None
+    return processor(text=texts, images=given, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 
 def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int) -> None:
     """Replace the pixels of a group of questions that each have their own head."""
     (batch,) = group.batches
     ids_BS, mask_BS = _prompts(processor.tokenizer.pad_token_id, group.heads, sorted(batch, key=lambda row: row[1]))
-    pixels = group.heads["pixel_values"].to(model.device, model.dtype)
-    inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "pixel_values": pixels}
+    inputs = {**group.heads, "input_ids": ids_BS, "attention_mask": mask_BS}
+    inputs = {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
     group.heads["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
 
 
@@ -142,8 +187,7 @@ def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation
 def _prefill_heads(model: Any, heads: Any) -> Any:
     """Return the cache [H, ...] of keys and values."""
     inputs = heads.to(model.device, dtype=model.dtype)
-    named = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    return model(**named, position_ids=positions(inputs["attention_mask"]), use_cache=True, logits_to_keep=1).past_key_values
+    return model(**inputs, position_ids=positions(inputs["attention_mask"]), use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.inference_mode()
@@ -153,8 +197,13 @@ def _answer_batch(model: Any, tokenizer: Any, heads: Any, cache: Any, batch: lis
         cache = _select_rows(cache, torch.tensor([row for _, row, _ in batch], device=model.device))
     inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "past_key_values": cache}
     generated = write_greedily(model, inputs, max_new_tokens)
+    return _decoded(model, tokenizer, generated[:, ids_BS.shape[1] :])
+
+
+def _decoded(model: Any, tokenizer: Any, answers_BS: Tensor) -> list[str]:
+    """Return the text of each answer, up to its end."""
     ends, texts = end_tokens(model), []
-    for tokens in generated[:, ids_BS.shape[1] :].tolist():
+    for tokens in answers_BS.tolist():
         length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         texts.append(tokenizer.decode(tokens[:length], skip_special_tokens=True).strip())
     return texts
@@ -199,8 +248,7 @@ def prompt_text(processor: Any, question: Question) -> str:
 def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Return model inputs, padded on the left, so that every answer begins at the same position."""
     texts = [prompt_text(processor, question) for question in questions]
-    images = [open_image(image, f"question {question.id}") for question in questions for image in question.images]
-    return _process(processor, texts, images or None)
+    return _process(processor, texts, [[_opened(image, question, None) for image in question.images] for question in questions])
 
 
 def in_background(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

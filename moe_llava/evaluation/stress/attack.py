@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_llava.data.encoder import TOKEN_TYPES
 from moe_llava.evaluation.stress.perturb import Perturbation
-from moe_llava.model.greedy import end_tokens, positions, write_greedily
+from moe_llava.model.greedy import end_tokens, prefill_positions, write_greedily
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
@@ -49,7 +50,7 @@ def pixel_range(image_processor: Any) -> PixelRange:
 
 def answer_losses(model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label."""
-    logits = model(**inputs, position_ids=positions(inputs["attention_mask"]), use_cache=False).logits[:, :-1].float()
+    logits = model(**inputs, position_ids=prefill_positions(model, inputs), use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
@@ -74,6 +75,8 @@ def pgd(
         raise ValueError("the model is in training, where dropout changes its gradient: call eval() before an attack")
     if "pixel_values" not in inputs:
         raise ValueError("the inputs have no images to attack")
+    if inputs["pixel_values"].dim() < 4:
+        raise ValueError("attacks need pixel values [..., channels, height, width], but the model takes images as flattened patches")
     # Copies, because tensors made in inference mode cannot take part in a backward pass.
     rest = {name: value.clone() for name, value in inputs.items() if name != "pixel_values"}
     given, labels = inputs["pixel_values"].clone(), labels.clone()
@@ -123,4 +126,5 @@ def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[s
     labels = written.clone()
     labels[:, :start] = -100
     labels[:, start:][~answered] = -100
-    return {**inputs, "input_ids": written, "attention_mask": mask}, labels
+    types = {name: F.pad(inputs[name], (0, written.shape[1] - start)) for name in TOKEN_TYPES if name in inputs}
+    return {**inputs, **types, "input_ids": written, "attention_mask": mask}, labels

@@ -1,0 +1,72 @@
+"""Questions are answered by any family as `generate` answers them, clean and under attack."""
+
+import pytest
+import torch
+from PIL import Image
+
+from moe_llava import upcycle
+from moe_llava.data.rendering import make_portable
+from moe_llava.evaluation.ask.calibration import yes_probabilities
+from moe_llava.evaluation.ask.generate import answer, prompt_inputs, shares_heads
+from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.stress.perturb import Perturbation
+from moe_llava.model.greedy import write_greedily
+from tests.families.processors import ROWS, tiny_model, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    for number, size in enumerate(((40, 30), (20, 60), (33, 33))):
+        Image.new("RGB", size, (60 * number, 200, 90)).save(folder / f"{number}.png")
+    paths = [folder / f"{number}.png" for number in range(3)]
+    return [
+        Question("one", "What is in the picture?", (paths[0],)),
+        Question("same", "Where is it, in the picture?", (paths[0],)),
+        Question("two", "Compare.", (paths[1], paths[2])),
+        Question("text", "Why?"),
+        Question("other", "Is it red?", (paths[1],)),
+    ]
+
+
+def made(family):
+    processor = tiny_processor(family)
+    portable = make_portable(processor.chat_template, processor.tokenizer, processor.image_token)
+    processor.chat_template = processor.tokenizer.chat_template = portable
+    return upcycle(tiny_model(family, processor), num_experts=4, num_experts_per_tok=2), processor
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_answers_are_those_of_generate(family, questions):
+    """In batches of prompts with one image, two and none; and the probability of yes is that of the first token."""
+    model, processor = made(family)
+    found = dict(pair for batch in answer(model, processor, questions, 2, 6) for pair in batch)
+    for index, question in enumerate(questions):
+        inputs = prompt_inputs(processor, [question])
+        written = write_greedily(model, dict(inputs), 6)[0, inputs["input_ids"].shape[1] :]
+        assert found[index] == processor.tokenizer.decode(written, skip_special_tokens=True).strip(), question.id
+    together = yes_probabilities(model, processor, questions, 5)
+    alone = [yes_probabilities(model, processor, [question], 1)[0] for question in questions]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_which_families_share_the_heads_of_prompts():
+    assert {family for family in ROWS if shares_heads(made(family)[1])} == {
+        "llava", "llava_next", "llava_onevision", "vipllava",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gemma3", "internvl", "smolvlm"])
+def test_an_attack_changes_answers_not_texts(family, questions):
+    model, processor = made(family)
+    attack = Perturbation("fgsm", 5, 0)
+    found = dict(pair for batch in answer(model, processor, questions, 2, 4, attack) for pair in batch)
+    clean = dict(pair for batch in answer(model, processor, questions, 2, 4) for pair in batch)
+    assert found.keys() == clean.keys()
+    assert found[3] == clean[3]  # without an image
+
+
+def test_patches_are_not_attacked(questions):
+    model, processor = made("qwen3_vl")
+    with pytest.raises(ValueError, match="takes images as flattened patches"):
+        list(answer(model, processor, questions, 2, 4, Perturbation("fgsm", 5, 0)))
