@@ -1,4 +1,4 @@
-"""Verbs that make a checkpoint of another: upcycle, convert, merge."""
+"""Verbs that make a checkpoint of another: upcycle, convert, merge; and families, which lists what can be upcycled."""
 
 from __future__ import annotations
 
@@ -86,3 +86,30 @@ def merge(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
         print(f"{out}: {model.num_parameters():,} parameters, the adapter among them")
+
+
+@verb("Convert", "moe-llava families", "moe-llava families qwen3_vl")
+def families(
+    model_type: Annotated[str | None, typer.Argument(help="report this model type only, as config.json names it")] = None,
+) -> None:
+    """List the vision-language models of the installed transformers: which can be upcycled, which are MoE already, which cannot."""
+    with user_errors():
+        from moe_llava.checkpoints.files import known_types
+        from moe_llava.common.messages import did_you_mean
+
+        if model_type is not None and model_type not in known_types():
+            rule = did_you_mean(model_type, known_types(), "; `moe-llava families` lists all")
+            raise ValueError(f"transformers has no vision-language model of type {model_type!r}{rule}")
+        with heavy_imports():
+            from rich.console import Console
+            from rich.table import Table
+
+            from moe_llava.checkpoints.supported import list_support, summary, support_of
+
+        rows = list_support() if model_type is None else [support_of(model_type)]
+        table = Table("model type", "class", "status", "reason")
+        for row in rows:
+            table.add_row(row.model_type, row.class_name, row.status, row.reason)
+        Console().print(table)
+        if model_type is None:
+            print(summary(rows))

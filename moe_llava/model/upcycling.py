@@ -7,7 +7,7 @@ Shapes: E experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -60,12 +60,25 @@ def upcycle(
         raise ValueError("this model is sparse already: upcycle its dense origin")
     if not isinstance(dense, PreTrainedModel) or not isinstance(dense, GenerationMixin):
         raise TypeError(f"upcycle takes a vision-language model of transformers that generates text, not a {type(dense).__name__}")
-    if not hasattr(dense.config, "vision_config"):
+    if not has_vision(dense.config):
         raise TypeError(f"upcycle takes a vision-language model, but {type(dense).__name__} has no vision tower")
+    if has_experts(find_backbone(dense)[1].layers):
+        raise ValueError(
+            f"{type(dense).__name__} is sparse already, its layers have experts: it can be traced, evaluated and served as it is"
+        )
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
     config = sparse_config(dense.config, replace(options or MoeOptions(), **fields))
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
+
+
+def has_vision(config: PreTrainedConfig) -> bool:
+    return hasattr(config, "vision_config")
+
+
+def has_experts(layers: Iterable[nn.Module]) -> bool:
+    """Return whether decoder layers have experts of their family's own."""
+    return any(name.rpartition(".")[2] == "experts" for layer in layers for name, _ in layer.named_modules())
 
 
 def _make_sparse(dense: PreTrainedModel, config: SparseConfig, expert_start: str, generator: torch.Generator) -> SparseLanguageModel:
