@@ -23,7 +23,8 @@ FEW_LAYERS = 4  # of each kind of layer one is enough, but configurations with a
 
 @dataclass(frozen=True)
 class Support:
-    """`status`: CAN, MOE (can be traced, evaluated and served as it is) or CANNOT. `reason`: the experts that compute its FFN, or what was found."""
+    """`status`: CAN, MOE (can be traced, evaluated and served as it is) or CANNOT. `reason`: the experts that compute its FFN, or what was
+    found."""
 
     model_type: str
     class_name: str

@@ -1,7 +1,7 @@
-"""Keys and values of the engine's rows, with room for the tokens that come.
+"""Keys and values of the engine's rows, with spare columns for the next tokens.
 
-A cache of transformers that grows (DynamicCache) copies all that it holds for every token, which costs more and more of a step as prompts
-and batches grow; one that does not (StaticCache) attends to all the room that it has.
+transformers' DynamicCache copies all keys and values for every token, which costs more and more of a step as prompts and batches grow; its
+StaticCache attends to all columns, used or not.
 
 Shapes: B rows, H heads, S columns, W head width.
 """

@@ -1,4 +1,4 @@
-"""How an answer's next token is chosen.
+"""Choose the next token of a completion.
 
 Shapes: V vocabulary.
 """
@@ -11,9 +11,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 
 class Sampler:
-    """Draws from the likeliest tokens that together have the probability `top_p`, after `temperature` (above 0).
+    """Sample from the most likely tokens whose probabilities sum to `top_p`, at `temperature` (above 0).
 
-    It draws on the CPU, so that a seed gives one answer, whatever the model runs on and whoever is in the batch.
+    It samples on the CPU, so that a seed determines the completion on any device and in any batch.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int | None):
@@ -25,7 +25,7 @@ class Sampler:
             self._generator.manual_seed(seed)
 
     def draw(self, logits_V: Tensor) -> int:
-        """`logits_V`: float32."""
+        """Return a token. `logits_V`: float32."""
         scores_1V = logits_V[None]
         for warper in self._warpers:
             scores_1V = warper(None, scores_1V)

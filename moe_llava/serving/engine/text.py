@@ -1,16 +1,16 @@
-"""The text of an answer while it is being written: characters in parts, stop strings in parts."""
+"""Decode a completion token by token: a character or a stop string may consist of several tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
-BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+BROKEN = "\ufffd"  # how a decoder represents bytes that are not, or not yet, a character
 
 
 class AnswerText:
-    """Turns tokens into pieces of text that never change afterwards. The spaces before the first word belong to the conversation form.
+    """Convert tokens to pieces of text that never change afterwards. Spaces before the first word belong to the chat template.
 
-    `stop`: strings that end the answer, none of them empty; `stopped` says that one came. It is no part of the text.
+    `stop`: strings that end the completion, none of them empty. They are no part of the text. `stopped`: one was found.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
@@ -18,13 +18,13 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stop = stop
         self._tokens: list[int] = []
-        # The last piece is decoded again together with what is new: how a token reads depends on the one before it.
+        # The last piece is decoded again with the new tokens: the text of a token depends on the one before it.
         self._last, self._new = 0, 0
         self._held = ""  # may be the beginning of a stop string
         self._begun = False
 
     def add(self, token: int) -> str:
-        """The text that is settled now, often that of one token."""
+        """Return the text that is final now, often that of one token."""
         self._tokens.append(token)
         text = self._undecoded()
         if not text or text.endswith(BROKEN):  # a special token, or a part of a character
@@ -33,7 +33,7 @@ class AnswerText:
         return self._settle(text)
 
     def finish(self) -> str:
-        """The rest of the text, once no token follows."""
+        """Return the rest of the text, after the last token."""
         rest = self._settle(self._undecoded()) + self._held
         self._last, self._new, self._held = self._new, len(self._tokens), ""
         return rest
@@ -59,5 +59,5 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the first of `stop`, but not all of it."""
+    """Return how many of the last characters of `text` are the first of `stop`, but not all of it."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)
