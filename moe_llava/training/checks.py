@@ -26,7 +26,7 @@ from moe_llava.training.parts import decoder_layers
 from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
-from moe_llava.training.stage import STRUCTURE, Stage, load_structure, on_meta
+from moe_llava.training.stage import STRUCTURE, Stage, check_made, load_structure, on_meta
 from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
 
@@ -99,6 +99,7 @@ def check_start(stage: Stage) -> None:
     if path == str(stage.final.with_name(f"stage{stage.before}")) and not Path(path).is_dir():
         raise CheckpointError(f"stage {stage.number} starts from {path}, which does not exist: run stage {stage.before} first")
     if isinstance(path, str):
+        check_made(path)
         check_checkpoint(path, plain=True)
         check_weights(path)
     model = load_structure(path)

@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, LlavaForCondition
 
 from moe_llava.checkpoints.join import joined_config
 from moe_llava.checkpoints.load import load_config, load_on_meta
+from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import write_whole
 from moe_llava.model import SparseConfig, SparseModel
 from moe_llava.model.modeling import sparse_class
@@ -21,6 +22,7 @@ from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
 
+DIGITS_BASE = "runs/digits/base"  # the model of recipes/digits.yaml
 STRUCTURE = ("num_experts", "moe_layers", "use_residual")  # options that a sparse checkpoint's weights fix; others may change between runs
 
 
@@ -132,9 +134,16 @@ def is_sparse_checkpoint(path: str) -> bool:
     return isinstance(load_config(path), SparseConfig)
 
 
+def check_made(model: str) -> None:
+    """Raise CheckpointError, with the command that makes it, if `model` is the base of the digits and does not exist."""
+    if model == DIGITS_BASE and not Path(model).exists():
+        raise CheckpointError(f"{model} does not exist: `moe-llava digits` makes it, with the data that recipes/digits.yaml names")
+
+
 def load_structure(start: str | Parts) -> PreTrainedModel:
     """Return a checkpoint, or what is joined from parts, without weights. Raises CheckpointError as loading its configuration does."""
     if isinstance(start, str):
+        check_made(start)
         return load_on_meta(start)
     with torch.device("meta"):
         return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))

@@ -13,7 +13,7 @@ from moe_llava.training.budget import active_parameters, count, stage_cost, surv
 from moe_llava.training.recipe import Adapter, load_recipe
 from moe_llava.training.stage import on_meta
 from tests.checkpoints import tiny_published
-from tests.conftest import refused, run_here, tiny_dense
+from tests.conftest import REPOSITORY, refused, run_here, tiny_dense
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 # The language models of the paper, from their published configurations.
@@ -66,6 +66,12 @@ def test_the_papers_table(name, moe_layers, active, total):
 def test_counted_from_the_configurations(name, active, total):
     found_total, found_active = count(sparse_on_meta(name)).language_model
     assert (round(found_active / 1e9, 2), round(found_total / 1e9, 2)) == (active, total)
+
+
+def test_a_recipe_whose_model_is_not_made_yet_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("params", "train"):
+        assert "runs/digits/base does not exist: `moe-llava digits` makes it" in refused(verb, REPOSITORY / "recipes" / "digits.yaml")
 
 
 def test_every_parameter_is_in_one_part():

@@ -40,7 +40,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache() -> Cache:
-    """An empty one. Layers with a sliding window keep all columns, too, and can be padded like the others."""
+    """Return an empty cache. Layers with a sliding window keep all columns, too, so they can be padded like the others."""
     return Cache(layer_class_to_replicate=RoomyLayer)
 
 
