@@ -18,6 +18,7 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.training.budget import survey
+from moe_llava.training.parts import PARTS, parts_of
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from tests.conftest import REPOSITORY
@@ -157,3 +158,20 @@ def test_two_processes_in_parts_do_what_one_does(write_recipe, data, tmp_path, s
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
     assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-3
     assert type(load_checkpoint(two)[0]) is type(load_checkpoint(one)[0])
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_projector_and_language_model(family, write_recipe, data, tmp_path):
+    """Stages I and II train the parts that they name, in batches with images and of text alone; the tower stays as it is."""
+    one = {"optimisation": {"learning_rate": 1e-2, "batch_size": 4, "per_device_batch_size": 4, "max_steps": 3, "group_by_length": True}}
+    one["data"] = {"file": str(data / "train.json"), "images": str(data)}
+    (tmp_path / "images.json").write_text(json.dumps([each for each in json.loads((data / "train.json").read_text()) if "image" in each]))
+    first = one | {"data": {"file": str(tmp_path / "images.json"), "images": str(data)}}
+    stages = train(load_recipe(write_recipe(family, stage1=first, stage2=one)), [1, 2], resume=False, console=QUIET)
+    models = [load_checkpoint(folder, dtype=torch.float32)[0] for folder in (tmp_path / "base", *stages)]
+    parts = parts_of(models[0])
+    for before, after, trained in ((models[0], models[1], {"projector"}), (models[1], models[2], set(PARTS) - {"tower"})):
+        states = dict(before.named_parameters())
+        changed = {parts[name] for name, value in after.named_parameters() if not torch.equal(value, states[name])}
+        assert changed <= trained
+        assert "projector" in changed
