@@ -26,14 +26,14 @@ def main() -> None:
 def wait_asleep() -> None:
     """Let OpenMP's threads sleep while they wait for each other, unless the user has said how they wait.
 
-    By default they spin, and keep the cores that other processes need to let them go on. OpenMP reads the variable when torch is imported.
+    By default they spin, and keep cores that other processes need. OpenMP reads the variable when torch is imported.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def end_with_torchrun() -> None:
-    """Let the kernel end this process when torchrun, which started it, is killed: it would go on, and hold its stage's lock."""
+    """Let the kernel end this process when torchrun, which started it, is killed: it would continue, and hold its stage's lock."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

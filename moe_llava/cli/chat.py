@@ -50,7 +50,7 @@ def chat(
         for path in image or []:
             open_image(path, "the conversation")
 
-        # These take seconds, and a mistake is told before.
+        # These take seconds, and a mistake is reported first.
         with heavy_imports():
             from moe_llava.serving.chat.conversation import Conversation, Settings
             from moe_llava.serving.chat.terminal import Terminal

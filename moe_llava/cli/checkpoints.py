@@ -38,7 +38,7 @@ def upcycle(
         options["moe_layers"] = _layers(options["moe_layers"])
         check_checkpoint(dense, plain=True)
         with new_folder(out) as folder:
-            # These take seconds, and a mistake is told before.
+            # These take seconds, and a mistake is reported first.
             with heavy_imports():
                 from moe_llava.checkpoints.load import load_checkpoint
                 from moe_llava.checkpoints.processors import sparse_processor
@@ -80,7 +80,7 @@ def merge(
 
         with new_folder(out) as folder:
             with heavy_imports():
-                from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is told before
+                from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is reported first
 
             model, processor = run(adapter, base)
             model.save_pretrained(folder)

@@ -122,7 +122,7 @@ def heavy_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops() -> Iterator[None]:
-    """A run that was asked to stop says so, with the exit status of a process that SIGTERM ended."""
+    """Report a run that a signal stopped, with the exit status of a process that SIGTERM ended."""
     from moe_llava.training.saves import Stopped
 
     try:

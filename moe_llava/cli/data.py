@@ -60,7 +60,7 @@ def _measure(model: str, template: str | None, max_length: int | None) -> Measur
     if not text_model:
         check_checkpoint(model)
 
-    with heavy_imports():  # takes seconds, and a mistake is told before
+    with heavy_imports():  # takes seconds, and a mistake is reported first
         from moe_llava.checkpoints.join import language_tokenizer
         from moe_llava.checkpoints.load import load_processor
         from moe_llava.data.answers import check_template

@@ -119,7 +119,7 @@ def evaluate(
         check_checkpoint(checkpoint, keep_experts)
 
         with heavy_imports():
-            from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is told before
+            from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is reported first
 
         for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts):
             _print_scores(found)

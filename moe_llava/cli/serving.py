@@ -36,7 +36,7 @@ def serve(
         check_checkpoint(checkpoint, keep_experts)
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
-            # These take seconds, and a mistake is told before.
+            # These take seconds, and a mistake is reported first.
             from moe_llava.serving.http.fetch import Fetcher
             from moe_llava.serving.http.protocol import Limits
 

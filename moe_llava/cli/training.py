@@ -30,7 +30,7 @@ def demo(
         loaded = load_recipe(recipe or RECIPE, settings)
 
         with heavy_imports():
-            from moe_llava.experiments.demo import run_demo  # takes seconds, and a mistake in the recipe is told before
+            from moe_llava.experiments.demo import run_demo  # takes seconds, and a mistake in the recipe is reported first
 
         run_demo(out, loaded, train_images, test_images)
 
@@ -56,7 +56,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="run this stage only; may be given several times")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, go on with an unfinished one")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, resume an unfinished one")] = False,
 ) -> None:
     """Run MoE-Tuning: train the projector, then the language model, then the experts."""
     with user_errors(), stops():
@@ -69,7 +69,7 @@ def train(
         with heavy_imports():
             from accelerate import PartialState
 
-            from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is told before
+            from moe_llava.training.run import train as run  # takes seconds, and a mistake in the recipe is reported first
 
         run(loaded, sorted(set(stage or loaded.stages)), resume, Console())
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
@@ -91,7 +91,7 @@ def params(
             read_config(target)  # raises if there is no checkpoint
 
         with heavy_imports():
-            from moe_llava.training.budget import survey  # takes seconds, and a mistake is told before
+            from moe_llava.training.budget import survey  # takes seconds, and a mistake is reported first
 
         budget, training = survey(recipe or target, vision_towers)
         if as_json:

@@ -1,4 +1,4 @@
-"""A run among other processes: it locks the stages that it trains, and it ends, after a save, when it is asked to."""
+"""A run among other processes: it locks the stages that it trains, and it stops after a save when it gets a signal."""
 
 from __future__ import annotations
 

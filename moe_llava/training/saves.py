@@ -25,7 +25,7 @@ class SaveError(OSError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and stopped after a save."""
+    """A run got a signal, and stopped after a save."""
 
 
 def saves(work: Path) -> list[Path]:

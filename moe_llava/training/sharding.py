@@ -38,11 +38,11 @@ def check_engine(recipe: Recipe) -> None:
     installed. Call it before the processes meet."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if deepspeed and not is_deepspeed_available():
-        raise RecipeError("accelerate was told to use DeepSpeed, which is not installed: pip install deepspeed, or start with torchrun")
+        raise RecipeError("accelerate is set to use DeepSpeed, which is not installed: pip install deepspeed, or start with torchrun")
     if recipe.sharding is None:
         return
     if deepspeed:
-        raise RecipeError("the recipe has sharding, and accelerate was told to use DeepSpeed, which does the same: leave one of them out")
+        raise RecipeError("the recipe has sharding, and accelerate is set to use DeepSpeed, which does the same: leave one of them out")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.sharding.fsdp_size != processes:
         raise RecipeError(
