@@ -21,6 +21,8 @@ from tests.conftest import REPOSITORY
 from tests.e2e.test_cli import SMALL
 
 README = "README.md"
+COMMANDS = "docs/commands.md"
+EXTRAS = set(metadata("moe-llava").get_all("Provides-Extra")) - {"dev", "docs"}
 PARTS = {
     "training": ("tutorial", "training", "data", "adapters", "digits", "checkpoints", "variants"),
     "evaluation": ("evaluation", "robustness", "routing", "experiments", "serving", "performance", "customising"),
@@ -121,18 +123,20 @@ def test_links_lead_somewhere(name):
             assert (file.parent / target).exists(), target
 
 
-def test_the_readme_lists_every_benchmark_and_every_command():
+def test_a_page_lists_every_benchmark_command_and_extra():
     """What it says of the paper's table is counted."""
-    text = (REPOSITORY / README).read_text(encoding="utf-8")
+    text = (REPOSITORY / COMMANDS).read_text(encoding="utf-8")
     beyond = {"mmbench-cn", "seed-bench", "mmmu", "digits"}
     assert len(set(NAMES) - beyond) == 10
-    assert "The ten benchmarks of the paper's tables**, and MMBench-CN, SEED-Bench, MMMU and the digits" in text
-    listed = set(re.findall(r"^\| `moe-llava ([\w-]+)", text, re.MULTILINE))
+    assert "The ten benchmarks of the paper's tables, and MMBench-CN, SEED-Bench, MMMU and the digits" in text
+    listed = re.findall(r"^\| `moe-llava ([\w-]+)", text, re.MULTILINE)
     verbs = {(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands}
-    assert listed == (verbs | {"bench"}) - {"benchmarks"}  # which is named where its list is needed
+    assert sorted(listed) == sorted((verbs | {"bench"}) - {"benchmarks"})  # which is named where its list is needed
     assert "`moe-llava benchmarks`" in text
     measured = set(re.findall(r"`(\w+)`", re.search(r"^\| `moe-llava bench layer` (.*)", text, re.MULTILINE)[1]))
     assert measured | {"layer"} == {command.callback.__name__ for command in bench.registered_commands}
+    assert set(re.findall(r"^\| `pip install -e '\.\[(\w+)\]'`", text, re.MULTILINE)) == EXTRAS
+    assert f"]({COMMANDS})" in (REPOSITORY / README).read_text(encoding="utf-8")
 
 
 def test_what_is_to_be_installed_is_installed_from_a_checkout():
@@ -140,4 +144,4 @@ def test_what_is_to_be_installed_is_installed_from_a_checkout():
     texts = [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / README, *(REPOSITORY / "moe_llava").rglob("*.py")]
     assert [str(file) for file in texts if re.search(r"pip install\b.*moe-llava\[", file.read_text(encoding="utf-8"))] == []
     named = {name for file in texts for name in re.findall(r"pip install -e '\.\[(\w+)\]'", file.read_text(encoding="utf-8"))}
-    assert named == set(metadata("moe-llava").get_all("Provides-Extra")) - {"dev", "docs"}
+    assert named == EXTRAS
