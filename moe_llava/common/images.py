@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -38,6 +40,20 @@ class ImageSource(Protocol):
     """An image that is no file of its own. `str` gives its name."""
 
     def open(self) -> BinaryIO: ...
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """The encoded bytes of an image that is embedded in a question file or a request. `name` identifies it in messages."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> BinaryIO:
+        return BytesIO(self.data)
 
 
 def open_image(image: Path | ImageSource, source: str, formats: tuple[str, ...] | None = None) -> Image.Image:

@@ -27,7 +27,7 @@ from tests.training.conftest import tiny_base  # noqa: F401
 ASKED = "where is the red 7 ?"
 WITHOUT_SERVE = """
 import gc, sys
-sys.modules.update(dict.fromkeys(["fastapi", "starlette", "uvicorn"]))
+sys.modules.update(dict.fromkeys(["fastapi", "prometheus_client", "starlette", "uvicorn"]))
 from moe_llava.cli import main
 try:
     main()

@@ -17,12 +17,13 @@ from rich.console import Console
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.cli.evaluation import _print_scores
 from moe_llava.common.files import drop_torn_line
+from moe_llava.common.images import InlineImage
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation import evaluate
 from moe_llava.evaluation.ask import tasks as plan
 from moe_llava.evaluation.ask.answers import answer_file, merge, writing
 from moe_llava.evaluation.score.definitions import digits_world
-from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import parse_perturbations
 from moe_llava.model.upcycling import upcycle

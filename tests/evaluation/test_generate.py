@@ -9,11 +9,11 @@ from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
-from moe_llava.common.images import open_image
+from moe_llava.common.images import InlineImage, open_image
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import answer, in_background, prompt_inputs, prompt_text
 from moe_llava.evaluation.score.definitions import digits_world
-from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import attacked_pixels
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question

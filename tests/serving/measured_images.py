@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
-from moe_llava.common.images import open_image
-from moe_llava.serving.http.prompts import FORMATS, SentImage, working_bytes
+from moe_llava.common.images import InlineImage, open_image
+from moe_llava.serving.http.prompts import FORMATS, working_bytes
 from tests.serving.hostile import encoded
 
 SIDE = 1500
@@ -44,7 +44,7 @@ def images(side):
 
 def prepare(name, content, processor):
     """(bytes that it took, bytes that were expected)"""
-    sent = SentImage(content, name)
+    sent = InlineImage(name, content)
     with Image.open(sent.open()) as header:
         expected = working_bytes(header.size, header.format == "WEBP", processor)
     before = memory("VmRSS")

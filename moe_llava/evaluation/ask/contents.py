@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import file_digest
+from moe_llava.common.images import InlineImage
 from moe_llava.common.messages import first_line
-from moe_llava.evaluation.score.questions import InlineImage, Question
+from moe_llava.evaluation.score.questions import Question
 
 LENGTH = 16  # hexadecimal digits: enough to tell files apart, and short enough to list many
 # Weights, configurations, tokenizer, chat template. Logs and plots of a training stage do not affect answers.

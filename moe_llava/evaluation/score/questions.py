@@ -8,30 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from moe_llava.common.images import InlineImage
 from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, take, take_text
 
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 Answers = list[str | None]  # one per question; None: there is none
-
-
-@dataclass(frozen=True)
-class InlineImage:
-    """An image that is embedded in a question file."""
-
-    name: str
-    data: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-    def open(self) -> BinaryIO:
-        return BytesIO(self.data)
 
 
 @dataclass(frozen=True)

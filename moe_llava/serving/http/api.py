@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -64,7 +65,7 @@ class Answer:
             loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         self._cancel = engine.submit(request, deliver)
-        metrics.prompt_tokens += len(request.prompt.input_ids)
+        metrics.prompt_tokens.inc(len(request.prompt.input_ids))
         self.outcome = "cancelled"
 
     async def pieces(self) -> AsyncIterator[requests.Piece]:
@@ -77,9 +78,9 @@ class Answer:
             if isinstance(piece, Exception):
                 raise api_error(piece) from piece
             if first:
-                self._metrics.first_token(time.monotonic() - self._arrival)
+                self._metrics.time_to_first_token.observe(time.monotonic() - self._arrival)
             first = False
-            self._metrics.completion_tokens += 1
+            self._metrics.completion_tokens.inc()
             yield piece
             if piece.finish_reason:
                 self.outcome = "200"
@@ -94,7 +95,7 @@ class Answer:
         """However it ended, its place is free."""
         self._cancel()
         self._release()
-        self._metrics.requests[self.outcome] += 1
+        self._metrics.requests.labels(self.outcome).inc()
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Service:
         self.memory = Memory(limits.all_bytes)
         self.parsing, self.preparing = Worker(), Worker()  # what one body and one image unfold to is bounded, and so that of all
         self.prompts = PromptMaker(processor, limits)
-        self.metrics = Metrics(experts)
+        self.metrics = Metrics(engine, experts)
         self.created = int(time.time())
 
     async def chat_completions(self, client: Request) -> Response:
@@ -163,12 +164,11 @@ class Service:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def metrics_page(self) -> Response:
-        text = self.metrics.text(self.engine.running, self.engine.waiting)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def refused(self, _: Request, error: Any) -> Response:
         """The one way in which a client is told of an error, but for one in the midst of its answer."""
-        self.metrics.requests[str(error.status)] += 1
+        self.metrics.requests.labels(str(error.status)).inc()
         return _told(error)
 
     async def unknown(self, client: Request, error: Any) -> Response:

@@ -32,9 +32,9 @@ def read_keys(path: Path | None, host: str) -> list[str]:
 
 def listener(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises ServeError if that cannot be, or what serves is not installed."""
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
-        raise ServeError(f"serving needs {' and '.join(missing)}: pip install -e '.[serve]'")
+        raise ServeError(f"serving needs {', '.join(missing)}: pip install -e '.[serve]'")
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

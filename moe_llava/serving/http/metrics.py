@@ -1,59 +1,68 @@
-"""Counts of what the server did, in Prometheus' text format."""
+"""Metrics of one server for Prometheus."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from moe_llava.checkpoints.offload import Counts
+from moe_llava.serving.engine.engine import Engine
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # bounds of the histogram
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # buckets of the histogram
+
+# Otherwise each counter has a second series, the time of its creation.
+disable_created_metrics()
 
 
 class Metrics:
-    """Used by the event loop alone. `experts`: of a model whose experts are not all in memory, what the engine's thread counts."""
+    """Count requests and tokens. Each server has a registry of its own, so two servers in one process do not add up."""
 
-    def __init__(self, experts: Counts | None = None) -> None:
-        self._experts = experts
-        self.requests: Counter[str] = Counter()  # by outcome: a status of HTTP, "cancelled", or "failed" in the midst of a stream
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self._first_tokens = [0] * (len(SECONDS) + 1)
-        self._first_token_seconds = 0.0
+    def __init__(self, engine: Engine, experts: Counts | None = None) -> None:
+        """Register the metrics. `experts`: counts of the expert cache, None if all experts are in memory."""
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "moe_llava_requests_total",
+            "Chat completions and traces by outcome, and refused requests by status",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self.prompt_tokens = Counter("moe_llava_prompt_tokens_total", "Prefill tokens", registry=self._registry)
+        self.completion_tokens = Counter("moe_llava_completion_tokens_total", "Decoded tokens", registry=self._registry)
+        self.time_to_first_token = Histogram(
+            "moe_llava_time_to_first_token_seconds",
+            "Time from the arrival of a request to its first token",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        running = Gauge("moe_llava_requests_running", "Requests in prefill or decode", registry=self._registry)
+        running.set_function(lambda: engine.running)
+        waiting = Gauge("moe_llava_requests_waiting", "Requests that wait for a slot", registry=self._registry)
+        waiting.set_function(lambda: engine.waiting)
+        if experts is not None:
+            self._registry.register(ExpertCollector(experts))
 
-    def first_token(self, seconds: float) -> None:
-        """Notes how long a client waited for the first token."""
-        self._first_tokens[bisect_left(SECONDS, seconds)] += 1
-        self._first_token_seconds += seconds
-
-    def text(self, running: int, waiting: int) -> str:
-        lines = _head("requests_total", "counter", "chat completions by outcome, and whatever else was refused")
-        lines += [f'moe_llava_requests_total{{outcome="{outcome}"}} {count}' for outcome, count in sorted(self.requests.items())]
-        values = [
-            ("requests_running", "gauge", "answers that are being written", running),
-            ("requests_waiting", "gauge", "requests that wait for a place", waiting),
-            ("prompt_tokens_total", "counter", "tokens read", self.prompt_tokens),
-            ("completion_tokens_total", "counter", "tokens written", self.completion_tokens),
-        ]
-        if self._experts is not None:
-            values += [
-                ("expert_hits_total", "counter", "experts that a layer needed and that were in memory", self._experts.hits),
-                ("expert_misses_total", "counter", "experts that a layer needed and waited for", self._experts.misses),
-                ("experts_foreseen_total", "counter", "of those in memory, fetched ahead", self._experts.foreseen),
-                ("experts_fetched_ahead_total", "counter", "experts fetched ahead, needed then or not", self._experts.ahead),
-                ("expert_bytes_total", "counter", "bytes of experts that were fetched", self._experts.bytes_read),
-            ]
-        for name, kind, meaning, value in values:
-            lines += [*_head(name, kind, meaning), f"moe_llava_{name} {value}"]
-        name = "time_to_first_token_seconds"
-        lines += _head(name, "histogram", "from a request's arrival to its first token")
-        total = 0
-        for bound, count in zip((*map(str, SECONDS), "+Inf"), self._first_tokens, strict=True):
-            total += count
-            lines.append(f'moe_llava_{name}_bucket{{le="{bound}"}} {total}')
-        lines += [f"moe_llava_{name}_sum {self._first_token_seconds}", f"moe_llava_{name}_count {total}"]
-        return "\n".join(lines) + "\n"
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
 
 
-def _head(name: str, kind: str, meaning: str) -> list[str]:
-    return [f"# HELP moe_llava_{name} {meaning}", f"# TYPE moe_llava_{name} {kind}"]
+class ExpertCollector(Collector):
+    """Export the counts of the expert cache, which the engine's thread updates."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the current counts."""
+        counts = self._counts
+        for name, meaning, value in (
+            ("expert_hits_total", "Needed experts that were in memory", counts.hits),
+            ("expert_misses_total", "Needed experts that were not in memory", counts.misses),
+            ("experts_foreseen_total", "Hits that had been prefetched", counts.foreseen),
+            ("experts_fetched_ahead_total", "Prefetched experts, needed or not", counts.ahead),
+            ("expert_bytes_total", "Bytes of fetched experts", counts.bytes_read),
+        ):
+            yield CounterMetricFamily(f"moe_llava_{name}", meaning, value)

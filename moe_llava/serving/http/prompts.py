@@ -7,13 +7,12 @@ import binascii
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.images import BROKEN, check_shape, fitting, open_image
+from moe_llava.common.images import BROKEN, InlineImage, check_shape, fitting, open_image
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
@@ -27,20 +26,6 @@ DATA_URL = re.compile(r"""data:image/[\w.+*-]+(?: *; *[\w.+*-]+=(?:[^;,"]*|"[^"]
 # for this frame and one for the last); while the image becomes an array; while a square that it was padded to, or what it is enlarged to,
 # is resized or cropped, the image and its array beside it.
 DECODING, DECODING_WEBP, CONVERTING, KEPT, RESIZING = 12, 21, 14, 7, 13
-
-
-@dataclass(frozen=True)
-class SentImage:
-    """The bytes of an image; `place` names it in messages."""
-
-    content: bytes
-    place: str
-
-    def __str__(self) -> str:
-        return self.place
-
-    def open(self) -> BinaryIO:
-        return BytesIO(self.content)
 
 
 @dataclass(frozen=True)
@@ -98,9 +83,9 @@ class PromptMaker:
                 parts.append({"type": "image"})
         return [part | {"text": self._builder.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
 
-    def _sent(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Iterator[SentImage]:
+    def _sent(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Iterator[InlineImage]:
         for url, place in image_urls(messages):
-            yield SentImage(fetched[url] if url in fetched else self._content(url, place), place)
+            yield InlineImage(place, fetched[url] if url in fetched else self._content(url, place))
 
     def _content(self, url: str, place: str) -> bytes:
         head = DATA_URL.match(url)
@@ -114,7 +99,7 @@ class PromptMaker:
         except (binascii.Error, ValueError) as error:
             raise ApiError(400, f"{place} is not base64: {error}", "messages") from error
 
-    def _look_at(self, image: SentImage) -> tuple[int, int, int]:
+    def _look_at(self, image: InlineImage) -> tuple[int, int, int]:
         """(width, height, the bytes that preparing it takes)"""
         try:
             with Image.open(image.open(), formats=FORMATS) as header:
@@ -127,7 +112,7 @@ class PromptMaker:
             check_shape(header.size)
         except ValueError as error:
             raise ApiError(400, f"{image} cannot be taken: {error}", "messages") from error
-        if header.format in ("JPEG", "MPO") and image.content.count(START_OF_SCAN) > self._limits.scans:
+        if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
             raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")
         taken, most = working_bytes(header.size, header.format == "WEBP", self._images), self._limits.working_bytes
         if taken > most:
@@ -135,7 +120,7 @@ class PromptMaker:
             raise ApiError(400, told, "messages")
         return width, height, taken
 
-    def _decoded(self, sent: SentImage) -> Image.Image:
+    def _decoded(self, sent: InlineImage) -> Image.Image:
         try:
             return open_image(sent, "the request", FORMATS)
         except DataError as error:

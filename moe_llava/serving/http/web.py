@@ -98,8 +98,8 @@ class Routes:
 
         trace = await self._done(client, work)
         metrics = self._service.metrics
-        metrics.prompt_tokens += len(ids)
-        metrics.requests["routes"] += 1
+        metrics.prompt_tokens.inc(len(ids))
+        metrics.requests.labels("routes").inc()
         # In a thread: it may be some megabytes of JSON.
         return await run_in_threadpool(lambda: JSONResponse(self._told(trace, prompt)))
 

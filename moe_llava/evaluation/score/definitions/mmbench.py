@@ -20,10 +20,11 @@ from typing import Any
 from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
+from moe_llava.common.images import InlineImage
 from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Scored
 from moe_llava.evaluation.score.choices import judged
 from moe_llava.evaluation.score.means import mean_by_group
-from moe_llava.evaluation.score.questions import LETTER, Answers, InlineImage, Question
+from moe_llava.evaluation.score.questions import LETTER, Answers, Question
 from moe_llava.evaluation.score.reading import ENCODING, BenchmarkError, once, read_text, take
 
 # A rotation's index is its question's plus a multiple of this.

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_llava.common.images import InlineImage
 from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Scored
 from moe_llava.evaluation.score.choices import judged, lettered
 from moe_llava.evaluation.score.means import mean_by_group
-from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, Answers, InlineImage, Question
+from moe_llava.evaluation.score.questions import LETTER, SINGLE_WORD, Answers, Question
 from moe_llava.evaluation.score.reading import BenchmarkError, once, take_text
 
 _MEDICINE = "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health"
