@@ -30,10 +30,6 @@ def register(dense: Any) -> dict[str, Any]:
     AutoModelForImageTextToText.register(config, model, exist_ok=True)
     # pipeline("image-text-to-text") looks the model up by name.
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = model.__name__
-    # Saved models take the files of these classes with them, and name them in `auto_map`.
-    config.register_for_auto_class("AutoConfig")
-    base.register_for_auto_class("AutoModel")
-    model.register_for_auto_class("AutoModelForImageTextToText")
     return {found.__name__: found for found in (config, base, model)}
 
 
