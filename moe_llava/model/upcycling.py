@@ -58,10 +58,7 @@ def upcycle(
     """
     if isinstance(dense, SparseModel):
         raise ValueError("this model is sparse already: upcycle its dense origin")
-    if not isinstance(dense, PreTrainedModel) or not isinstance(dense, GenerationMixin):
-        raise TypeError(f"upcycle takes a vision-language model of transformers that generates text, not a {type(dense).__name__}")
-    if not has_vision(dense.config):
-        raise TypeError(f"upcycle takes a vision-language model, but {type(dense).__name__} has no vision tower")
+    check_kind(type(dense), getattr(dense, "config", None))
     if has_experts(find_backbone(dense)[1].layers):
         raise ValueError(
             f"{type(dense).__name__} is sparse already, its layers have experts: it can be traced, evaluated and served as it is"
@@ -72,8 +69,12 @@ def upcycle(
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
 
 
-def has_vision(config: PreTrainedConfig) -> bool:
-    return hasattr(config, "vision_config")
+def check_kind(kind: type, config: Any) -> None:
+    """Raise TypeError unless models of a class, with a configuration of its own, are vision-language models that generate text."""
+    if not issubclass(kind, PreTrainedModel) or not issubclass(kind, GenerationMixin):
+        raise TypeError(f"upcycle takes a vision-language model of transformers that generates text, not a {kind.__name__}")
+    if not hasattr(config, "vision_config"):
+        raise TypeError(f"upcycle takes a vision-language model, but the configuration of {kind.__name__} has no vision_config")
 
 
 def has_experts(layers: Iterable[nn.Module]) -> bool:

@@ -116,7 +116,7 @@ def test_only_dense_vision_language_models_are_taken():
     sparse = upcycle(tiny_dense("llama"))
     with pytest.raises(ValueError, match="sparse already"):
         upcycle(sparse)
-    with pytest.raises(TypeError, match="takes a vision-language model, but LlamaForCausalLM has no vision tower"):
+    with pytest.raises(TypeError, match="takes a vision-language model, but the configuration of LlamaForCausalLM has no vision_config"):
         upcycle(LlamaForCausalLM(tiny_config("llama").text_config))
 
 
