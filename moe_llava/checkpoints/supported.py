@@ -26,8 +26,8 @@ NARROW = 16  # the least width of the FFNs that are compared with experts
 
 @dataclass(frozen=True)
 class Support:
-    """`status`: what `upcycle` does with a model of this type: CAN, MOE (its layers have experts: refused) or CANNOT; UNKNOWN if its default
-    configuration builds no model. `reason`: the experts that compute its FFN, or what was found."""
+    """`status`: whether `upcycle` takes a model of this type: CAN, MOE or CANNOT; UNKNOWN if its default configuration builds no model.
+    `reason`: the experts that compute its FFN, or what was found."""
 
     model_type: str
     class_name: str
@@ -59,7 +59,7 @@ def support_of(model_type: str) -> Support:
         return Support(model_type, class_name, CAN, ", ".join(sorted({_experts_of(layer) for layer in chosen})))
     except _NoDefaultError as error:
         return Support(model_type, class_name, UNKNOWN, str(error))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         return Support(model_type, class_name, CANNOT, str(error).partition(". ")[0])
 
 
