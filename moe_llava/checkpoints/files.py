@@ -37,7 +37,7 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain:
     if published_family(model_type):
         raise CheckpointError(f"{path} is a checkpoint of the original code ({model_type}): convert it with `moe-llava convert`")
     if not is_known(model_type):
-        similar = did_you_mean(str(model_type), known_types(), "")
+        similar = "" if _has_model(model_type) else did_you_mean(str(model_type), known_types(), "")
         rule = f"which is no vision-language model of the installed transformers{similar}"
         raise CheckpointError(f"the config.json of {path} has model_type {model_type!r}, {rule}")
     check_quantisation(content, path)
@@ -45,7 +45,7 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain:
         raise CheckpointError(f"the weights of {path} are quantised, but must be plain here: use the model before quantisation")
     if keep_experts is not None:
         if not str(model_type).startswith(SPARSE):
-            raise CheckpointError(f"{path} is dense: it has no experts of which to keep a share")
+            raise CheckpointError(f"{path} has no experts made by upcycle, of which to keep a share")
         check_share("the share of experts to keep", keep_experts)
 
 
@@ -57,10 +57,19 @@ def is_known(model_type: Any) -> bool:
 @cache
 def known_types() -> tuple[str, ...]:
     """Return the model types of AutoModelForImageTextToText. The table is read from transformers' source, whose import takes seconds."""
-    spec: Any = find_spec("transformers")
-    table = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    table = _models() / "auto" / "modeling_auto.py"
     _, _, names = table.read_text(encoding="utf-8").partition("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = OrderedDict(")
     return tuple(re.findall(r'\("([^"]+)",', names.partition("\n)")[0]))
+
+
+def _has_model(model_type: Any) -> bool:
+    """Return whether transformers has a model of this type at all, such as a language model."""
+    return isinstance(model_type, str) and (_models() / model_type.replace("-", "_") / "__init__.py").is_file()
+
+
+def _models() -> Path:
+    spec: Any = find_spec("transformers")
+    return Path(spec.origin).parent / "models"
 
 
 def check_no_adapter(folder: Path) -> None:

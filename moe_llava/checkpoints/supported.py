@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from moe_llava.common.messages import first_line
 from moe_llava.common.progress import with_bar
-from moe_llava.model.ffn import find_form
+from moe_llava.model.ffn import copy_into_experts, find_form
 from moe_llava.model.modeling import find_backbone
-from moe_llava.model.upcycling import has_experts, has_vision
+from moe_llava.model.options import MoeOptions
+from moe_llava.model.upcycling import check_kind, has_experts
 
-CAN, MOE, CANNOT = "can be upcycled", "already MoE", "cannot be upcycled"
-FEW_LAYERS = 4  # of each kind of layer one is enough, but configurations with a list of kinds keep their number
+CAN, MOE, CANNOT, UNKNOWN = "can be upcycled", "already MoE", "cannot be upcycled", "unknown"
+NARROW = 16  # the least width of the FFNs that are compared with experts
 
 
 @dataclass(frozen=True)
 class Support:
-    """`status`: CAN, MOE (can be traced, evaluated and served as it is) or CANNOT. `reason`: the experts that compute its FFN, or what was
-    found."""
+    """`status`: whether `upcycle` takes a model of this type: CAN, MOE or CANNOT; UNKNOWN if its default configuration builds no model.
+    `reason`: the experts that compute its FFN, or what was found."""
 
     model_type: str
     class_name: str
@@ -43,64 +46,63 @@ def list_support() -> list[Support]:
 
 
 def support_of(model_type: str) -> Support:
-    """Build a model of this type without weights and look at its decoder layers."""
+    """Build a model of this type without weights, and check it as `upcycle` does with its default options."""
     class_name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
     class_name = class_name if isinstance(class_name, str) else class_name[0]
-    if not has_vision(AutoConfig.for_model(model_type)):
-        return Support(model_type, class_name, CANNOT, "its configuration has no vision_config")
+    config = AutoConfig.for_model(model_type)
     try:
-        layers = _decoder_layers(model_type, class_name)
+        check_kind(getattr(transformers, class_name), config)
+        layers = find_backbone(_structure(class_name, config))[1].layers
+        if has_experts(layers):
+            return Support(model_type, class_name, MOE, "its layers have experts")
+        chosen = [layers[index] for index in MoeOptions().sparse_layers(len(layers))]
+        return Support(model_type, class_name, CAN, ", ".join(sorted({_experts_of(layer) for layer in chosen})))
+    except _NoDefaultError as error:
+        return Support(model_type, class_name, UNKNOWN, str(error))
     except ValueError as error:
-        return Support(model_type, class_name, CANNOT, str(error))
-    if has_experts(layers):
-        return Support(model_type, class_name, MOE, "its layers have experts")
-    forms, problems = set(), set()
-    for layer in layers:
-        try:
-            forms.add(find_form(layer).experts.__name__)
-        except ValueError as error:
-            problems.add(str(error).partition(". ")[0])
-    if forms:
-        return Support(model_type, class_name, CAN, ", ".join(sorted(forms)))
-    return Support(model_type, class_name, CANNOT, sorted(problems)[0])
+        return Support(model_type, class_name, CANNOT, str(error).partition(". ")[0])
 
 
-def _decoder_layers(model_type: str, class_name: str) -> list[nn.Module]:
-    """Return the decoder layers of a small model of this type; if its default configuration builds no whole model, of its backbone.
+class _NoDefaultError(Exception):
+    """The default configuration of a type builds no model."""
 
-    Raise ValueError if neither has any.
-    """
-    failures: list[Exception] = []
-    for build in (_whole, _backbone):
+
+def _structure(class_name: str, config: Any) -> Any:
+    """Return a model without weights, or its text backbone if the default configuration of its tower is of no use."""
+    failures = []
+    for build in (lambda: getattr(transformers, class_name)(config), lambda: AutoModel.from_config(config.get_text_config())):
         try:
             with torch.device("meta"):
-                return list(find_backbone(build(model_type, class_name))[1].layers)
-        except ValueError as error:
-            if "decoder layers" in str(error):
-                raise
+                return build()
+        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:  # defaults fail in many ways
             failures.append(error)
-        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:  # configurations' defaults fail in many ways
-            failures.append(error)
-    raise ValueError(f"its default configuration builds no model: {type(failures[0]).__name__}: {failures[0]}")
+    raise _NoDefaultError(f"its default configuration builds no model: {type(failures[0]).__name__}: {first_line(failures[0])}")
 
 
-def _whole(model_type: str, class_name: str) -> Any:
-    return getattr(transformers, class_name)(_small(AutoConfig.for_model(model_type)))
+def _experts_of(layer: Any) -> str:
+    """Return the name of the experts that compute what the FFN of a layer on the meta device does. Raise ValueError as `upcycle` does.
 
-
-def _backbone(model_type: str, class_name: str) -> Any:
-    return AutoModel.from_config(_small(AutoConfig.for_model(model_type)).get_text_config())
-
-
-def _small(config: Any) -> Any:
-    parts: list[Any] = [config.get_text_config(), getattr(config, "vision_config", None)]
-    for part in parts:
-        if getattr(part, "num_hidden_layers", None) and not getattr(part, "layer_types", None):
-            part.num_hidden_layers = FEW_LAYERS
-    return config
+    They are compared at a fraction of the widths, with random weights.
+    """
+    form = find_form(layer)
+    ffn: Any = copy.deepcopy(layer.mlp)
+    width, ffn_width = ffn.get_parameter(form.stacked["down_proj"][0]).shape
+    unit = next(n for n in range(max(width // NARROW, 1), 0, -1) if width % n == 0 and ffn_width % n == 0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in list(ffn.named_parameters()):
+        module, _, last = name.rpartition(".")
+        weights = torch.randn([size // unit for size in parameter.shape], generator=generator)
+        setattr(ffn.get_submodule(module), last, nn.Parameter(weights, requires_grad=False))
+    options: Any = MoeOptions(num_experts=1, num_experts_per_tok=1)
+    experts = form.experts(options, width // unit, ffn_width // unit, getattr(ffn, form.activation))
+    try:
+        copy_into_experts(ffn, experts)
+    except ValueError as error:  # it names numbers, of random weights
+        raise ValueError(f"{type(ffn).__name__} has the parameters of {form.experts.__name__}, but computes something else") from error
+    return form.experts.__name__
 
 
 def summary(rows: Sequence[Support]) -> str:
     """Return how many types have each status, and the version of transformers."""
-    counts = ", ".join(f"{sum(row.status == status for row in rows)} {status}" for status in (CAN, MOE, CANNOT))
+    counts = ", ".join(f"{sum(row.status == status for row in rows)} {status}" for status in (CAN, MOE, CANNOT, UNKNOWN))
     return f"{len(rows)} model types of transformers {transformers.__version__}: {counts}"

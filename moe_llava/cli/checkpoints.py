@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ def _layers(text: str) -> str | list[int]:
 @verb("Convert", "moe-llava upcycle runs/demo/stage2 runs/sparse --num-experts 4")
 @with_options(MoeOptions, moe_layers=str)
 def upcycle(
-    dense: Annotated[str, typer.Argument(help="a dense LLaVA: a folder, or a hub id")],
+    dense: Annotated[str, typer.Argument(help="a dense vision-language model: a folder, or a hub id")],
     out: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; must not exist")],
     expert_start: Annotated[str, typer.Option(help="copy, or noise: experts that differ from the start")] = "copy",
     seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
@@ -40,10 +41,11 @@ def upcycle(
         with new_folder(out) as folder:
             # These take seconds, and a mistake is reported first.
             with heavy_imports():
-                from moe_llava.checkpoints.load import load_checkpoint
+                from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
                 from moe_llava.checkpoints.processors import sparse_processor
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
+            make_sparse(load_on_meta(dense), expert_start=expert_start, seed=seed, **options)  # refused before weights are read
             model, processor = load_checkpoint(dense)
             sparse = make_sparse(model, expert_start=expert_start, seed=seed, **options)
             sparse.save_pretrained(folder)
@@ -91,6 +93,7 @@ def merge(
 @verb("Convert", "moe-llava families", "moe-llava families qwen3_vl")
 def families(
     model_type: Annotated[str | None, typer.Argument(help="report this model type only, as config.json names it")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """List the vision-language models of the installed transformers: which can be upcycled, which are MoE already, which cannot."""
     with user_errors():
@@ -107,6 +110,9 @@ def families(
             from moe_llava.checkpoints.supported import list_support, summary, support_of
 
         rows = list_support() if model_type is None else [support_of(model_type)]
+        if as_json:
+            print(json.dumps({row.model_type: {"class": row.class_name, "status": row.status, "reason": row.reason} for row in rows}))
+            return
         table = Table("model type", "class", "status", "reason")
         for row in rows:
             table.add_row(row.model_type, row.class_name, row.status, row.reason)

@@ -52,16 +52,15 @@ def upcycle(
         fields: single fields of MoeOptions, such as `num_experts=4`, instead of `options` or on top of them.
 
     Raises:
-        TypeError: `dense` is no model of transformers that generates text from images, or MoeOptions has no such field.
-        ValueError: `dense` is sparse already, `expert_start` is unknown, an option breaks a rule of MoeOptions, or the FFN of this
-            family is unknown or computes something other than the experts would (see ffn.py).
+        TypeError: `dense` is no model of transformers, or MoeOptions has no such field.
+        ValueError: `dense` does not generate text from images or is sparse already, `expert_start` is unknown, an option breaks a rule of
+            MoeOptions, or the FFN of this family is unknown or computes something other than the experts would (see ffn.py).
     """
     if isinstance(dense, SparseModel):
-        raise ValueError("this model is sparse already: upcycle its dense origin")
-    if not isinstance(dense, PreTrainedModel) or not isinstance(dense, GenerationMixin):
-        raise TypeError(f"upcycle takes a vision-language model of transformers that generates text, not a {type(dense).__name__}")
-    if not has_vision(dense.config):
-        raise TypeError(f"upcycle takes a vision-language model, but {type(dense).__name__} has no vision tower")
+        raise ValueError(f"{type(dense).__name__} is sparse already, its experts were made by upcycle: upcycle its dense origin")
+    if not isinstance(dense, PreTrainedModel):
+        raise TypeError(f"upcycle takes a vision-language model of transformers, not a {type(dense).__name__}")
+    check_kind(type(dense), dense.config)
     if has_experts(find_backbone(dense)[1].layers):
         raise ValueError(
             f"{type(dense).__name__} is sparse already, its layers have experts: it can be traced, evaluated and served as it is"
@@ -72,8 +71,12 @@ def upcycle(
     return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
 
 
-def has_vision(config: PreTrainedConfig) -> bool:
-    return hasattr(config, "vision_config")
+def check_kind(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raise ValueError unless models of a class, with a configuration of its own, see images and generate text."""
+    if not issubclass(kind, GenerationMixin):
+        raise ValueError(f"upcycle takes a vision-language model with transformers' generate, which {kind.__name__} lacks")
+    if not hasattr(config, "vision_config"):
+        raise ValueError(f"upcycle takes a vision-language model, but the configuration of {kind.__name__} has no vision_config")
 
 
 def has_experts(layers: Iterable[nn.Module]) -> bool:

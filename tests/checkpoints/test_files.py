@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.checkpoints.files import check_checkpoint
+from moe_llava.checkpoints.files import check_checkpoint, is_text_model, known_types
 from moe_llava.checkpoints.join import language_config
+from moe_llava.checkpoints.supported import model_types
 from moe_llava.common.errors import CheckpointError
 from tests.conftest import REPOSITORY, refused
 
@@ -18,7 +19,11 @@ from tests.conftest import REPOSITORY, refused
     [
         (None, "has no config.json"),
         ("{", "is not JSON"),
-        ('{"model_type": "llama"}', "has model_type 'llama', which is no vision-language model of the installed transformers; did"),
+        ('{"model_type": "llama"}', "has model_type 'llama', which is no vision-language model of the installed transformers$"),
+        ('{"model_type": "qwen3vl"}', "has model_type 'qwen3vl', .* of the installed transformers; did you mean qwen3_vl[?]$"),
+        ('{"model_type": "moe_qwen3vl"}', "has model_type 'moe_qwen3vl', .* of the installed transformers; did you mean .*qwen3_vl"),
+        ('{"model_type": 3}', "has model_type 3, which is no"),
+        ('{"model_type": "moe_llava_phi"}', "is a checkpoint of the original code .moe_llava_phi.: convert it with `moe-llava convert`$"),
     ],
 )
 def test_folders_that_are_no_checkpoint(tmp_path, config, message):
@@ -26,6 +31,26 @@ def test_folders_that_are_no_checkpoint(tmp_path, config, message):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=message):
         check_checkpoint(tmp_path)
+
+
+def test_every_vision_language_model_is_let_through(tmp_path):
+    """The types read from the source of transformers are those of its table."""
+    assert set(known_types()) == set(model_types())
+    for model_type in [*known_types(), "moe_llava", "moe_qwen3_vl"]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        check_checkpoint(tmp_path)
+        assert not is_text_model(tmp_path)
+
+
+def test_only_a_model_of_this_package_has_experts_to_keep(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "moe_qwen3_vl"}')
+    check_checkpoint(tmp_path, keep_experts=0.5)
+    with pytest.raises(CheckpointError, match=r"the share of experts to keep is 2, but must be above 0 and at most 1"):
+        check_checkpoint(tmp_path, keep_experts=2)
+    for model_type in ("qwen3_vl", "qwen3_vl_moe"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(CheckpointError, match="has no experts made by upcycle, of which to keep a share"):
+            check_checkpoint(tmp_path, keep_experts=0.5)
 
 
 def test_no_folder_at_all(tmp_path):

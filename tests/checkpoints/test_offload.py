@@ -241,5 +241,5 @@ def test_shares_and_dense_checkpoints_are_refused_before_loading(saved, tmp_path
         with pytest.raises(CheckpointError, match="must be above 0 and at most 1"):
             check_checkpoint(saved(), keep)
     tiny_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="is dense: it has no experts of which"):
+    with pytest.raises(CheckpointError, match="has no experts made by upcycle, of which to keep a share"):
         load_offloaded(tmp_path, 0.5)

@@ -114,10 +114,14 @@ def test_upcycled_computes_what_dense_computed_to_the_rounding_of_the_dtype(fami
 
 def test_only_dense_vision_language_models_are_taken():
     sparse = upcycle(tiny_dense("llama"))
-    with pytest.raises(ValueError, match="sparse already"):
+    with pytest.raises(ValueError, match="MoeLlavaForConditionalGeneration is sparse already, its experts were made by upcycle"):
         upcycle(sparse)
-    with pytest.raises(TypeError, match="takes a vision-language model, but LlamaForCausalLM has no vision tower"):
+    with pytest.raises(ValueError, match="takes a vision-language model, but the configuration of LlamaForCausalLM has no vision_config"):
         upcycle(LlamaForCausalLM(tiny_config("llama").text_config))
+    with pytest.raises(ValueError, match="takes a vision-language model with transformers' generate, which LlavaModel lacks"):
+        upcycle(tiny_dense("llama").model)
+    with pytest.raises(TypeError, match="takes a vision-language model of transformers, not a Linear"):
+        upcycle(nn.Linear(2, 2))
 
 
 def test_unknown_family_names_modules_and_where_to_add_a_row():
