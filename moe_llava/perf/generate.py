@@ -64,7 +64,8 @@ def models_of(checkpoint: str | None, size: str, dtype: torch.dtype, device: tor
         return {name: build(config, name, dtype, device) for name in (DENSE, SPARSE)}
     sparse = load_checkpoint(checkpoint, dtype)[0]
     if not isinstance(sparse, MoeLlavaForConditionalGeneration):
-        raise BenchError(f"checkpoint {checkpoint} is dense, but the benchmark compares a sparse model with its dense partner")
+        rule = "but the benchmark compares a sparse LLaVA with its dense partner"
+        raise BenchError(f"checkpoint {checkpoint} is a {type(sparse).__name__}, {rule}")
     assert isinstance(sparse.config, MoeLlavaConfig)
     return {DENSE: build(sparse.config, DENSE, dtype, device), SPARSE: sparse.to(device)}
 

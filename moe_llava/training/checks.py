@@ -18,7 +18,7 @@ from moe_llava.common.messages import changes
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.model import SparseModel
-from moe_llava.model.upcycling import has_experts, sparse_config
+from moe_llava.model.upcycling import check_kind, has_experts, sparse_config
 from moe_llava.training.adapters import check_adapter
 from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
@@ -104,6 +104,7 @@ def check_start(stage: Stage) -> None:
         check_weights(path)
     model = load_structure(path)
     if not isinstance(model, SparseModel):
+        check_kind(type(model), model.config)
         if has_experts(decoder_layers(model)):
             raise RecipeError(f"{path} is a {type(model).__name__}, whose layers have experts of its own: stages train experts made here")
         on_meta(sparse_config(model.config, settings.moe))

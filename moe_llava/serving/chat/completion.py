@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class Completer:
-    """`commands`: all of them; after those `with_files`, file names are completed."""
+    """Complete `commands`, and file names after those in `with_files`."""
 
     def __init__(self, readline: ModuleType, commands: Sequence[str], with_files: Sequence[str]):
         self._readline = readline

@@ -1,4 +1,4 @@
-"""A conversation with a model about images, answered piece by piece."""
+"""A conversation with a model about images, as a stream of pieces."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the pictures that came with it, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: from the
-    question to the last of `tokens`."""
+    """A question, its images, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: from the question to the last
+    of `tokens`."""
 
     question: str
     pictures: tuple[Picture, ...]
@@ -42,8 +42,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are written. `max_new_tokens`: None for 512, or as many as the model has room for. `seed`: of the first answer; each
-    later one has the next number. `system`: a system prompt, for a conversation form that has one."""
+    """How answers are generated. `max_new_tokens`: None for 512, or less if the context is full. `seed`: of the first answer; each later
+    one takes the next number. `system`: a system prompt, for a chat template that has one."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -53,7 +53,7 @@ class Settings:
 
 
 class Conversation:
-    """`turns` so far. The pictures that are `waiting` belong to the next question. `engine`: nobody else's."""
+    """A conversation with its `turns`. The images in `waiting` belong to the next question. `engine`: used by this conversation only."""
 
     def __init__(self, engine: Engine, processor: Any, settings: Settings):
         self.engine = engine
@@ -64,14 +64,14 @@ class Conversation:
         self._asked = 0
 
     def add_images(self, paths: Sequence[Path]) -> None:
-        """All of them or none: raises DataError if a file is missing or no image."""
+        """Add all images or none. Raises DataError if a file is missing or no image."""
         self.waiting += tuple(Picture(path, open_image(path, "the conversation")) for path in paths)
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """Yields the answer piece by piece, and keeps it as a turn. So is what was written by then where the caller stops; where nothing
-        was, or an error is raised, everything stays as it was.
+        """Yield the answer piece by piece, and keep it as a turn; if the caller stops early, keep the part that was generated. If there is
+        none, or an error is raised, the conversation is unchanged.
 
-        Raises ValueError if `question` is empty or no text; PromptError and RequestError if the model cannot be asked it.
+        Raises ValueError if `question` is empty or no text; PromptError and RequestError if the model cannot answer it.
         """
         if not question.strip():
             raise ValueError("the prompt is empty: ask something")
@@ -79,15 +79,15 @@ class Conversation:
         return self._write(self.turns, Turn(question.strip(), self.waiting))
 
     def regenerate(self) -> Generator[str, None, None]:
-        """The last question's answer once more, in the place of the one before. Raises ValueError if nothing was asked."""
+        """Generate another answer to the last question, which replaces the one before. Raises ValueError if there is no question."""
         *before, last = self._begun()
         return self._write(before, Turn(last.question, last.pictures))
 
     def trace(self) -> Trace:
-        """The routes of the last answer, and of all that it was written after, read in one pass. An expert with a capacity may drop other
-        tokens in one pass than in many.
+        """Return the routes of the last answer and of its prompt, in one forward pass. An expert with a capacity may drop other tokens in
+        one pass than in many.
 
-        Raises ValueError if nothing was asked; RoutingError as `trace_routing` does.
+        Raises ValueError if there is no answer; RoutingError as `trace_routing` does.
         """
         *before, last = self._begun()
         prompt = self._read(before, last)
@@ -102,14 +102,13 @@ class Conversation:
         return result
 
     def pictures(self) -> list[Picture]:
-        """Those of all turns, in order."""
+        """Return the images of all turns, in order."""
         return [picture for turn in self.turns for picture in turn.pictures]
 
     def record(self, source: str) -> dict[str, Any]:
-        """The conversation as data files hold one, with what the model read: it can be checked, traced, and trained on. `source`: of what
-        model.
+        """Return the conversation as a record of a data file, which can be checked, traced, and trained on. `source`: the model's name.
 
-        Raises ValueError if nothing was asked.
+        Raises ValueError if there is no turn.
         """
         self._begun()
         pictures = [str(picture.path.resolve()) for picture in self.pictures()]

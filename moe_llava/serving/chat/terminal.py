@@ -1,4 +1,4 @@
-"""A conversation on a terminal, or through pipes: answers on standard output, and all else on standard error."""
+"""A conversation on a terminal, or through pipes: answers go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 class Terminal:
-    """`name`: of the model. `interactive`: whether a person types, and not only a question is answered, or what comes through a pipe."""
+    """`name`: of the model. `interactive`: a person types; otherwise one question is answered, or lines come through a pipe."""
 
     def __init__(self, conversation: Conversation, name: str, as_json: bool, interactive: bool):
         self.conversation = conversation
@@ -51,14 +51,14 @@ class Terminal:
         }
 
     def ask(self, question: str) -> None:
-        """Asks, and shows the answer as it comes, or as one JSON object. Raises as Conversation.ask does."""
+        """Ask a question, and show the answer as it is generated, or as one JSON object. Raises as Conversation.ask does."""
         if self.interactive and not self.conversation.turns and not self.conversation.waiting:
             self._tell("no image comes with this question; /image FILE adds one")
         self._show(self.conversation.ask(question))
 
     def converse(self) -> bool:
-        """Takes questions and commands until the end of input or `/quit`. What is wrong with one is told, and does not end the
-        conversation. Returns whether nothing was."""
+        """Take questions and commands until the end of input or `/quit`. An error is printed and does not end the conversation. Returns
+        whether there was none."""
         right = True
         for line in self._lines():
             if line.split()[0] == "/quit":
@@ -75,7 +75,7 @@ class Terminal:
         return right
 
     def _lines(self) -> Iterator[str]:
-        """What is typed or piped in, but for empty lines."""
+        """Yield the lines that are typed or piped in, without empty ones."""
         if not self.interactive:
             yield from (line.strip() for line in sys.stdin if line.strip())
             return
@@ -133,7 +133,7 @@ class Terminal:
         return None
 
     def _write(self, pieces: Iterator[str]) -> None:
-        """On a terminal, what grows is drawn again and again, as far as there is room, and taken away at last."""
+        """Write an answer. On a terminal, the growing text is redrawn as far as there is room, and removed at the end."""
         if self.as_json:
             for _ in pieces:
                 pass
@@ -175,7 +175,7 @@ class Terminal:
         self._told.print(draw_routes(trace, names, int(rest) if rest else None))
 
     def _save(self, rest: str) -> None:
-        """A file that this conversation was written to may be written again, as it grows; no other."""
+        """Write the conversation to a file. An existing file is overwritten only if this conversation wrote it."""
         if not rest:
             raise ValueError("/save needs a file")
         file = _path(" ".join(_words(rest)) if rest[:1] in ("'", '"') else rest)
@@ -201,7 +201,7 @@ class Terminal:
 
 
 class Growing:
-    """The last lines of an answer, as many as the terminal has room for."""
+    """Show the last lines of an answer, as many as the terminal has room for."""
 
     text = ""
 
@@ -232,7 +232,7 @@ def _plain(error: Exception) -> str:
 
 
 def _markdown(text: str) -> Markdown:
-    """Without what would control the terminal."""
+    """Render Markdown without control characters."""
     return Markdown("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
 
 

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server over the engine.
 
-Unusual here: a body is taken only as application/json, which a page of another origin cannot send without asking first, and no answer says
-that it may; nor is a name of elsewhere taken that leads here. So a browser on this machine is no way in.
+Unusual here: a body is accepted only as application/json, which a page of another origin cannot send without a preflight request, and no
+response permits it; nor is a foreign host name accepted that resolves to this machine. So a browser on this machine cannot be used to
+attack it.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ Fetched = Mapping[str, bytes]  # URL -> what it leads to
 
 
 class ClientLeft(Exception):
-    """Nobody waits for the answer."""
+    """The client disconnected."""
 
 
 class Answer:
-    """The pieces of one answer, in the event loop. A first token is noted in `metrics`, and every token. `release`: called at the end."""
+    """The pieces of one completion, in the event loop. `metrics` counts its tokens and times the first. `release`: called at the end."""
 
     def __init__(self, engine: Engine, request: requests.Request, metrics: Metrics, arrival: float, release: Callable[[], None]):
-        """Raises what `Engine.submit` raises."""
+        """Submit a request. Raises what `Engine.submit` raises."""
         self._pieces: asyncio.Queue[requests.Piece | Exception] = asyncio.Queue()
         self._metrics = metrics
         self._arrival = arrival
@@ -69,7 +70,7 @@ class Answer:
         self.outcome = "cancelled"
 
     async def pieces(self) -> AsyncIterator[requests.Piece]:
-        """Raises ApiError where the answer ends before its end, ClientLeft where nobody waits for it."""
+        """Yield the pieces. Raises ApiError if the completion fails, ClientLeft if the client disconnects."""
         first = True
         while True:
             piece = await self._pieces.get()
@@ -87,12 +88,12 @@ class Answer:
                 return
 
     async def leave_with(self, client: Request) -> None:
-        """Waits until the client leaves, and ends `pieces` then."""
+        """Wait until the client disconnects, and end `pieces` then."""
         await until_left(client)
         self._pieces.put_nowait(ClientLeft())
 
     async def end(self) -> None:
-        """However it ended, its place is free."""
+        """Free the slot, however the completion ended."""
         self._cancel()
         self._release()
         self._metrics.requests.labels(self.outcome).inc()
@@ -100,7 +101,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Form:
-    """The form in which an answer is wanted: as a stream, with its usage at the end, with logprobs."""
+    """How a completion is returned: as a stream, with its usage at the end, with logprobs."""
 
     stream: bool
     usage: bool
@@ -108,7 +109,7 @@ class Form:
 
 
 class Service:
-    """What answers requests needs. `name`: of the model. `fetcher`: None if no URL is fetched. `experts`: None if all are in memory."""
+    """All that answers requests. `name`: of the model. `fetcher`: None if no URL is fetched. `experts`: None if all are in memory."""
 
     def __init__(self, engine: Engine, processor: Any, name: str, limits: Limits, fetcher: Fetcher | None, experts: Counts | None):
         self.engine = engine
@@ -138,11 +139,11 @@ class Service:
     async def prepared(
         self, client: Request, prepare: Callable[[ChatCompletionRequest, Fetched], Prepared], share: Share, answered: bool = False
     ) -> Prepared:
-        """What `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept: `share`
-        holds the bytes of the pixel values then.
+        """Return what `prepare` makes, in a thread, of a client's body and of the images that it names. Nothing else of a body is kept:
+        `share` then holds the bytes of the images' inputs.
 
-        `answered`: whether the last message is to be an answer. Raises ApiError as `parse` does, or if the body is for another model;
-        QueueFull, EngineClosed and TimeLimitExceeded.
+        `answered`: the last message must be an answer. Raises ApiError as `parse` does, or if the body is for another model; QueueFull,
+        EngineClosed and TimeLimitExceeded.
         """
         asked = await self._parsed(await read_body(client, self.limits, share.take), answered)
         if asked.model != self.name:
@@ -167,7 +168,7 @@ class Service:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def refused(self, _: Request, error: Any) -> Response:
-        """The one way in which a client is told of an error, but for one in the midst of its answer."""
+        """Return the response to a failed request. All errors are sent here, except those within a stream."""
         self.metrics.requests.labels(str(error.status)).inc()
         return _told(error)
 
@@ -214,7 +215,7 @@ async def _whole(client: Request, answer: Answer, reply: Reply) -> Response:
 
 
 async def _events(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. Those of one moment are sent together: the engine's thread has to wait while the loop sends."""
+    """Send server-sent events. Events of one moment are sent together, because the engine's thread has to wait while the loop sends."""
     unsent = _event(reply.first_chunk())
     tokens = 0
     try:
@@ -239,7 +240,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a client is told of it; what it does not concern is only logged."""
+    """Return the error that a client gets. Internal details are only logged."""
     match error:
         case ApiError():
             return error
@@ -264,8 +265,8 @@ def build_app(
     fetcher: Fetcher | None = None,
     experts: Counts | None = None,
 ) -> FastAPI:
-    """The application; it closes `engine` when it ends. With `api_keys`, a client has to send one, except for /health and the page's files;
-    without, it has to be on this machine. `experts`: what is counted of a model whose experts are not all in memory."""
+    """Return the application; it closes `engine` when it ends. With `api_keys`, a client must send one, except for /health and the page's
+    files; without, it must be on this machine. `experts`: the counts of a model whose experts are not all in memory."""
     service = Service(engine, processor, name, limits, fetcher, experts)
 
     @asynccontextmanager
@@ -300,7 +301,7 @@ async def check_host(client: Request) -> None:
 
 
 def key_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
-    """Return what raises ApiError for a client that sends none of `api_keys`."""
+    """Return a function that raises ApiError for a client that sends none of `api_keys`."""
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     async def check(client: Request) -> None:

@@ -1,4 +1,4 @@
-"""The bodies of requests, and what all requests may take together: memory is admitted before it is allocated."""
+"""The bodies of requests, and the memory of all requests together: memory is admitted before it is allocated."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Made = TypeVar("Made")
 
 
 class Memory:
-    """Bytes that all requests hold at once: what clients sent until it is prepared, then pixel values until they are answered. Used by the
-    event loop alone."""
+    """Bytes that all requests hold at once: bodies until they are prepared, then the images' inputs until the completion ends. Used by the
+    event loop only."""
 
     def __init__(self, most: int):
         self._most = most
@@ -30,7 +30,7 @@ class Memory:
 
     @contextmanager
     def share(self) -> Iterator[Share]:
-        """The part of one request, which it holds until the end of the context."""
+        """Hold the bytes of one request until the end of the context."""
         share = Share(self)
         try:
             yield share
@@ -49,14 +49,14 @@ class Memory:
 
 
 class Share:
-    """What one request holds of the memory of all."""
+    """The bytes that one request holds."""
 
     def __init__(self, memory: Memory):
         self._memory = memory
         self._mine = 0
 
     def take(self, more: int) -> None:
-        """Raises ApiError (429) if there are not so many bytes."""
+        """Count `more` bytes. Raises ApiError (429) if there are not so many."""
         self._memory.admit(more)
         self._mine += more
 
@@ -67,8 +67,8 @@ class Share:
 
 
 class Worker:
-    """One thread for the work of all requests, one piece at a time. So what one piece takes while it is done bounds what all take, and the
-    allocator keeps freed memory of one thread only. The smallest piece comes first: a small request waits for one other at most."""
+    """One thread for the work of all requests, one piece at a time. So the memory of one piece bounds that of all, and the allocator keeps
+    the freed memory of one thread only. The smallest piece comes first: a small request waits for one other at most."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[float, int, Future[Any], Callable[[], Any]]] = PriorityQueue()
@@ -77,7 +77,7 @@ class Worker:
         Thread(target=self._work, name="prepare", daemon=True).start()
 
     async def run(self, size: int, work: Callable[[], Made]) -> Made:
-        """What `work` returns or raises; `size`: the bytes it takes meanwhile."""
+        """Return or raise the result of `work`. `size`: the bytes that it needs meanwhile."""
         return await asyncio.wrap_future(self._put(size, work))
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Worker:
 
 
 async def read_body(client: Request, limits: Limits, take: Take) -> bytearray:
-    """Raises ApiError if it is no JSON by its name (415), too large (413), or too slow (408), or if the client leaves."""
+    """Return a body. Raises ApiError if it is not declared as JSON (415), is too large (413) or too slow (408), or the client leaves."""
     if client.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be application/json")
     try:
@@ -117,13 +117,14 @@ async def read_body(client: Request, limits: Limits, take: Take) -> bytearray:
 
 
 async def until_left(client: Request) -> None:
-    """Returns when the client, whose body has been read, has left."""
+    """Return when the client, whose body has been read, has disconnected."""
     while (await client.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _received(client: Request, most: int, take: Take) -> bytearray:
-    """A body that is too large is heard to its end, if it has one not far off: many clients listen only after they have spoken."""
+    """Receive a body. One that is too large is read to its end if that is near: many clients read the response only after they have sent
+    all."""
     body, size = bytearray(), 0
     async for chunk in client.stream():
         size += len(chunk)

@@ -1,7 +1,7 @@
-"""The server's connections: how many, how long, and an end in good order.
+"""The server's connections: how many, how long, and an orderly shutdown.
 
-Unusual here: uvicorn leaves a connection open that never asks anything, or never reads its answer, and what it refuses itself is not in
-OpenAI's form. So its protocol is subclassed, at the places where that is decided.
+Unusual here: uvicorn keeps connections open that never send a request or never read the response, and its own errors are not in OpenAI's
+format. So its protocol class is subclassed where this is decided.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LINGER_SECONDS = 2.0  # for a client that is refused to read why: a connection t
 
 
 class Connection(H11Protocol):
-    """`most`: connections; who comes then is told 503. `head_seconds`: for a request's head, from the end of the one before.
-    `longest`: seconds for anything that comes after."""
+    """A connection with limits. `most`: connections; later ones get status 503. `head_seconds`: for a request's head, from the end of the
+    one before. `longest`: seconds for everything after it."""
 
     def __init__(self, *arguments: Any, most: int, head_seconds: float, longest: float, **settings: Any):
         super().__init__(*arguments, **settings)
@@ -91,7 +91,7 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def _refuse(self, error: ApiError) -> None:
-        """Tells it, if no answer has begun, and closes the connection."""
+        """Send the error, if no response has begun, and close the connection."""
         self._refused = True
         self._within(LINGER_SECONDS, self.transport.abort)
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -108,8 +108,8 @@ class Connection(H11Protocol):
 
 
 class OneLength:
-    """An application that is told only of requests whose length is said once. With two, a proxy before the server may believe the other
-    one, and take a request within a request for the next."""
+    """Pass on only requests that state their length once. With two lengths, a proxy before the server may use the other one, and take a
+    request within a request for the next (request smuggling)."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self._app = app
@@ -123,7 +123,7 @@ class OneLength:
 
 
 def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn.Server:
-    """What serves `application`, with limits on what `application` does not see."""
+    """Return the server of `application`, with limits on connections, which `application` does not see."""
     # By then every answer is complete, or was ended. Who does not read it is not waited for.
     longest = limits.body_seconds + limits.fetch_seconds + engine.time_limit + READING_SECONDS
     most = engine.slots + engine.max_waiting + SPARE_CONNECTIONS
@@ -142,7 +142,7 @@ def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn
 
 
 def serve_until_told(server: uvicorn.Server, listening: socket.socket, told: str) -> None:
-    """Serves until SIGTERM or Ctrl-C, finishes what has begun, and exits with status 0. `told`: printed once that holds."""
+    """Serve until SIGTERM or Ctrl-C, finish what has begun, and exit with status 0. `told`: printed once the server listens."""
     # uvicorn sends itself the signal once more when all is done, which would end the process by it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -1,7 +1,8 @@
-"""Images from other servers, from hosts that whoever started the server named.
+"""Fetch images from other servers, only from the hosts that the server was started with.
 
-Unusual here: a name is resolved once, every address of it is judged, and the connection goes to an address that was judged. So a name that
-leads elsewhere a moment later leads nowhere. Redirects are not followed, and proxies that the environment names are not used.
+Unusual here: a name is resolved once, each of its addresses is checked, and the connection goes to a checked address. So a name that
+resolves to another address a moment later (DNS rebinding) has no effect. Redirects are not followed, and proxies of the environment are not
+used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ CHUNK = 1 << 16  # bytes
 
 
 def is_public(address: str) -> bool:
-    """Whether this is an address of the internet at large: none of this machine or a network behind it, and none that carries another."""
+    """Return whether this is an address of the public internet: not of this machine or a network behind it, and none that embeds another
+    address."""
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address) and (parsed.sixtofour or int(parsed) >> 125 != 1):  # of 2000::/3 are all that lead to one place
         return False
@@ -35,10 +37,9 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Fetches from `hosts`, each a name or name:port; without a port, from those that belong to http and https. `may_reach` judges an
-    address.
+    """Fetch from `hosts`, each a name or name:port; without a port, from the ports of http and https. `may_reach` checks an address.
 
-    Raises ServeError if one is no name.
+    Raises ServeError if a host is no name.
     """
 
     def __init__(self, hosts: Sequence[str], limits: Limits, may_reach: Callable[[str], bool] = is_public):
@@ -48,9 +49,9 @@ class Fetcher:
         self._tls = ssl.create_default_context()  # reads files: now, and never again
 
     async def fetch(self, urls: Sequence[str], take: Take) -> dict[str, bytes]:
-        """What each URL leads to. The time is for all of them together.
+        """Return the content of each URL. The time limit is for all together.
 
-        Raises ApiError (400) if one may not be fetched, or cannot be.
+        Raises ApiError (400) if one is not allowed or cannot be fetched.
         """
         try:
             return await asyncio.wait_for(self._each(urls, take), self._limits.fetch_seconds)
@@ -75,7 +76,7 @@ class Fetcher:
             raise ApiError(400, f"{url[:100]} cannot be fetched from {host}: {error}"[:300], "messages") from error
 
     def _split(self, url: str) -> tuple[str, str, int, str]:
-        """(scheme, host, port, path and query)"""
+        """Return (scheme, host, port, path and query) of a URL."""
         try:
             parts = urlsplit(url) if URL.fullmatch(url) else None
             scheme, host, port = (parts.scheme, parts.hostname or "", parts.port) if parts else ("", "", None)
@@ -116,7 +117,7 @@ class Fetcher:
 
 
 def _places(host: str) -> list[tuple[str, str, int]]:
-    """(scheme, name, port) of what a host may be asked for."""
+    """Return (scheme, name, port) of all that may be fetched from a host."""
     found = HOST.fullmatch(host.lower())
     if found is None or not 0 < int(found[2] or 1) < 65536:
         raise ServeError(f"--allow-image-host takes a name as in images.example.org, or with a port, but got {host!r}")

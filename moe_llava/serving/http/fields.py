@@ -1,6 +1,6 @@
 """Read the values of a JSON body. An error names the place, such as `messages.0.content.1.image_url.detail`, the rule and the value.
 
-Unusual here: null is as no field, whatever the field. So what a client's library writes where nothing is asked for is no error.
+Unusual here: null counts as absent, whatever the field, because clients' libraries write it for unset options.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Read = Callable[[Any, str], T]  # value and its place -> what is kept; raises Fi
 
 
 class FieldError(ValueError):
-    """A value that is not taken; the message names its place and the rule."""
+    """A value is not accepted; the message names its place and the rule."""
 
     def __init__(self, place: str, rule: str):
         super().__init__(f"{place or 'the body'}: {rule}")
@@ -61,7 +61,7 @@ def whole(low: int, high: int) -> Read[int]:
 
 
 def number(low: float, high: float, above: bool = False) -> Read[float]:
-    """Take numbers of a range; `above`: without `low` itself. NaN is in none."""
+    """Take numbers of a range; `above`: without `low` itself. NaN is in no range."""
 
     def read(found: Any, place: str) -> float:
         if type(found) not in (int, float) or not low <= found <= high or (above and found == low):
@@ -82,7 +82,7 @@ def one_of(*values: str) -> Read[str]:
 
 
 def only(*values: Any) -> Read[None]:
-    """Take values that ask for nothing, and drop them."""
+    """Take values that have no effect, and drop them."""
 
     def read(found: Any, place: str) -> None:
         if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):
@@ -104,7 +104,7 @@ def labels(found: Any, place: str) -> None:
 
 
 def items(read: Read[T], rule: str) -> Read[list[T]]:
-    """Take lists of at least one value, each by `read`. `rule`: says so."""
+    """Take lists of at least one value, each by `read`. `rule`: for the message."""
 
     def read_all(found: Any, place: str) -> list[T]:
         if not isinstance(found, list):

@@ -1,4 +1,4 @@
-"""Where a server listens, and whom it answers: told before a model is loaded."""
+"""The address of a server and its API keys, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ServeError(ValueError):
 
 
 def read_keys(path: Path | None, host: str) -> list[str]:
-    """The API keys in a file, one per line.
+    """Return the API keys in a file, one per line.
 
-    Raises ServeError if there is none where one is needed: for who listens to other machines.
+    Raises ServeError if there is none where one is needed: other machines may connect only with keys.
     """
     if path is None:
         if not is_loopback(host):
@@ -31,7 +31,7 @@ def read_keys(path: Path | None, host: str) -> list[str]:
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ServeError if that cannot be, or what serves is not installed."""
+    """Return a listening socket. Raises ServeError if that fails, or if a package of the server is not installed."""
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise ServeError(f"serving needs {', '.join(missing)}: pip install -e '.[serve]'")
@@ -45,7 +45,7 @@ def listener(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this address, without brackets, or name is this machine's own, and no other's."""
+    """Return whether this address, without brackets, or name is this machine's own, and no other's."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # a name

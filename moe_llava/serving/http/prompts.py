@@ -1,4 +1,4 @@
-"""Messages of a client -> what the model reads. Nothing is fetched here and no file is opened on a client's behalf."""
+"""Convert a client's messages to a prompt. Nothing is fetched here, and no file is opened on behalf of a client."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ DECODING, DECODING_WEBP, CONVERTING, KEPT, RESIZING = 12, 21, 14, 7, 13
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a request's images take: `working` while they are prepared, one by one, `kept` until it is answered."""
+    """Bytes for the images of a request: `working` while they are prepared, one by one, `kept` until it is complete."""
 
     working: int
     kept: int
 
 
 class PromptMaker:
-    """`needs` and `make` may each be used by one thread at a time, as a tokenizer may."""
+    """Prepare prompts. `needs` and `make` may each be used by one thread at a time, because a tokenizer is not thread-safe."""
 
     def __init__(self, processor: Any, limits: Limits):
         self._builder = PromptBuilder(processor)
@@ -45,10 +45,10 @@ class PromptMaker:
         self._limits = limits
 
     def needs(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Needs:
-        """What the images of `messages` take, by what they say of themselves: none is decoded. `fetched`: what URLs lead to that hold no
-        image themselves.
+        """Return the bytes for the images of `messages`, from their headers: none is decoded. `fetched`: the content of URLs that are no
+        data: URLs.
 
-        Raises ApiError (400) if an image cannot be taken.
+        Raises ApiError (400) if an image is not accepted.
         """
         all_pixels, working, count = 0, 0, 0
         for image in self._sent(messages, fetched):
@@ -72,7 +72,7 @@ class PromptMaker:
             raise ApiError(400, f"messages: {error}", "messages") from error
 
     def _parts(self, message: Any) -> list[dict[str, str]]:
-        """Texts that follow each other become one, with line breaks between them, so that no two of them together make a placeholder."""
+        """Join texts that follow each other by line breaks, so that no two of them together make a placeholder."""
         parts: list[dict[str, str]] = []
         for part in parts_of(message.content):
             if isinstance(part, TextPart) and parts and parts[-1]["type"] == "text":
@@ -100,7 +100,7 @@ class PromptMaker:
             raise ApiError(400, f"{place} is not base64: {error}", "messages") from error
 
     def _look_at(self, image: InlineImage) -> tuple[int, int, int]:
-        """(width, height, the bytes that preparing it takes)"""
+        """Return (width, height, the bytes that preparing it needs) of an image."""
         try:
             with Image.open(image.open(), formats=FORMATS) as header:
                 width, height = header.size
@@ -130,7 +130,7 @@ class PromptMaker:
 
 
 def working_bytes(size: tuple[int, int], webp: bool, processor: Any) -> int:
-    """What `open_image` and this image processor take at most at once, for an image file of `size`."""
+    """Return the most bytes that `open_image` and this image processor need at once, for an image file of `size`."""
     width, height = fitting(size)
     longer, shorter = max(width, height), min(width, height)
     edge = processor.size.get("shortest_edge", 0)

@@ -1,6 +1,6 @@
-"""The part of OpenAI's chat completions that this server speaks. Whatever else a client asks for is refused by name, not passed over.
+"""The subset of OpenAI's chat completions that this server supports. All other options are refused by name, not ignored.
 
-Unusual here: the body is parsed by pydantic's JSON parser, which bounds nesting and takes no halves of characters.
+Unusual here: the body is parsed by pydantic's JSON parser, which bounds nesting and accepts no lone surrogates.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEFT = 499  # the status that some servers log for a client that did not wait
 
 
 class ApiError(Exception):
-    """What a client is told, in OpenAI's form. `status`: of HTTP."""
+    """An error for the client, in OpenAI's format. `status`: of HTTP."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message[:MOST_TOLD])
@@ -113,7 +113,7 @@ class ChatCompletionRequest:
     top_logprobs: int = 0
 
     def longest(self) -> int | None:
-        """Return the longest answer that is asked for, in tokens."""
+        """Return the requested maximum length of the completion, in tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -201,7 +201,7 @@ WITHOUT_EFFECT: dict[str, Read[None]] = {
 
 
 def parse(body: bytes | bytearray, limits: Limits, answered: bool = False) -> ChatCompletionRequest:
-    """Return what a body asks for. `answered`: the last message must be an answer, and not a question.
+    """Return the request in a body. `answered`: the last message must be an answer, not a question.
 
     Raises ApiError (400), which names the field and the rule.
     """

@@ -1,4 +1,4 @@
-"""Pieces of an answer -> the objects of OpenAI's chat completions."""
+"""Convert the pieces of a completion to the objects of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_llava.serving.engine.text import BROKEN
 
 
 class Reply:
-    """What the parts of one reply have in common."""
+    """The fields that all parts of one reply share."""
 
     def __init__(self, model: str, prompt_tokens: int, wants_logprobs: bool):
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -52,5 +52,5 @@ def _token(told: TokenLogprobs) -> dict[str, Any]:
 
 
 def _entry(text: str, logprob: float) -> dict[str, Any]:
-    """`bytes` are unknown of a token that is a part of a character."""
+    """Return the log probability of a token. `bytes` are unknown for a token that is a part of a character."""
     return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}

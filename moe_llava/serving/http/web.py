@@ -1,7 +1,7 @@
-"""The page at /, and which experts took a conversation's tokens, for it and for other clients.
+"""The page at /, and the routes of a conversation's tokens, for the page and for other clients.
 
-Unusual here: the page loads nothing from elsewhere and runs no script but its own, which its Content-Security-Policy holds a browser to. It
-needs no key to be read, as there is nothing in it: all that it shows it asks for as any client does.
+Unusual here: the page loads nothing from other servers and runs no script but its own, which its Content-Security-Policy enforces. It needs
+no API key, because it holds no data: it requests everything as any client does.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def _sending(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
 
 
 def add_routes(guarded: APIRouter, service: Any, processor: Any) -> None:
-    """What the page asks for beside answers. `service`: api.py's."""
+    """Add the endpoints that the page needs beside completions. `service`: api.py's."""
     routes = Routes(service, processor)
     guarded.get("/page/settings")(routes.settings)
     guarded.post("/routes")(routes.trace)
 
 
 class Routes:
-    """Traces conversations, in the engine's thread."""
+    """Trace conversations, in the engine's thread."""
 
     def __init__(self, service: Any, processor: Any):
         self._service = service
@@ -76,13 +76,13 @@ class Routes:
             self._sparse = False
 
     async def settings(self) -> Response:
-        """What the page has to know of the model and the limits."""
+        """Return the model's name and the limits, for the page."""
         limits = self._service.limits
         names = ("images", "image_bytes", "pixels", "body_bytes", "new_tokens")
         return JSONResponse({"model": self._service.name, "sparse": self._sparse} | {name: getattr(limits, name) for name in names})
 
     async def trace(self, client: Request) -> Response:
-        """The experts of every patch of a conversation's images, and of every token of the answer that ends it."""
+        """Return the experts of every patch of a conversation's images, and of every token of the answer that ends it."""
         if not self._sparse:
             raise ApiError(400, "the model is dense: it has no experts", code="no_experts")
         with self._service.memory.share() as share:
@@ -107,7 +107,7 @@ class Routes:
         return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
 
     async def _done(self, client: Request, work: Callable[[Any, Any], Trace]) -> Trace:
-        """What `work` returns, unless the client leaves before. Raises what ended it."""
+        """Return the result of `work`. Raises what it raises, and ApiError if the client disconnects first."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Trace] = loop.create_future()
         cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
@@ -138,7 +138,7 @@ class Routes:
 
 
 def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
-    """Hand over what came of the work. Log an error that nobody waits for any more."""
+    """Deliver the result of the work. Log an error whose client has left."""
     if not isinstance(result, Exception):
         if not done.cancelled():
             done.set_result(result)
@@ -149,7 +149,8 @@ def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
 
 
 def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:
-    """What the model had read when it wrote the last token of the answer that is the last message, and that token."""
+    """Return the prompt of a conversation up to the last token of the answer that is its last message, and the index at which that answer
+    begins."""
     before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
     ids = whole.input_ids
     # A form may end a prompt in another way than what stands before an answer that is given: there the answer begins, too.
@@ -165,7 +166,7 @@ def _image(trace: Trace, number: int, picture: str) -> dict[str, Any]:
 
 
 def _experts(trace: Trace, tokens_T: Tensor) -> dict[str, Any]:
-    """[layers][tokens][experts per token] of the tokens in the mask. A weight is 0 if the expert was full."""
+    """Return [layers][tokens][experts per token] of the tokens in the mask. A weight is 0 if the expert was full."""
     weights_LTK = trace.weights_LTK[:, tokens_T].double().round(decimals=4)
     return {"experts": trace.ids_LTK[:, tokens_T].tolist(), "weights": weights_LTK.tolist()}
 
