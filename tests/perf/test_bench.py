@@ -80,9 +80,7 @@ def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
     assert "--keep is 1.5, but must be above 0 and at most 1" in refused("bench", "offload", "--keep", "1.5")
     assert "--dtype is 'int8', but must be one of float32" in refused("bench", "model", "--dtype", "int8")
     assert "must name a file in a folder that exists" in refused("bench", "model", "--json", tmp_path / "none" / "report.json")
-    assert "is a LlavaForConditionalGeneration, but the benchmark compares a sparse" in refused(
-        "bench", "generate", tiny_base / "base"
-    )
+    assert "is a LlavaForConditionalGeneration, but the benchmark compares a sparse" in refused("bench", "generate", tiny_base / "base")
     assert "but it needs 1 and 37: an image takes 36" in refused("bench", "model", "--size", "tiny", "--tokens", "36")
 
 
