@@ -192,12 +192,12 @@ def test_what_is_cancelled_frees_its_place(endless, served, monkeypatch):
     slowed(model, monkeypatch)
     with Engine(model, served[1].tokenizer, slots=1) as engine:
         running, waiting = queue.Queue(), queue.Queue()
-        cancel_running, cancel_waiting = engine.submit(request, running.put), engine.submit(request, waiting.put)
+        first, second = engine.submit(request, running.put), engine.submit(request, waiting.put)
         next(received(running))
         answer = ask(engine, Request(request.prompt, 3))
         assert (engine.running, engine.waiting) == (1, 2)
-        cancel_waiting()
-        cancel_running()
+        second.cancel()
+        first.cancel()
         assert len(list(answer)) == 3
     assert waiting.empty()
     assert running.qsize() < request.max_new_tokens - 2
@@ -297,10 +297,10 @@ def test_work_that_fails_is_cancelled_or_late(served):
         engine.submit_work(lambda *_: (begun.set(), may_end.wait(20), 1 / 0), done.put)
         assert begun.wait(20)
         engine.submit_work(lambda *_: "late", done.put)
-        cancel = engine.submit_work(lambda *_: "cancelled", done.put)
+        cancelled = engine.submit_work(lambda *_: "cancelled", done.put)
         with pytest.raises(QueueFull):
             engine.submit_work(lambda *_: None, done.put)
-        cancel()
+        cancelled.cancel()
         time.sleep(0.25)
         may_end.set()
         assert isinstance(done.get(timeout=20), ZeroDivisionError)

@@ -10,12 +10,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from PIL import Image
+from transformers import ProcessorMixin
 
 from moe_llava.common.images import open_image
 from moe_llava.data.records import check_characters
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.trace import Trace, trace_answer
-from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.interface import CompletionEngine
 from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.engine.requests import LONGEST, Piece, Prompt, Request
 
@@ -55,7 +56,7 @@ class Settings:
 class Conversation:
     """A conversation with its `turns`. The images in `waiting` belong to the next question. `engine`: used by this conversation only."""
 
-    def __init__(self, engine: Engine, processor: Any, settings: Settings):
+    def __init__(self, engine: CompletionEngine, processor: ProcessorMixin, settings: Settings):
         self.engine = engine
         self.settings = settings
         self.turns: list[Turn] = []
@@ -126,7 +127,7 @@ class Conversation:
         began = time.monotonic()
         prompt = self._read(before, turn)
         delivered: SimpleQueue[Piece | Exception] = SimpleQueue()
-        cancel = self.engine.submit(self._request(prompt), delivered.put)
+        generation = self.engine.submit(self._request(prompt), delivered.put)
         self._asked += 1
         answer, reason = "", None
         tokens: list[int] = []
@@ -142,7 +143,7 @@ class Conversation:
             reason = reason or ("interrupted" if answer.strip() else None)
             raise
         finally:
-            cancel()
+            generation.cancel()
             if reason is not None:
                 seconds = time.monotonic() - began
                 length = len(prompt.input_ids)
@@ -153,7 +154,7 @@ class Conversation:
         settings = self.settings
         return Request(
             prompt=prompt,
-            max_new_tokens=settings.max_new_tokens or self.engine.room(len(prompt.input_ids), LONGEST),
+            max_new_tokens=settings.max_new_tokens or self.engine.clip_length(len(prompt.input_ids), LONGEST),
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=None if settings.seed is None else settings.seed + self._asked,

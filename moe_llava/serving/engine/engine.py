@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_llava.data.batches import TOKEN_INPUTS, concatenated
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
 from moe_llava.serving.engine.cache import roomy_cache
+from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.requests import (
     EngineClosed,
     Piece,
@@ -42,8 +44,6 @@ from moe_llava.serving.engine.text import AnswerText
 
 logger = logging.getLogger(__name__)
 
-Deliver = Callable[[Piece | Exception], None]
-Work = Callable[[Any, Any], Any]  # of model and tokenizer
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
@@ -51,7 +51,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # laye
 class Pending:
     """A result that a caller waits for."""
 
-    deliver: Callable[[Any], None]
+    deliver: Deliver[Any]
     deadline: float
     done: bool = field(default=False, init=False)  # complete, failed, or cancelled from another thread
 
@@ -79,12 +79,11 @@ class Row(Pending):
 class Job(Pending):
     """Other work with the model, done between two tokens."""
 
-    work: Work
+    work: Work[Any]
 
 
-class Engine:
-    """Complete up to `slots` prompts at once, while up to `max_waiting` more wait. Each request has `time_limit` seconds, including the
-    time it waits.
+class Engine(CompletionEngine):
+    """Run a model in a thread of its own. The methods are described in CompletionEngine.
 
     `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
     Completions do not depend on the rest of the batch, except for rounding, and for a sparse model with a capacity, which drops tokens of a
@@ -93,7 +92,14 @@ class Engine:
     Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, slots: int = 8, max_waiting: int = 32, time_limit: float = 300.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        slots: int = 8,
+        max_waiting: int = 32,
+        time_limit: float = 300.0,
+    ):
         self.model = model
         self.slots = slots
         self.max_waiting = max_waiting
@@ -110,7 +116,7 @@ class Engine:
         self._ends = frozenset(end_tokens(model))
         self._newcomers: list[Row] = []  # have a slot, and will be prefilled next
         self._rows: list[Row] = []
-        self._cache: Any = None  # [B, heads, S, head width] per layer
+        self._cache: Cache = roomy_cache()  # [B, heads, S, head width] per layer
         self._columns = 0  # S
         self._waiting: list[Row] = []
         self._jobs: list[Job] = []
@@ -119,61 +125,45 @@ class Engine:
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Callable[[], None]:
-        """Queue a request, and return a function that cancels it. `deliver` is called from the engine's thread with each piece, or with the
-        error that ended the completion; it must neither block nor raise. After a cancellation one more piece may arrive.
-
-        Raises RequestError if the model cannot answer it, QueueFull if the queue is full, EngineClosed after `close`.
-        """
+    def submit(self, request: Request, deliver: Deliver[Piece]) -> Row:
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
         row = Row(deliver, time.monotonic() + self.time_limit, request, AnswerText(self._tokenizer, request.stop), sampler)
         self._queue(row)
-        return row.cancel
+        return row
 
-    def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
-        """Queue `work`, which is called in the engine's thread with the model and its tokenizer, and return a function that cancels it.
-        `deliver` is called from there with its result, or with the error that ended it. It waits and counts like a request; once begun, it
-        is not stopped.
-
-        Raises QueueFull if the queue is full, EngineClosed after `close`.
-        """
+    def submit_work(self, work: Work[Result], deliver: Deliver[Result]) -> Job:
         job = Job(deliver, time.monotonic() + self.time_limit, work)
         self._queue(job)
-        return job.cancel
+        return job
 
     def _queue(self, pending: Row | Job) -> None:
         with self._changed:
-            self.check_room()
+            self.check_queue()
             if isinstance(pending, Job):
                 self._jobs.append(pending)
             else:
                 self._waiting.append(pending)
             self._changed.notify()
 
-    def check_room(self) -> None:
-        """Raise QueueFull or EngineClosed as `submit` would, before a request is prepared."""
+    def check_queue(self) -> None:
         if self._closed:
             raise EngineClosed("the server is shutting down")
         if self.running + self.waiting >= self.slots + self.max_waiting:
             raise QueueFull(f"{self.running + self.waiting} requests are running or waiting, the maximum; try again later")
 
-    def room(self, prompt: int, most: int) -> int:
-        """Return how many tokens the completion of a prompt of this length may have, up to `most`; 1 if none, which `submit` refuses."""
-        return max(1, min(most, self.context - prompt))
+    def clip_length(self, prompt_tokens: int, limit: int) -> int:
+        return max(1, min(limit, self.context - prompt_tokens))
 
     @property
     def running(self) -> int:
-        """The number of completions being generated."""
         return len(self._newcomers) + len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """The number of requests and jobs in the queue."""
         return len(self._waiting) + len(self._jobs)
 
     def close(self) -> None:
-        """Accept no more requests, and return when all accepted ones are complete."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -186,7 +176,6 @@ class Engine:
         self.close()
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Raise RequestError if the model cannot be run on a prompt."""
         ids = prompt.input_ids
         if len(ids) > self.context:
             raise RequestError(f"the conversation has {len(ids)} tokens, but the model takes {self.context}")
@@ -315,7 +304,7 @@ class Engine:
         starts = torch.tensor([columns - length for length in lengths])
         return (torch.arange(columns) >= starts[:, None]).long().to(self.model.device)
 
-    def _join(self, cache: Any, columns: int) -> None:
+    def _join(self, cache: Cache, columns: int) -> None:
         """Append newcomers to the rows of the batch."""
         if self._rows:
             longest = max(columns, self._columns)
@@ -337,7 +326,7 @@ class Engine:
             return
         self._rows = [self._rows[index] for index in kept]
         if not kept:
-            self._cache, self._columns = None, 0
+            self._cache, self._columns = roomy_cache(), 0
             return
         columns = max(row.cached for row in self._rows)
         rows = torch.tensor(kept, device=self.model.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
+from transformers import ProcessorMixin
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import concatenated
@@ -27,7 +28,7 @@ class PromptBuilder:
     `image_bytes`: the size of a large image's inputs.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: ProcessorMixin):
         self._processor = processor
         self._encoder = Encoder(processor)
         self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"  # how a decoder represents bytes that are not, or not yet, a character
 
@@ -13,7 +13,7 @@ class AnswerText:
     `stop`: strings that end the completion, none of them empty. They are no part of the text. `stopped`: one was found.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.interface import CompletionEngine
 from moe_llava.serving.http.protocol import RETRY_AFTER, ApiError, Limits
 
 SPARE_CONNECTIONS = 256  # beyond one for each answer: who is about to ask, watches, or was refused
@@ -122,7 +122,7 @@ class OneLength:
         await answer(scope, receive, send)
 
 
-def http_server(application: FastAPI, engine: Engine, limits: Limits) -> uvicorn.Server:
+def http_server(application: FastAPI, engine: CompletionEngine, limits: Limits) -> uvicorn.Server:
     """Return the server of `application`, with limits on connections, which `application` does not see."""
     # By then every answer is complete, or was ended. Who does not read it is not waited for.
     longest = limits.body_seconds + limits.fetch_seconds + engine.time_limit + READING_SECONDS

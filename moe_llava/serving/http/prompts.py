@@ -7,9 +7,9 @@ import binascii
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, InlineImage, check_shape, fitting, open_image
@@ -39,7 +39,7 @@ class Needs:
 class PromptMaker:
     """Prepare prompts. `needs` and `make` may each be used by one thread at a time, because a tokenizer is not thread-safe."""
 
-    def __init__(self, processor: Any, limits: Limits):
+    def __init__(self, processor: ProcessorMixin, limits: Limits):
         self._builder = PromptBuilder(processor)
         self._images = processor.image_processor
         self._limits = limits
@@ -71,7 +71,7 @@ class PromptMaker:
         except PromptError as error:
             raise ApiError(400, f"messages: {error}", "messages") from error
 
-    def _parts(self, message: Any) -> list[dict[str, str]]:
+    def _parts(self, message: Message) -> list[dict[str, str]]:
         """Join texts that follow each other by line breaks, so that no two of them together make a placeholder."""
         parts: list[dict[str, str]] = []
         for part in parts_of(message.content):
@@ -129,7 +129,7 @@ class PromptMaker:
         raise ApiError(400, told, "messages")
 
 
-def working_bytes(size: tuple[int, int], webp: bool, processor: Any) -> int:
+def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor) -> int:
     """Return the most bytes that `open_image` and this image processor need at once, for an image file of `size`."""
     width, height = fitting(size)
     longer, shorter = max(width, height), min(width, height)

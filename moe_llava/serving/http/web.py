@@ -16,16 +16,19 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from moe_llava.common.colours import expert_colour, ink
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.serving.engine.interface import Work
 from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.bodies import Share, until_left
 from moe_llava.serving.http.prompts import PromptMaker
 from moe_llava.serving.http.protocol import LEFT, ApiError, ChatCompletionRequest, Message
+from moe_llava.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +59,8 @@ def _sending(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     return send
 
 
-def add_routes(guarded: APIRouter, service: Any, processor: Any) -> None:
-    """Add the endpoints that the page needs beside completions. `service`: api.py's."""
+def add_routes(guarded: APIRouter, service: Service, processor: ProcessorMixin) -> None:
+    """Add the endpoints that the page needs beside completions."""
     routes = Routes(service, processor)
     guarded.get("/page/settings")(routes.settings)
     guarded.post("/routes")(routes.trace)
@@ -66,7 +69,7 @@ def add_routes(guarded: APIRouter, service: Any, processor: Any) -> None:
 class Routes:
     """Trace conversations, in the engine's thread."""
 
-    def __init__(self, service: Any, processor: Any):
+    def __init__(self, service: Service, processor: ProcessorMixin):
         self._service = service
         self._processor = processor
         self._ends = frozenset(end_tokens(service.engine.model))
@@ -93,7 +96,7 @@ class Routes:
         self._service.engine.check_prompt(prompt)
         ids = prompt.input_ids
 
-        def work(model: Any, tokenizer: Any) -> Trace:
+        def work(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trace:
             return trace_answer(model, tokenizer, ids[:begin], ids[begin:], prompt.inputs)
 
         trace = await self._done(client, work)
@@ -106,11 +109,11 @@ class Routes:
     def _read(self, asked: ChatCompletionRequest, fetched: Mapping[str, bytes]) -> Conversation:
         return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
 
-    async def _done(self, client: Request, work: Callable[[Any, Any], Trace]) -> Trace:
+    async def _done(self, client: Request, work: Work[Trace]) -> Trace:
         """Return the result of `work`. Raises what it raises, and ApiError if the client disconnects first."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Trace] = loop.create_future()
-        cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
+        job = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
         watching = asyncio.create_task(until_left(client))
         try:
             await asyncio.wait((done, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -120,7 +123,7 @@ class Routes:
             return done.result()
         finally:
             watching.cancel()
-            cancel()
+            job.cancel()
 
     def _told(self, trace: Trace, prompt: Prompt) -> dict[str, Any]:
         colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
