@@ -257,9 +257,9 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
     [
         ({"input_ids": []}, "has 0 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 120}, "the model takes 128 together"),
-        ({"input_ids": [1, 500]}, "token 500, but the model knows 99"),
-        ({"inputs": {"pixel_values": torch.zeros(1, 3, 48, 48)}}, "0 placeholders, which cannot be those of 1 images"),
+        ({"max_new_tokens": 120}, "more than the model's context of 128"),
+        ({"input_ids": [1, 500]}, "token 500, but the vocabulary has 99 tokens"),
+        ({"inputs": {"pixel_values": torch.zeros(1, 3, 48, 48)}}, "0 placeholder tokens and 1 images"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1e-40}, "temperature must be 0 or at least"),
         ({"top_p": 0.0}, "top_p above 0"),

@@ -97,7 +97,7 @@ def place():
 @pytest.fixture(scope="module")
 def url(served, place):
     model, processor, _ = served
-    fetcher = Fetcher([place[0].removeprefix("http://"), "nowhere.invalid"], LIMITS, may_reach=lambda address: True)
+    fetcher = Fetcher([place[0].removeprefix("http://"), "nowhere.invalid"], LIMITS, is_allowed=lambda address: True)
     with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
         yield url
 
@@ -128,7 +128,7 @@ def test_an_image_of_a_host_that_was_named_is_as_good_as_one_that_is_sent(url, p
     [
         ("/moved.png", "status 302"),
         ("/gone.png", "status 404"),
-        ("/page", "none of PNG"),
+        ("/page", "not one of PNG"),
         ("/large", "more than 50000 bytes"),
         ("/half", "cannot be fetched"),
         ("/rubbish", "cannot be fetched"),
@@ -195,7 +195,7 @@ def test_a_certificate_has_to_be_of_the_host(served, tmp_path, monkeypatch):
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
         with pictures(tls) as (port, _):
-            fetcher = Fetcher([f"localhost:{port}"], LIMITS, may_reach=lambda address: True)
+            fetcher = Fetcher([f"localhost:{port}"], LIMITS, is_allowed=lambda address: True)
             with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
                 statuses.append(show(url, f"https://localhost:{port}/a.png")[0])
     assert statuses == [400, 400, 200]

@@ -30,6 +30,8 @@ from moe_llava.serving.http.protocol import ApiError, Limits
 from moe_llava.serving.http.service import Service
 
 HOST = re.compile(r"(\[.+\]|[^:]*)(?::[0-9]*)?")  # a name or address, and a port
+# Registered one by one: starlette raises errors again that only the handler of Exception matches, and uvicorn logs them.
+EXPECTED = (ApiError, requests.RequestError, requests.QueueFull, requests.TimeLimitExceeded, requests.EngineClosed, RoutingError)
 
 
 def build_app(
@@ -52,7 +54,7 @@ def build_app(
         service.parsing.close()
         service.preparing.close()
 
-    # No pages about the interface: they would load scripts from elsewhere.
+    # FastAPI's pages about the interface would load scripts from other servers.
     everywhere = [] if api_keys else [Depends(check_host)]
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, dependencies=everywhere)
     app.get("/health")(health)
@@ -63,17 +65,17 @@ def build_app(
     web.add_page(app)
     web.add_routes(guarded, service, processor)
     app.include_router(guarded)
-    told = (requests.RequestError, requests.QueueFull, requests.TimeLimitExceeded, requests.EngineClosed, RoutingError, Exception)
-    for kind, tell in ((ApiError, service.refused), (HTTPException, service.unknown), *((kind, service.failed) for kind in told)):
-        app.add_exception_handler(kind, tell)
+    app.add_exception_handler(HTTPException, service.on_http_error)
+    for kind in (*EXPECTED, Exception):
+        app.add_exception_handler(kind, service.on_error)
     return app
 
 
 async def check_host(client: Request) -> None:
-    """Raise ApiError for a client that reaches the server by a name that may be another machine's, on whatever path."""
+    """Raise ApiError if the client uses a host name that may be another machine's, on any path."""
     name = HOST.fullmatch(client.headers.get("host", ""))
     if not (name and is_loopback(name[1].strip("[]").lower())):
-        raise ApiError(403, "without API keys, this server is reached as localhost or 127.0.0.1 only")
+        raise ApiError(403, "without API keys, this server accepts only localhost or 127.0.0.1 as host name")
 
 
 def key_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
@@ -83,7 +85,7 @@ def key_check(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
     async def check(client: Request) -> None:
         kind, _, key = client.headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()
-        found = [hmac.compare_digest(given, digest) for digest in digests]  # each is compared: the time tells nothing
+        found = [hmac.compare_digest(given, digest) for digest in digests]  # compares all, in constant time
         if not (kind.lower() == "bearer" and any(found)):
             raise ApiError(
                 401, "send an API key: Authorization: Bearer KEY", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
