@@ -209,7 +209,7 @@ def test_networks_behind_the_server_are_not_asked(served, place):
     with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
         status, _, told = show(url, f"{at}/a.png")
     assert_told(status, 400, told)
-    assert "not on the internet" in told.decode()
+    assert "not on the public internet" in told.decode()
     assert not asked
 
 
@@ -272,6 +272,6 @@ def test_addresses_of_the_internet(address):
     "host", ["", "http://a.example", "a.example/b", "a b", "*", "a.example:0", "a.example:99999", "[::1]", "." * 3, "a" * 64]
 )
 def test_what_is_no_host(host, tiny_base):  # noqa: F811
-    with pytest.raises(ServeError, match="--allow-image-host takes a name"):
+    with pytest.raises(ServeError, match="--allow-image-host must be a name"):
         Fetcher([host], LIMITS)
-    assert "--allow-image-host takes a name" in refused("serve", tiny_base / "base", "--port", "0", "--allow-image-host", host)
+    assert "--allow-image-host must be a name" in refused("serve", tiny_base / "base", "--port", "0", "--allow-image-host", host)

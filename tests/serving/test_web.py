@@ -140,9 +140,9 @@ def test_text_alone(url):
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"messages": [user()]}, "assistant the last"),
-        ({"messages": [answer("red")]}, "assistant the last"),
-        ({"messages": [{"role": "system", "content": "a"}]}, "assistant the last"),
+        ({"messages": [user()]}, "from user to assistant"),
+        ({"messages": [answer("red")]}, "from user to assistant"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "from user to assistant"),
         ({"messages": [user(), answer(" ")]}, "the last message is empty"),
         ({"messages": [user(), answer([image_part()])]}, "messages.1.content.0.type: must be text, but"),
         ({"messages": [user([image_part()] * 9), answer("red")]}, "9 images, but at most 8"),
