@@ -38,7 +38,7 @@ def chat(
         from moe_llava.training.parsing import require
 
         if prompt is not None and not prompt.strip():
-            raise ValueError("the prompt is empty: ask something")
+            raise ValueError("the prompt is empty")
         check_sampling(temperature, top_p)
         if bits is not None:
             if bits not in QUANTISATIONS:

@@ -48,7 +48,7 @@ def serve(
                 from moe_llava.checkpoints.offload import load_offloaded
                 from moe_llava.serving.engine.engine import Engine
                 from moe_llava.serving.http.api import build_app
-                from moe_llava.serving.http.connections import http_server, serve_until_told
+                from moe_llava.serving.http.connections import http_server, serve_until_signal
 
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)
@@ -61,4 +61,4 @@ def serve(
             application = build_app(engine, processor, name, limits, keys, fetcher, counts)
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
-            serve_until_told(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")
+            serve_until_signal(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")

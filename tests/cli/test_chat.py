@@ -127,13 +127,13 @@ def test_lines_of_a_pipe(sparse, image, tmp_path):
     assert errors == [
         "the conversation names the image none.png, which does not exist",
         f"{'a' * 300}: File name too long",
-        f"'{spaced} has a quotation mark that is not closed, or ends with a backslash",
-        "file\\ has a quotation mark that is not closed, or ends with a backslash",
-        '"said.json has a quotation mark that is not closed, or ends with a backslash',
-        "~nobody-is-called-so/said.json: the home folder that ~ stands for is not known",
+        f"'{spaced} has an unclosed quotation mark, or ends with a backslash",
+        "file\\ has an unclosed quotation mark, or ends with a backslash",
+        '"said.json has an unclosed quotation mark, or ends with a backslash',
+        "~nobody-is-called-so/said.json: the home folder of ~ is unknown",
         "layer 2 has no experts; those that have are 1, 3",
-        "/rotes is no command; did you mean /routes?",
-        "nothing has been asked yet",
+        "/rotes is not a command; did you mean /routes?",
+        "there is no question yet",
         f"{saved} exists already: name another file",
     ]
     assert done.stderr.count("a red 7.png (48 x 48)") == 2
@@ -175,7 +175,10 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
         (["--image", "none.png"], "none.png, which does not exist"),
-        (["--max-new-tokens", "1000000"], r"the prompt has \d+ tokens and the answer up to 1000000, but the model takes 1000000"),
+        (
+            ["--max-new-tokens", "1000000"],
+            r"the prompt has \d+ tokens and the answer up to 1000000, more than the model's context of 1000000",
+        ),
     ],
 )
 def test_what_cannot_be_is_told(sparse, arguments, message):
@@ -266,11 +269,11 @@ def test_a_terminal(typist, image, tmp_path):
     """Answers grow, Ctrl-C stops them and keeps what was written, arrows bring back what was typed, Ctrl-D leaves."""
     saved = tmp_path / "said.json"
     prompt = r"\n> "
-    typist.sees("sparse. /image FILE adds an image, /help shows what else there is")
+    typist.sees("sparse. /image FILE adds an image, /help shows all commands")
     typist.sees(prompt)
     typist.type("half a question")
     typist.sees("half a question")
-    typist.interrupts("/quit or Ctrl-D ends")
+    typist.interrupts("/quit or Ctrl-D leaves")
     typist.sees(prompt)
     typist.type(f"/im\t{image.parent}/{image.name[:-2]}\t\n")
     typist.sees("48 x 48")
@@ -296,7 +299,7 @@ def test_a_terminal(typist, image, tmp_path):
     typist.type("/new\n")
     typist.sees(prompt)
     typist.type(f"{ASKED}\n")
-    typist.sees("no image comes with this question; /image FILE adds one")
+    typist.sees("this question has no image; /image FILE adds one")
     typist.sees(r"\n.*[a-z]{2,} ")
     typist.type("\x03")
     typist.sees("stopped")

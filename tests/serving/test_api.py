@@ -409,7 +409,7 @@ def test_metrics_count_what_was_refused_and_what_failed(served, monkeypatch):
         for asked in (body, body | {"stream": True}):
             status, _, told = post(url, asked)
             assert "RuntimeError" not in told.decode()
-            assert "its log says why" in told.decode()
+            assert "its log has the details" in told.decode()
         monkeypatch.setattr(type(processor), "apply_chat_template", failing)  # outside of the engine
         status, _, told = post(url, body)
         assert_told(status, 500, told)
@@ -426,7 +426,7 @@ def failing(*_, **__):
 def test_a_server_that_cannot_start_says_why(url, tiny_base, tmp_path):  # noqa: F811
     checkpoint = tiny_base / "base"
     (tmp_path / "none").write_text("\n \n")
-    assert "give --api-keys FILE, or listen at 127.0.0.1" in refused("serve", checkpoint, "--host", "0.0.0.0")
+    assert "give --api-keys FILE, or listen on 127.0.0.1" in refused("serve", checkpoint, "--host", "0.0.0.0")
     assert "must hold API keys, one per line, but has none" in refused("serve", checkpoint, "--api-keys", tmp_path / "none")
-    assert "cannot listen at 127.0.0.1 port" in refused("serve", checkpoint, "--port", url.rsplit(":", 1)[1])
+    assert "cannot listen on 127.0.0.1 port" in refused("serve", checkpoint, "--port", url.rsplit(":", 1)[1])
     assert "is not a folder" in refused("serve", tmp_path / "gone")

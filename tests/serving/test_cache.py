@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from moe_llava.serving.engine.cache import SPARE, roomy_cache
+from moe_llava.serving.engine.cache import SPARE, preallocated_cache
 
 
 def states(rows, columns):
@@ -15,8 +15,8 @@ def write(caches, rows, columns):
     """The same columns for each of two layers; what attention gets to see must agree."""
     for layer in range(2):
         keys, values = states(rows, columns), states(rows, columns)
-        plain, roomy = [cache.update(keys, values, layer) for cache in caches]
-        assert all(torch.equal(*pair) for pair in zip(plain, roomy, strict=True))
+        plain, preallocated = [cache.update(keys, values, layer) for cache in caches]
+        assert all(torch.equal(*pair) for pair in zip(plain, preallocated, strict=True))
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
     assert caches[0].get_mask_sizes(1, 0) == caches[1].get_mask_sizes(1, 0)
 
@@ -24,7 +24,7 @@ def write(caches, rows, columns):
 @pytest.fixture
 def caches():
     torch.manual_seed(0)
-    return DynamicCache(), roomy_cache()
+    return DynamicCache(), preallocated_cache()
 
 
 def test_it_grows_beyond_its_room(caches):
@@ -40,7 +40,7 @@ def test_rows_and_columns_leave(caches):
         for layer in cache.layers:
             keys, values = layer.keys[[0, 2], :, -6:], layer.values[[0, 2], :, -6:]
             if cache is caches[1]:
-                layer.hold(keys, values)
+                layer.replace(keys, values)
             else:
                 layer.keys, layer.values = keys, values
     write(caches, 2, 1)
@@ -49,11 +49,11 @@ def test_rows_and_columns_leave(caches):
 
 
 def test_a_token_is_written_in_place(caches):
-    _, roomy = caches
-    keys, _ = roomy.update(states(1, 5), states(1, 5), 0)
+    _, preallocated = caches
+    keys, _ = preallocated.update(states(1, 5), states(1, 5), 0)
     before, places = keys.clone(), []
     for _ in range(SPARE + 2):
-        keys, _ = roomy.update(states(1, 1), states(1, 1), 0)
+        keys, _ = preallocated.update(states(1, 1), states(1, 1), 0)
         places.append(keys.data_ptr())
     assert len(set(places)) == 2  # copied when it got room, and when that was used up
     assert torch.equal(keys[:, :, :5], before)

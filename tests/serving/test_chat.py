@@ -65,12 +65,12 @@ def test_later_turns_see_earlier_ones(served, begin, images):
     for asked, new in ((ASKED, images[:1]), ("how many digits are there ?", []), ("here ?", images[1:2])):
         conversation.add_images(new)
         list(conversation.ask(asked))
-    assert [len(turn.pictures) for turn in conversation.turns] == [1, 0, 1]
+    assert [len(turn.images) for turn in conversation.turns] == [1, 0, 1]
     first, second, third = (turn.prompt_tokens for turn in conversation.turns)
     record = conversation.record("model")
     assert [message["role"] for message in record["messages"]] == ["system", *["user", "assistant"] * 3]
     prompt = served[1].apply_chat_template(record["messages"][:-1], add_generation_prompt=True)
-    whole = served[1](text=prompt, images=[picture.content for picture in conversation.pictures()], add_special_tokens=False)
+    whole = served[1](text=prompt, images=[image.content for image in conversation.images()], add_special_tokens=False)
     assert first < second < third == len(whole["input_ids"][0])
 
 
@@ -82,14 +82,14 @@ def test_what_cannot_be_asked_changes_nothing(tmp_path, begin, images):
         conversation.ask("where \udcff")
     with pytest.raises(DataError, match="does not exist"):
         conversation.add_images([images[0], tmp_path / "none.png"])
-    assert conversation.waiting == ()
+    assert conversation.pending == ()
     for unbegun in (conversation.regenerate, conversation.trace, lambda: conversation.record("model")):
-        with pytest.raises(ValueError, match="nothing has been asked yet"):
+        with pytest.raises(ValueError, match="there is no question yet"):
             unbegun()
     conversation.add_images(images[:1])
-    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and the answer up to 1, but the model takes 128"):
+    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and the answer up to 1, more than the model's context of 128"):
         list(conversation.ask("where " * 120))
-    assert (conversation.turns, len(conversation.waiting)) == ([], 1)
+    assert (conversation.turns, len(conversation.pending)) == ([], 1)
 
 
 def test_a_failure_while_generating_is_raised_to_the_caller(served, begin, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_seed_is_that_of_the_first_answer(served, begin):
         list(conversation.ask(ASKED))
         tokens[name] = conversation.turns[0].tokens
     assert tokens["one"] == tokens["again"] != tokens["other"]
-    prompt = conversation._read([], conversation.turns[0])
+    prompt = conversation._prompt([], conversation.turns[0])
     direct = ask(conversation.engine, Request(prompt, 12, temperature=1.0, top_p=0.9, seed=7))
     assert tuple(piece.token for piece in direct) == tokens["one"]
     list(conversation.regenerate())
@@ -134,8 +134,8 @@ def test_a_placeholder_that_was_typed_is_text(begin):
     conversation = begin(max_new_tokens=2)
     list(conversation.ask("<image> where ?"))
     assert conversation.record("model")["messages"][0]["content"] == [{"type": "text", "text": "< image> where ?"}]
-    conversation._builder.as_text = str
-    with pytest.raises(PromptError, match="has no place for the images"):
+    conversation._builder.escape = str
+    with pytest.raises(PromptError, match="does not render the images"):
         list(conversation.ask("<image> where ?"))
 
 
@@ -157,7 +157,7 @@ def test_what_was_written_until_the_stop_is_a_turn(served, begin, images):
     text = "".join(itertools.islice(writing, 3))
     writing.close()
     (turn,) = conversation.turns
-    assert (turn.finish_reason, turn.answer, conversation.waiting) == ("interrupted", text.strip(), ())
+    assert (turn.finish_reason, turn.answer, conversation.pending) == ("interrupted", text.strip(), ())
     whole = "".join(conversation.regenerate())
     assert whole.startswith(text)
     assert len(whole) > len(text)
@@ -179,9 +179,9 @@ def test_of_a_stop_before_the_first_word_nothing_is_left(served, begin, images, 
         patch.setattr("moe_llava.serving.chat.conversation.SimpleQueue", Stopped)
         with pytest.raises(KeyboardInterrupt):
             list(conversation.ask(ASKED))
-    assert (conversation.turns, len(conversation.waiting)) == ([], 1)
+    assert (conversation.turns, len(conversation.pending)) == ([], 1)
     list(conversation.ask(ASKED))
-    assert len(conversation.turns[0].pictures) == 1
+    assert len(conversation.turns[0].images) == 1
 
 
 def test_answering_once_more_takes_the_same_pictures(begin, images):
@@ -192,8 +192,8 @@ def test_answering_once_more_takes_the_same_pictures(begin, images):
     conversation.add_images(images[:1])  # for the next question
     list(conversation.regenerate())
     (second,) = conversation.turns
-    assert (second.tokens, second.prompt_tokens, second.pictures) == (first.tokens, first.prompt_tokens, first.pictures)
-    assert len(conversation.waiting) == 1
+    assert (second.tokens, second.prompt_tokens, second.images) == (first.tokens, first.prompt_tokens, first.images)
+    assert len(conversation.pending) == 1
 
 
 def test_routes_are_those_of_the_answer(served, begin, images):
@@ -202,7 +202,7 @@ def test_routes_are_those_of_the_answer(served, begin, images):
     conversation.add_images(images[:2])
     list(conversation.ask(ASKED))
     trace = conversation.trace()
-    prompt = conversation._read([], conversation.turns[0])
+    prompt = conversation._prompt([], conversation.turns[0])
     inputs = {"input_ids": torch.tensor([prompt.input_ids]), **prompt.inputs}
     written = trace_routing(conversation.engine.model, inputs, served[1].tokenizer, max_new_tokens=6)
     read = slice(0, len(written.token_ids_T))  # a model does not read the last token that it writes

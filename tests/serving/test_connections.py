@@ -190,7 +190,7 @@ def test_sigterm_lets_it_finish_what_it_has_begun(tiny_base, tmp_path):  # noqa:
         assert line.startswith("serving tiny: an API at http://127.0.0.1:")
         url = line.split()[-1]
         _, _, told = post(url, {"model": "tiny", "messages": [user([image_part("http://localhost:9/a.png")])]})
-        assert "localhost is not on the internet" in told.decode()
+        assert "localhost is not on the public internet" in told.decode()
         idle = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
         with client_of(url) as client, idle:
             stream = complete(client, [user()], stream=True, max_tokens=100, stream_options={"include_usage": True})

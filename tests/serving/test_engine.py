@@ -192,12 +192,12 @@ def test_what_is_cancelled_frees_its_place(endless, served, monkeypatch):
     slowed(model, monkeypatch)
     with Engine(model, served[1].tokenizer, slots=1) as engine:
         running, waiting = queue.Queue(), queue.Queue()
-        cancel_running, cancel_waiting = engine.submit(request, running.put), engine.submit(request, waiting.put)
+        first, second = engine.submit(request, running.put), engine.submit(request, waiting.put)
         next(received(running))
         answer = ask(engine, Request(request.prompt, 3))
         assert (engine.running, engine.waiting) == (1, 2)
-        cancel_waiting()
-        cancel_running()
+        second.cancel()
+        first.cancel()
         assert len(list(answer)) == 3
     assert waiting.empty()
     assert running.qsize() < request.max_new_tokens - 2
@@ -257,9 +257,9 @@ def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
     [
         ({"input_ids": []}, "has 0 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 120}, "the model takes 128 together"),
-        ({"input_ids": [1, 500]}, "token 500, but the model knows 99"),
-        ({"inputs": {"pixel_values": torch.zeros(1, 3, 48, 48)}}, "0 placeholders, which cannot be those of 1 images"),
+        ({"max_new_tokens": 120}, "more than the model's context of 128"),
+        ({"input_ids": [1, 500]}, "token 500, but the vocabulary has 99 tokens"),
+        ({"inputs": {"pixel_values": torch.zeros(1, 3, 48, 48)}}, "0 placeholder tokens and 1 images"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1e-40}, "temperature must be 0 or at least"),
         ({"top_p": 0.0}, "top_p above 0"),
@@ -297,10 +297,10 @@ def test_work_that_fails_is_cancelled_or_late(served):
         engine.submit_work(lambda *_: (begun.set(), may_end.wait(20), 1 / 0), done.put)
         assert begun.wait(20)
         engine.submit_work(lambda *_: "late", done.put)
-        cancel = engine.submit_work(lambda *_: "cancelled", done.put)
+        cancelled = engine.submit_work(lambda *_: "cancelled", done.put)
         with pytest.raises(QueueFull):
             engine.submit_work(lambda *_: None, done.put)
-        cancel()
+        cancelled.cancel()
         time.sleep(0.25)
         may_end.set()
         assert isinstance(done.get(timeout=20), ZeroDivisionError)

@@ -97,7 +97,7 @@ def place():
 @pytest.fixture(scope="module")
 def url(served, place):
     model, processor, _ = served
-    fetcher = Fetcher([place[0].removeprefix("http://"), "nowhere.invalid"], LIMITS, may_reach=lambda address: True)
+    fetcher = Fetcher([place[0].removeprefix("http://"), "nowhere.invalid"], LIMITS, is_allowed=lambda address: True)
     with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
         yield url
 
@@ -128,7 +128,7 @@ def test_an_image_of_a_host_that_was_named_is_as_good_as_one_that_is_sent(url, p
     [
         ("/moved.png", "status 302"),
         ("/gone.png", "status 404"),
-        ("/page", "none of PNG"),
+        ("/page", "not one of PNG"),
         ("/large", "more than 50000 bytes"),
         ("/half", "cannot be fetched"),
         ("/rubbish", "cannot be fetched"),
@@ -195,7 +195,7 @@ def test_a_certificate_has_to_be_of_the_host(served, tmp_path, monkeypatch):
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
         with pictures(tls) as (port, _):
-            fetcher = Fetcher([f"localhost:{port}"], LIMITS, may_reach=lambda address: True)
+            fetcher = Fetcher([f"localhost:{port}"], LIMITS, is_allowed=lambda address: True)
             with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
                 statuses.append(show(url, f"https://localhost:{port}/a.png")[0])
     assert statuses == [400, 400, 200]
@@ -209,7 +209,7 @@ def test_networks_behind_the_server_are_not_asked(served, place):
     with server(Engine(model, processor.tokenizer), processor, LIMITS, fetcher=fetcher) as url:
         status, _, told = show(url, f"{at}/a.png")
     assert_told(status, 400, told)
-    assert "not on the internet" in told.decode()
+    assert "not on the public internet" in told.decode()
     assert not asked
 
 
@@ -272,6 +272,6 @@ def test_addresses_of_the_internet(address):
     "host", ["", "http://a.example", "a.example/b", "a b", "*", "a.example:0", "a.example:99999", "[::1]", "." * 3, "a" * 64]
 )
 def test_what_is_no_host(host, tiny_base):  # noqa: F811
-    with pytest.raises(ServeError, match="--allow-image-host takes a name"):
+    with pytest.raises(ServeError, match="--allow-image-host must be a name"):
         Fetcher([host], LIMITS)
-    assert "--allow-image-host takes a name" in refused("serve", tiny_base / "base", "--port", "0", "--allow-image-host", host)
+    assert "--allow-image-host must be a name" in refused("serve", tiny_base / "base", "--port", "0", "--allow-image-host", host)

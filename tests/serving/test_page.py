@@ -187,7 +187,7 @@ def test_pictures_come_by_drop_and_paste(browser, url, files, way):
         document.querySelector("#talk").dispatchEvent({event} bubbles: true, cancelable: true}}));
     """)
     browser.until("document.querySelector('#composer-problem').textContent && !document.querySelector('#send').disabled")
-    assert text_of(browser, "#composer-problem") == "a.txt is no picture that this browser can read."
+    assert text_of(browser, "#composer-problem") == "a.txt is not a picture that this browser can read."
     assert browser.run("document.querySelector('.thumbnail img').src") == f"data:image/png;base64,{content}"
     assert troubles(browser, url) == []
 
@@ -210,7 +210,7 @@ def test_stop_and_regenerate(browser, slow):
         press_button(browser, ".answer", "Regenerate")
         (other,) = answered(browser)
         assert other != " ".join(stopped.split(" ")[:8])
-        assert "reached its longest length" in text_of(browser, ".answer")
+        assert "reached the maximum length" in text_of(browser, ".answer")
         browser.click("#new")
         assert browser.run("document.querySelectorAll('article').length") == 0
         assert troubles(browser, url) == []
@@ -271,7 +271,7 @@ def test_a_new_conversation_begins_with_nothing(browser, sparse, files):
         ask(browser, QUESTION, files[0])
         answered(browser)
         ask(browser, QUESTION, files[1])
-        assert "takes 1 picture in a conversation, and this would be 2" in text_of(browser, "#composer-problem")
+        assert "accepts 1 picture in a conversation, and this would be 2" in text_of(browser, "#composer-problem")
         browser.click("#new")
         assert browser.run("document.querySelectorAll('article, .thumbnail').length") == 0
         assert text_of(browser, "#composer-problem") == ""
@@ -329,7 +329,7 @@ def test_a_wrong_key_is_told(browser, sparse):
         for wrong in ("second", "schlüssel"):
             browser.write("#key", wrong)
             browser.press("Enter")
-            assert browser.until("document.querySelector('#key-problem').innerText") == "The server does not take this API key."
+            assert browser.until("document.querySelector('#key-problem').innerText") == "The server does not accept this API key."
             browser.run("document.querySelector('#key').value = document.querySelector('#key-problem').textContent = ''")
         browser.write("#key", "first")
         browser.press("Enter")
@@ -349,7 +349,7 @@ def test_a_busy_server_and_one_that_is_gone(browser, slow):
             eventually(lambda: metric(url, "requests_running") == 1)
             ask(browser, QUESTION)
             assert answered(browser) == [""]
-            assert text_of(browser, ".answer .problem") == "The server is busy with others. Try again in 2 seconds."
+            assert text_of(browser, ".answer .problem") == "The server is busy. Try again in 2 seconds."
             eventually(lambda: metric(url, "requests_running") == 0)
             press_button(browser, ".answer", "Try again")
             assert answered(browser)[0]
@@ -368,7 +368,7 @@ def test_a_server_that_is_ending_says_so(browser, sparse):
         engine.close()
         ask(browser, QUESTION)
         assert answered(browser) == [""]
-        assert text_of(browser, ".answer .problem") == "The server takes no question now: the server is shutting down."
+        assert text_of(browser, ".answer .problem") == "The server is not available: the server is shutting down."
 
 
 def test_large_pictures_become_smaller(browser, sparse, tmp_path):
@@ -381,7 +381,7 @@ def test_large_pictures_become_smaller(browser, sparse, tmp_path):
         open_page(browser, url)
         files = [tmp_path / name for name in ("large.png", "other.bmp", "other.bmp")]
         ask(browser, QUESTION, *files)
-        assert "takes 2 pictures in a conversation, and this would be 3" in text_of(browser, "#composer-problem")
+        assert "accepts 2 pictures in a conversation, and this would be 3" in text_of(browser, "#composer-problem")
         assert browser.run("[...document.querySelectorAll('.thumbnail')].map(image => image.innerText.includes('scaled'))") == [
             True,
             False,

@@ -1,11 +1,13 @@
 """What a client's messages become, what their images take, and in which order they are prepared."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from http.client import HTTPConnection
 
 import pytest
 import torch
@@ -15,13 +17,14 @@ from transformers import LlavaImageProcessorPil
 from moe_llava.common.images import MOST_SIDE
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder
-from moe_llava.serving.http.bodies import Memory, Worker
+from moe_llava.serving.http.bodies import MemoryBudget, Reservation, Worker
 from moe_llava.serving.http.prompts import PromptMaker, working_bytes
 from moe_llava.serving.http.protocol import ApiError, ImagePart, Limits, Message, TextPart
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import LIMITS, server
 from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat
-from tests.serving.test_api import post
+from tests.serving.test_api import eventually, metric, post
+from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
 
 CLIP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
@@ -103,11 +106,11 @@ def test_one_image_at_a_time_is_as_good_as_all(served, prompts):
 @pytest.mark.parametrize(
     ("content", "changed", "why"),
     [
-        (flat(300, 200), {"pixels": 59_999}, "300 x 200 pixels, but at most 59999 are taken"),
+        (flat(300, 200), {"pixels": 59_999}, "300 x 200 pixels, but at most 59999 are allowed"),
         (flat(300, 200), {"all_pixels": 119_999}, "more than 119999 pixels together"),
-        (flat(300, 200), {"working_bytes": 1_000_000}, "300 x 200 pixels, and takes 1[0-9]* bytes to prepare, but at most 1000000"),
+        (flat(300, 200), {"working_bytes": 1_000_000}, "300 x 200 pixels, and its preparation needs 1[0-9]* bytes, but at most 1000000"),
         (flat(603, 3), {}, "603 x 3 pixels, but one side may be at most 200 times"),
-        (PNG[:30], {}, "none of PNG, JPEG, WEBP, GIF"),
+        (PNG[:30], {}, "not one of PNG, JPEG, WEBP, GIF"),
     ],
 )
 def test_an_image_is_refused_by_its_header(served, content, changed, why):
@@ -161,19 +164,19 @@ def test_the_smallest_work_comes_first():
     assert asyncio.run(order()) == [1, 3, 5]
 
 
-def test_a_share_is_given_back():
-    memory = Memory(100)
-    with memory.share() as one, memory.share() as other:
-        one.take(60)
-        other.take(40)
-        with pytest.raises(ApiError, match="as many bytes as may be, 100") as caught:
-            one.take(1)
+def test_reserved_memory_is_released():
+    budget = MemoryBudget(100)
+    with Reservation(budget) as one, Reservation(budget) as other:
+        one.add(60)
+        other.add(40)
+        with pytest.raises(ApiError, match="all requests together may hold 100 bytes") as caught:
+            one.add(1)
         assert caught.value.status == 429
         assert "Retry-After" in caught.value.headers
-        one.release(but=10)
-        other.take(50)
-    with memory.share() as third:
-        third.take(100)
+        one.release(keep=10)
+        other.add(50)
+    with Reservation(budget) as third:
+        third.add(100)
 
 
 def test_pixel_values_count_until_they_are_answered(sparse):
@@ -192,6 +195,29 @@ def test_pixel_values_count_until_they_are_answered(sparse):
         for _ in range(2):
             found = [status(), status(stream=True), status(path="/routes"), status(max_tokens=10**6), status(images=2)]
             assert found == [200, 200, 200, 400, 429]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_pixel_values_count_while_a_completion_runs(sparse, monkeypatch, stream):
+    """A second image has no room beside the first one, until the first completion ends or its client disconnects."""
+    model, processor = sparse
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    slowed(model, monkeypatch, 0.05)
+    image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [image, {"type": "text", "text": "is this a 7 ?"}]}]}
+    running = json.dumps(body | {"max_tokens": 40, "stream": stream})
+    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes + 5000)
+    with server(Engine(model, processor.tokenizer), processor, limits) as url:
+        for disconnects in (True, False):
+            connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+            connection.request("POST", "/v1/chat/completions", running, {"Content-Type": "application/json"})
+            eventually(lambda: metric(url, "requests_running") == 1)
+            assert post(url, body | {"max_tokens": 1})[0] == 429
+            if not disconnects:
+                assert connection.getresponse().read()
+            connection.close()
+            eventually(lambda: metric(url, "requests_running") == 0)
+            assert post(url, body | {"max_tokens": 1})[0] == 200
 
 
 def test_the_side_that_is_made_small_is_the_one_that_counts():

@@ -9,7 +9,7 @@ from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
-from moe_llava.serving.http.protocol import HONOURED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
+from moe_llava.serving.http.protocol import SUPPORTED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
 from tests.conftest import REPOSITORY
 
 USER = {"role": "user", "content": "which ?"}
@@ -66,15 +66,15 @@ def wrong_part(content, role="user"):
 def test_every_field_of_the_client_is_known():
     """A field that a later client has more is decided here, and not by accident."""
     fields = {**typing.get_type_hints(CompletionCreateParamsNonStreaming), **typing.get_type_hints(CompletionCreateParamsStreaming)}
-    assert set(fields) == set(ASKS) | set(HONOURED)
+    assert set(fields) == set(ASKS) | set(SUPPORTED)
 
 
 def test_the_documents_name_every_field():
     text = (REPOSITORY / "docs" / "serving.md").read_text()
-    assert [name for name in [*HONOURED, *WITHOUT_EFFECT] if f"`{name}`" not in text] == ["model", "messages", "stream", "stream_options"]
+    assert [name for name in [*SUPPORTED, *WITHOUT_EFFECT] if f"`{name}`" not in text] == ["model", "messages", "stream", "stream_options"]
 
 
-@pytest.mark.parametrize("name", [*ASKS, *HONOURED, "chat_template", "best_of"])
+@pytest.mark.parametrize("name", [*ASKS, *SUPPORTED, "chat_template", "best_of"])
 def test_null_is_as_no_field(name):
     if name in PLAIN:
         assert refused(**{name: None}) == (f"{name}: is missing", name)
@@ -157,30 +157,30 @@ def test_parts_are_read():
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        ({"type": "image_url", "image_url": URL}, f'image_url: must be an object with url, but is the text "{URL}"'),
+        ({"type": "image_url", "image_url": URL}, f'image_url: must be an object with url, but is the string "{URL}"'),
         ({"type": "image_url", "image_url": [URL]}, "image_url: must be an object with url, but is a list"),
         ({"type": "image_url", "image_url": None}, "image_url: is missing"),
         ({"type": "image_url"}, "image_url: is missing"),
         ({"type": "image_url", "url": URL}, "url: not supported: leave it out"),
         ({"type": "image_url", "image_url": {}}, "image_url.url: is missing"),
         ({"type": "image_url", "image_url": {"url": None}}, "image_url.url: is missing"),
-        ({"type": "image_url", "image_url": {"url": 7}}, "image_url.url: must be a text, but is 7"),
+        ({"type": "image_url", "image_url": {"url": 7}}, "image_url.url: must be a string, but is 7"),
         (
             {"type": "image_url", "image_url": {"url": URL, "detail": "original"}},
-            'image_url.detail: must be auto, low or high, but is the text "original"',
+            'image_url.detail: must be auto, low or high, but is the string "original"',
         ),
         ({"type": "image_url", "image_url": {"url": URL, "detail": True}}, "image_url.detail: must be auto, low or high, but is true"),
         ({"type": "image_url", "image_url": {"urls": URL}}, "image_url.urls: not supported: did you mean url?"),
-        ({"type": "input_image", "image_url": URL}, 'type: must be text or image_url, but is the text "input_image"'),
-        ({"type": "input_text", "text": "a"}, 'type: must be text or image_url, but is the text "input_text"'),
-        ({"type": "file", "file": {}}, 'type: must be text or image_url, but is the text "file"'),
+        ({"type": "input_image", "image_url": URL}, 'type: must be text or image_url, but is the string "input_image"'),
+        ({"type": "input_text", "text": "a"}, 'type: must be text or image_url, but is the string "input_text"'),
+        ({"type": "file", "file": {}}, 'type: must be text or image_url, but is the string "file"'),
         ({"type": ["text"], "text": "a"}, "type: must be text or image_url, but is a list"),
         ({"type": None, "text": "a"}, "type: is missing: must be text or image_url"),
         ({"text": "a"}, "type: is missing: must be text or image_url"),
         ({"type": "text"}, "text: is missing"),
         ({"type": "text", "text": None}, "text: is missing"),
-        ({"type": "text", "text": 7}, "text: must be a text, but is 7"),
-        ({"type": "text", "text": ["a"]}, "text: must be a text, but is a list"),
+        ({"type": "text", "text": 7}, "text: must be a string, but is 7"),
+        ({"type": "text", "text": ["a"]}, "text: must be a string, but is a list"),
         ({"type": "text", "text": "a", "image_url": {"url": URL}}, "image_url: not supported: leave it out"),
         ({"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}, "prompt_cache_breakpoint: not supported"),
     ],
@@ -202,9 +202,9 @@ def test_a_part_that_is_none_is_named(part):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"type": "text", "text": "a"}, "must be a text or a list of parts, but is an object"),
-        (7, "must be a text or a list of parts, but is 7"),
-        ([], "must be a text or a list of parts, but is empty"),
+        ({"type": "text", "text": "a"}, "must be a string or a list of parts, but is an object"),
+        (7, "must be a string or a list of parts, but is 7"),
+        ([], "must be a string or a list of parts, but is empty"),
         (None, "is missing"),
     ],
 )
@@ -215,7 +215,7 @@ def test_content_of_another_kind_is_named(content, told):
 
 def test_pictures_are_the_user_s():
     message, _ = wrong_part([IMAGE], "system")
-    assert message == 'messages.0.content.0.type: must be text, but is the text "image_url"'
+    assert message == 'messages.0.content.0.type: must be text, but is the string "image_url"'
 
 
 @pytest.mark.parametrize(
@@ -223,44 +223,44 @@ def test_pictures_are_the_user_s():
     [
         ({"messages": None}, "messages: is missing"),
         ({"messages": []}, "messages: must be a list of messages, but is empty"),
-        ({"messages": "hello"}, 'messages: must be a list of messages, but is the text "hello"'),
+        ({"messages": "hello"}, 'messages: must be a list of messages, but is the string "hello"'),
         ({"messages": [None]}, "messages.0: must be an object, but is null"),
         ({"messages": [{"content": "a"}]}, "messages.0.role: is missing: must be system, user or assistant"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},
-            'messages.0.role: must be system, user or assistant, but is the text "tool"',
+            'messages.0.role: must be system, user or assistant, but is the string "tool"',
         ),
         ({"messages": [USER, {"role": {}, "content": "a"}]}, "messages.1.role: must be system, user or assistant, but is an object"),
         ({"messages": [USER, {"role": "assistant"}, USER]}, "messages.1.content: is missing"),
         ({"messages": [USER | {"contents": "a"}]}, "messages.0.contents: not supported: did you mean content?"),
         ({"messages": [USER | {"content": " "}]}, "messages.0.content: the last message is empty"),
-        ({"model": 7}, "model: must be a text, but is 7"),
-        ({"max_tokens": "5"}, 'max_tokens: must be a whole number from 1 to 2147483647, but is the text "5"'),
-        ({"max_tokens": 1.5}, "max_tokens: must be a whole number from 1 to 2147483647, but is 1.5"),
-        ({"max_tokens": 0}, "max_tokens: must be a whole number from 1 to 2147483647, but is 0"),
-        ({"max_tokens": True}, "max_tokens: must be a whole number from 1 to 2147483647, but is true"),
+        ({"model": 7}, "model: must be a string, but is 7"),
+        ({"max_tokens": "5"}, 'max_tokens: must be an integer from 1 to 2147483647, but is the string "5"'),
+        ({"max_tokens": 1.5}, "max_tokens: must be an integer from 1 to 2147483647, but is 1.5"),
+        ({"max_tokens": 0}, "max_tokens: must be an integer from 1 to 2147483647, but is 0"),
+        ({"max_tokens": True}, "max_tokens: must be an integer from 1 to 2147483647, but is true"),
         ({"max_token": 5}, "max_token: not supported: did you mean max_tokens?"),
-        ({"temperature": "hot"}, 'temperature: must be a number from 0 to 2, but is the text "hot"'),
+        ({"temperature": "hot"}, 'temperature: must be a number from 0 to 2, but is the string "hot"'),
         ({"temperature": float("nan")}, "temperature: must be a number from 0 to 2, but is NaN"),
         ({"temperature": float("inf")}, "temperature: must be a number from 0 to 2, but is Infinity"),
         ({"temperature": False}, "temperature: must be a number from 0 to 2, but is false"),
         ({"temperature": 2.1}, "temperature: must be a number from 0 to 2, but is 2.1"),
         ({"top_p": 0}, "top_p: must be a number above 0 and at most 1, but is 0"),
-        ({"seed": 2**63}, "seed: must be a whole number from -9223372036854775808 to 9223372036854775807, but is 9223372036854775808"),
-        ({"stop": 7}, "stop: takes up to 4 strings of 1 to 200 characters"),
-        ({"stop": ["a", None]}, "stop: takes up to 4 strings of 1 to 200 characters"),
-        ({"stream": "yes"}, 'stream: must be true or false, but is the text "yes"'),
+        ({"seed": 2**63}, "seed: must be an integer from -9223372036854775808 to 9223372036854775807, but is 9223372036854775808"),
+        ({"stop": 7}, "stop: must be up to 4 strings of 1 to 200 characters"),
+        ({"stop": ["a", None]}, "stop: must be up to 4 strings of 1 to 200 characters"),
+        ({"stream": "yes"}, 'stream: must be true or false, but is the string "yes"'),
         ({"stream_options": []}, "stream_options: must be an object, but is a list"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage: must be true or false, but is 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options.include_usage: needs stream to be true"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: not supported"),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs to be true"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: must be a whole number from 0 to 20, but is 21"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: must be an integer from 0 to 20, but is 21"),
         ({"chat_template": "{{ 7 * 7 }}"}, "chat_template: not supported: leave it out"),
-        ({"n": 2}, "n: not supported: leave it out (of its values only 1 is taken, which asks for nothing)"),
+        ({"n": 2}, "n: not supported: leave it out (only 1 is accepted, without effect)"),
         ({"x" * 5000: 1}, f"{'x' * 40}...: not supported: leave it out"),
-        ({"user": ["a" * 5000]}, "user: must be a text, but is a list"),
-        ({"model": "a" * 5000, "seed": "b" * 5000}, f'seed: must be a whole number from {-(2**63)} to {2**63 - 1}, but is the text "bbb'),
+        ({"user": ["a" * 5000]}, "user: must be a string, but is a list"),
+        ({"model": "a" * 5000, "seed": "b" * 5000}, f'seed: must be an integer from {-(2**63)} to {2**63 - 1}, but is the string "bbb'),
     ],
 )
 def test_what_is_wrong_is_named(change, told):
@@ -273,11 +273,11 @@ def test_what_is_wrong_is_named(change, told):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b"{", "the body: must be JSON, but: EOF while parsing an object at line 1 column 1"),
+        (b"{", "the body: must be JSON: EOF while parsing an object at line 1 column 1"),
         (b"[]", "the body: must be an object with model and messages, but is a list"),
-        (b'"a"', 'the body: must be an object with model and messages, but is the text "a"'),
-        (b"[" * 9000, "the body: must be JSON, but: recursion limit exceeded"),
-        (b'"\\ud800"', "the body: must be JSON, but: unexpected end of hex escape"),
+        (b'"a"', 'the body: must be an object with model and messages, but is the string "a"'),
+        (b"[" * 9000, "the body: must be JSON: recursion limit exceeded"),
+        (b'"\\ud800"', "the body: must be JSON: unexpected end of hex escape"),
     ],
 )
 def test_a_body_that_is_none(body, told):

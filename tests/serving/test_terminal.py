@@ -4,12 +4,12 @@ import io
 
 from rich.console import Console
 
-from moe_llava.serving.chat.terminal import Growing
+from moe_llava.serving.chat.terminal import Tail
 
 
 def drawn(text, height=6):
     console = Console(file=io.StringIO(), width=30, height=height, force_terminal=True, color_system=None)
-    answer = Growing()
+    answer = Tail()
     answer.text = text
     console.print(answer, end="")
     return [line.rstrip() for line in console.file.getvalue().splitlines()]

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_llava.digits.tokenizer import build_tokenizer
-from moe_llava.serving.engine.text import AnswerText
+from moe_llava.serving.engine.text import Detokenizer
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def letters():
 
 
 def pieces(tokenizer, text, stop=()):
-    writing = AnswerText(tokenizer, stop)
+    writing = Detokenizer(tokenizer, stop)
     given = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         given.append(writing.add(token))
@@ -43,13 +43,13 @@ def test_words_are_joined_as_the_tokenizer_joins_them():
 
 def test_special_tokens_leave_no_trace():
     tokenizer = build_tokenizer()
-    writing = AnswerText(tokenizer)
+    writing = Detokenizer(tokenizer)
     tokens = tokenizer.convert_tokens_to_ids(["the", "<pad>", "<s>", "red", "<pad>", "7"])
     assert [writing.add(token) for token in tokens] == ["the", "", "", " red", "", " 7"]
 
 
 def test_bytes_that_are_no_character_are_told_at_the_end(letters):
-    writing = AnswerText(letters)
+    writing = Detokenizer(letters)
     first, second = letters.encode("a€", add_special_tokens=False)[:2]
     assert [writing.add(first), writing.add(second), writing.finish()] == ["a", "", "\ufffd"]
 

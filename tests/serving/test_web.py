@@ -140,14 +140,14 @@ def test_text_alone(url):
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"messages": [user()]}, "assistant the last"),
-        ({"messages": [answer("red")]}, "assistant the last"),
-        ({"messages": [{"role": "system", "content": "a"}]}, "assistant the last"),
+        ({"messages": [user()]}, "from user to assistant"),
+        ({"messages": [answer("red")]}, "from user to assistant"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "from user to assistant"),
         ({"messages": [user(), answer(" ")]}, "the last message is empty"),
         ({"messages": [user(), answer([image_part()])]}, "messages.1.content.0.type: must be text, but"),
         ({"messages": [user([image_part()] * 9), answer("red")]}, "9 images, but at most 8"),
         ({"messages": [user([image_part("http://127.0.0.1:9/a.png")]), answer("red")]}, "data: URL"),
-        ({"messages": [user(), answer("red " * 600)]}, "but the model takes"),
+        ({"messages": [user(), answer("red " * 600)]}, "more than the model's context of"),
         ({"messages": [user(), answer("red")], "tools": [{}]}, "tools"),
         ({"messages": [user(), answer("red")], "model": "gpt"}, "the model is 'tiny'"),
     ],
@@ -238,7 +238,7 @@ def test_what_fails_for_a_client_that_has_left_is_logged(sparse, monkeypatch, ca
         leaving.close()
         eventually(lambda: metric(url, 'requests_total{outcome="499"}') == 1)
         left.set()
-        eventually(lambda: "tracing failed after its client had left" in caplog.messages)
+        eventually(lambda: "tracing failed after its client had disconnected" in caplog.messages)
     assert "out of memory" in caplog.text
 
 

@@ -10,7 +10,7 @@ import threading
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.http.api import build_app
-from moe_llava.serving.http.connections import http_server, serve_until_told
+from moe_llava.serving.http.connections import http_server, serve_until_signal
 from moe_llava.serving.http.listen import listener
 from moe_llava.serving.http.protocol import Limits
 
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     threading.Thread(target=obey, daemon=True).start()
     engine = Engine(model, processor.tokenizer)
     with listener("127.0.0.1", 0) as socket:
-        serve_until_told(http_server(build_app(engine, processor, "tiny", LIMITS), engine, LIMITS), socket, str(socket.getsockname()[1]))
+        serve_until_signal(http_server(build_app(engine, processor, "tiny", LIMITS), engine, LIMITS), socket, str(socket.getsockname()[1]))

@@ -10,29 +10,32 @@ from queue import SimpleQueue
 from typing import Any
 
 from PIL import Image
+from transformers import ProcessorMixin
 
 from moe_llava.common.images import open_image
 from moe_llava.data.records import check_characters
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.trace import Trace, trace_answer
-from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.interface import CompletionEngine
 from moe_llava.serving.engine.prompt import PromptBuilder
-from moe_llava.serving.engine.requests import LONGEST, Piece, Prompt, Request
+from moe_llava.serving.engine.requests import DEFAULT_MAX_NEW_TOKENS, Piece, Prompt, Request
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class OpenedImage:
+    """An image and its file."""
+
     path: Path
     content: Image.Image
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its images, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: from the question to the last
-    of `tokens`."""
+    """A question, its images, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: the time of prefill and
+    decode."""
 
     question: str
-    pictures: tuple[Picture, ...]
+    images: tuple[OpenedImage, ...]
     answer: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
@@ -53,44 +56,44 @@ class Settings:
 
 
 class Conversation:
-    """A conversation with its `turns`. The images in `waiting` belong to the next question. `engine`: used by this conversation only."""
+    """A conversation with its `turns`. The images in `pending` belong to the next question. `engine`: used by this conversation only."""
 
-    def __init__(self, engine: Engine, processor: Any, settings: Settings):
+    def __init__(self, engine: CompletionEngine, processor: ProcessorMixin, settings: Settings):
         self.engine = engine
         self.settings = settings
         self.turns: list[Turn] = []
-        self.waiting: tuple[Picture, ...] = ()
+        self.pending: tuple[OpenedImage, ...] = ()
         self._builder = PromptBuilder(processor)
-        self._asked = 0
+        self._generated = 0
 
     def add_images(self, paths: Sequence[Path]) -> None:
-        """Add all images or none. Raises DataError if a file is missing or no image."""
-        self.waiting += tuple(Picture(path, open_image(path, "the conversation")) for path in paths)
+        """Add all images or none. Raises DataError if a file is missing or not an image."""
+        self.pending += tuple(OpenedImage(path, open_image(path, "the conversation")) for path in paths)
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece, and keep it as a turn; if the caller stops early, keep the part that was generated. If there is
         none, or an error is raised, the conversation is unchanged.
 
-        Raises ValueError if `question` is empty or no text; PromptError and RequestError if the model cannot answer it.
+        Raises ValueError if `question` is empty or not valid text; PromptError and RequestError if the model cannot answer it.
         """
         if not question.strip():
-            raise ValueError("the prompt is empty: ask something")
+            raise ValueError("the prompt is empty")
         check_characters("the prompt", [question, self.settings.system or ""])
-        return self._write(self.turns, Turn(question.strip(), self.waiting))
+        return self._generate(self.turns, Turn(question.strip(), self.pending))
 
     def regenerate(self) -> Generator[str, None, None]:
         """Generate another answer to the last question, which replaces the one before. Raises ValueError if there is no question."""
-        *before, last = self._begun()
-        return self._write(before, Turn(last.question, last.pictures))
+        *before, last = self._require_turns()
+        return self._generate(before, Turn(last.question, last.images))
 
     def trace(self) -> Trace:
         """Return the routes of the last answer and of its prompt, in one forward pass. An expert with a capacity may drop other tokens in
         one pass than in many.
 
-        Raises ValueError if there is no answer; RoutingError as `trace_routing` does.
+        Raises ValueError if there is no question; RoutingError as `trace_routing` does.
         """
-        *before, last = self._begun()
-        prompt = self._read(before, last)
+        *before, last = self._require_turns()
+        prompt = self._prompt(before, last)
         ends = end_tokens(self.engine.model)
         answer = [token for token in last.tokens if token not in ends]
         results: SimpleQueue[Trace | Exception] = SimpleQueue()
@@ -101,33 +104,33 @@ class Conversation:
             raise result
         return result
 
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[OpenedImage]:
         """Return the images of all turns, in order."""
-        return [picture for turn in self.turns for picture in turn.pictures]
+        return [image for turn in self.turns for image in turn.images]
 
     def record(self, source: str) -> dict[str, Any]:
         """Return the conversation as a record of a data file, which can be checked, traced, and trained on. `source`: the model's name.
 
-        Raises ValueError if there is no turn.
+        Raises ValueError if there is no question.
         """
-        self._begun()
-        pictures = [str(picture.path.resolve()) for picture in self.pictures()]
-        return {"id": source, "images": pictures, "messages": self._messages(self.turns)}
+        self._require_turns()
+        images = [str(image.path.resolve()) for image in self.images()]
+        return {"id": source, "images": images, "messages": self._messages(self.turns)}
 
     def clear(self) -> None:
-        self.turns, self.waiting = [], ()
+        self.turns, self.pending = [], ()
 
-    def _begun(self) -> list[Turn]:
+    def _require_turns(self) -> list[Turn]:
         if not self.turns:
-            raise ValueError("nothing has been asked yet")
+            raise ValueError("there is no question yet")
         return self.turns
 
-    def _write(self, before: list[Turn], turn: Turn) -> Generator[str, None, None]:
+    def _generate(self, before: list[Turn], turn: Turn) -> Generator[str, None, None]:
         began = time.monotonic()
-        prompt = self._read(before, turn)
+        prompt = self._prompt(before, turn)
         delivered: SimpleQueue[Piece | Exception] = SimpleQueue()
-        cancel = self.engine.submit(self._request(prompt), delivered.put)
-        self._asked += 1
+        generation = self.engine.submit(self._request(prompt), delivered.put)
+        self._generated += 1
         answer, reason = "", None
         tokens: list[int] = []
         try:
@@ -142,34 +145,34 @@ class Conversation:
             reason = reason or ("interrupted" if answer.strip() else None)
             raise
         finally:
-            cancel()
+            generation.cancel()
             if reason is not None:
                 seconds = time.monotonic() - began
                 length = len(prompt.input_ids)
-                self.turns = [*before, Turn(turn.question, turn.pictures, answer.strip(), reason, length, tuple(tokens), seconds)]
-                self.waiting = tuple(picture for picture in self.waiting if picture not in turn.pictures)
+                self.turns = [*before, Turn(turn.question, turn.images, answer.strip(), reason, length, tuple(tokens), seconds)]
+                self.pending = tuple(image for image in self.pending if image not in turn.images)
 
     def _request(self, prompt: Prompt) -> Request:
         settings = self.settings
         return Request(
             prompt=prompt,
-            max_new_tokens=settings.max_new_tokens or self.engine.room(len(prompt.input_ids), LONGEST),
+            max_new_tokens=settings.max_new_tokens or self.engine.clip_length(len(prompt.input_ids), DEFAULT_MAX_NEW_TOKENS),
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=None if settings.seed is None else settings.seed + self._asked,
+            seed=None if settings.seed is None else settings.seed + self._generated,
         )
 
-    def _read(self, before: Sequence[Turn], turn: Turn) -> Prompt:
+    def _prompt(self, before: Sequence[Turn], turn: Turn) -> Prompt:
         """Return the prompt of a question after others."""
         turns = [*before, turn]
-        images = [picture.content for each in turns for picture in each.pictures]
+        images = [image.content for each in turns for image in each.images]
         return self._builder.build(self._messages(turns)[:-1], images, len(images))
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         messages = [self._message("system", self.settings.system)] if self.settings.system else []
         for turn in turns:
-            messages += [self._message("user", turn.question, len(turn.pictures)), self._message("assistant", turn.answer)]
+            messages += [self._message("user", turn.question, len(turn.images)), self._message("assistant", turn.answer)]
         return messages
 
-    def _message(self, role: str, text: str, pictures: int = 0) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._builder.as_text(text)}]}
+    def _message(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": self._builder.escape(text)}]}

@@ -20,18 +20,19 @@ from moe_llava.serving.chat.completion import Completer
 from moe_llava.serving.chat.conversation import Conversation, Turn
 
 COMMANDS = {
-    "/image": ("FILE ...", "adds images, which belong to the next question"),
-    "/new": ("", "begins a new conversation"),
-    "/regenerate": ("", "answers the last question once more"),
-    "/routes": ("[LAYER]", "shows which expert took which patch, and which token of the last answer"),
-    "/save": ("FILE", "writes the conversation, as a data file has one"),
+    "/image": ("FILE ...", "adds images to the next question"),
+    "/new": ("", "starts a new conversation"),
+    "/regenerate": ("", "generates another answer to the last question"),
+    "/routes": ("[LAYER]", "shows the first expert of every patch, and of every token of the last answer"),
+    "/save": ("FILE", "saves the conversation as a data file"),
     "/help": ("", "shows these commands"),
-    "/quit": ("", "ends; so does Ctrl-D. Ctrl-C stops an answer"),
+    "/quit": ("", "leaves, like Ctrl-D. Ctrl-C stops an answer"),
 }
 
 
 class Terminal:
-    """`name`: of the model. `interactive`: a person types; otherwise one question is answered, or lines come through a pipe."""
+    """Run a conversation. `name`: of the model. `interactive`: a person types; otherwise one question is answered, or lines come through a
+    pipe."""
 
     def __init__(self, conversation: Conversation, name: str, as_json: bool, interactive: bool):
         self.conversation = conversation
@@ -39,9 +40,9 @@ class Terminal:
         self.as_json = as_json
         self.interactive = interactive
         self._out = Console()
-        self._told = Console(stderr=True)
+        self._errors = Console(stderr=True)
         self._saved: set[Path] = set()
-        self._does: dict[str, Callable[[str], None]] = {
+        self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/new": self._new,
             "/regenerate": self._regenerate,
@@ -52,45 +53,45 @@ class Terminal:
 
     def ask(self, question: str) -> None:
         """Ask a question, and show the answer as it is generated, or as one JSON object. Raises as Conversation.ask does."""
-        if self.interactive and not self.conversation.turns and not self.conversation.waiting:
-            self._tell("no image comes with this question; /image FILE adds one")
+        if self.interactive and not self.conversation.turns and not self.conversation.pending:
+            self._note("this question has no image; /image FILE adds one")
         self._show(self.conversation.ask(question))
 
     def converse(self) -> bool:
-        """Take questions and commands until the end of input or `/quit`. An error is printed and does not end the conversation. Returns
+        """Process questions and commands until the end of input or `/quit`. An error is printed and does not end the conversation. Return
         whether there was none."""
-        right = True
+        succeeded = True
         for line in self._lines():
             if line.split()[0] == "/quit":
                 break
             try:
-                self._take(line)
-            except (ValueError, OSError, RuntimeError) as error:  # the last: of torch, such as too little memory
-                right = False
-                self._tell(f"error: {_plain(error)}", "red")
+                self._run(line)
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: raised by torch, for example without memory
+                succeeded = False
+                self._note(f"error: {_plain(error)}", "red")
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                self._tell("stopped")
-        return right
+                self._note("stopped")
+        return succeeded
 
     def _lines(self) -> Iterator[str]:
         """Yield the lines that are typed or piped in, without empty ones."""
         if not self.interactive:
             yield from (line.strip() for line in sys.stdin if line.strip())
             return
-        with contextlib.suppress(ImportError):  # Windows edits lines by itself
-            import readline  # `input` has history and keys by it
+        with contextlib.suppress(ImportError):  # Windows has no readline, and its console edits lines
+            import readline  # adds history and keys to `input`
 
             Completer(readline, list(COMMANDS), ("/image", "/save")).install()
-        self._tell(f"{self.name}. /image FILE adds an image, /help shows what else there is.")
+        self._note(f"{self.name}. /image FILE adds an image, /help shows all commands.")
         while True:
             try:
                 line = self._input().strip()
             except KeyboardInterrupt:
-                self._tell("\n/quit or Ctrl-D ends")
+                self._note("\n/quit or Ctrl-D leaves")
             except EOFError:
-                self._tell("")
+                self._note("")
                 return
             else:
                 if line:
@@ -99,27 +100,27 @@ class Terminal:
     def _input(self) -> str:
         if sys.stdout.isatty():
             return input("> ")
-        self._told.print("> ", end="")  # else it would stand among the answers
+        self._errors.print("> ", end="")  # standard output has only the answers
         return input()
 
-    def _take(self, line: str) -> None:
+    def _run(self, line: str) -> None:
         if not line.startswith("/"):
             return self.ask(line)
         name, _, rest = line.partition(" ")
-        if name not in self._does:
-            raise ValueError(f"{name} is no command" + did_you_mean(name, COMMANDS, "; /help shows which there are"))
-        return self._does[name](rest.strip())
+        if name not in self._commands:
+            raise ValueError(f"{name} is not a command" + did_you_mean(name, COMMANDS, "; /help shows all commands"))
+        return self._commands[name](rest.strip())
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
         before = self.conversation.turns
         with contextlib.closing(pieces):
             try:
-                self._write(pieces)
-            except KeyboardInterrupt:  # what was written counts
+                self._print(pieces)
+            except KeyboardInterrupt:  # the text so far is kept
                 if not self.interactive:
                     raise
         if self.conversation.turns is before:
-            return self._tell("stopped; nothing was written")
+            return self._note("stopped; there is no answer")
         turn = self.conversation.turns[-1]
         if self.as_json:
             print(json.dumps(_object(turn)), flush=True)
@@ -129,16 +130,16 @@ class Terminal:
             print(flush=True)
         if self.interactive and turn.finish_reason != "stop":
             length = "1 token" if len(turn.tokens) == 1 else f"{len(turn.tokens)} tokens"
-            self._tell("stopped" if turn.finish_reason == "interrupted" else f"cut off after {length}")
+            self._note("stopped" if turn.finish_reason == "interrupted" else f"stopped at the limit of {length}")
         return None
 
-    def _write(self, pieces: Iterator[str]) -> None:
-        """Write an answer. On a terminal, the growing text is redrawn as far as there is room, and removed at the end."""
+    def _print(self, pieces: Iterator[str]) -> None:
+        """Print an answer as it is generated. On a terminal, the last lines are redrawn, and removed at the end."""
         if self.as_json:
             for _ in pieces:
                 pass
         elif self._out.is_terminal:
-            answer = Growing()
+            answer = Tail()
             with Live(answer, console=self._out, transient=True):
                 for piece in pieces:
                     answer.text += piece
@@ -149,30 +150,30 @@ class Terminal:
     def _image(self, rest: str) -> None:
         paths = [_path(rest)] if _path(rest).is_file() else [_path(word) for word in _words(rest)]
         if not paths:
-            raise ValueError("/image needs a file, or several")
+            raise ValueError("/image needs one or more files")
         self.conversation.add_images(paths)
-        for picture in self.conversation.waiting[-len(paths) :]:
-            self._tell(f"{picture.path} ({picture.content.width} x {picture.content.height})")
+        for image in self.conversation.pending[-len(paths) :]:
+            self._note(f"{image.path} ({image.content.width} x {image.content.height})")
 
     def _new(self, rest: str) -> None:
         self.conversation.clear()
         self._saved.clear()
-        self._tell("a new conversation")
+        self._note("new conversation")
 
     def _regenerate(self, rest: str) -> None:
         pieces = self.conversation.regenerate()
         if self.conversation.settings.temperature == 0 and self.conversation.turns[-1].finish_reason != "interrupted":
-            self._tell("at temperature 0 the answer is the same; --temperature 0.7 varies it")
+            self._note("at temperature 0 the answer is the same; with --temperature 0.7 it varies")
         self._show(pieces)
 
     def _routes(self, rest: str) -> None:
-        from moe_llava.routing.grids import draw_routes  # matplotlib, whose colours it has, takes a second to import
+        from moe_llava.routing.grids import draw_routes  # imports matplotlib, which takes a second
 
         if rest and not rest.isdecimal():
-            raise ValueError(f"/routes takes the number of a layer, not {rest}")
+            raise ValueError(f"/routes needs the number of a layer, not {rest}")
         trace = self.conversation.trace()
-        names = [picture.path.name for picture in self.conversation.pictures()]
-        self._told.print(draw_routes(trace, names, int(rest) if rest else None))
+        names = [image.path.name for image in self.conversation.images()]
+        self._errors.print(draw_routes(trace, names, int(rest) if rest else None))
 
     def _save(self, rest: str) -> None:
         """Write the conversation to a file. An existing file is overwritten only if this conversation wrote it."""
@@ -188,20 +189,20 @@ class Terminal:
         except OSError as error:
             raise ValueError(f"{file} cannot be written: {error.strerror}") from error
         self._saved.add(file.resolve())
-        self._tell(f"written to {file}")
+        self._note(f"written to {file}")
 
     def _help(self, rest: str) -> None:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for name, (arguments, what) in COMMANDS.items():
-            table.add_row(f"{name} {arguments}".replace("[", r"\["), what)
-        self._told.print(table)
+        for name, (arguments, effect) in COMMANDS.items():
+            table.add_row(f"{name} {arguments}".replace("[", r"\["), effect)
+        self._errors.print(table)
 
-    def _tell(self, text: str, style: str = "dim") -> None:
-        self._told.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def _note(self, text: str, style: str = "dim") -> None:
+        self._errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-class Growing:
-    """Show the last lines of an answer, as many as the terminal has room for."""
+class Tail:
+    """Show the last lines of an answer, as many as fit on the terminal."""
 
     text = ""
 
@@ -216,14 +217,14 @@ def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"{text} has a quotation mark that is not closed, or ends with a backslash") from error
+        raise ValueError(f"{text} has an unclosed quotation mark, or ends with a backslash") from error
 
 
 def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{text}: the home folder that ~ stands for is not known") from error
+        raise ValueError(f"{text}: the home folder of ~ is unknown") from error
 
 
 def _plain(error: Exception) -> str:
@@ -239,7 +240,7 @@ def _markdown(text: str) -> Markdown:
 def _object(turn: Turn) -> dict[str, object]:
     return {
         "question": turn.question,
-        "images": [str(picture.path) for picture in turn.pictures],
+        "images": [str(image.path) for image in turn.images],
         "answer": turn.answer,
         "finish_reason": turn.finish_reason,
         "prompt_tokens": turn.prompt_tokens,

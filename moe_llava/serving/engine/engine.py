@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the model and generates the next token of every completion at once.
 
-A request need not wait until others are complete. Waiting requests are prefilled together and join the batch as rows of its cache; a row
-leaves when its completion is finished. The cache is padded on the left, so the tokens of a row are always one run that ends at the last
-column, and the distances between them, from which sliding windows are made, stay true.
+Requests join the batch as soon as a slot is free. Waiting requests are prefilled together and become rows of the batch's cache; a row is
+removed when its completion is finished. The cache is padded on the left, so the tokens of a row are contiguous and end at the last column,
+and the distances between them, on which sliding windows depend, are correct.
 
 transformers' own continuous batching takes token ids only, without images.
 
@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_llava.data.batches import TOKEN_INPUTS, concatenated
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
-from moe_llava.serving.engine.cache import roomy_cache
+from moe_llava.serving.engine.cache import preallocated_cache
+from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.requests import (
     EngineClosed,
     Piece,
@@ -38,12 +40,10 @@ from moe_llava.serving.engine.requests import (
     check_sampling,
 )
 from moe_llava.serving.engine.sampling import Sampler
-from moe_llava.serving.engine.text import AnswerText
+from moe_llava.serving.engine.text import Detokenizer
 
 logger = logging.getLogger(__name__)
 
-Deliver = Callable[[Piece | Exception], None]
-Work = Callable[[Any, Any], Any]  # of model and tokenizer
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
@@ -51,7 +51,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # laye
 class Pending:
     """A result that a caller waits for."""
 
-    deliver: Callable[[Any], None]
+    deliver: Deliver[Any]
     deadline: float
     done: bool = field(default=False, init=False)  # complete, failed, or cancelled from another thread
 
@@ -65,10 +65,10 @@ class Pending:
 
 @dataclass(eq=False)
 class Row(Pending):
-    """A completion in the making. `cached`: the number of its tokens in the cache, all but the last. `position`: that of its next token."""
+    """A running completion. `cached`: the number of its tokens in the cache, all but the last. `position`: of its next token."""
 
     request: Request
-    text: AnswerText
+    text: Detokenizer
     sampler: Sampler | None
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
@@ -77,14 +77,13 @@ class Row(Pending):
 
 @dataclass(eq=False)
 class Job(Pending):
-    """Other work with the model, done between two tokens."""
+    """Other work with the model, run between two decoding steps."""
 
-    work: Work
+    work: Work[Any]
 
 
-class Engine:
-    """Complete up to `slots` prompts at once, while up to `max_waiting` more wait. Each request has `time_limit` seconds, including the
-    time it waits.
+class Engine(CompletionEngine):
+    """Run a model in a thread of its own. The methods are described in CompletionEngine.
 
     `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
     Completions do not depend on the rest of the batch, except for rounding, and for a sparse model with a capacity, which drops tokens of a
@@ -93,14 +92,21 @@ class Engine:
     Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, slots: int = 8, max_waiting: int = 32, time_limit: float = 300.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        slots: int = 8,
+        max_waiting: int = 32,
+        time_limit: float = 300.0,
+    ):
         self.model = model
         self.slots = slots
         self.max_waiting = max_waiting
         self.time_limit = time_limit
         text = model.config.get_text_config()
         if stateful := sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION):
-            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states cannot be batched here")
+            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states the engine cannot batch")
         self.context = text.max_position_embeddings
         self._tokenizer = copy.deepcopy(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -108,9 +114,9 @@ class Engine:
         suppressed = [token for token in never_written(model) if token < self._vocabulary]
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # may be empty
         self._ends = frozenset(end_tokens(model))
-        self._newcomers: list[Row] = []  # have a slot, and will be prefilled next
+        self._admitted: list[Row] = []  # have a slot and will be prefilled next
         self._rows: list[Row] = []
-        self._cache: Any = None  # [B, heads, S, head width] per layer
+        self._cache: Cache = preallocated_cache()  # [B, heads, S, head width] per layer
         self._columns = 0  # S
         self._waiting: list[Row] = []
         self._jobs: list[Job] = []
@@ -119,61 +125,45 @@ class Engine:
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Callable[[], None]:
-        """Queue a request, and return a function that cancels it. `deliver` is called from the engine's thread with each piece, or with the
-        error that ended the completion; it must neither block nor raise. After a cancellation one more piece may arrive.
-
-        Raises RequestError if the model cannot answer it, QueueFull if the queue is full, EngineClosed after `close`.
-        """
+    def submit(self, request: Request, deliver: Deliver[Piece]) -> Row:
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
-        row = Row(deliver, time.monotonic() + self.time_limit, request, AnswerText(self._tokenizer, request.stop), sampler)
+        row = Row(deliver, time.monotonic() + self.time_limit, request, Detokenizer(self._tokenizer, request.stop), sampler)
         self._queue(row)
-        return row.cancel
+        return row
 
-    def submit_work(self, work: Work, deliver: Callable[[Any], None]) -> Callable[[], None]:
-        """Queue `work`, which is called in the engine's thread with the model and its tokenizer, and return a function that cancels it.
-        `deliver` is called from there with its result, or with the error that ended it. It waits and counts like a request; once begun, it
-        is not stopped.
-
-        Raises QueueFull if the queue is full, EngineClosed after `close`.
-        """
+    def submit_work(self, work: Work[Result], deliver: Deliver[Result]) -> Job:
         job = Job(deliver, time.monotonic() + self.time_limit, work)
         self._queue(job)
-        return job.cancel
+        return job
 
     def _queue(self, pending: Row | Job) -> None:
         with self._changed:
-            self.check_room()
+            self.check_queue()
             if isinstance(pending, Job):
                 self._jobs.append(pending)
             else:
                 self._waiting.append(pending)
             self._changed.notify()
 
-    def check_room(self) -> None:
-        """Raise QueueFull or EngineClosed as `submit` would, before a request is prepared."""
+    def check_queue(self) -> None:
         if self._closed:
             raise EngineClosed("the server is shutting down")
         if self.running + self.waiting >= self.slots + self.max_waiting:
             raise QueueFull(f"{self.running + self.waiting} requests are running or waiting, the maximum; try again later")
 
-    def room(self, prompt: int, most: int) -> int:
-        """Return how many tokens the completion of a prompt of this length may have, up to `most`; 1 if none, which `submit` refuses."""
-        return max(1, min(most, self.context - prompt))
+    def clip_length(self, prompt_tokens: int, limit: int) -> int:
+        return max(1, min(limit, self.context - prompt_tokens))
 
     @property
     def running(self) -> int:
-        """The number of completions being generated."""
-        return len(self._newcomers) + len(self._rows)
+        return len(self._admitted) + len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """The number of requests and jobs in the queue."""
         return len(self._waiting) + len(self._jobs)
 
     def close(self) -> None:
-        """Accept no more requests, and return when all accepted ones are complete."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -186,23 +176,24 @@ class Engine:
         self.close()
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Raise RequestError if the model cannot be run on a prompt."""
         ids = prompt.input_ids
         if len(ids) > self.context:
-            raise RequestError(f"the conversation has {len(ids)} tokens, but the model takes {self.context}")
+            raise RequestError(f"the conversation has {len(ids)} tokens, more than the model's context of {self.context}")
         unknown = max((token for token in ids if token not in self._placeholders), default=0)
         if unknown >= self._vocabulary:
-            raise RequestError(f"the prompt has token {unknown}, but the model knows {self._vocabulary}")
+            raise RequestError(f"the prompt has token {unknown}, but the vocabulary has {self._vocabulary} tokens")
         found, images = sum(token in self._placeholders for token in ids), image_count(prompt.inputs)
         if bool(found) != bool(images):
-            raise RequestError(f"the prompt has {found} placeholders, which cannot be those of {images} images")
+            raise RequestError(f"the prompt has {found} placeholder tokens and {images} images: both or neither must be 0")
 
     def _check(self, request: Request) -> None:
         length, limit = len(request.prompt.input_ids), request.max_new_tokens
         if not length or limit < 1:
             raise RequestError(f"a request needs a prompt and a token to generate, but has {length} tokens and max_new_tokens={limit}")
         if length + limit > self.context:
-            raise RequestError(f"the prompt has {length} tokens and the answer up to {limit}, but the model takes {self.context} together")
+            raise RequestError(
+                f"the prompt has {length} tokens and the answer up to {limit}, more than the model's context of {self.context}"
+            )
         self.check_prompt(request.prompt)
         check_sampling(request.temperature, request.top_p)
         if "" in request.stop:
@@ -215,9 +206,9 @@ class Engine:
         while self._wait_for_work():
             self._admit()
             if self._jobs:
-                self._do(self._jobs[0])
-            if self._newcomers:
-                self._guarded(self._prefill, self._newcomers)
+                self._run_job(self._jobs[0])
+            if self._admitted:
+                self._guarded(self._prefill, self._admitted)
             if self._rows:
                 self._guarded(self._decode, self._rows)
 
@@ -228,30 +219,30 @@ class Engine:
             return bool(self._waiting or self._jobs or self._rows)
 
     def _admit(self) -> None:
-        """Move waiting requests to free slots, in order. Drop what was cancelled, and fail what exceeded its time."""
+        """Move waiting requests to free slots, in order. Drop cancelled ones, and fail those that exceeded the time limit."""
         with self._changed:
             pending = (*self._rows, *self._waiting, *self._jobs)
-            for late in [one for one in pending if not one.done and time.monotonic() > one.deadline]:
-                late.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
+            for expired in [one for one in pending if not one.done and time.monotonic() > one.deadline]:
+                expired.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
             self._drop_finished()
-            still = [row for row in self._waiting if not row.done]
+            waiting = [row for row in self._waiting if not row.done]
             self._jobs = [job for job in self._jobs if not job.done]
             free = self.slots - len(self._rows)
-            self._newcomers, self._waiting = still[:free], still[free:]
+            self._admitted, self._waiting = waiting[:free], waiting[free:]
 
     def _guarded(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
         """Deliver an error to the rows that it concerns; the next requests may succeed."""
         try:
             work(rows)
         except Exception as error:
-            logger.exception("answering %d requests failed", len(rows))  # their clients may all have left
+            logger.exception("%d requests failed", len(rows))  # their clients may have disconnected
             for row in rows:
                 if not row.done:
                     row.fail(error)
         self._drop_finished()
 
-    def _do(self, job: Job) -> None:
-        """Run one job: running completions wait for no more than that."""
+    def _run_job(self, job: Job) -> None:
+        """Run a job. Completions wait meanwhile, so only one is run between two decoding steps."""
         try:
             result = job.work(self.model, self._tokenizer)
         except Exception as error:  # noqa: BLE001  the caller raises or logs it
@@ -262,22 +253,22 @@ class Engine:
         with self._changed:
             self._jobs.remove(job)
 
-    def _prefill(self, newcomers: list[Row]) -> None:
+    def _prefill(self, admitted: list[Row]) -> None:
         """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
-        prompts = [row.request.prompt for row in newcomers]
+        prompts = [row.request.prompt for row in admitted]
         columns = max(len(prompt.input_ids) for prompt in prompts)
         inputs = self._batch(prompts, columns)
-        places = prefill_positions(self.model, inputs)
-        cache = roomy_cache()
-        logits_B1V = self.model(**inputs, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        last = places.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
-        for row, prompt, position in zip(newcomers, prompts, last, strict=True):
+        position_ids = prefill_positions(self.model, inputs)
+        cache = preallocated_cache()
+        logits_B1V = self.model(**inputs, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        last = position_ids.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
+        for row, prompt, position in zip(admitted, prompts, last, strict=True):
             row.cached, row.position = len(prompt.input_ids), position + 1
         self._join(cache, columns)
-        self._choose(newcomers, logits_B1V[:, -1])
+        self._choose(admitted, logits_B1V[:, -1])
 
     def _batch(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
-        """Return the model's inputs of several prompts, padded on the left to `columns`."""
+        """Return the model's inputs for several prompts, padded on the left to `columns`."""
         device = self.model.device
         filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -288,10 +279,10 @@ class Engine:
             for name in types
         }
         images = concatenated([{name: value for name, value in prompt.inputs.items() if name not in TOKEN_INPUTS} for prompt in prompts])
-        moved = {name: self._moved(value) for name, value in (typed | images).items()}
+        moved = {name: self._to_device(value) for name, value in (typed | images).items()}
         return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | moved
 
-    def _moved(self, value: Tensor) -> Tensor:
+    def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
     def _decode(self, rows: list[Row]) -> None:
@@ -315,34 +306,34 @@ class Engine:
         starts = torch.tensor([columns - length for length in lengths])
         return (torch.arange(columns) >= starts[:, None]).long().to(self.model.device)
 
-    def _join(self, cache: Any, columns: int) -> None:
-        """Append newcomers to the rows of the batch."""
+    def _join(self, cache: Cache, columns: int) -> None:
+        """Append the admitted rows to the batch."""
         if self._rows:
             longest = max(columns, self._columns)
-            for layer, theirs in zip(self._cache.layers, cache.layers, strict=True):
-                layer.hold(
-                    torch.cat([_pad_left(layer.keys, longest), _pad_left(theirs.keys, longest)]),
-                    torch.cat([_pad_left(layer.values, longest), _pad_left(theirs.values, longest)]),
+            for layer, new in zip(self._cache.layers, cache.layers, strict=True):
+                layer.replace(
+                    torch.cat([_pad_left(layer.keys, longest), _pad_left(new.keys, longest)]),
+                    torch.cat([_pad_left(layer.values, longest), _pad_left(new.values, longest)]),
                 )
             self._columns = longest
         else:
             self._cache, self._columns = cache, columns
-        self._rows, self._newcomers = [*self._rows, *self._newcomers], []
+        self._rows, self._admitted = [*self._rows, *self._admitted], []
 
     def _drop_finished(self) -> None:
         """Remove finished rows from the batch, and columns that no row uses any more."""
-        self._newcomers = [row for row in self._newcomers if not row.done]
+        self._admitted = [row for row in self._admitted if not row.done]
         kept = [index for index, row in enumerate(self._rows) if not row.done]
         if len(kept) == len(self._rows):
             return
         self._rows = [self._rows[index] for index in kept]
         if not kept:
-            self._cache, self._columns = None, 0
+            self._cache, self._columns = preallocated_cache(), 0
             return
         columns = max(row.cached for row in self._rows)
         rows = torch.tensor(kept, device=self.model.device)
         for layer in self._cache.layers:
-            layer.hold(layer.keys[rows, :, -columns:], layer.values[rows, :, -columns:])
+            layer.replace(layer.keys[rows, :, -columns:], layer.values[rows, :, -columns:])
         self._columns = columns
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> None:

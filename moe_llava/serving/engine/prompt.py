@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
+from transformers import ProcessorMixin
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import concatenated
@@ -14,7 +15,7 @@ from moe_llava.data.encoder import Encoder
 from moe_llava.data.rendering import REFUSALS
 from moe_llava.serving.engine.requests import Prompt
 
-_LARGE = (1024, 1024)
+_LARGE = (1024, 1024)  # width and height
 
 
 class PromptError(ValueError):
@@ -24,10 +25,10 @@ class PromptError(ValueError):
 class PromptBuilder:
     """Build prompts for the model of `processor`. Only one thread may use it at a time, because its tokenizer is not thread-safe.
 
-    `image_bytes`: the size of a large image's inputs.
+    `image_bytes`: the size of the inputs of a large image.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: ProcessorMixin):
         self._processor = processor
         self._encoder = Encoder(processor)
         self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)
@@ -38,7 +39,7 @@ class PromptBuilder:
         """Return the prompt of `messages` with `count` images, up to the beginning of the next answer or, if the last message is an answer,
         to its end. An iterator of images is consumed one by one, so it need not hold two at once, and not before the messages are checked.
 
-        `messages`: as chat templates take them, with texts from `as_text`.
+        `messages`: as chat templates take them, with texts from `escape`.
 
         Raises PromptError if the chat template refuses the messages or does not render all images, or if a text contains a placeholder.
         """
@@ -48,7 +49,7 @@ class PromptBuilder:
         except REFUSALS as error:
             raise PromptError(f"the model's chat template refuses them: {error}") from error
         if text.count(token) != count:
-            raise PromptError("the model's chat template has no place for the images")
+            raise PromptError("the model's chat template does not render the images")
         if any(self._placeholder.search(part["text"]) for message in messages for part in message["content"] if part["type"] == "text"):
             raise PromptError("a text contains a placeholder, which stands for an image")
         try:
@@ -61,6 +62,6 @@ class PromptBuilder:
         inputs = concatenated([found for found, _ in processed])
         return Prompt(ids, inputs | {name: types[None] for name, types in self._encoder.token_types(ids).items()})
 
-    def as_text(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         """Insert a space after the first character of every placeholder in `text`, so that it is tokenized as text."""
         return self._placeholder.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)

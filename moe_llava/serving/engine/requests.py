@@ -1,4 +1,4 @@
-"""Requests to the engine, what it delivers, and the errors by which it refuses."""
+"""Requests to the engine, the pieces that it delivers, and its errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LONGEST = 512  # tokens of a completion, if the request sets no limit
-MOST_TEMPERATURE = 2.0  # as in OpenAI's API
+DEFAULT_MAX_NEW_TOKENS = 512  # tokens of a completion, if the request sets no limit
+MAX_TEMPERATURE = 2.0  # as in OpenAI's API
 
 
 class RequestError(ValueError):
@@ -20,8 +20,8 @@ class RequestError(ValueError):
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raise RequestError if a value is out of bounds. Logits divided by less than 0.001 would overflow."""
-    if not (temperature == 0 or 0.001 <= temperature <= MOST_TEMPERATURE) or not 0 < top_p <= 1:
-        rule = f"temperature must be 0 or at least 0.001, and at most {MOST_TEMPERATURE:g}, and top_p above 0 and at most 1"
+    if not (temperature == 0 or 0.001 <= temperature <= MAX_TEMPERATURE) or not 0 < top_p <= 1:
+        rule = f"temperature must be 0 or at least 0.001, and at most {MAX_TEMPERATURE:g}, and top_p above 0 and at most 1"
         raise RequestError(f"{rule}, but they are {temperature:g} and {top_p:g}")
 
 
@@ -39,21 +39,26 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model's processor makes it. `input_ids`: token ids, the placeholders of images included. `inputs`: the model's other
-    inputs: a type for each token [1, S], if the model has these, and those of the images."""
+    """The model's inputs. `input_ids`: token ids, including the placeholders of images. `inputs`: the others: token types [1, S], if the
+    model has them, and the inputs of the images."""
 
     input_ids: list[int]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of `inputs`."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is to be completed.
+    """A prompt, and the options of its completion.
 
     temperature: 0 is greedy decoding.
     seed: None samples another completion each time.
     stop: strings that end the completion.
-    top_logprobs: the number of most likely tokens to report for each token; None reports no probabilities.
+    top_logprobs: the number of most likely tokens to report at each position; None reports no probabilities.
     """
 
     prompt: Prompt
@@ -76,7 +81,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Piece:
-    """The addition of one token to a completion. `text` may be empty, because a character or a stop string may consist of several tokens.
+    """The text of one token of a completion. `text` may be empty, because a character or a stop string may consist of several tokens.
     `finish_reason`: "stop" or "length" in the last piece, else None. The token that ends a completion has no `logprobs`."""
 
     token: int

@@ -1,12 +1,12 @@
-"""The bodies of requests, and the memory of all requests together: memory is admitted before it is allocated."""
+"""The bodies of requests, and the memory of all requests together: memory is reserved before it is allocated."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import PriorityQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -14,61 +14,50 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from moe_llava.serving.http.protocol import LEFT, RETRY_AFTER, ApiError, Limits
+from moe_llava.serving.http.protocol import CLIENT_CLOSED, ApiError, Limits, busy
 
-Take = Callable[[int], None]
-Made = TypeVar("Made")
-
-
-class Memory:
-    """Bytes that all requests hold at once: bodies until they are prepared, then the images' inputs until the completion ends. Used by the
-    event loop only."""
-
-    def __init__(self, most: int):
-        self._most = most
-        self._taken = 0
-
-    @contextmanager
-    def share(self) -> Iterator[Share]:
-        """Hold the bytes of one request until the end of the context."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            share.release()
-
-    def admit(self, more: int) -> None:
-        """Count `more` bytes, or raise ApiError (429) if there are not so many."""
-        if self._taken + more > self._most:
-            told = f"the requests at hand hold as many bytes as may be, {self._most}; try again later"
-            raise ApiError(429, told, code="busy", headers={"Retry-After": str(RETRY_AFTER)})
-        self._taken += more
-
-    def release(self, bytes_: int) -> None:
-        self._taken -= bytes_
+Reserve = Callable[[int], None]
+Result = TypeVar("Result")
 
 
-class Share:
-    """The bytes that one request holds."""
+@dataclass
+class MemoryBudget:
+    """Bytes that all requests may hold at once: bodies until they are prepared, then the images' inputs until the completion ends. Used by
+    the event loop only."""
 
-    def __init__(self, memory: Memory):
-        self._memory = memory
-        self._mine = 0
+    limit: int
+    reserved: int = 0
 
-    def take(self, more: int) -> None:
-        """Count `more` bytes. Raises ApiError (429) if there are not so many."""
-        self._memory.admit(more)
-        self._mine += more
 
-    def release(self, but: int = 0) -> None:
-        """Give back all but so many bytes."""
-        self._memory.release(self._mine - but)
-        self._mine = but
+class Reservation:
+    """The bytes that one request holds. Leaving the context releases them."""
+
+    def __init__(self, budget: MemoryBudget):
+        self._budget = budget
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """Reserve more bytes. Raises ApiError (429) if the budget is exceeded."""
+        if self._budget.reserved + size > self._budget.limit:
+            raise busy(429, f"all requests together may hold {self._budget.limit} bytes; try again later", "busy")
+        self._budget.reserved += size
+        self._size += size
+
+    def release(self, keep: int = 0) -> None:
+        """Release all bytes but `keep`."""
+        self._budget.reserved -= self._size - keep
+        self._size = keep
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Worker:
-    """One thread for the work of all requests, one piece at a time. So the memory of one piece bounds that of all, and the allocator keeps
-    the freed memory of one thread only. The smallest piece comes first: a small request waits for one other at most."""
+    """One thread for the work of all requests, one item at a time. So the memory of one item bounds that of all, and the allocator keeps
+    the freed memory of one thread only. The smallest item comes first: a small request waits for one other at most."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[float, int, Future[Any], Callable[[], Any]]] = PriorityQueue()
@@ -76,7 +65,7 @@ class Worker:
         self._open = True
         Thread(target=self._work, name="prepare", daemon=True).start()
 
-    async def run(self, size: int, work: Callable[[], Made]) -> Made:
+    async def run(self, size: int, work: Callable[[], Result]) -> Result:
         """Return or raise the result of `work`. `size`: the bytes that it needs meanwhile."""
         return await asyncio.wrap_future(self._put(size, work))
 
@@ -98,41 +87,55 @@ class Worker:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
-                except BaseException as error:  # noqa: BLE001  who waits raises it
+                except BaseException as error:  # noqa: BLE001  the caller raises it
                     future.set_exception(error)
-            del future, work  # they hold a body and its images, which nobody needs until there is more work
+            del future, work  # they hold a body and its images, which would otherwise stay in memory until the next item
 
 
-async def read_body(client: Request, limits: Limits, take: Take) -> bytearray:
-    """Return a body. Raises ApiError if it is not declared as JSON (415), is too large (413) or too slow (408), or the client leaves."""
+async def read_body(client: Request, limits: Limits, reserve: Reserve) -> bytearray:
+    """Return a body. Raises ApiError if it is not declared as JSON (415), is too large (413) or too slow (408), or if the client
+    disconnects (499)."""
     if client.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be application/json")
     try:
-        return await asyncio.wait_for(_received(client, limits.body_bytes, take), limits.body_seconds)
+        return await asyncio.wait_for(_receive(client, limits.body_bytes, reserve), limits.body_seconds)
     except asyncio.TimeoutError as error:
-        told = f"the body did not come within {limits.body_seconds:g} seconds"
-        raise ApiError(408, told, headers={"Connection": "close"}) from error
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds"
+        raise ApiError(408, message, headers={"Connection": "close"}) from error
     except ClientDisconnect as error:
-        raise ApiError(LEFT, "the client left") from error  # nobody reads it
+        raise ApiError(CLIENT_CLOSED, "the client disconnected") from error
 
 
-async def until_left(client: Request) -> None:
-    """Return when the client, whose body has been read, has disconnected."""
+async def unless_disconnected(client: Request, work: Awaitable[Result]) -> Result:
+    """Return or raise the result of `work`. If the client, whose body has been read, disconnects first, cancel `work` and raise ApiError
+    (499)."""
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_disconnected(client))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(CLIENT_CLOSED, "the client disconnected")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(client: Request) -> None:
     while (await client.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _received(client: Request, most: int, take: Take) -> bytearray:
-    """Receive a body. One that is too large is read to its end if that is near: many clients read the response only after they have sent
-    all."""
+async def _receive(client: Request, limit: int, reserve: Reserve) -> bytearray:
+    """Receive a body. One that is too large is read to its end if that is near, because many clients read the response only after they have
+    sent everything."""
     body, size = bytearray(), 0
     async for chunk in client.stream():
         size += len(chunk)
-        if size > 2 * most:
+        if size > 2 * limit:
             break
-        if size <= most:
-            take(len(chunk))
+        if size <= limit:
+            reserve(len(chunk))
             body += chunk
-    if size > most:
-        raise ApiError(413, f"the body has more than {most} bytes")
+    if size > limit:
+        raise ApiError(413, f"the body has more than {limit} bytes")
     return body

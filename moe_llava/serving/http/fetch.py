@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import h11
 
-from moe_llava.serving.http.bodies import Take
+from moe_llava.serving.http.bodies import Reserve
 from moe_llava.serving.http.listen import ServeError
 from moe_llava.serving.http.protocol import ApiError, Limits
 
@@ -31,47 +31,48 @@ def is_public(address: str) -> bool:
     """Return whether this is an address of the public internet: not of this machine or a network behind it, and none that embeds another
     address."""
     parsed = ip_address(address.partition("%")[0])
-    if isinstance(parsed, IPv6Address) and (parsed.sixtofour or int(parsed) >> 125 != 1):  # of 2000::/3 are all that lead to one place
+    # Of IPv6, only 2000::/3 is global unicast, and 6to4 in it embeds another address.
+    if isinstance(parsed, IPv6Address) and (parsed.sixtofour or int(parsed) >> 125 != 1):
         return False
     return parsed.is_global and not parsed.is_multicast
 
 
 class Fetcher:
-    """Fetch from `hosts`, each a name or name:port; without a port, from the ports of http and https. `may_reach` checks an address.
+    """Fetch from `hosts`, each a name or name:port; without a port, from the ports of http and https. `is_allowed` checks an address.
 
-    Raises ServeError if a host is no name.
+    Raises ServeError if a host is not a name.
     """
 
-    def __init__(self, hosts: Sequence[str], limits: Limits, may_reach: Callable[[str], bool] = is_public):
+    def __init__(self, hosts: Sequence[str], limits: Limits, is_allowed: Callable[[str], bool] = is_public):
         self._limits = limits
-        self._may_reach = may_reach
-        self._places = {place for host in hosts for place in _places(host)}
-        self._tls = ssl.create_default_context()  # reads files: now, and never again
+        self._is_allowed = is_allowed
+        self._allowed = {server for host in hosts for server in _servers(host)}
+        self._tls = ssl.create_default_context()  # reads files, once
 
-    async def fetch(self, urls: Sequence[str], take: Take) -> dict[str, bytes]:
+    async def fetch(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
         """Return the content of each URL. The time limit is for all together.
 
         Raises ApiError (400) if one is not allowed or cannot be fetched.
         """
         try:
-            return await asyncio.wait_for(self._each(urls, take), self._limits.fetch_seconds)
+            return await asyncio.wait_for(self._fetch_all(urls, reserve), self._limits.fetch_seconds)
         except asyncio.TimeoutError as error:
-            raise ApiError(400, f"the images did not come within {self._limits.fetch_seconds:g} seconds", "messages") from error
+            raise ApiError(400, f"the images did not arrive within {self._limits.fetch_seconds:g} seconds", "messages") from error
 
-    async def _each(self, urls: Sequence[str], take: Take) -> dict[str, bytes]:
-        return {url: await self._one(url, take) for url in dict.fromkeys(urls)}
+    async def _fetch_all(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
+        return {url: await self._fetch_one(url, reserve) for url in dict.fromkeys(urls)}
 
-    async def _one(self, url: str, take: Take) -> bytes:
+    async def _fetch_one(self, url: str, reserve: Reserve) -> bytes:
         scheme, host, port, target = self._split(url)
         try:
-            address = await self._address(host, port)
+            address = await self._resolve(host, port)
             tls = self._tls if scheme == "https" else None
             reader, writer = await asyncio.open_connection(address, port, ssl=tls, server_hostname=host if tls else None)
             try:
                 authority = host if port == PORTS[scheme] else f"{host}:{port}"
-                return await self._answer(reader, writer, authority, target, take)
+                return await self._get(reader, writer, authority, target, reserve)
             finally:
-                writer.transport.abort()  # nothing is left to say
+                writer.transport.abort()
         except (OSError, h11.RemoteProtocolError) as error:
             raise ApiError(400, f"{url[:100]} cannot be fetched from {host}: {error}"[:300], "messages") from error
 
@@ -80,21 +81,25 @@ class Fetcher:
         try:
             parts = urlsplit(url) if URL.fullmatch(url) else None
             scheme, host, port = (parts.scheme, parts.hostname or "", parts.port) if parts else ("", "", None)
-        except ValueError as error:  # a port or address that is none
-            raise ApiError(400, f"{url[:100]!r} is no URL: {error}"[:300], "messages") from error
-        if parts is None or "@" in parts.netloc or (scheme, host, port or PORTS[scheme]) not in self._places:
-            raise ApiError(400, f"{url[:100]!r} is of no host that images are fetched from", "messages")
+        except ValueError as error:  # an invalid port or address
+            raise ApiError(400, f"{url[:100]!r} is not a URL: {error}"[:300], "messages") from error
+        if parts is None or "@" in parts.netloc or (scheme, host, port or PORTS[scheme]) not in self._allowed:
+            raise ApiError(400, f"images are not fetched from the host of {url[:100]!r}", "messages")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return scheme, host, port or PORTS[scheme], target
 
-    async def _address(self, host: str, port: int) -> str:
+    async def _resolve(self, host: str, port: int) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(place[0]) for *_, place in found]
-        if not addresses or not all(map(self._may_reach, addresses)):
-            raise ApiError(400, f"{host} is not on the internet: images are not fetched from networks behind this server", "messages")
+        addresses = [str(endpoint[0]) for *_, endpoint in found]
+        if not addresses or not all(map(self._is_allowed, addresses)):
+            raise ApiError(
+                400, f"{host} is not on the public internet: images are not fetched from networks behind this server", "messages"
+            )
         return addresses[0]
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, authority: str, target: str, take: Take) -> bytes:
+    async def _get(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, authority: str, target: str, reserve: Reserve
+    ) -> bytes:
         connection = h11.Connection(h11.CLIENT)
         headers = {"Host": authority, "User-Agent": "moe-llava", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
         writer.write(connection.send(h11.Request(method="GET", target=target, headers=list(headers.items()))) or b"")
@@ -105,20 +110,20 @@ class Fetcher:
             if event is h11.NEED_DATA:
                 connection.receive_data(await reader.read(CHUNK))
             elif isinstance(event, h11.Response) and event.status_code != 200:
-                told = f"{authority} answered with status {event.status_code}, but an image comes with 200; no redirect is followed"
-                raise ApiError(400, told, "messages")
+                message = f"{authority} responded with status {event.status_code}, not 200; redirects are not followed"
+                raise ApiError(400, message, "messages")
             elif isinstance(event, h11.Data):
-                take(len(event.data))
+                reserve(len(event.data))
                 content += event.data
                 if len(content) > self._limits.image_bytes:
-                    raise ApiError(400, f"an image of {authority} has more than {self._limits.image_bytes} bytes", "messages")
+                    raise ApiError(400, f"an image from {authority} has more than {self._limits.image_bytes} bytes", "messages")
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(content)
 
 
-def _places(host: str) -> list[tuple[str, str, int]]:
-    """Return (scheme, name, port) of all that may be fetched from a host."""
+def _servers(host: str) -> list[tuple[str, str, int]]:
+    """Return (scheme, name, port) of the servers that an option allows."""
     found = HOST.fullmatch(host.lower())
     if found is None or not 0 < int(found[2] or 1) < 65536:
-        raise ServeError(f"--allow-image-host takes a name as in images.example.org, or with a port, but got {host!r}")
+        raise ServeError(f"--allow-image-host must be a name such as images.example.org, or name:port, but is {host!r}")
     return [(scheme, found[1], int(found[2] or port)) for scheme, port in PORTS.items()]

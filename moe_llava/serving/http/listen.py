@@ -15,16 +15,16 @@ class ServeError(ValueError):
 def read_keys(path: Path | None, host: str) -> list[str]:
     """Return the API keys in a file, one per line.
 
-    Raises ServeError if there is none where one is needed: other machines may connect only with keys.
+    Raises ServeError if there is none but `host` is reached by other machines, or if the file has none.
     """
     if path is None:
         if not is_loopback(host):
-            raise ServeError(f"--host {host} lets other machines in: give --api-keys FILE, or listen at 127.0.0.1")
+            raise ServeError(f"--host {host} admits other machines: give --api-keys FILE, or listen on 127.0.0.1")
         return []
     try:
         keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ServeError(f"{path} must hold API keys, one per line, but is no text in UTF-8") from error
+        raise ServeError(f"{path} must hold API keys, one per line, but is not text in UTF-8") from error
     if not keys:
         raise ServeError(f"{path} must hold API keys, one per line, but has none")
     return keys
@@ -38,14 +38,14 @@ def listener(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ServeError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
-    # Connections inherit it. Without it the end of each answer would wait 40 ms for the client to acknowledge its beginning.
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    # Connections inherit it. Without it the end of each response waits 40 ms, until the client has acknowledged its beginning.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether this address, without brackets, or name is this machine's own, and no other's."""
+    """Return whether this name or address, without brackets, always means this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # a name

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moe_llava.checkpoints.offload import Counts
-from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.interface import CompletionEngine
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # buckets of the histogram
 
@@ -20,7 +20,7 @@ disable_created_metrics()
 class Metrics:
     """Count requests and tokens. Each server has a registry of its own, so two servers in one process do not add up."""
 
-    def __init__(self, engine: Engine, experts: Counts | None = None) -> None:
+    def __init__(self, engine: CompletionEngine, experts: Counts | None = None) -> None:
         """Register the metrics. `experts`: counts of the expert cache, None if all experts are in memory."""
         self._registry = CollectorRegistry()
         self.requests = Counter(

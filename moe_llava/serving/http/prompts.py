@@ -7,9 +7,9 @@ import binascii
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, InlineImage, check_shape, fitting, open_image
@@ -18,48 +18,53 @@ from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+Fetched = Mapping[str, bytes]  # URL -> content
 START_OF_SCAN = b"\xff\xda"
-# RFC 2397: a media type, parameters such as charset=utf-8 or name="a.png", and how the content is written. The content says what it is.
+# RFC 2397: a media type, parameters such as charset=utf-8 or name="a.png", and the encoding. The format is detected from the
+# content, not from the media type.
 DATA_URL = re.compile(r"""data:image/[\w.+*-]+(?: *; *[\w.+*-]+=(?:[^;,"]*|"[^"]*"))* *; *base64,""", re.IGNORECASE | re.ASCII)
 
-# Bytes that a pixel takes at most, measured with Pillow and transformers: while a file is decoded and made RGB (WebP's decoder has a canvas
-# for this frame and one for the last); while the image becomes an array; while a square that it was padded to, or what it is enlarged to,
-# is resized or cropped, the image and its array beside it.
-DECODING, DECODING_WEBP, CONVERTING, KEPT, RESIZING = 12, 21, 14, 7, 13
+# Bytes per pixel, at most, measured with Pillow and transformers.
+DECODING = 12  # while a file is decoded and converted to RGB
+DECODING_WEBP = 21  # WebP's decoder has two canvases, for this frame and the last one
+CONVERTING = 14  # while the image is converted to an array
+KEPT = 7  # the image and its array, which are kept while it is resized
+RESIZING = 13  # of the padded or enlarged image, while it is resized or cropped
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes for the images of a request: `working` while they are prepared, one by one, `kept` until it is complete."""
+    """Bytes for the images of a request: `working` while they are prepared, one by one, `kept` for their inputs."""
 
     working: int
     kept: int
 
 
 class PromptMaker:
-    """Prepare prompts. `needs` and `make` may each be used by one thread at a time, because a tokenizer is not thread-safe."""
+    """Check and decode the images of messages, and build prompts. Only one thread may use `needs`, and one `make`, at a time, because a
+    tokenizer is not thread-safe."""
 
-    def __init__(self, processor: Any, limits: Limits):
+    def __init__(self, processor: ProcessorMixin, limits: Limits):
         self._builder = PromptBuilder(processor)
-        self._images = processor.image_processor
+        self._image_processor = processor.image_processor
         self._limits = limits
 
-    def needs(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Needs:
-        """Return the bytes for the images of `messages`, from their headers: none is decoded. `fetched`: the content of URLs that are no
+    def needs(self, messages: list[Message], fetched: Fetched) -> Needs:
+        """Return the bytes for the images of `messages`, from their headers: none is decoded. `fetched`: the content of URLs that are not
         data: URLs.
 
         Raises ApiError (400) if an image is not accepted.
         """
         all_pixels, working, count = 0, 0, 0
-        for image in self._sent(messages, fetched):
-            width, height, taken = self._look_at(image)
+        for image in self._images_of(messages, fetched):
+            width, height, size = self._inspect(image)
             all_pixels += width * height
             if all_pixels > self._limits.all_pixels:
                 raise ApiError(400, f"the images have more than {self._limits.all_pixels} pixels together", "messages")
-            working, count = max(working, taken), count + 1
+            working, count = max(working, size), count + 1
         return Needs(working, count * self._builder.image_bytes)
 
-    def make(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Prompt:
+    def make(self, messages: list[Message], fetched: Fetched) -> Prompt:
         """Return the prompt of `messages`, up to the beginning of the next answer or, if the last message is an answer, to its end. Call
         `needs` first.
 
@@ -67,11 +72,11 @@ class PromptMaker:
         """
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         try:
-            return self._builder.build(conversation, map(self._decoded, self._sent(messages, fetched)), len(image_urls(messages)))
+            return self._builder.build(conversation, map(self._decoded, self._images_of(messages, fetched)), len(image_urls(messages)))
         except PromptError as error:
             raise ApiError(400, f"messages: {error}", "messages") from error
 
-    def _parts(self, message: Any) -> list[dict[str, str]]:
+    def _parts(self, message: Message) -> list[dict[str, str]]:
         """Join texts that follow each other by line breaks, so that no two of them together make a placeholder."""
         parts: list[dict[str, str]] = []
         for part in parts_of(message.content):
@@ -81,55 +86,55 @@ class PromptMaker:
                 parts.append({"type": "text", "text": part.text})
             else:
                 parts.append({"type": "image"})
-        return [part | {"text": self._builder.as_text(part["text"])} if part["type"] == "text" else part for part in parts]
+        return [part | {"text": self._builder.escape(part["text"])} if part["type"] == "text" else part for part in parts]
 
-    def _sent(self, messages: list[Message], fetched: Mapping[str, bytes]) -> Iterator[InlineImage]:
-        for url, place in image_urls(messages):
-            yield InlineImage(place, fetched[url] if url in fetched else self._content(url, place))
+    def _images_of(self, messages: list[Message], fetched: Fetched) -> Iterator[InlineImage]:
+        for url, path in image_urls(messages):
+            yield InlineImage(path, fetched[url] if url in fetched else self._content(url, path))
 
-    def _content(self, url: str, place: str) -> bytes:
+    def _content(self, url: str, path: str) -> bytes:
         head = DATA_URL.match(url)
         if head is None:
-            raise ApiError(400, f"{place} must be a data: URL, data:image/png;base64,...; nothing is fetched", "messages")
-        most = self._limits.image_bytes
-        if (len(url) - head.end()) * 3 // 4 > most + 2:
-            raise ApiError(400, f"{place} has more than {most} bytes", "messages")
+            raise ApiError(400, f"{path} must be a data: URL, data:image/png;base64,...; images are not fetched", "messages")
+        limit = self._limits.image_bytes
+        if (len(url) - head.end()) * 3 // 4 > limit + 2:
+            raise ApiError(400, f"{path} has more than {limit} bytes", "messages")
         try:
             return base64.b64decode(url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{place} is not base64: {error}", "messages") from error
+            raise ApiError(400, f"{path} is not base64: {error}", "messages") from error
 
-    def _look_at(self, image: InlineImage) -> tuple[int, int, int]:
-        """Return (width, height, the bytes that preparing it needs) of an image."""
+    def _inspect(self, image: InlineImage) -> tuple[int, int, int]:
+        """Return (width, height, bytes that its preparation needs) of an image, from its header."""
         try:
             with Image.open(image.open(), formats=FORMATS) as header:
                 width, height = header.size
         except BROKEN as error:
-            raise ApiError(400, f"{image} is none of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
+            raise ApiError(400, f"{image} is not one of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
         if width * height > self._limits.pixels:
-            raise ApiError(400, f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are taken", "messages")
+            raise ApiError(400, f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are allowed", "messages")
         try:
             check_shape(header.size)
         except ValueError as error:
-            raise ApiError(400, f"{image} cannot be taken: {error}", "messages") from error
+            raise ApiError(400, f"{image} is not accepted: {error}", "messages") from error
         if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
             raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")
-        taken, most = working_bytes(header.size, header.format == "WEBP", self._images), self._limits.working_bytes
-        if taken > most:
-            told = f"{image} has {width} x {height} pixels, and takes {taken} bytes to prepare, but at most {most} are given"
-            raise ApiError(400, told, "messages")
-        return width, height, taken
+        size, limit = working_bytes(header.size, header.format == "WEBP", self._image_processor), self._limits.working_bytes
+        if size > limit:
+            message = f"{image} has {width} x {height} pixels, and its preparation needs {size} bytes, but at most {limit} are allowed"
+            raise ApiError(400, message, "messages")
+        return width, height, size
 
-    def _decoded(self, sent: InlineImage) -> Image.Image:
+    def _decoded(self, image: InlineImage) -> Image.Image:
         try:
-            return open_image(sent, "the request", FORMATS)
+            return open_image(image, "the request", FORMATS)
         except DataError as error:
-            told = str(error)
-        # Not from within: the other error holds what was decoded until this one is answered.
-        raise ApiError(400, told, "messages")
+            message = str(error)
+        # Raised here, because `error` would otherwise keep the decoded image in memory until the response is sent.
+        raise ApiError(400, message, "messages")
 
 
-def working_bytes(size: tuple[int, int], webp: bool, processor: Any) -> int:
+def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor) -> int:
     """Return the most bytes that `open_image` and this image processor need at once, for an image file of `size`."""
     width, height = fitting(size)
     longer, shorter = max(width, height), min(width, height)

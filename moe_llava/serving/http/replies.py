@@ -7,17 +7,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from moe_llava.serving.engine.requests import Piece, TokenLogprobs
-from moe_llava.serving.engine.text import BROKEN
+from moe_llava.serving.engine.text import REPLACEMENT
+from moe_llava.serving.http.protocol import ApiError
 
 
 class Reply:
-    """The fields that all parts of one reply share."""
+    """One reply, whole or as the chunks of a stream."""
 
-    def __init__(self, model: str, prompt_tokens: int, wants_logprobs: bool):
+    def __init__(self, model: str, prompt_tokens: int, with_logprobs: bool):
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
-        self._wants_logprobs = wants_logprobs
+        self._with_logprobs = with_logprobs
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
@@ -42,15 +45,20 @@ class Reply:
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        if not self._wants_logprobs:
+        if not self._with_logprobs:
             return None
         return {"content": [_token(piece.logprobs) for piece in pieces if piece.logprobs is not None], "refusal": None}
 
 
-def _token(told: TokenLogprobs) -> dict[str, Any]:
-    return _entry(told.text, told.logprob) | {"top_logprobs": [_entry(text, logprob) for text, logprob in told.top]}
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the response for an error."""
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _token(logprobs: TokenLogprobs) -> dict[str, Any]:
+    return _entry(logprobs.text, logprobs.logprob) | {"top_logprobs": [_entry(text, logprob) for text, logprob in logprobs.top]}
 
 
 def _entry(text: str, logprob: float) -> dict[str, Any]:
     """Return the log probability of a token. `bytes` are unknown for a token that is a part of a character."""
-    return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}
+    return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}

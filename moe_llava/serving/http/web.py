@@ -1,14 +1,14 @@
 """The page at /, and the routes of a conversation's tokens, for the page and for other clients.
 
-Unusual here: the page loads nothing from other servers and runs no script but its own, which its Content-Security-Policy enforces. It needs
-no API key, because it holds no data: it requests everything as any client does.
+Unusual here: the page loads nothing from other servers and runs only its own scripts, which its Content-Security-Policy enforces. Its files
+need no API key, because they hold no data: the page requests everything like any other client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from moe_llava.common.colours import expert_colour, ink
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.serving.engine.interface import Work
 from moe_llava.serving.engine.requests import Prompt
-from moe_llava.serving.http.bodies import Share, until_left
-from moe_llava.serving.http.prompts import PromptMaker
-from moe_llava.serving.http.protocol import LEFT, ApiError, ChatCompletionRequest, Message
+from moe_llava.serving.http.bodies import Reservation, unless_disconnected
+from moe_llava.serving.http.prompts import Fetched, PromptMaker
+from moe_llava.serving.http.protocol import ApiError, ChatCompletionRequest, Message
+from moe_llava.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -39,34 +42,32 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-Conversation = tuple[Prompt, int]  # with the last answer, and the token at which that begins
-
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page's files, which need no key."""
+    """Serve the page's files, without an API key."""
     for file in sorted(file for file in FILES.iterdir() if file.suffix in KINDS):
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
-        app.get(path)(_sending(file.read_bytes(), KINDS[file.suffix]))
+        app.get(path)(_sender(file.read_bytes(), KINDS[file.suffix]))
 
 
-def _sending(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+def _sender(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     async def send() -> Response:
         return Response(content, headers=HEADERS, media_type=kind)
 
     return send
 
 
-def add_routes(guarded: APIRouter, service: Any, processor: Any) -> None:
-    """Add the endpoints that the page needs beside completions. `service`: api.py's."""
+def add_routes(guarded: APIRouter, service: Service, processor: ProcessorMixin) -> None:
+    """Add the endpoints that the page needs in addition to completions."""
     routes = Routes(service, processor)
     guarded.get("/page/settings")(routes.settings)
     guarded.post("/routes")(routes.trace)
 
 
 class Routes:
-    """Trace conversations, in the engine's thread."""
+    """Trace conversations in the engine's thread."""
 
-    def __init__(self, service: Any, processor: Any):
+    def __init__(self, service: Service, processor: ProcessorMixin):
         self._service = service
         self._processor = processor
         self._ends = frozenset(end_tokens(service.engine.model))
@@ -85,44 +86,34 @@ class Routes:
         """Return the experts of every patch of a conversation's images, and of every token of the answer that ends it."""
         if not self._sparse:
             raise ApiError(400, "the model is dense: it has no experts", code="no_experts")
-        with self._service.memory.share() as share:
-            return await self._traced(client, share)
+        with Reservation(self._service.memory) as reservation:
+            prompt, begin = await self._service.prepared(client, self._prompt, reservation, with_answer=True)
+            reservation.release(keep=prompt.nbytes)
+            self._service.engine.check_prompt(prompt)
+            ids = prompt.input_ids
+            trace = await self._run(
+                client, lambda model, tokenizer: trace_answer(model, tokenizer, ids[:begin], ids[begin:], prompt.inputs)
+            )
+            metrics = self._service.metrics
+            metrics.prompt_tokens.inc(len(ids))
+            metrics.requests.labels("routes").inc()
+            # In a thread, because it may be some megabytes of JSON.
+            return await run_in_threadpool(lambda: JSONResponse(self._body(trace, prompt)))
 
-    async def _traced(self, client: Request, share: Share) -> Response:
-        prompt, begin = await self._service.prepared(client, self._read, share, answered=True)
-        self._service.engine.check_prompt(prompt)
-        ids = prompt.input_ids
+    def _prompt(self, chat: ChatCompletionRequest, fetched: Fetched) -> tuple[Prompt, int]:
+        return split_conversation(self._service.prompts, chat.messages, fetched, self._ends)
 
-        def work(model: Any, tokenizer: Any) -> Trace:
-            return trace_answer(model, tokenizer, ids[:begin], ids[begin:], prompt.inputs)
-
-        trace = await self._done(client, work)
-        metrics = self._service.metrics
-        metrics.prompt_tokens.inc(len(ids))
-        metrics.requests.labels("routes").inc()
-        # In a thread: it may be some megabytes of JSON.
-        return await run_in_threadpool(lambda: JSONResponse(self._told(trace, prompt)))
-
-    def _read(self, asked: ChatCompletionRequest, fetched: Mapping[str, bytes]) -> Conversation:
-        return read_conversation(self._service.prompts, asked.messages, fetched, self._ends)
-
-    async def _done(self, client: Request, work: Callable[[Any, Any], Trace]) -> Trace:
-        """Return the result of `work`. Raises what it raises, and ApiError if the client disconnects first."""
+    async def _run(self, client: Request, work: Work[Trace]) -> Trace:
+        """Return or raise the result of `work`. Raises ApiError if the client disconnects first."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Trace] = loop.create_future()
-        cancel = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
-        watching = asyncio.create_task(until_left(client))
+        job = self._service.engine.submit_work(work, lambda result: loop.call_soon_threadsafe(_settle, done, result))
         try:
-            await asyncio.wait((done, watching), return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                done.cancel()
-                raise ApiError(LEFT, "the client left")  # nobody reads it
-            return done.result()
+            return await unless_disconnected(client, done)
         finally:
-            watching.cancel()
-            cancel()
+            job.cancel()
 
-    def _told(self, trace: Trace, prompt: Prompt) -> dict[str, Any]:
+    def _body(self, trace: Trace, prompt: Prompt) -> dict[str, Any]:
         colours = [expert_colour(expert) for expert in range(trace.probs_LTE.shape[-1])]
         pictures = as_seen(prompt.inputs, self._processor, self._service.engine.model.config)
         return {
@@ -138,29 +129,29 @@ class Routes:
 
 
 def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
-    """Deliver the result of the work. Log an error whose client has left."""
+    """Deliver the result of the work. Log an error whose client has disconnected."""
     if not isinstance(result, Exception):
         if not done.cancelled():
             done.set_result(result)
     elif done.cancelled():
-        logger.error("tracing failed after its client had left", exc_info=result)
+        logger.error("tracing failed after its client had disconnected", exc_info=result)
     else:
         done.set_exception(result)
 
 
-def read_conversation(prompts: PromptMaker, messages: list[Message], fetched: Mapping[str, bytes], ends: frozenset[int]) -> Conversation:
-    """Return the prompt of a conversation up to the last token of the answer that is its last message, and the index at which that answer
-    begins."""
+def split_conversation(prompts: PromptMaker, messages: list[Message], fetched: Fetched, ends: frozenset[int]) -> tuple[Prompt, int]:
+    """Return the prompt of a conversation up to the last token of its last message, an answer, and the index at which that answer begins.
+    `ends`: the tokens that end an answer."""
     before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
     ids = whole.input_ids
-    # A form may end a prompt in another way than what stands before an answer that is given: there the answer begins, too.
-    begin = next((place for place, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
-    end = next((place for place in range(begin, len(ids)) if ids[place] in ends), len(ids))
+    # A chat template may end a prompt with other tokens than it puts before a given answer: the answer begins at the first difference.
+    begin = next((index for index, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
+    end = next((index for index in range(begin, len(ids)) if ids[index] in ends), len(ids))
     return Prompt(ids[:end], whole.inputs), begin
 
 
 def _image(trace: Trace, number: int, picture: str) -> dict[str, Any]:
-    patches_T = (trace.places_T3[:, 0] == number) & (trace.places_T3[:, 1] >= 0)  # a class token has no place
+    patches_T = (trace.places_T3[:, 0] == number) & (trace.places_T3[:, 1] >= 0)  # a class token has no position
     rows, columns = (int(last) + 1 for last in trace.places_T3[patches_T, 1:].max(0).values)
     return {"picture": picture, "rows": rows, "columns": columns, **_experts(trace, patches_T)}
 

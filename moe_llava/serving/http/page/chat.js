@@ -1,20 +1,20 @@
-// The conversation: turns, each a question with pictures and its answer. The server keeps nothing: all of it is sent with every question.
+// The conversation: turns, each a question with pictures and its answer. The server stores nothing, so every request has all turns.
 import { element, make, makeButton, picture, rendered } from "./dom.js";
 import * as experts from "./experts.js";
-import { taken } from "./pictures.js";
+import { encode } from "./pictures.js";
 import * as server from "./server.js";
 
-let known = null; // what the server told of itself
-let turns = []; // {question, images, answer, state, problem, shortened, routes: of the answer, once they were asked for, article}
+let settings = null; // of the server: the model's name and the limits
+let turns = []; // {question, images, answer, state, problem, shortened, routes: null until they are shown, article}
 let pending = []; // pictures to send with the next question
-let reading = 0; // pictures that are being read
-let running = null; // ends the answer that is being written
-let tracing = null; // ends the request for routes
+let reading = 0; // number of pictures that are being read
+let running = null; // aborts the current answer
+let tracing = null; // aborts the request for routes
 let shown = null; // the turn whose experts are shown
 
 const WAITING = "waiting", WRITING = "writing", DONE = "done", STOPPED = "stopped", FAILED = "failed";
 
-// What the model reads before it answers the turn at `end`. A question that got no answer is no part of the conversation.
+// Return the messages of the prompt for the turn at `end`. Unanswered questions are left out.
 function messages(end) {
   const system = element("system").value.trim();
   const found = system ? [{ role: "system", content: system }] : [];
@@ -33,11 +33,11 @@ function parts(turn) {
   return turn.question ? [...images, { type: "text", text: turn.question }] : images;
 }
 
-// Asking
+// Requests
 
 async function answer(turn) {
   const stopping = new AbortController();
-  const body = { model: known.model, messages: messages(turns.indexOf(turn)), temperature: Number(element("temperature").value) };
+  const body = { model: settings.model, messages: messages(turns.indexOf(turn)), temperature: Number(element("temperature").value) };
   if (element("tokens").value) body.max_tokens = Math.max(1, Math.floor(Number(element("tokens").value)));
   Object.assign(turn, { answer: "", state: WAITING, problem: "", shortened: false, routes: null });
   running = stopping;
@@ -54,36 +54,36 @@ async function answer(turn) {
     turn.state = DONE;
   } catch (error) {
     turn.state = stopping.signal.aborted ? STOPPED : FAILED;
-    if (turn.state === FAILED) turn.problem = plain(error);
-    if (error.wrongKey) askForKey(error.message);
+    if (turn.state === FAILED) turn.problem = describe(error);
+    if (error.wrongKey) showKeyForm(error.message);
   }
-  if (running !== stopping) return; // another conversation has begun
+  if (running !== stopping) return; // another conversation has started
   running = null;
   follow(turn);
-  if (known.sparse && turn.answer.trim()) showExperts(turn);
+  if (settings.sparse && turn.answer.trim()) showExperts(turn);
 }
 
-function askAgain(turn) {
+function regenerate(turn) {
   forgetExperts();
   answer(turn);
 }
 
-function plain(error) {
+function describe(error) {
   if (error instanceof server.Problem) return error.message;
   console.error(error);
-  return "Something on this page went wrong; the browser's console says what.";
+  return "An error occurred on this page; see the browser's console.";
 }
 
 const nothingToSend = () => !element("question").value.trim() && !pending.length;
 
 function send() {
   const question = element("question").value.trim();
-  if (!known || running || reading || nothingToSend()) return;
+  if (!settings || running || reading || nothingToSend()) return;
   const images = pending.length + turns.filter(answered).reduce((sum, turn) => sum + turn.images.length, 0);
-  if (images > known.images) {
-    const most = known.images === 1 ? "1 picture" : `${known.images} pictures`;
+  if (images > settings.images) {
+    const limit = settings.images === 1 ? "1 picture" : `${settings.images} pictures`;
     element("composer-problem").textContent =
-      `The server takes ${most} in a conversation, and this would be ${images}: remove some, or begin a new conversation.`;
+      `The server accepts ${limit} in a conversation, and this would be ${images}: remove some, or start a new conversation.`;
     return;
   }
   const turn = { question, images: pending };
@@ -104,19 +104,19 @@ async function showExperts(turn) {
     return;
   }
   const stopping = tracing = new AbortController();
-  experts.tell("Looking at the experts ...");
-  const body = { model: known.model, messages: [...messages(turns.indexOf(turn)), { role: "assistant", content: turn.answer }] };
+  experts.showNote("Loading the experts ...");
+  const body = { model: settings.model, messages: [...messages(turns.indexOf(turn)), { role: "assistant", content: turn.answer }] };
   try {
     turn.routes = await server.routes(body, stopping.signal);
     experts.show(turn.routes);
   } catch (error) {
-    if (!stopping.signal.aborted) experts.tell(plain(error));
+    if (!stopping.signal.aborted) experts.showNote(describe(error));
   }
 }
 
 function forgetExperts() {
   choose(null);
-  experts.tell("Once there is an answer, the experts that took its tokens and the picture's patches are shown here.");
+  experts.showNote("After an answer, the experts of its tokens and of the picture's patches are shown here.");
 }
 
 function choose(turn) {
@@ -127,10 +127,10 @@ function choose(turn) {
   }
 }
 
-// Drawing. An article stays as long as its turn, and only what changed is drawn anew: the focus and what is being typed are kept.
+// Drawing. Each turn keeps its article, and only changed parts are redrawn, so the focus and typed text are kept.
 
 function drawTurns() {
-  element("welcome").hidden = turns.length > 0 || !known;
+  element("welcome").hidden = turns.length > 0 || !settings;
   element("messages").replaceChildren(...turns.map(turn => turn.article));
   drawButtons();
 }
@@ -139,7 +139,7 @@ function drawButtons() {
   element("messages").setAttribute("aria-busy", running !== null); // hides the buttons of all turns
   element("send").hidden = running !== null;
   element("stop").hidden = running === null;
-  element("send").disabled = !known || reading > 0 || nothingToSend();
+  element("send").disabled = !settings || reading > 0 || nothingToSend();
   const pictures = pending.length + turns.reduce((sum, turn) => sum + turn.images.length, 0);
   element("question").placeholder = pictures === 0 ? "Ask a question" : `Ask about the ${pictures === 1 ? "picture" : "pictures"}`;
   element("new").disabled = turns.length === 0;
@@ -161,28 +161,28 @@ function drawQuestion(turn, words = turn.question ? make("p", turn.question) : "
 }
 
 function drawAnswer(turn) {
-  const place = turn.article.querySelector(".answer"), actions = make("div", "", "actions");
-  place.classList.toggle("waiting", turn.state === WAITING);
-  place.replaceChildren(rendered(turn.answer));
-  if (turn.state === WAITING) place.append(make("p", "reading ...", "quiet"));
+  const body = turn.article.querySelector(".answer"), actions = make("div", "", "actions");
+  body.classList.toggle("waiting", turn.state === WAITING);
+  body.replaceChildren(rendered(turn.answer));
+  if (turn.state === WAITING) body.append(make("p", "waiting ...", "quiet"));
   if (turn.state === WAITING || turn.state === WRITING) return;
-  if (turn.state === DONE && !turn.answer.trim()) place.append(make("p", "The model answered with nothing.", "quiet"));
-  if (turn.state === STOPPED) place.append(make("p", "stopped", "quiet"));
-  if (!answered(turn)) place.append(make("p", "It got no answer, and the model does not read it again.", "quiet if-followed"));
-  if (turn.shortened) place.append(make("p", "The answer reached its longest length, which the settings can raise.", "quiet"));
-  if (turn.state === FAILED) place.append(make("p", turn.problem, "problem"));
-  const again = makeButton(turn.state === FAILED ? "Try again" : "Regenerate", () => askAgain(turn));
+  if (turn.state === DONE && !turn.answer.trim()) body.append(make("p", "The answer is empty.", "quiet"));
+  if (turn.state === STOPPED) body.append(make("p", "stopped", "quiet"));
+  if (!answered(turn)) body.append(make("p", "This question has no answer and is left out of later prompts.", "quiet if-followed"));
+  if (turn.shortened) body.append(make("p", "The answer reached the maximum length, which the settings can raise.", "quiet"));
+  if (turn.state === FAILED) body.append(make("p", turn.problem, "problem"));
+  const again = makeButton(turn.state === FAILED ? "Try again" : "Regenerate", () => regenerate(turn));
   again.className = "if-last";
   actions.append(again);
-  if (known.sparse && turn.answer.trim()) {
+  if (settings.sparse && turn.answer.trim()) {
     const button = makeButton("Experts", () => { openExperts(true); showExperts(turn); }, "Show the experts of this answer");
     button.setAttribute("aria-pressed", turn === shown);
     actions.append(button);
   }
-  place.append(actions);
+  body.append(actions);
 }
 
-// Who has scrolled up to read is left there.
+// Scroll to the end, unless the user has scrolled up.
 function follow(turn) {
   const inSight = turn.article.getBoundingClientRect().bottom < innerHeight;
   drawAnswer(turn);
@@ -192,7 +192,7 @@ function follow(turn) {
 
 let drawing = null;
 
-// At most once in a frame.
+// Redraw at most once per frame.
 function drawSoon(turn) {
   drawing ??= requestAnimationFrame(() => {
     drawing = null;
@@ -206,14 +206,14 @@ function edit(turn) {
 }
 
 function editor(turn) {
-  const form = make("form", "", "edit"), text = make("textarea"), row = make("div", "", "row"), ask = make("button", "Ask again", "strong");
+  const form = make("form", "", "edit"), text = make("textarea"), row = make("div", "", "row"), ask = make("button", "Send again", "strong");
   const cancel = () => {
     drawQuestion(turn);
     turn.article.querySelector(".actions button").focus();
   };
   text.value = turn.question;
   text.rows = Math.min(8, turn.question.split("\n").length + 1);
-  text.setAttribute("aria-label", "the question, to be changed");
+  text.setAttribute("aria-label", "edit the question");
   text.onkeydown = event => {
     if (event.key === "Escape") cancel();
     submitOnEnter(event, form);
@@ -226,9 +226,9 @@ function editor(turn) {
     turns = turns.slice(0, turns.indexOf(turn) + 1);
     cancel();
     drawTurns();
-    askAgain(turn);
+    regenerate(turn);
   };
-  row.append(make("span", "What follows it is removed.", "quiet if-followed"), makeButton("Cancel", cancel), ask);
+  row.append(make("span", "Later turns are removed.", "quiet if-followed"), makeButton("Cancel", cancel), ask);
   form.append(text, row);
   return form;
 }
@@ -247,9 +247,9 @@ async function add(files) {
     reading += 1;
     drawButtons();
     try {
-      pending.push(await taken(file, known));
+      pending.push(await encode(file, settings));
     } catch (error) {
-      element("composer-problem").textContent = plain(error);
+      element("composer-problem").textContent = describe(error);
     }
     reading -= 1;
     drawThumbnails();
@@ -286,27 +286,27 @@ function openExperts(open) {
   document.body.classList.toggle("without-experts", !open);
 }
 
-function askForKey(problem) {
+function showKeyForm(problem) {
   element("key-form").hidden = false;
   element("key-problem").textContent = problem;
   element("key").focus();
 }
 
-async function begin() {
+async function connect() {
   try {
-    known = await server.settings();
+    settings = await server.settings();
   } catch (error) {
     element("welcome").hidden = true;
-    if (error.wrongKey) askForKey(server.hasKey() ? error.message : "");
-    else element("messages").replaceChildren(make("p", plain(error), "problem"), makeButton("Try again", begin));
+    if (error.wrongKey) showKeyForm(server.hasKey() ? error.message : "");
+    else element("messages").replaceChildren(make("p", describe(error), "problem"), makeButton("Try again", connect));
     return;
   }
   element("key-form").hidden = true;
-  element("model").textContent = document.title = known.model;
-  element("tokens").placeholder = known.new_tokens;
-  element("toggle").hidden = !known.sparse;
+  element("model").textContent = document.title = settings.model;
+  element("tokens").placeholder = settings.new_tokens;
+  element("toggle").hidden = !settings.sparse;
   if (!turns.length) {
-    openExperts(known.sparse);
+    openExperts(settings.sparse);
     forgetExperts();
   }
   drawTurns();
@@ -316,7 +316,7 @@ async function begin() {
 element("key-form").onsubmit = event => {
   event.preventDefault();
   server.setKey(element("key").value.trim());
-  begin();
+  connect();
 };
 element("composer").onsubmit = event => { event.preventDefault(); send(); };
 element("question").onkeydown = event => submitOnEnter(event, element("composer"));
@@ -356,7 +356,7 @@ document.addEventListener("keydown", event => {
 });
 document.addEventListener("paste", event => {
   const files = [...event.clipboardData.files];
-  if (!files.length || !known) return;
+  if (!files.length || !settings) return;
   event.preventDefault();
   add(files);
 });
@@ -365,7 +365,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     if (!event.dataTransfer?.types.includes("Files")) return;
     event.preventDefault();
     document.body.classList.toggle("dropping", kind === "dragenter" || kind === "dragover");
-    if (kind === "drop" && known) add([...event.dataTransfer.files]);
+    if (kind === "drop" && settings) add([...event.dataTransfer.files]);
   });
 }
-begin();
+connect();

@@ -1,4 +1,4 @@
-// Elements. What a model or a person wrote only ever becomes text.
+// Create elements. Text from a model or a user is never parsed as HTML.
 
 export const element = id => document.getElementById(id);
 
@@ -24,7 +24,7 @@ export function picture(source, alt) {
   return image;
 }
 
-// A little Markdown: blocks of code, lists, headings, bold and code within a line. All else stays as it is written.
+// Render a subset of Markdown: code blocks, lists, headings, bold and inline code. The rest stays plain text.
 export function rendered(text) {
   const result = document.createDocumentFragment();
   text.split(/^```.*$/m).forEach((part, number) => {
@@ -33,7 +33,7 @@ export function rendered(text) {
       result.append(make("pre", content));
       return;
     }
-    let block = null; // a list, or lines that follow each other
+    let block = null; // a list, or a paragraph of several lines
     for (const line of content.split("\n")) {
       const [, mark, item] = line.match(/^\s*([-*]|\d+[.)])\s+(.*)$/) ?? [];
       const kind = !mark ? "P" : /\d/.test(mark) ? "OL" : "UL";

@@ -1,12 +1,12 @@
-// The panel of experts: patches and tokens in the colours of the experts that took them first.
+// The panel of experts: patches and tokens in the colours of their first experts.
 import { element, make, picture } from "./dom.js";
 
-let routes = null; // the server's answer
-let layer = 0; // its place in routes.layers
+let routes = null; // the server's response
+let layer = 0; // an index of routes.layers
 let picked = null; // {part: of routes, token, name}
 const parts = new WeakMap(); // field -> the part of routes that it shows
 
-export function tell(note) {
+export function showNote(note) {
   element("experts-note").textContent = note;
   element("experts-view").hidden = true;
 }
@@ -26,12 +26,12 @@ export function show(found) {
 const visible = piece => piece.trim() === "" ? JSON.stringify(piece).slice(1, -1).replaceAll(" ", "␣") : piece.trim();
 
 function layOutLayers() {
-  const labels = routes.layers.map((number, place) => {
+  const labels = routes.layers.map((number, index) => {
     const label = make("label"), input = make("input");
     input.type = "radio";
     input.name = "layer";
-    input.checked = place === layer;
-    input.onchange = () => { layer = place; draw(); };
+    input.checked = index === layer;
+    input.onchange = () => { layer = index; draw(); };
     label.append(input, String(number));
     return label;
   });
@@ -53,7 +53,7 @@ function layOutImage(image, number) {
   return figure;
 }
 
-// A field of cells, one for each token of `part`; `nameOf` tells of a token where or what it is.
+// Fill a field with cells, one for each token of `part`. `nameOf`: a token's position or text.
 function layOutField(field, part, nameOf, columns) {
   const cells = part.experts[0].map((_, token) => {
     const cell = make("span");
@@ -103,7 +103,7 @@ function draw() {
   drawDetail();
 }
 
-// Which experts took the picked token in this layer, with what weights, and its first experts in all layers.
+// Show the experts and weights of the picked token in this layer, and its first experts in all layers.
 function drawDetail() {
   for (const field of fields()) {
     for (const cell of field.children) {
@@ -113,18 +113,18 @@ function drawDetail() {
   const detail = element("detail");
   detail.classList.toggle("empty", picked === null);
   if (picked === null) {
-    detail.replaceChildren(make("p", "Point at a patch or a word, or tap it, to see all of its experts.", "quiet"));
+    detail.replaceChildren(make("p", "Point at a patch or a word, or tap it, to see all its experts.", "quiet"));
     return;
   }
   const { part, token, name } = picked, bar = make("div", "", "bar");
-  const told = part.experts[layer][token].map((expert, place) => {
-    const weight = part.weights[layer][token][place], share = make("i", expert);
+  const weights = part.experts[layer][token].map((expert, rank) => {
+    const weight = part.weights[layer][token][rank], share = make("i", expert);
     share.style.cssText = `flex:${weight};background:${routes.colours[expert]};color:${routes.inks[expert]}`;
     if (weight > 0) bar.append(share);
     return weight > 0 ? `expert ${expert} × ${weight.toFixed(2)}` : `expert ${expert} was full`;
   });
-  const way = part.experts.map(tokens => tokens[token][0]).join(" → ");
+  const path = part.experts.map(tokens => tokens[token][0]).join(" → ");
   detail.replaceChildren(
-    make("b", name), bar, make("span", told.join(" + "), "told"), make("span", `first experts, layer by layer: ${way}`, "quiet"),
+    make("b", name), bar, make("span", weights.join(" + ")), make("span", `first experts, layer by layer: ${path}`, "quiet"),
   );
 }

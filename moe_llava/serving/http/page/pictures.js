@@ -1,28 +1,28 @@
-// Files of pictures -> data: URLs that the server takes. What is larger than it takes becomes smaller here.
+// Convert image files to data: URLs. Images above the server's limits are scaled down.
 import { Problem } from "./server.js";
 
-const TAKEN = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+const ACCEPTED = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 
-// {url, name, smaller: whether it was scaled down}
-export async function taken(file, limits) {
+// Return {url, name, smaller: it was scaled down}.
+export async function encode(file, limits) {
   const name = file.name || "a pasted picture";
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Problem(`${name} is no picture that this browser can read.`);
+    throw new Problem(`${name} is not a picture that this browser can read.`);
   }
-  // As many as may be sent have to fit into one request, in base64.
+  // The largest number of images must fit into one request, in base64.
   const bytes = Math.min(limits.image_bytes, Math.floor((limits.body_bytes * 0.7) / limits.images));
   const fits = file.size <= bytes && bitmap.width * bitmap.height <= limits.pixels;
-  const blob = fits && TAKEN.includes(file.type) ? file : await drawn(bitmap, bytes, limits.pixels);
+  const blob = fits && ACCEPTED.includes(file.type) ? file : await scaledDown(bitmap, bytes, limits.pixels);
   bitmap.close();
   return { url: await dataUrl(blob), name, smaller: !fits };
 }
 
-async function drawn(bitmap, bytes, pixels) {
-  for (let most = Math.min(pixels, 4_000_000); most > 1; most /= 2) {
-    const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
+async function scaledDown(bitmap, bytes, pixels) {
+  for (let area = Math.min(pixels, 4_000_000); area > 1; area /= 2) {
+    const scale = Math.min(1, Math.sqrt(area / (bitmap.width * bitmap.height)));
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.floor(bitmap.width * scale));
     canvas.height = Math.max(1, Math.floor(bitmap.height * scale));
