@@ -11,12 +11,12 @@ demo: .venv/installed
 # Two processes of one thread each: torch's threads would only get in each other's way.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov=moe_llava/model --cov-fail-under=95
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(FAMILIES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(FAMILIES)
 
 # The demo takes as long as all the others together: whoever is done takes over what waits.
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(FAMILIES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(FAMILIES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

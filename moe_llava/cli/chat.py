@@ -23,8 +23,8 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer, in tokens; default: 512, or what there is room for")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; above, up to 2, answers vary")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that together have this probability")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0: greedy decoding; above 0, up to 2: sampling")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample from the most likely tokens whose probabilities sum to this")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="makes answers at a temperature above 0 repeatable")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose chat template has one")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,

@@ -48,8 +48,8 @@ def verb(group: str, *examples: str) -> Callable[[Callable[..., None]], Callable
     return app.command(rich_help_panel=group, epilog=f"\b\n{lines}" if examples else None)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"moe-llava {__version__}")
         raise typer.Exit
 

@@ -42,7 +42,7 @@ def check(
         "problems": len(report.problems),
     }
     if measure is not None:
-        counts |= {"tokens": sum(report.lengths), "learnt": report.targets, "cut": report.cut, "padding": report.padding(batch_size)}
+        counts |= {"tokens": sum(report.lengths), "targets": report.targets, "cut": report.cut, "padding": report.padding(batch_size)}
     if as_json:
         print(json.dumps(counts | {"problems": report.problems, "lengths": report.histogram()}))
     else:

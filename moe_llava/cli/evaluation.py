@@ -131,8 +131,8 @@ def _print_scores(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    asked, there = found["questions"], found.get("questions_in_all", found["questions"])
-    of = f"{asked:,} questions" if asked == there else f"the first {asked:,} of {there:,} questions"
+    answered, there = found["questions"], found.get("questions_in_all", found["questions"])
+    of = f"{answered:,} questions" if answered == there else f"the first {answered:,} of {there:,} questions"
     table = Table("score", "value", "95% interval", title=f"{found['benchmark']}, {of}")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -141,12 +141,12 @@ def _print_scores(found: dict[str, Any]) -> None:
         low, high = found["intervals"][name]
         table.add_row(name, f"{value:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}")
     Console().print(table)
-    told = {
+    reported = {
         "missing": "questions without an answer, counted as wrong",
         "unknown": "answers to no question",
         "unreadable": "questions whose judgement could not be read, counted as wrong",
     }
-    for key, words in told.items():
+    for key, words in reported.items():
         if found.get(key):
             print(f"{len(found[key])} {words}: {', '.join(found[key][:20])}{' ...' if len(found[key]) > 20 else ''}")
     for token, number in found["end_tokens"].items():

@@ -137,8 +137,12 @@ def _encode_messages(messages: list[Message], has_images: bool, tokenizer: Any, 
     image = placeholder(tokenizer, template) if isinstance(images, int) else images.placeholder
     text, answers = render(messages, tokenizer, template, image if has_images else None)
     pieces = text.split(image) if has_images else [text]
-    wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages) if has_images else 0
-    if template is None and len(pieces) - 1 != wanted:
+    wanted = len(pieces) - 1
+    if isinstance(images, Images):
+        wanted = len(images.texts)
+    elif template is None and has_images:
+        wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
+    if len(pieces) - 1 != wanted:
         raise DataError(f"the chat template makes {len(pieces) - 1} {image} of {wanted} images")
     reserved: tuple[str, ...]
     if isinstance(images, int):

@@ -26,11 +26,8 @@ from moe_llava.data.rendering import check_prompt
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # inputs with a type for each token; a model has one of them or none
 TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES, "text_replacement_offsets", "labels")
-_SIZES = (
-    (224, 224),
-    (640, 480),
-    (300, 1200),
-)  # width and height: processors with tiles or dynamic resolution make different numbers of tokens of them
+# Width and height. Processors with tiles or dynamic resolution make different numbers of tokens of them.
+_SIZES = ((224, 224), (640, 480), (300, 1200), (1280, 720), (64, 40))
 _SAMPLE = 16  # images whose tokens are counted for an estimate
 
 
@@ -56,7 +53,10 @@ class Encoder:
         Raises DataError, naming the record, if an image cannot be read, or as `encode_within` does.
         """
         images = [open_image(path, record.source) for path in record.images]
-        inputs, texts = self.process(images)
+        try:
+            inputs, texts = self.process(images)
+        except DataError as error:
+            raise DataError(f"{record.source}: {error}") from error
         encoded, _ = self._encode(record, texts, self.max_length)
         return self._as_tensors(encoded) | inputs
 

@@ -195,10 +195,10 @@ def _saved_in(home: Path, training: Stage) -> Stage:
 def run_training(training: Stage, start: str | Parts, console: Console) -> Path:
     """Train from `start`, unless that is done, and return the checkpoint."""
     recipe = training.recipe
-    if training.number == 1 or isinstance(start, Parts) or isinstance(load_config(start), SparseConfig):
+    if training.before is None or isinstance(start, Parts) or isinstance(load_config(start), SparseConfig):
         recipe = dataclasses.replace(recipe, model=start)
     else:
-        _link(Path(recipe.output) / f"stage{training.number - 1}", start)
+        _link(Path(recipe.output) / f"stage{training.before}", start)
     return train(recipe, [training.number], resume=True, console=console)[0]
 
 

@@ -110,6 +110,13 @@ def test_an_unreadable_record_is_left_out_and_reported(processor, records, tmp_p
     assert empty["pixel_values"].shape == (1, 3, 48, 48)
 
 
+def test_two_images_in_a_caption_are_a_problem(processor, records):
+    """The chat template of captions renders one image."""
+    two = Record("two", (("<image><image>\nwhat ?", "red"),), records[0].images * 2)
+    problem = ConversationDataset([two], Encoder(processor, "plain"))[0]["problem"]
+    assert problem == "two: the chat template makes 1 <image> of 2 images"
+
+
 def test_records_are_cut_at_the_limit(processor, records):
     whole = ConversationDataset(records, Encoder(processor))[0]
     length = len(whole["input_ids"])

@@ -265,7 +265,7 @@ def test_a_language_model_alone_counts_tokens(tiny_base, tmp_path):  # noqa: F81
     for done in alone:
         found = json.loads(done.stdout)
         assert "an image counts as one token" in done.stderr
-        assert found["learnt"] == counted["learnt"]
+        assert found["targets"] == counted["targets"]
         assert found["tokens"] == counted["tokens"] - 35 * counted["records"]
     (language / "chat_template.jinja").unlink()
     assert "has no chat template: name one of phi" in refused(*data, "--model", language)

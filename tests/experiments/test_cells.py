@@ -122,14 +122,18 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     assert first_loss(first) == pytest.approx(first_loss(merged), abs=2e-4)
 
 
-def test_a_recipe_without_the_first_stages_starts_from_its_model(setup, write_experiment):
+@pytest.mark.parametrize("missing", [("stage1", "stage2"), ("stage2",)], ids=" and ".join)
+def test_a_stage_starts_from_the_one_before_in_the_recipe(setup, write_experiment, missing):
+    """Or from the model, if it is the first."""
     raw = yaml.safe_load(setup.recipe.read_text())
-    del raw["stage1"], raw["stage2"]
+    for name in missing:
+        del raw[name]
     setup.recipe.write_text(yaml.safe_dump(raw))
     experiment = load_experiment(write_experiment(cells={"sparse": None}, baseline="sparse"))
     plan = make_plan(experiment, dataclasses.replace(setup, seeds=1))
-    assert [result["steps"] for result in run_cells(plan, QUIET)] == [[2]]
-    assert not (plan.out / "shared").exists()
+    assert [result["steps"] for result in run_cells(plan, QUIET)] == [[2] * (3 - len(missing))]
+    assert (plan.out / "shared").exists() == ("stage1" not in missing)
+    assert (plan.cells["sparse"].folder / "stage1").is_symlink() == ("stage1" not in missing)
 
 
 def test_refusals(setup, write_experiment, monkeypatch):

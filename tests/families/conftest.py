@@ -1,4 +1,4 @@
-"""These tests run with torchvision, the others without: `pytest -p tests.families.operators tests/families`."""
+"""These tests run with torchvision, the others without: `python -m pytest -p tests.families.operators tests/families`."""
 
 import sys
 

@@ -58,5 +58,5 @@ def test_completions_are_those_of_generate(family):
 
 def test_a_model_whose_states_cannot_be_batched_is_refused():
     model, processor = made("qwen3_5")
-    with pytest.raises(ValueError, match="has layers of linear_attention, whose states cannot be batched here"):
+    with pytest.raises(ValueError, match="has layers of linear_attention, whose states the engine cannot batch"):
         Engine(model, processor.tokenizer)
