@@ -106,7 +106,7 @@ class Engine(CompletionEngine):
         self.time_limit = time_limit
         text = model.config.get_text_config()
         if stateful := sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION):
-            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states cannot be batched here")
+            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states the engine cannot batch")
         self.context = text.max_position_embeddings
         self._tokenizer = copy.deepcopy(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
