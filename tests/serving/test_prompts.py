@@ -108,7 +108,7 @@ def test_one_image_at_a_time_is_as_good_as_all(served, prompts):
     [
         (flat(300, 200), {"pixels": 59_999}, "300 x 200 pixels, but at most 59999 are allowed"),
         (flat(300, 200), {"all_pixels": 119_999}, "more than 119999 pixels together"),
-        (flat(300, 200), {"working_bytes": 1_000_000}, "300 x 200 pixels, and its preparation needs 1[0-9]* bytes, but at most 1000000"),
+        (flat(300, 200), {"working_bytes": 1_000_000}, "300 x 200 pixels and needs 1[0-9]* bytes to prepare, but at most 1000000"),
         (flat(603, 3), {}, "603 x 3 pixels, but one side may be at most 200 times"),
         (PNG[:30], {}, "not one of PNG, JPEG, WEBP, GIF"),
     ],
@@ -173,7 +173,7 @@ def test_reserved_memory_is_released():
             one.add(1)
         assert caught.value.status == 429
         assert "Retry-After" in caught.value.headers
-        one.release(keep=10)
+        one.keep(10)
         other.add(50)
     with Reservation(budget) as third:
         third.add(100)

@@ -273,14 +273,12 @@ class Engine(CompletionEngine):
         filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
         lengths = [len(prompt.input_ids) for prompt in prompts]
         ids_BS = torch.tensor([[filler] * (columns - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=device)
-        types = sorted({name for prompt in prompts for name in prompt.inputs} & TOKEN_INPUTS)
-        typed = {
-            name: torch.cat([F.pad(prompt.inputs[name], (columns - length, 0)) for prompt, length in zip(prompts, lengths, strict=True)])
-            for name in types
-        }
-        images = concatenated([{name: value for name, value in prompt.inputs.items() if name not in TOKEN_INPUTS} for prompt in prompts])
-        moved = {name: self._to_device(value) for name, value in (typed | images).items()}
-        return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | moved
+        padded = [
+            {name: F.pad(value, (columns - length, 0)) if name in TOKEN_INPUTS else value for name, value in prompt.inputs.items()}
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        inputs = {name: self._to_device(value) for name, value in concatenated(padded).items()}
+        return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | inputs
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)

@@ -51,7 +51,7 @@ class PromptBuilder:
         if text.count(token) != count:
             raise PromptError("the model's chat template does not render the images")
         if any(self._placeholder.search(part["text"]) for message in messages for part in message["content"] if part["type"] == "text"):
-            raise PromptError("a text contains a placeholder, which stands for an image")
+            raise PromptError("a text contains a placeholder, which is reserved for images")
         try:
             processed = [self._encoder.process([image]) for image in images]
         except DataError as error:

@@ -43,10 +43,14 @@ class Reservation:
         self._budget.reserved += size
         self._size += size
 
-    def release(self, keep: int = 0) -> None:
-        """Release all bytes but `keep`."""
-        self._budget.reserved -= self._size - keep
-        self._size = keep
+    def keep(self, size: int) -> None:
+        """Hold `size` bytes instead of those that were added."""
+        self._budget.reserved += size - self._size
+        self._size = size
+
+    def release(self) -> None:
+        """Hold nothing."""
+        self.keep(0)
 
     def __enter__(self) -> Reservation:
         return self

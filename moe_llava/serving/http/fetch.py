@@ -19,7 +19,7 @@ import h11
 
 from moe_llava.serving.http.bodies import Reserve
 from moe_llava.serving.http.listen import ServeError
-from moe_llava.serving.http.protocol import ApiError, Limits
+from moe_llava.serving.http.protocol import Limits, MessagesError
 
 PORTS = {"http": 80, "https": 443}
 HOST = re.compile(r"([a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*)(?::([0-9]{1,5}))?")
@@ -52,12 +52,12 @@ class Fetcher:
     async def fetch(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
         """Return the content of each URL. The time limit is for all together.
 
-        Raises ApiError (400) if one is not allowed or cannot be fetched.
+        Raises MessagesError if one is not allowed or cannot be fetched.
         """
         try:
             return await asyncio.wait_for(self._fetch_all(urls, reserve), self._limits.fetch_seconds)
         except asyncio.TimeoutError as error:
-            raise ApiError(400, f"the images did not arrive within {self._limits.fetch_seconds:g} seconds", "messages") from error
+            raise MessagesError(f"the images did not arrive within {self._limits.fetch_seconds:g} seconds") from error
 
     async def _fetch_all(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
         return {url: await self._fetch_one(url, reserve) for url in dict.fromkeys(urls)}
@@ -74,7 +74,7 @@ class Fetcher:
             finally:
                 writer.transport.abort()
         except (OSError, h11.RemoteProtocolError) as error:
-            raise ApiError(400, f"{url[:100]} cannot be fetched from {host}: {error}"[:300], "messages") from error
+            raise MessagesError(f"{url[:100]} cannot be fetched from {host}: {error}"[:300]) from error
 
     def _split(self, url: str) -> tuple[str, str, int, str]:
         """Return (scheme, host, port, path and query) of a URL."""
@@ -82,9 +82,9 @@ class Fetcher:
             parts = urlsplit(url) if URL.fullmatch(url) else None
             scheme, host, port = (parts.scheme, parts.hostname or "", parts.port) if parts else ("", "", None)
         except ValueError as error:  # an invalid port or address
-            raise ApiError(400, f"{url[:100]!r} is not a URL: {error}"[:300], "messages") from error
+            raise MessagesError(f"{url[:100]!r} is not a URL: {error}"[:300]) from error
         if parts is None or "@" in parts.netloc or (scheme, host, port or PORTS[scheme]) not in self._allowed:
-            raise ApiError(400, f"images are not fetched from the host of {url[:100]!r}", "messages")
+            raise MessagesError(f"images are not fetched from the host of {url[:100]!r}")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return scheme, host, port or PORTS[scheme], target
 
@@ -92,9 +92,7 @@ class Fetcher:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [str(endpoint[0]) for *_, endpoint in found]
         if not addresses or not all(map(self._is_allowed, addresses)):
-            raise ApiError(
-                400, f"{host} is not on the public internet: images are not fetched from networks behind this server", "messages"
-            )
+            raise MessagesError(f"{host} is not on the public internet: images are not fetched from networks behind this server")
         return addresses[0]
 
     async def _get(
@@ -110,13 +108,12 @@ class Fetcher:
             if event is h11.NEED_DATA:
                 connection.receive_data(await reader.read(CHUNK))
             elif isinstance(event, h11.Response) and event.status_code != 200:
-                message = f"{authority} responded with status {event.status_code}, not 200; redirects are not followed"
-                raise ApiError(400, message, "messages")
+                raise MessagesError(f"{authority} responded with status {event.status_code}, not 200; redirects are not followed")
             elif isinstance(event, h11.Data):
                 reserve(len(event.data))
                 content += event.data
                 if len(content) > self._limits.image_bytes:
-                    raise ApiError(400, f"an image from {authority} has more than {self._limits.image_bytes} bytes", "messages")
+                    raise MessagesError(f"an image from {authority} has more than {self._limits.image_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(content)
 

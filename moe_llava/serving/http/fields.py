@@ -26,10 +26,13 @@ class FieldError(ValueError):
 
 def described(value: Any) -> str:
     """Describe a value in a few words."""
-    if isinstance(value, list | dict):
-        return {list: "a list", dict: "an object"}[type(value)]
-    if isinstance(value, str):
-        return f"the string {json.dumps(_short(value), ensure_ascii=False)}"
+    match value:
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case str():
+            return f"the string {json.dumps(_short(value), ensure_ascii=False)}"
     return _short(json.dumps(value))
 
 
@@ -40,6 +43,12 @@ def must_be(rule: str, value: Any, path: str) -> FieldError:
 def string(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise must_be("a string", value, path)
+    return value
+
+
+def mapping(value: Any, path: str, rule: str = "an object") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise must_be(rule, value, path)
     return value
 
 
@@ -92,16 +101,6 @@ def only(*values: Any) -> Read[None]:
     return read
 
 
-def label(value: Any, path: str) -> None:
-    """Drop a string: a name for the client's own use."""
-    string(value, path)
-
-
-def labels(value: Any, path: str) -> None:
-    """Drop an object that holds names for the client's own use."""
-    _object(value, path)
-
-
 def items(read: Read[T], rule: str) -> Read[list[T]]:
     """Accept lists of at least one value, each read by `read`. `rule`: for the message."""
 
@@ -119,19 +118,19 @@ def by_kind(name: str, readers: Mapping[str, Read[T]]) -> Read[T]:
     """Accept objects whose field `name` selects the reader."""
 
     def read(value: Any, path: str) -> T:
-        if _object(value, path).get(name) is None:
+        if mapping(value, path).get(name) is None:
             raise FieldError(f"{path}.{name}", f"is missing: must be {_either(list(readers))}")
         return readers[one_of(*readers)(value[name], f"{path}.{name}")](value, path)
 
     return read
 
 
-def fields(
+def read_object(
     value: Any, path: str, kept: Mapping[str, Read[Any]], required: Sequence[str], dropped: Mapping[str, Read[Any]]
 ) -> dict[str, Any]:
     """Return the fields of an object that are `kept`. Those that are `dropped` are only checked; any other is an error."""
     rule = f"an object with {' and '.join(required)}" if required else "an object"
-    given = {name: found for name, found in _object(value, path, rule).items() if found is not None}
+    given = {name: found for name, found in mapping(value, path, rule).items() if found is not None}
     begin = f"{path}." if path else ""
     readers = {**kept, **dropped}
     for name in given:
@@ -144,12 +143,6 @@ def fields(
             raise FieldError(f"{begin}{name}", "is missing")
     values = {name: readers[name](found, f"{begin}{name}") for name, found in given.items()}
     return {name: found for name, found in values.items() if name in kept}
-
-
-def _object(value: Any, path: str, rule: str = "an object") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise must_be(rule, value, path)
-    return value
 
 
 def _short(words: str) -> str:

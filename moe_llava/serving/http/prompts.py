@@ -15,7 +15,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, InlineImage, check_shape, fitting, open_image
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Prompt
-from moe_llava.serving.http.protocol import ApiError, Limits, Message, TextPart, image_urls, parts_of
+from moe_llava.serving.http.protocol import Limits, Message, MessagesError, TextPart, image_urls
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 Fetched = Mapping[str, bytes]  # URL -> content
@@ -53,14 +53,14 @@ class PromptMaker:
         """Return the bytes for the images of `messages`, from their headers: none is decoded. `fetched`: the content of URLs that are not
         data: URLs.
 
-        Raises ApiError (400) if an image is not accepted.
+        Raises MessagesError if an image is not accepted.
         """
         all_pixels, working, count = 0, 0, 0
         for image in self._images_of(messages, fetched):
             width, height, size = self._inspect(image)
             all_pixels += width * height
             if all_pixels > self._limits.all_pixels:
-                raise ApiError(400, f"the images have more than {self._limits.all_pixels} pixels together", "messages")
+                raise MessagesError(f"the images have more than {self._limits.all_pixels} pixels together")
             working, count = max(working, size), count + 1
         return Needs(working, count * self._builder.image_bytes)
 
@@ -68,18 +68,19 @@ class PromptMaker:
         """Return the prompt of `messages`, up to the beginning of the next answer or, if the last message is an answer, to its end. Call
         `needs` first.
 
-        Raises ApiError (400) if an image cannot be decoded, or the chat template refuses the messages.
+        Raises MessagesError if an image cannot be decoded, or the chat template refuses the messages.
         """
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         try:
             return self._builder.build(conversation, map(self._decoded, self._images_of(messages, fetched)), len(image_urls(messages)))
         except PromptError as error:
-            raise ApiError(400, f"messages: {error}", "messages") from error
+            raise MessagesError(f"messages: {error}") from error
 
     def _parts(self, message: Message) -> list[dict[str, str]]:
-        """Join texts that follow each other by line breaks, so that no two of them together make a placeholder."""
+        """Return the parts of a message for its chat template. Adjacent texts are joined with line breaks, so that they cannot form a
+        placeholder together."""
         parts: list[dict[str, str]] = []
-        for part in parts_of(message.content):
+        for part in message.content:
             if isinstance(part, TextPart) and parts and parts[-1]["type"] == "text":
                 parts[-1]["text"] += "\n" + part.text
             elif isinstance(part, TextPart):
@@ -95,14 +96,14 @@ class PromptMaker:
     def _content(self, url: str, path: str) -> bytes:
         head = DATA_URL.match(url)
         if head is None:
-            raise ApiError(400, f"{path} must be a data: URL, data:image/png;base64,...; images are not fetched", "messages")
+            raise MessagesError(f"{path} must be a data: URL, data:image/png;base64,...; images are not fetched")
         limit = self._limits.image_bytes
         if (len(url) - head.end()) * 3 // 4 > limit + 2:
-            raise ApiError(400, f"{path} has more than {limit} bytes", "messages")
+            raise MessagesError(f"{path} has more than {limit} bytes")
         try:
             return base64.b64decode(url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{path} is not base64: {error}", "messages") from error
+            raise MessagesError(f"{path} is not base64: {error}") from error
 
     def _inspect(self, image: InlineImage) -> tuple[int, int, int]:
         """Return (width, height, bytes that its preparation needs) of an image, from its header."""
@@ -110,19 +111,18 @@ class PromptMaker:
             with Image.open(image.open(), formats=FORMATS) as header:
                 width, height = header.size
         except BROKEN as error:
-            raise ApiError(400, f"{image} is not one of {', '.join(FORMATS)}, or broken, or too large", "messages") from error
+            raise MessagesError(f"{image} is not one of {', '.join(FORMATS)}, or broken, or too large") from error
         if width * height > self._limits.pixels:
-            raise ApiError(400, f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are allowed", "messages")
+            raise MessagesError(f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are allowed")
         try:
             check_shape(header.size)
         except ValueError as error:
-            raise ApiError(400, f"{image} is not accepted: {error}", "messages") from error
+            raise MessagesError(f"{image} is not accepted: {error}") from error
         if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
-            raise ApiError(400, f"{image} has more than {self._limits.scans} scans", "messages")
+            raise MessagesError(f"{image} has more than {self._limits.scans} scans")
         size, limit = working_bytes(header.size, header.format == "WEBP", self._image_processor), self._limits.working_bytes
         if size > limit:
-            message = f"{image} has {width} x {height} pixels, and its preparation needs {size} bytes, but at most {limit} are allowed"
-            raise ApiError(400, message, "messages")
+            raise MessagesError(f"{image} has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed")
         return width, height, size
 
     def _decoded(self, image: InlineImage) -> Image.Image:
@@ -131,7 +131,7 @@ class PromptMaker:
         except DataError as error:
             message = str(error)
         # Raised here, because `error` would otherwise keep the decoded image in memory until the response is sent.
-        raise ApiError(400, message, "messages")
+        raise MessagesError(message)
 
 
 def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor) -> int:

@@ -17,14 +17,13 @@ from moe_llava.serving.http.fields import (
     Read,
     boolean,
     by_kind,
-    fields,
     integer,
     items,
-    label,
-    labels,
+    mapping,
     number,
     one_of,
     only,
+    read_object,
     string,
 )
 
@@ -49,6 +48,13 @@ class ApiError(Exception):
         types = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         type_ = types.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": type_, "param": self.param, "code": self.code}}
+
+
+class MessagesError(ApiError):
+    """The messages of a request are not accepted."""
+
+    def __init__(self, message: str):
+        super().__init__(400, message, "messages")
 
 
 def busy(status: int, message: str, code: str) -> ApiError:
@@ -90,7 +96,7 @@ class ImagePart:
 @dataclass(frozen=True)
 class Message:
     role: str  # "system", "user" or "assistant"
-    content: str | list[TextPart | ImagePart]
+    content: list[TextPart | ImagePart]
 
 
 @dataclass(frozen=True)
@@ -119,26 +125,26 @@ class ChatCompletionRequest:
 
 
 def _text_part(value: Any, path: str) -> TextPart:
-    return TextPart(fields(value, path, {"type": string, "text": string}, ("text",), {})["text"])
+    return TextPart(read_object(value, path, {"type": string, "text": string}, ("text",), {})["text"])
 
 
 def _image_part(value: Any, path: str) -> ImagePart:
-    return ImagePart(fields(value, path, {"type": string, "image_url": _image_url}, ("image_url",), {})["image_url"])
+    return ImagePart(read_object(value, path, {"type": string, "image_url": _image_url}, ("image_url",), {})["image_url"])
 
 
 def _image_url(value: Any, path: str) -> str:
     # `detail` has no effect: the processor decides on the number of tokens.
-    return fields(value, path, {"url": string}, ("url",), {"detail": one_of("auto", "low", "high")})["url"]
+    return read_object(value, path, {"url": string}, ("url",), {"detail": one_of("auto", "low", "high")})["url"]
 
 
-def _content(parts: Mapping[str, Read[Any]]) -> Read[Any]:
+def _content(parts: Mapping[str, Read[Any]]) -> Read[list[Any]]:
     read_list = items(by_kind("type", parts), "a string or a list of parts")
-    return lambda value, path: value if isinstance(value, str) else read_list(value, path)
+    return lambda value, path: [TextPart(value)] if isinstance(value, str) else read_list(value, path)
 
 
 def _message(content: Read[Any], dropped: Mapping[str, Read[None]]) -> Read[Message]:
     kept = {"role": string, "content": content}
-    return lambda value, path: Message(**fields(value, path, kept, ("content",), dropped))
+    return lambda value, path: Message(**read_object(value, path, kept, ("content",), dropped))
 
 
 def _stop(value: Any, path: str) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ def _stop(value: Any, path: str) -> tuple[str, ...]:
 
 
 def _stream_options(value: Any, path: str) -> StreamOptions:
-    return StreamOptions(**fields(value, path, {"include_usage": boolean}, (), {"include_obfuscation": only(False)}))
+    return StreamOptions(**read_object(value, path, {"include_usage": boolean}, (), {"include_obfuscation": only(False)}))
 
 
 TEXTS = _content({"text": _text_part})
@@ -176,27 +182,27 @@ SUPPORTED: dict[str, Read[Any]] = {
     "top_logprobs": integer(0, 20),
 }
 # OpenAI's fields that are accepted with these values only, and without effect. null is accepted in every field.
-WITHOUT_EFFECT: dict[str, Read[None]] = {
+WITHOUT_EFFECT: dict[str, Read[Any]] = {
     "frequency_penalty": only(0),
     "function_call": only("none", "auto"),
     "functions": only([]),
     "logit_bias": only({}),
-    "metadata": labels,
+    "metadata": mapping,
     "modalities": only(["text"], []),
     "n": only(1),
     "parallel_tool_calls": only(False, True),
     "presence_penalty": only(0),
-    "prompt_cache_key": label,
+    "prompt_cache_key": string,
     "prompt_cache_options": only({}, {"mode": "implicit"}),
     "prompt_cache_retention": only("in_memory"),
     "reasoning_effort": only("none"),
     "response_format": only({"type": "text"}),
-    "safety_identifier": label,
+    "safety_identifier": string,
     "service_tier": only("auto", "default"),
     "store": only(False),
     "tool_choice": only("none", "auto"),
     "tools": only([]),
-    "user": label,
+    "user": string,
     "verbosity": only("medium"),
 }
 
@@ -214,7 +220,7 @@ def parse(body: bytes | bytearray, limits: Limits, with_answer: bool = False) ->
     except ValueError as error:
         raise ApiError(400, f"the body: must be JSON: {error}") from error
     try:
-        chat = ChatCompletionRequest(**fields(content, "", SUPPORTED, ("model", "messages"), WITHOUT_EFFECT))
+        chat = ChatCompletionRequest(**read_object(content, "", SUPPORTED, ("model", "messages"), WITHOUT_EFFECT))
     except FieldError as error:
         raise ApiError(400, str(error), error.path[:100] or None) from error
     if chat.max_tokens is not None and chat.max_completion_tokens is not None:
@@ -229,28 +235,24 @@ def parse(body: bytes | bytearray, limits: Limits, with_answer: bool = False) ->
 
 def _check_messages(chat: ChatCompletionRequest, limits: Limits, with_answer: bool) -> None:
     if len(chat.messages) > limits.messages:
-        raise ApiError(400, f"{len(chat.messages)} messages, but at most {limits.messages} are allowed", "messages")
+        raise MessagesError(f"{len(chat.messages)} messages, but at most {limits.messages} are allowed")
     roles = [message.role for message in chat.messages]
     turns = roles[1:] if roles[0] == "system" else roles
     in_order = all(role == ("user", "assistant")[number % 2] for number, role in enumerate(turns))
     if not turns or not in_order or (turns[-1] == "assistant") != with_answer:
         last = "assistant" if with_answer else "user"
         rule = f"after at most one system message, user and assistant must alternate, from user to {last}"
-        raise ApiError(400, f"messages: {rule}, but the roles are {', '.join(roles)}", "messages")
-    parts = [part for message in chat.messages for part in parts_of(message.content)]
+        raise MessagesError(f"messages: {rule}, but the roles are {', '.join(roles)}")
+    parts = [part for message in chat.messages for part in message.content]
     images = sum(isinstance(part, ImagePart) for part in parts)
     if images > limits.images:
-        raise ApiError(400, f"{images} images, but at most {limits.images} are allowed", "messages")
+        raise MessagesError(f"{images} images, but at most {limits.images} are allowed")
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
     if characters > limits.characters:
-        raise ApiError(400, f"{characters} characters of text, but at most {limits.characters} are allowed", "messages")
-    if not any(isinstance(part, ImagePart) or part.text.strip() for part in parts_of(chat.messages[-1].content)):
+        raise MessagesError(f"{characters} characters of text, but at most {limits.characters} are allowed")
+    if not any(isinstance(part, ImagePart) or part.text.strip() for part in chat.messages[-1].content):
         path = f"messages.{len(chat.messages) - 1}.content"
         raise ApiError(400, f"{path}: the last message is empty", path)
-
-
-def parts_of(content: str | list[TextPart | ImagePart]) -> list[TextPart | ImagePart]:
-    return [TextPart(content)] if isinstance(content, str) else content
 
 
 def image_urls(messages: list[Message]) -> list[tuple[str, str]]:
@@ -258,6 +260,6 @@ def image_urls(messages: list[Message]) -> list[tuple[str, str]]:
     return [
         (part.url, f"messages.{number}.content.{index}.image_url")
         for number, message in enumerate(messages)
-        for index, part in enumerate(parts_of(message.content))
+        for index, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]

@@ -15,9 +15,10 @@ from moe_llava.serving.http.protocol import ApiError
 
 
 class Reply:
-    """One reply, whole or as the chunks of a stream."""
+    """One reply: a stream of chunks, the last one with the usage if `with_usage`, or a whole."""
 
-    def __init__(self, model: str, prompt_tokens: int, with_logprobs: bool):
+    def __init__(self, model: str, prompt_tokens: int, stream: bool, with_usage: bool, with_logprobs: bool):
+        self.stream, self.with_usage = stream, with_usage
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._prompt_tokens = prompt_tokens
         self._with_logprobs = with_logprobs

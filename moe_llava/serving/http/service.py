@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -74,15 +73,6 @@ class Completion:
         self._metrics.requests.labels(self.outcome).inc()
 
 
-@dataclass(frozen=True)
-class ReplyOptions:
-    """How a completion is returned: as a stream, with its usage at the end, with logprobs."""
-
-    stream: bool
-    usage: bool
-    logprobs: bool
-
-
 class Service:
     """Handle requests. `name`: of the model. `fetcher`: None if no URL is fetched. `experts`: None if all are in memory."""
 
@@ -109,17 +99,17 @@ class Service:
         arrival = time.monotonic()
         reservation = Reservation(self.memory)
         try:
-            options, request = await self.prepared(client, self._request, reservation)
-            reservation.release(keep=request.prompt.nbytes)
+            reply, request = await self.prepared(client, self._request, reservation)
+            reservation.keep(request.prompt.nbytes)
             completion = Completion(self.engine, request, self.metrics, arrival, reservation)
         except BaseException:
             reservation.release()
             raise
-        reply = Reply(self.name, len(request.prompt.input_ids), options.logprobs)
-        if options.stream:
-            events = _events(completion, reply, options.usage)
+        if reply.stream:
             # The background task runs when the stream ends, and when the client disconnects.
-            return StreamingResponse(events, 200, {"Cache-Control": "no-cache"}, "text/event-stream", BackgroundTask(completion.end))
+            return StreamingResponse(
+                _events(completion, reply), 200, {"Cache-Control": "no-cache"}, "text/event-stream", BackgroundTask(completion.end)
+            )
         return await _whole(client, completion, reply)
 
     async def prepared(
@@ -167,13 +157,15 @@ class Service:
         return await self.on_error(client, ApiError(error.status_code, f"{where}: {error.detail}", headers=dict(error.headers or {})))
 
     async def _parsed(self, body: bytearray, with_answer: bool) -> ChatCompletionRequest:
+        """Parse a body, which is freed at the end, unlike in the caller."""
         return await self.parsing.run(0, lambda: parse(body, self.limits, with_answer))
 
-    def _request(self, chat: ChatCompletionRequest, fetched: Fetched) -> tuple[ReplyOptions, requests.Request]:
+    def _request(self, chat: ChatCompletionRequest, fetched: Fetched) -> tuple[Reply, requests.Request]:
         prompt = self.prompts.make(chat.messages, fetched)
-        return ReplyOptions(chat.stream, chat.stream_options.include_usage, chat.logprobs), requests.Request(
+        length = len(prompt.input_ids)
+        return Reply(self.name, length, chat.stream, chat.stream_options.include_usage, chat.logprobs), requests.Request(
             prompt=prompt,
-            max_new_tokens=chat.max_length() or self.engine.clip_length(len(prompt.input_ids), self.limits.new_tokens),
+            max_new_tokens=chat.max_length() or self.engine.clip_length(length, self.limits.new_tokens),
             temperature=chat.temperature,
             top_p=chat.top_p,
             seed=chat.seed,
@@ -193,7 +185,7 @@ async def _whole(client: Request, completion: Completion, reply: Reply) -> Respo
         await completion.end()
 
 
-async def _events(completion: Completion, reply: Reply, usage: bool) -> AsyncIterator[str]:
+async def _events(completion: Completion, reply: Reply) -> AsyncIterator[str]:
     """Yield server-sent events. Events of one moment are sent together, because the engine's thread has to wait while the loop sends."""
     unsent = _event(reply.first_chunk())
     try:
@@ -207,7 +199,7 @@ async def _events(completion: Completion, reply: Reply, usage: bool) -> AsyncIte
         completion.outcome = "failed"
         yield unsent + _event(error.body())
         return
-    if usage:
+    if reply.with_usage:
         unsent += _event(reply.usage_chunk(completion.tokens))
     yield f"{unsent}data: [DONE]\n\n"
 

@@ -26,8 +26,8 @@ from moe_llava.routing.trace import Trace, find_routers, trace_answer
 from moe_llava.serving.engine.interface import Work
 from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.bodies import Reservation, unless_disconnected
-from moe_llava.serving.http.prompts import Fetched, PromptMaker
-from moe_llava.serving.http.protocol import ApiError, ChatCompletionRequest, Message
+from moe_llava.serving.http.prompts import Fetched
+from moe_llava.serving.http.protocol import ApiError, ChatCompletionRequest
 from moe_llava.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Routes:
             raise ApiError(400, "the model is dense: it has no experts", code="no_experts")
         with Reservation(self._service.memory) as reservation:
             prompt, begin = await self._service.prepared(client, self._prompt, reservation, with_answer=True)
-            reservation.release(keep=prompt.nbytes)
+            reservation.keep(prompt.nbytes)
             self._service.engine.check_prompt(prompt)
             ids = prompt.input_ids
             trace = await self._run(
@@ -101,7 +101,14 @@ class Routes:
             return await run_in_threadpool(lambda: JSONResponse(self._body(trace, prompt)))
 
     def _prompt(self, chat: ChatCompletionRequest, fetched: Fetched) -> tuple[Prompt, int]:
-        return split_conversation(self._service.prompts, chat.messages, fetched, self._ends)
+        """Return the prompt of a conversation up to the last token of its last message, an answer, and the index at which that begins."""
+        prompts, messages = self._service.prompts, chat.messages
+        before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
+        ids = whole.input_ids
+        # A chat template may end a prompt with other tokens than it puts before a given answer: the answer begins at the first difference.
+        begin = next((index for index, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
+        end = next((index for index in range(begin, len(ids)) if ids[index] in self._ends), len(ids))
+        return Prompt(ids[:end], whole.inputs), begin
 
     async def _run(self, client: Request, work: Work[Trace]) -> Trace:
         """Return or raise the result of `work`. Raises ApiError if the client disconnects first."""
@@ -137,17 +144,6 @@ def _settle(done: asyncio.Future[Trace], result: Trace | Exception) -> None:
         logger.error("tracing failed after its client had disconnected", exc_info=result)
     else:
         done.set_exception(result)
-
-
-def split_conversation(prompts: PromptMaker, messages: list[Message], fetched: Fetched, ends: frozenset[int]) -> tuple[Prompt, int]:
-    """Return the prompt of a conversation up to the last token of its last message, an answer, and the index at which that answer begins.
-    `ends`: the tokens that end an answer."""
-    before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
-    ids = whole.input_ids
-    # A chat template may end a prompt with other tokens than it puts before a given answer: the answer begins at the first difference.
-    begin = next((index for index, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
-    end = next((index for index in range(begin, len(ids)) if ids[index] in ends), len(ids))
-    return Prompt(ids[:end], whole.inputs), begin
 
 
 def _image(trace: Trace, number: int, picture: str) -> dict[str, Any]:
