@@ -270,7 +270,7 @@ def training_arguments(stage: Stage) -> TrainingArguments:
         data_seed=recipe.seed,
         dataloader_num_workers=recipe.dataloader_workers,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # every trainable parameter takes part in every step: see EmptyImage
+        ddp_find_unused_parameters=False,  # every trainable parameter takes part in every step: see Collator
         disable_tqdm=True,
         report_to=recipe.report_to or "none",
     )
