@@ -1,4 +1,4 @@
-"""Which vision-language models of the installed transformers can be upcycled, found by building each on the meta device."""
+"""List the vision-language models of the installed transformers that can be upcycled, by building each on the meta device."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ROUTINGS = ("agnostic", "modality_split", "smoes")
 
 @dataclass
 class MoeOptions:
-    """What `upcycle`, `MoeLlavaConfig`, the section `moe` of a recipe and `moe-llava upcycle` accept.
+    """The options of `upcycle`, `MoeLlavaConfig`, the section `moe` of a recipe and `moe-llava upcycle`.
 
     E: experts of a MoE layer; k: experts that a token uses. Equations: arXiv 2401.15947, unless another paper is named. Bounds are a
     `minimum`, an exclusive minimum (`above`) or `choices`; None is in bounds where it is the default.

@@ -41,7 +41,7 @@ class LayerSize:
 
     @property
     def copied_by_batched_mm(self) -> int:
-        """How many numbers batched_mm copies: the weights of every token's experts."""
+        """Return how many numbers batched_mm copies: the weights of every token's experts."""
         return self.tokens * self.top_k * 3 * self.width * self.ffn_width
 
 

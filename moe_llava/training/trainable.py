@@ -1,4 +1,4 @@
-"""Which parameters are trained in which stage. Defined here, and nowhere else.
+"""Select the parameters that are trained in each stage. Defined here, and nowhere else.
 
 | stage | trained |
 |---|---|

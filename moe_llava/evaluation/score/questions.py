@@ -32,7 +32,7 @@ class Question:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap draws together: the questions about one image."""
+        """Return the unit that the bootstrap draws: the questions about one image."""
         return str(self.images[0]) if self.images else self.id
 
 

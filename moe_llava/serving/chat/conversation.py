@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are generated. `max_new_tokens`: None for 512, or less if the context is full. `seed`: of the first answer; each later
+    """Settings of generation. `max_new_tokens`: None for 512, or less if the context is full. `seed`: of the first answer; each later
     one takes the next number. `system`: a system prompt, for a chat template that has one."""
 
     max_new_tokens: int | None = None
