@@ -1,8 +1,8 @@
-"""What it holds is what transformers' own growing cache holds, token by token."""
+"""The cache holds what transformers' own growing cache holds, token by token."""
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from moe_llava.serving.engine.cache import SPARE, preallocated_cache
 
@@ -24,7 +24,7 @@ def write(caches, rows, columns):
 @pytest.fixture
 def caches():
     torch.manual_seed(0)
-    return DynamicCache(), preallocated_cache()
+    return DynamicCache(), preallocated_cache(PreTrainedConfig())
 
 
 def test_it_grows_beyond_its_room(caches):
@@ -36,13 +36,11 @@ def test_it_grows_beyond_its_room(caches):
 def test_rows_and_columns_leave(caches):
     write(caches, 4, 9)
     write(caches, 4, 1)
-    for cache in caches:
-        for layer in cache.layers:
-            keys, values = layer.keys[[0, 2], :, -6:], layer.values[[0, 2], :, -6:]
-            if cache is caches[1]:
-                layer.replace(keys, values)
-            else:
-                layer.keys, layer.values = keys, values
+    plain, preallocated = caches
+    for layer in plain.layers:
+        layer.keys, layer.values = layer.keys[[0, 2], :, -6:], layer.values[[0, 2], :, -6:]
+    for layer in preallocated.layers:
+        layer.keep(torch.tensor([0, 2]), 6)
     write(caches, 2, 1)
     write(caches, 2, 1)
     assert caches[1].get_seq_length() == 8

@@ -1,4 +1,6 @@
-"""Keys and values of the engine's rows, with spare columns for the next tokens.
+"""The engine's cache: the keys and values of its rows, with spare columns for the next tokens, and the states of linear attention.
+
+Every layer can append the rows of another cache (`join`), and keep some of its rows (`keep`).
 
 transformers' DynamicCache copies all keys and values for every token, which costs more and more of a step as prompts and batches grow; its
 StaticCache attends to all columns, used or not.
@@ -10,11 +12,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 SPARE = 16  # columns that are allocated ahead: one copy for so many tokens
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
+LINEAR_ATTENTION = "linear_attention"  # layers whose states do not grow with the tokens
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -25,6 +31,17 @@ class PreallocatedLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys, values
         self._all_keys, self._all_values = keys, values  # spare columns are allocated for the next token
+
+    def join(self, other: PreallocatedLayer, columns: int) -> None:
+        """Append the rows of `other`, both padded on the left to `columns`."""
+        self.replace(
+            torch.cat([_pad_left(self.keys, columns), _pad_left(other.keys, columns)]),
+            torch.cat([_pad_left(self.values, columns), _pad_left(other.values, columns)]),
+        )
+
+    def keep(self, rows: Tensor, columns: int) -> None:
+        """Keep these rows, and the last `columns`."""
+        self.replace(self.keys[rows, :, -columns:], self.values[rows, :, -columns:])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -40,9 +57,36 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def preallocated_cache() -> Cache:
-    """Return an empty cache. Layers with a sliding window keep all columns, too, so they can be padded like the others."""
-    return Cache(layer_class_to_replicate=PreallocatedLayer)
+class StateLayer(LinearAttentionLayer):
+    """A layer of linear attention: a state of constant size for each row. Padding on the left does not change it, because it is masked."""
+
+    def join(self, other: StateLayer, columns: int) -> None:
+        """Append the rows of `other`."""
+        for states, others in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
+            states.update({index: torch.cat([state, others[index]]) for index, state in states.items()})
+
+    def keep(self, rows: Tensor, columns: int) -> None:
+        """Keep these rows."""
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: state[rows] for index, state in states.items()})
+
+
+def preallocated_cache(config: PreTrainedConfig) -> Cache:
+    """Return an empty cache for a model's text config. Layers with a sliding window keep all columns, to be padded like the others.
+
+    Raises ValueError if a layer has states of another kind.
+    """
+    types = getattr(config, "layer_types", None) or []
+    if unknown := sorted(set(types) - ATTENTION - {LINEAR_ATTENTION}):
+        raise ValueError(f"{config.model_type} has layers of {', '.join(unknown)}, whose states the engine cannot batch")
+    if LINEAR_ATTENTION not in types:
+        return Cache(layer_class_to_replicate=PreallocatedLayer)  # a layer that shares another's keys and values needs none
+    return Cache(layers=[StateLayer() if kind == LINEAR_ATTENTION else PreallocatedLayer() for kind in types])
+
+
+def _pad_left(states: Tensor, columns: int) -> Tensor:
+    """Return [B, H, S, W] with zeros before, up to `columns`."""
+    return F.pad(states, (0, 0, columns - states.shape[2], 0))
 
 
 def _enlarged(states: Tensor, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Thread
 from typing import Any
 
@@ -43,8 +44,6 @@ from moe_llava.serving.engine.sampling import Sampler
 from moe_llava.serving.engine.text import Detokenizer
 
 logger = logging.getLogger(__name__)
-
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values
 
 
 @dataclass(eq=False)
@@ -105,8 +104,6 @@ class Engine(CompletionEngine):
         self.max_waiting = max_waiting
         self.time_limit = time_limit
         text = model.config.get_text_config()
-        if stateful := sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION):
-            raise ValueError(f"{type(model).__name__} has layers of {', '.join(stateful)}, whose states the engine cannot batch")
         self.context = text.max_position_embeddings
         self._tokenizer = copy.deepcopy(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -116,7 +113,8 @@ class Engine(CompletionEngine):
         self._ends = frozenset(end_tokens(model))
         self._admitted: list[Row] = []  # have a slot and will be prefilled next
         self._rows: list[Row] = []
-        self._cache: Cache = preallocated_cache()  # [B, heads, S, head width] per layer
+        self._new_cache = partial(preallocated_cache, text)
+        self._cache: Cache = self._new_cache()
         self._columns = 0  # S
         self._waiting: list[Row] = []
         self._jobs: list[Job] = []
@@ -259,7 +257,7 @@ class Engine(CompletionEngine):
         columns = max(len(prompt.input_ids) for prompt in prompts)
         inputs = self._batch(prompts, columns)
         position_ids = prefill_positions(self.model, inputs)
-        cache = preallocated_cache()
+        cache = self._new_cache()
         logits_B1V = self.model(**inputs, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         last = position_ids.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
         for row, prompt, position in zip(admitted, prompts, last, strict=True):
@@ -309,10 +307,7 @@ class Engine(CompletionEngine):
         if self._rows:
             longest = max(columns, self._columns)
             for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-                layer.replace(
-                    torch.cat([_pad_left(layer.keys, longest), _pad_left(new.keys, longest)]),
-                    torch.cat([_pad_left(layer.values, longest), _pad_left(new.values, longest)]),
-                )
+                layer.join(new, longest)
             self._columns = longest
         else:
             self._cache, self._columns = cache, columns
@@ -326,12 +321,12 @@ class Engine(CompletionEngine):
             return
         self._rows = [self._rows[index] for index in kept]
         if not kept:
-            self._cache, self._columns = preallocated_cache(), 0
+            self._cache, self._columns = self._new_cache(), 0
             return
         columns = max(row.cached for row in self._rows)
         rows = torch.tensor(kept, device=self.model.device)
         for layer in self._cache.layers:
-            layer.replace(layer.keys[rows, :, -columns:], layer.values[rows, :, -columns:])
+            layer.keep(rows, columns)
         self._columns = columns
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> None:
@@ -368,8 +363,3 @@ class Engine(CompletionEngine):
 def image_count(inputs: Mapping[str, Tensor]) -> int:
     """Return the number of images, or of their patches or tiles, in the inputs of a prompt."""
     return len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-
-
-def _pad_left(states: Tensor, columns: int) -> Tensor:
-    """Return [B, heads, S, head width] with zeros before, up to `columns`."""
-    return F.pad(states, (0, 0, columns - states.shape[2], 0))
