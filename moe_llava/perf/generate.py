@@ -7,19 +7,24 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.data.batches import concatenated
+from moe_llava.model.modeling import SparseModel
 from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, spread, summary
 from moe_llava.perf.options import BenchError
 from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, image_tokens
 from moe_llava.perf.running import show_cases
+from moe_llava.serving.engine.prompt import PromptBuilder
+from moe_llava.serving.engine.requests import Prompt
 
 TEXT_TOKENS = 12  # of a prompt, after its image
+CONTENT = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]  # of the prompt to a checkpoint
 STATIC = ", static cache"  # with it generate() compiles the step, on a GPU
+Prompts = Callable[[int], dict[str, Tensor]]
 
 
 def bench_generate(
@@ -37,7 +42,7 @@ def bench_generate(
     Raise BenchError if the checkpoint is not sparse, CheckpointError as `load_checkpoint` does.
     """
     device = bench_device()
-    models = models_of(checkpoint, size, dtype, device)
+    models, prompts = models_of(checkpoint, size, dtype, device)
     report = begin_report("generate", device, dtype_names(dtype), rounds)
     report["notes"] = ["tokens/s: of all rows together, with the prefill"]
     with show_cases(report, len(rows), console) as running:
@@ -45,7 +50,7 @@ def bench_generate(
             running.begin({"model": checkpoint or size, "rows": number, "new tokens": new_tokens})
             calls: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
-                prompt = batch_of(model, number, image_tokens(model) + TEXT_TOKENS)
+                prompt = prompts[name](number)
                 calls[name] = partial(write, model, prompt, new_tokens, {})
                 if compiled:
                     calls[name + STATIC] = partial(write, model, prompt, new_tokens, {"cache_implementation": "static"})
@@ -57,20 +62,33 @@ def bench_generate(
     return report
 
 
-def models_of(checkpoint: str | None, size: str, dtype: torch.dtype, device: torch.device) -> dict[str, LlavaForConditionalGeneration]:
-    """Return the sparse model and its partner, in evaluation mode."""
+def models_of(checkpoint: str | None, size: str, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], dict[str, Prompts]]:
+    """Return the sparse model and its partner, in evaluation mode, and for each a function that returns its inputs for a number of rows."""
     if checkpoint is None:
-        config = SIZES[size].config()
-        return {name: build(config, name, dtype, device) for name in (DENSE, SPARSE)}
-    sparse = load_checkpoint(checkpoint, dtype)[0]
-    if not isinstance(sparse, MoeLlavaForConditionalGeneration):
-        rule = "but the benchmark compares a sparse LLaVA with its dense partner"
+        models = {name: build(SIZES[size].config(), name, dtype, device) for name in (DENSE, SPARSE)}
+        return models, {name: partial(_random_prompt, model) for name, model in models.items()}
+    sparse, processor = load_checkpoint(checkpoint, dtype)
+    if not isinstance(sparse, SparseModel):
+        rule = "but the benchmark compares a sparse model with its dense partner"
         raise BenchError(f"checkpoint {checkpoint} is a {type(sparse).__name__}, {rule}")
-    assert isinstance(sparse.config, MoeLlavaConfig)
-    return {DENSE: build(sparse.config, DENSE, dtype, device), SPARSE: sparse.to(device)}
+    models = {DENSE: build(sparse.config, DENSE, dtype, device), SPARSE: sparse.to(device)}
+    prompt = PromptBuilder(processor).build([{"role": "user", "content": CONTENT}], [Image.new("RGB", (336, 336), "gray")], 1)
+    return models, {name: partial(_prompts, model, prompt, sparse.config.image_token_id) for name, model in models.items()}
 
 
-def write(model: LlavaForConditionalGeneration, prompt: dict[str, Tensor], new_tokens: int, settings: dict[str, Any]) -> Tensor:
+def _random_prompt(model: Any, rows: int) -> dict[str, Tensor]:
+    return batch_of(model, rows, image_tokens(model) + TEXT_TOKENS)
+
+
+def _prompts(model: Any, prompt: Prompt, placeholder: int, rows: int) -> dict[str, Tensor]:
+    """Return `rows` times the same prompt. `placeholder`: the one of its image, which may differ from the model's."""
+    ids = torch.tensor([prompt.input_ids] * rows)
+    ids = ids.masked_fill(ids == placeholder, model.config.image_token_id)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **concatenated([prompt.inputs] * rows)}
+    return {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def write(model: Any, prompt: dict[str, Tensor], new_tokens: int, settings: dict[str, Any]) -> Tensor:
     """Return the answer's tokens [rows, new_tokens]; no end token comes earlier."""
     out = model.generate(**prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **settings)
     return out[:, prompt["input_ids"].shape[1] :]

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PreTrainedConfig,
+)
 
 from moe_llava.digits.base import WEIGHTS
-from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model import MoeLlavaConfig
+from moe_llava.model.configuration import SparseConfig
+from moe_llava.model.ffn import form_of
+from moe_llava.model.modeling import find_backbone, sparse_class
 from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.perf.options import BenchError
 from moe_llava.perf.running import show_cases
@@ -79,37 +89,37 @@ def pair(size: ModelSize, dtype: torch.dtype, device: torch.device) -> dict[str,
     return {name: build(config, name, dtype, device, size.attention) for name in (DENSE, SPARSE)}
 
 
-def build(
-    config: MoeLlavaConfig, name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
-) -> LlavaForConditionalGeneration:
+def build(config: SparseConfig, name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
     """Return the model SPARSE, or its partner DENSE, which is of transformers' own class."""
     torch.manual_seed(0)
+    dense_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config.dense_class]
     with torch.device(device):
         if name == SPARSE:
-            model: Any = MoeLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+            model = sparse_class(dense_class)._from_config(copy.deepcopy(config), dtype=dtype)
         else:
-            model = LlavaForConditionalGeneration._from_config(_dense_config(config), dtype=dtype)
-            _widen(model, config)
+            model = dense_class._from_config(_embeddable(config.dense_config()), dtype=dtype)
+            _widen(find_backbone(model)[1], config)
     model.set_attn_implementation(attention)
     return model.eval()
 
 
-def _dense_config(config: MoeLlavaConfig) -> LlavaConfig:
-    """Keep the fields of LlavaConfig. A placeholder beyond the vocabulary, which the dense class cannot have, becomes its last token."""
-    settings = copy.deepcopy(config).to_dict()
-    names = LlavaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "image_token_index", "image_token_id"}
-    placeholder = min(config.image_token_id, config.text_config.vocab_size - 1)
-    return LlavaConfig(**{name: settings[name] for name in names if name in settings}, image_token_index=placeholder)
+def _embeddable(config: Any) -> Any:
+    """Replace a placeholder of images beyond the vocabulary, which only sparse models can have, by the vocabulary's last token."""
+    config.image_token_id = min(config.image_token_id, config.get_text_config().vocab_size - 1)
+    return config
 
 
-def _widen(dense: LlavaForConditionalGeneration, config: MoeLlavaConfig) -> None:
-    """Give each layer that is sparse in the partner an FFN of the same kind, as wide as a token's experts together."""
-    wide: Any = copy.deepcopy(dense.config.text_config)
-    wide.intermediate_size *= config.num_experts_per_tok
+def _widen(backbone: Any, config: SparseConfig) -> None:
+    """Make the FFN of each layer that is sparse in the partner as wide as a token's experts together. The values do not matter."""
     for index in config.moe_layer_indices:
-        layer = dense.model.language_model.layers[index]
-        origin = next(layer.mlp.parameters())
-        layer.mlp = type(layer.mlp)(wide).to(origin)
+        ffn = backbone.layers[index].mlp
+        form, times = form_of(ffn), config.num_experts_per_tok
+        for name in form.dense_names:
+            weight = ffn.get_parameter(name)
+            narrow = weight.dim() - 1 if name in form.stacked["down_proj"] else 0  # the dimension of the FFN's width
+            if name not in form.stacked.get("down_proj_bias", ()):
+                module, _, kind = name.rpartition(".")
+                setattr(ffn.get_submodule(module), kind, nn.Parameter(torch.cat([weight] * times, narrow)))
 
 
 def image_tokens(model: LlavaForConditionalGeneration) -> int:

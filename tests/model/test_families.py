@@ -45,6 +45,16 @@ def test_upcycled_computes_what_dense_computes(family, dense, images):
     assert torch.equal(sparse.generate(**inputs, **settings), dense.generate(**inputs, **settings))
 
 
+def fields_of(config, added=("architectures", "dtype")):
+    """The fields of a configuration and its parts, without those that a model adds: `upcycle` also says in the text config what is tied."""
+    own = {name: value for name, value in config.items() if name not in added}
+    return {name: fields_of(value, (*added, "tie_word_embeddings")) if isinstance(value, dict) else value for name, value in own.items()}
+
+
+def test_the_dense_configuration(family, dense):
+    assert fields_of(upcycle(dense).config.dense_config().to_dict()) == fields_of(dense.config.to_dict())
+
+
 @torch.no_grad()
 def test_padding_on_the_right(family, dense):
     inputs = vlm_inputs(family, (1, 0, 2), side="right")

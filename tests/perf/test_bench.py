@@ -12,7 +12,7 @@ from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.perf.generate import models_of, write
 from moe_llava.perf.loading import IMPORT, READ
-from moe_llava.perf.pairs import DENSE, SPARSE, batch_of
+from moe_llava.perf.pairs import DENSE, SPARSE
 from tests.conftest import REPOSITORY, refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -64,13 +64,13 @@ def test_generation_of_a_checkpoint(sparse, tmp_path):
 
 
 def test_a_checkpoint_is_what_generates(sparse):
-    models = models_of(str(sparse), "tiny", torch.float32, torch.device("cpu"))
+    models, prompts = models_of(str(sparse), "tiny", torch.float32, torch.device("cpu"))
     expected, _ = load_checkpoint(sparse)
-    prompt = batch_of(expected, 2, 40)
+    prompt = prompts[SPARSE](2)
     assert torch.equal(write(models[SPARSE], prompt, 5, {}), write(expected, prompt, 5, {}))
     static = write(models[SPARSE], prompt, 5, {"cache_implementation": "static"})
     assert torch.equal(static, write(models[SPARSE], prompt, 5, {}))
-    assert write(models[DENSE], batch_of(models[DENSE], 2, 40), 5, {}).shape == (2, 5)
+    assert write(models[DENSE], prompts[DENSE](2), 5, {}).shape == (2, 5)
 
 
 def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
