@@ -92,7 +92,7 @@ def _make_sparse(dense: PreTrainedModel, config: SparseConfig, expert_start: str
     with torch.device("meta"):
         kind: Any = type(dense)
         sparse = sparse_class(kind)._from_config(config, dtype=dense.dtype)
-    _share(dense, sparse)
+    share_tensors(dense, sparse)
     for index, mlp in sparse.sparse_mlps().items():
         try:
             _fill(mlp, dense_layers[index].mlp, generator)
@@ -189,14 +189,15 @@ def sparse_config(dense: PreTrainedConfig, options: MoeOptions) -> SparseConfig:
     return config
 
 
-def _share(dense: PreTrainedModel, sparse: SparseLanguageModel) -> None:
+def share_tensors(dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
     """Replace every parameter and buffer of `sparse` that `dense` also has by the tensor of `dense`."""
     for name, module in sparse.named_modules(remove_duplicate=False):
         try:
             origin = dense.get_submodule(name)
         except AttributeError:
             continue  # part of a SparseMlp
-        for key in module._parameters.keys() & origin._parameters.keys():
-            module._parameters[key] = origin._parameters[key]
+        for key, parameter in origin._parameters.items():
+            if key in module._parameters and parameter is not None:
+                module._parameters[key] = parameter
         for key in module._buffers.keys() & origin._buffers.keys():
             module._buffers[key] = origin._buffers[key]
