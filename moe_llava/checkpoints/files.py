@@ -18,6 +18,7 @@ from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import did_you_mean, first_line
 
 SPARSE = "moe_"  # the model type of a sparse model is that of the dense one after this prefix
+EXPORT_FIELD = "moe_llava"  # of the config.json of an export: what it was made from
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -113,6 +114,11 @@ def quantisation_method(content: dict[str, Any]) -> str | None:
             old_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
             return "bitsandbytes" if old_bitsandbytes else str(settings.get("quant_method"))
     return None
+
+
+def is_export(path: str | Path) -> bool:
+    """Return whether a folder holds an export to a native architecture, from which the sparse model can be restored."""
+    return Path(path).is_dir() and (Path(path) / "config.json").is_file() and EXPORT_FIELD in read_config(path)
 
 
 def is_text_model(path: str | Path) -> bool:

@@ -7,21 +7,31 @@ What an architecture has besides (a shared expert, biases) is zero. TARGETS is t
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, Transpose
+from transformers.core_model_loading import Transpose
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moe_llava.checkpoints.files import EXPORT_FIELD
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.checkpoints.processors import dense_processor, sparse_processor
 from moe_llava.common.errors import CheckpointError
 from moe_llava.model.ffn import form_of
 from moe_llava.model.modeling import SparseLanguageModel, find_backbone, sparse_class
@@ -30,7 +40,18 @@ from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import share_tensors, sparse_config
 
 SHARED_WIDTH = 128  # of a shared expert of zeros: engines divide it among devices, and their kernels need multiples of 8
-ORIGIN = "moe_llava"  # the field of an export's config.json that says what it was made from
+MAX_DIFFERENCE = 1e-5  # of the logits in float32, relative to the largest
+
+# Run in a process of its own: folder, inputs, file for the logits.
+_COMPUTE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+assert not any(name.partition(".")[0] == "moe_llava" for name in sys.modules), "it imports moe_llava"
+with torch.no_grad():
+    save_file({"logits": model(**load_file(sys.argv[2])).logits.contiguous()}, sys.argv[3])
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,7 @@ def export_native(sparse: SparseLanguageModel, every_layer: bool = False) -> Pre
         _fill_zeros(layer, target.zeros, next(origin.parameters()))
     native.tie_weights()
     native.generation_config = copy.deepcopy(sparse.generation_config)
-    _transpose_when_saved(native)
+    _save_as_published(native)
     return native.eval()
 
 
@@ -151,7 +172,8 @@ def native_config(sparse: SparseLanguageModel, target: Target, every_layer: bool
         "mlp_only_layers": [] if every_layer else [n for n in range(text.num_hidden_layers) if n not in moe_layers],
         "decoder_sparse_step": 1,
     }
-    settings = {name: value for name, value in (text.to_dict() | experts).items() if name in names | {"head_dim"}}
+    # Engines read the last two even where transformers' class has no such field.
+    settings = {name: value for name, value in (text.to_dict() | experts).items() if name in names | {"head_dim", "norm_topk_prob"}}
     native_text = text_class(**settings, num_experts=sparse.config.num_experts)
     # transformers writes num_local_experts; engines read the name of the published checkpoints.
     native_text.__dict__["num_experts"] = sparse.config.num_experts
@@ -163,7 +185,7 @@ def native_config(sparse: SparseLanguageModel, target: Target, every_layer: bool
         "text_config": wrapper.pop("text_config"),
         "options": {f.name: getattr(sparse.config, f.name) for f in fields(MoeOptions)},
     }
-    return CONFIG_MAPPING[target.wrapper or dense.model_type](**wrapper, text_config=native_text, **{ORIGIN: origin})
+    return CONFIG_MAPPING[target.wrapper or dense.model_type](**wrapper, text_config=native_text, **{EXPORT_FIELD: origin})
 
 
 @torch.no_grad()
@@ -172,11 +194,11 @@ def import_native(native: PreTrainedModel) -> SparseLanguageModel:
 
     Raises CheckpointError if `native` is no such export.
     """
-    origin = getattr(native.config, ORIGIN, None)
+    origin = getattr(native.config, EXPORT_FIELD, None)
     if origin is None:
-        raise CheckpointError(f"{type(native).__name__} is no export of this package: its config.json has no field {ORIGIN}")
+        raise CheckpointError(f"{type(native).__name__} is no export of this package: its config.json has no field {EXPORT_FIELD}")
     settings = native.config.to_dict()
-    for name in ("model_type", "architectures", ORIGIN):
+    for name in ("model_type", "architectures", EXPORT_FIELD):
         settings.pop(name, None)
     dense = CONFIG_MAPPING[origin["model_type"]](**settings | {"text_config": origin["text_config"]})
     config = sparse_config(dense, MoeOptions(**origin["options"]))
@@ -192,6 +214,56 @@ def import_native(native: PreTrainedModel) -> SparseLanguageModel:
     sparse.tie_weights()
     sparse.generation_config = copy.deepcopy(native.generation_config)
     return sparse.eval()
+
+
+def write_native(sparse: SparseLanguageModel, processor: Any, folder: Path, every_layer: bool = False) -> list[str]:
+    """Export a sparse model with its processor into a folder, and check it. `sparse` is in float32 afterwards.
+
+    Returns what to print. Raises CheckpointError as `export_native` does, or if the export computes something else.
+    """
+    native = export_native(sparse, every_layer)
+    native.save_pretrained(folder)
+    dense_processor(processor).save_pretrained(folder)
+    if type(loaded := AutoProcessor.from_pretrained(folder)).__module__.startswith("moe_llava"):
+        raise CheckpointError(f"the saved processor is a {type(loaded).__name__}, which only this package has")
+    difference = reloaded_difference(folder, sparse.float(), processor)
+    if not difference <= MAX_DIFFERENCE:
+        raise CheckpointError(f"the export computes other logits: they differ by {difference:.1e} of the largest")
+    return [
+        f"{type(native).__name__}, language model {native.config.get_text_config().model_type}",
+        f"logits of a prompt with an image, in float32, reloaded without this package: within {difference:.1e} of the largest",
+    ]
+
+
+def convert_back(path: str | Path, folder: Path) -> list[str]:
+    """Write the sparse model of an export, with its processor, into a folder. Returns what to print. Raises as `import_native` does."""
+    native, processor = load_checkpoint(path)
+    sparse = import_native(native)
+    sparse.save_pretrained(folder)
+    sparse_processor(processor).save_pretrained(folder)
+    return [f"{type(sparse).__name__}, sparse layers {sparse.config.moe_layer_indices}"]
+
+
+@torch.no_grad()
+def reloaded_difference(folder: Path, sparse: SparseLanguageModel, processor: Any) -> float:
+    """Return the largest difference between the logits of `sparse` and those of an export, relative to the largest logit.
+
+    The export is loaded by a process of its own, without this package. The prompt has an image and a line of text.
+    """
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}
+    picture = Image.linear_gradient("L").convert("RGB")
+    inputs = processor(text=[processor.apply_chat_template([message], add_generation_prompt=True)], images=[picture], return_tensors="pt")
+    with TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({name: value.contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}, given)
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPUTE, folder.absolute(), given, found], cwd=scratch, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise CheckpointError(f"transformers alone cannot load the export: {done.stderr.strip().splitlines()[-1]}")
+        logits = load_file(found)["logits"]
+    expected = sparse(**inputs.to(sparse.device)).logits.cpu()
+    return float((logits - expected).abs().max() / expected.abs().max())
 
 
 def _experts_of(sparse: SparseLanguageModel) -> list[Experts]:
@@ -231,11 +303,16 @@ def _fill_zeros(layer: nn.Module, names: tuple[str, ...], like: Tensor) -> None:
             setattr(layer.get_submodule(module), key, nn.Parameter(torch.zeros_like(parameter, device=like.device, dtype=like.dtype)))
 
 
-def _transpose_when_saved(native: PreTrainedModel) -> None:
-    """Make `save_pretrained` transpose the weights that are transposed in published files, which engines expect. transformers does so only
-    for models that were loaded."""
-    conversions = [item for item in get_model_conversion_mapping(native, add_legacy=False) if not isinstance(item, PrefixChange)]
-    for operation in (operation for item in conversions for operation in getattr(item, "operations", ())):
-        if isinstance(operation, Transpose):
-            operation.check_dims = False
-    native._weight_conversions = copy.deepcopy(conversions)
+def _save_as_published(native: PreTrainedModel) -> None:
+    """Make `save_pretrained` write the layout of published files, which engines expect.
+
+    transformers keeps the layout in which a model was loaded. For a new model it leaves out two conversions: it transposes no experts, and
+    adds no prefix that its class does not have (`vision_model` of CLIP).
+    """
+    words = {word for name, _ in native.named_parameters() for word in name.split(".")}
+    conversions = copy.deepcopy(get_model_conversion_mapping(native, add_legacy=False))
+    for conversion in conversions:
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False
+    native._weight_conversions = [item for item in conversions if getattr(item, "prefix_to_remove", None) not in words]

@@ -74,6 +74,11 @@ def sparse_processor(processor: Any) -> Any:
     return MoeLlavaProcessor.from_llava(processor) if isinstance(processor, LlavaProcessor) else processor
 
 
+def dense_processor(processor: Any) -> Any:
+    """Return the processor of a sparse model's dense origin."""
+    return processor.to_llava() if isinstance(processor, MoeLlavaProcessor) else processor
+
+
 def complete_processor(processor: Any, config: PreTrainedConfig, path: str | Path) -> None:
     """Make the tokenizer of a processor pad on the left, and its chat template take strings and lists of parts. Take from `config` what the
     files in `path` of a LlavaProcessor lack.

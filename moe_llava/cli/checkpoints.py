@@ -12,6 +12,8 @@ import typer
 from moe_llava.cli.common import heavy_imports, user_errors, verb, with_options
 from moe_llava.model.options import MoeOptions
 
+EveryLayer = Annotated[bool, typer.Option("--every-layer", help="turn dense layers into equal experts, for engines with only MoE layers")]
+
 
 def _layers(text: str) -> str | list[int]:
     """Parse --moe-layers: the name of a placement, or layer indices. Raise ValueError if it is neither."""
@@ -29,10 +31,14 @@ def upcycle(
     out: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; must not exist")],
     expert_start: Annotated[str, typer.Option(help="copy, or noise: experts that differ from the start")] = "copy",
     seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
+    native: Annotated[bool, typer.Option("--native", help="write a native MoE architecture, as `moe-llava export` does")] = False,
+    every_layer: EveryLayer = False,
     **options: Any,
 ) -> None:
     """Upcycle a dense checkpoint: each chosen FFN becomes several experts, and the outputs stay the same."""
     with user_errors():
+        if every_layer and not native:
+            raise ValueError("--every-layer is for --native")
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.files import new_folder
 
@@ -42,31 +48,71 @@ def upcycle(
             # These take seconds, and a mistake is reported first.
             with heavy_imports():
                 from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
+                from moe_llava.checkpoints.native import find_target, write_native
                 from moe_llava.checkpoints.processors import sparse_processor
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
-            make_sparse(load_on_meta(dense), expert_start=expert_start, seed=seed, **options)  # refused before weights are read
+            planned = make_sparse(load_on_meta(dense), expert_start=expert_start, seed=seed, **options)  # refused before weights are read
+            if native:
+                find_target(planned, every_layer)
             model, processor = load_checkpoint(dense)
             sparse = make_sparse(model, expert_start=expert_start, seed=seed, **options)
-            sparse.save_pretrained(folder)
-            sparse_processor(processor).save_pretrained(folder)
+            if native:
+                for line in write_native(sparse, sparse_processor(processor), folder, every_layer):
+                    print(line)
+            else:
+                sparse.save_pretrained(folder)
+                sparse_processor(processor).save_pretrained(folder)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
 
 
+@verb("Convert", "moe-llava export runs/sparse native", "moe-llava export runs/sparse native --every-layer")
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a sparse checkpoint: a folder, or a hub id")],
+    out: Annotated[Path, typer.Argument(help="folder for the export; must not exist")],
+    every_layer: EveryLayer = False,
+) -> None:
+    """Export a sparse checkpoint to an MoE architecture of transformers, which serving engines run without this package."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.common.files import new_folder
+
+        check_checkpoint(checkpoint, plain=True)
+        with new_folder(out) as folder:
+            with heavy_imports():
+                from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
+                from moe_llava.checkpoints.native import export_native, write_native
+
+            export_native(load_on_meta(checkpoint), every_layer)  # refused before weights are read
+            for line in [*write_native(*load_checkpoint(checkpoint), folder, every_layer), f"written to {out}"]:
+                print(line)
+
+
 @verb("Convert", "moe-llava convert published converted --vision-towers towers")
 def convert(
-    published: Annotated[str, typer.Argument(help="a checkpoint of the original MoE-LLaVA code: a folder, or a hub id")],
+    published: Annotated[str, typer.Argument(help="a checkpoint of the original MoE-LLaVA code, or an export: a folder, or a hub id")],
     out: Annotated[Path, typer.Argument(help="folder for the converted checkpoint; must not exist")],
     vision_towers: Annotated[Path | None, typer.Option(help="folder with the vision towers, instead of the hub")] = None,
     language_model: Annotated[str | None, typer.Option(help="for a stage I projector: the language model it was trained with")] = None,
 ) -> None:
-    """Convert a checkpoint of the original MoE-LLaVA code to one that transformers loads."""
+    """Convert a checkpoint of the original MoE-LLaVA code, or an export of `moe-llava export`, to one that transformers loads."""
     with user_errors():
-        with heavy_imports():
-            from moe_llava.checkpoints.published import convert as run
+        from moe_llava.checkpoints.files import is_export
+        from moe_llava.common.files import new_folder
 
-        for line in [*run(published, out, vision_towers, language_model), f"written to {out}"]:
+        if is_export(published):
+            with heavy_imports():
+                from moe_llava.checkpoints.native import convert_back
+
+            with new_folder(out) as folder:
+                lines = convert_back(published, folder)
+        else:
+            with heavy_imports():
+                from moe_llava.checkpoints.published import convert as run
+
+            lines = run(published, out, vision_towers, language_model)
+        for line in [*lines, f"written to {out}"]:
             print(line)
 
 

@@ -197,7 +197,7 @@ def share_tensors(dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
         except AttributeError:
             continue  # part of a SparseMlp
         for key, parameter in origin._parameters.items():
-            if key in module._parameters and parameter is not None:
+            if module._parameters.get(key) is not None and parameter is not None:  # a Linear without bias has None
                 module._parameters[key] = parameter
         for key in module._buffers.keys() & origin._buffers.keys():
             module._buffers[key] = origin._buffers[key]
