@@ -89,7 +89,14 @@ def test_gradient_checkpointing_changes_nothing(routing):
 def test_embeddings_alone_do_not_say_where_the_images_stand(routing):
     sparse = upcycle(tiny_dense("llama"), routing=routing)
     with pytest.raises(ValueError, match=f"routing {routing} needs input_ids"):
-        sparse(inputs_embeds=torch.randn(1, 3, 32))
+        sparse(inputs_embeds=torch.randn(1, 3, 32), output_router_logits=True)
+
+
+def test_smoes_routes_embeddings_alone():
+    """Serving engines pass embeddings, without token ids."""
+    sparse, batch = upcycle(tiny_dense("llama"), routing="smoes"), tiny_inputs()
+    embeddings = sparse.get_input_embeddings()(batch["input_ids"][:, -3:])
+    assert torch.equal(sparse(inputs_embeds=embeddings).logits, sparse(input_ids=batch["input_ids"][:, -3:]).logits)
 
 
 @pytest.mark.parametrize(

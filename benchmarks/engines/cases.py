@@ -1,0 +1,139 @@
+"""Write the cases for an engine: checkpoints of tiny models, and for each 25 prompts with an image and the tokens that `generate` returns.
+
+    python -m benchmarks.engines.cases OUT
+
+A case is a folder `OUT/NAME` with the checkpoint, and `cases.json` with the prompts. `vllm_cases.py` runs them in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.families import operators  # noqa: F401, I001  before transformers is imported
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+from moe_llava import upcycle
+from moe_llava.checkpoints.native import export_native
+from moe_llava.checkpoints.processors import dense_processor, sparse_processor
+from moe_llava.digits.base import build_base
+from moe_llava.digits.scenes import render, sample_scene
+from moe_llava.digits.questions import sample_questions
+from tests.families.processors import tiny_model, tiny_processor
+
+PROMPTS, NEW_TOKENS = 25, 12
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+Case = tuple[Any, Any]  # model, processor
+
+
+def digits(**options: Any) -> Case:
+    """Return the included model, with experts that differ."""
+    dense, processor = build_base()
+    return upcycle(dense, expert_start="noise", **options), sparse_processor(processor)
+
+
+def llava(text: Callable[..., PreTrainedConfig], **options: Any) -> Case:
+    """Return a random LLaVA with another language model behind the included tower."""
+    base, processor = build_base()
+    config = LlavaConfig(
+        vision_config=base.config.vision_config,
+        text_config=text(vocab_size=base.config.text_config.vocab_size, initializer_range=0.2, **SIZES),
+        image_token_index=base.config.image_token_id,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    dense = LlavaForConditionalGeneration(config).eval()
+    dense.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
+    dense.generation_config = base.generation_config
+    return upcycle(dense, expert_start="noise", **options), sparse_processor(processor)
+
+
+@torch.no_grad()
+def family(name: str, **options: Any) -> Case:
+    """Return a random model of a family with a tiny processor of its own class."""
+    processor = tiny_processor(name)
+    config = tiny_model(name, processor).config
+    text = config.get_text_config()
+    text.head_dim = 32  # attention kernels want no smaller heads
+    if "mrope_section" in text.rope_parameters:
+        text.rope_parameters["mrope_section"] = [8, 4, 4]
+    torch.manual_seed(0)
+    dense = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in dense.parameters():
+        parameter.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return upcycle(dense, expert_start="noise", **options), processor
+
+
+def native(case: Case, every_layer: bool = False) -> Case:
+    """Return a case, exported."""
+    return export_native(case[0], every_layer), dense_processor(case[1])
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "llama": digits,
+    "llama-residual": lambda: digits(use_residual=True),
+    "llama-unnormalised": lambda: digits(norm_topk_prob=False),
+    "llama-smoes": lambda: digits(routing="smoes", num_experts=4),
+    "llama-modality_split": lambda: digits(routing="modality_split", num_experts=4),
+    "phi": lambda: llava(PhiConfig),
+    "stablelm": lambda: llava(StableLmConfig),
+    "qwen2": lambda: llava(Qwen2Config),
+    "qwen3": lambda: llava(Qwen3Config, ),
+    "gemma3": lambda: family("gemma3"),
+    "qwen3_vl": lambda: family("qwen3_vl"),
+    "native-qwen2_moe": lambda: native(digits()),
+    "native-mixtral": lambda: native(digits(), every_layer=True),
+    "native-qwen3_moe": lambda: native(llava(Qwen3Config)),
+    "native-qwen3_vl_moe": lambda: native(family("qwen3_vl")),
+}
+
+
+def questions(seed: int = 0) -> Iterator[tuple[Any, str]]:
+    """Yield pictures with a question each."""
+    rng = random.Random(seed)
+    while True:
+        scene = sample_scene(rng)
+        for question in sample_questions(scene, rng, 1):
+            yield render(scene, rng, "test"), question.text
+
+
+@torch.no_grad()
+def write_case(name: str, out: Path) -> None:
+    model, processor = CASES[name]()
+    folder = out / name
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    suppressed = list(model.generation_config.suppress_tokens or [])
+    prompts = []
+    for number, (picture, question) in zip(range(PROMPTS), questions(), strict=False):
+        picture.save(folder / f"{number}.png")
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[picture], return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        prompts.append({"text": text, "image": f"{number}.png", "tokens": tokens.tolist()})
+    content = {"new_tokens": NEW_TOKENS, "suppressed": suppressed, "prompts": prompts}
+    (folder / "cases.json").write_text(json.dumps(content))
+    print(f"{name}: {type(model).__name__}, {len({tuple(prompt['tokens']) for prompt in prompts})} different answers")
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    for name in sys.argv[2:] or CASES:
+        write_case(name, out)
