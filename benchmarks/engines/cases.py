@@ -14,12 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.families import operators  # noqa: F401, I001  before transformers is imported
-
 import torch
 from transformers import (
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PhiConfig,
@@ -33,8 +30,9 @@ from moe_llava import upcycle
 from moe_llava.checkpoints.native import export_native
 from moe_llava.checkpoints.processors import dense_processor, sparse_processor
 from moe_llava.digits.base import build_base
-from moe_llava.digits.scenes import render, sample_scene
 from moe_llava.digits.questions import sample_questions
+from moe_llava.digits.scenes import render, sample_scene
+from tests.families import operators  # noqa: F401  before transformers is imported
 from tests.families.processors import tiny_model, tiny_processor
 
 PROMPTS, NEW_TOKENS = 25, 12
@@ -94,7 +92,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "phi": lambda: llava(PhiConfig),
     "stablelm": lambda: llava(StableLmConfig),
     "qwen2": lambda: llava(Qwen2Config),
-    "qwen3": lambda: llava(Qwen3Config, ),
+    "qwen3": lambda: llava(
+        Qwen3Config,
+    ),
     "gemma3": lambda: family("gemma3"),
     "qwen3_vl": lambda: family("qwen3_vl"),
     "native-qwen2_moe": lambda: native(digits()),

@@ -1,6 +1,6 @@
 """Run cases that `cases.py` wrote in vLLM, and compare the tokens. Runs in vLLM's environment, without this package.
 
-    VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/engines/vllm_cases.py OUT [NAME ...] [--tensor-parallel 2] [--compiled]
+VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/engines/vllm_cases.py OUT [NAME ...] [--tensor-parallel 2] [--compiled]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run_case(folder: Path, tensor_parallel: int, compiled: bool) -> dict[str, An
     prompts = [
         {"prompt": prompt["text"], "multi_modal_data": {"image": Image.open(folder / prompt["image"])}} for prompt in content["prompts"]
     ]
-    never = {token: -100.0 for token in content["suppressed"]}  # vLLM ignores suppress_tokens
+    never = dict.fromkeys(content["suppressed"], -100.0)  # vLLM ignores suppress_tokens
     settings = SamplingParams(temperature=0, max_tokens=content["new_tokens"], logit_bias=never or None)
     found = [list(output.outputs[0].token_ids) for output in engine.generate(prompts, settings, use_tqdm=False)]
     same = sum(tokens == prompt["tokens"] for tokens, prompt in zip(found, content["prompts"], strict=True))

@@ -88,8 +88,30 @@ def test_gradient_checkpointing_changes_nothing(routing):
 @by_modality
 def test_embeddings_alone_do_not_say_where_the_images_stand(routing):
     sparse = upcycle(tiny_dense("llama"), routing=routing)
-    with pytest.raises(ValueError, match=f"routing {routing} needs input_ids"):
+    with pytest.raises(ValueError, match=f"routing {routing} needs the positions of the images: input_ids, or image_mask"):
         sparse(inputs_embeds=torch.randn(1, 3, 32), output_router_logits=True)
+
+
+def test_the_image_mask_instead_of_token_ids():
+    sparse, batch = upcycle(tiny_dense("llama"), routing="modality_split", expert_start="noise"), tiny_inputs()
+    expected = sparse(**batch).logits
+    embeddings = capture_embeddings(sparse, batch)
+    mask = batch["input_ids"] == sparse.config.image_token_id
+    inputs = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"]}
+    assert torch.equal(sparse(**inputs, image_mask=mask).logits, expected)
+    assert torch.equal(sparse.model(**inputs, image_mask=mask).last_hidden_state, sparse.model(**batch).last_hidden_state)
+    assert not torch.equal(sparse(**inputs, image_mask=~mask).logits, expected)
+
+
+def capture_embeddings(sparse, batch):
+    """The embeddings of a batch, with the features of its images."""
+    found = []
+    hook = sparse.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    sparse(**batch)
+    hook.remove()
+    return found[0]
 
 
 def test_smoes_routes_embeddings_alone():
