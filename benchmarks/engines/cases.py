@@ -2,7 +2,7 @@
 
     python -m benchmarks.engines.cases OUT
 
-A case is a folder `OUT/NAME` with the checkpoint, and `cases.json` with the prompts. `vllm_cases.py` runs them in an environment of its own.
+A case is a folder `OUT/NAME` with the checkpoint, and `cases.json` with the prompts. `vllm_cases.py` runs them in vLLM's environment.
 """
 
 from __future__ import annotations
