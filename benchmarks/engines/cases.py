@@ -7,6 +7,9 @@ A case is a folder `OUT/NAME` with the checkpoint, and `cases.json` with the pro
 
 from __future__ import annotations
 
+from tests.families import operators  # noqa: F401  before transformers is imported
+
+# isort: split
 import json
 import random
 import sys
@@ -32,11 +35,11 @@ from moe_llava.checkpoints.processors import dense_processor, sparse_processor
 from moe_llava.digits.base import build_base
 from moe_llava.digits.questions import sample_questions
 from moe_llava.digits.scenes import render, sample_scene
-from tests.families import operators  # noqa: F401  before transformers is imported
 from tests.families.processors import tiny_model, tiny_processor
 
 PROMPTS, NEW_TOKENS = 25, 12
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT_ONLY = "-text"  # names of cases whose prompts have no image end so
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 Case = tuple[Any, Any]  # model, processor
 
 
@@ -62,20 +65,27 @@ def llava(text: Callable[..., PreTrainedConfig], **options: Any) -> Case:
     return upcycle(dense, expert_start="noise", **options), sparse_processor(processor)
 
 
-@torch.no_grad()
 def family(name: str, **options: Any) -> Case:
-    """Return a random model of a family with a tiny processor of its own class."""
+    """Return a sparse model of a family with a tiny processor of its own class."""
+    dense, processor = dense_family(name)
+    return upcycle(dense, expert_start="noise", **options), processor
+
+
+@torch.no_grad()
+def dense_family(name: str) -> Case:
+    """Return a random model of a family."""
     processor = tiny_processor(name)
     config = tiny_model(name, processor).config
     text = config.get_text_config()
-    text.head_dim = 32  # attention kernels want no smaller heads
+    # vLLM's attention on CPUs wants heads of 32 or more.
+    text.head_dim, text.num_attention_heads, text.num_key_value_heads = 32, 1, 1
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters["mrope_section"] = [8, 4, 4]
     torch.manual_seed(0)
     dense = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in dense.parameters():
         parameter.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
-    return upcycle(dense, expert_start="noise", **options), processor
+    return dense, processor
 
 
 def native(case: Case, every_layer: bool = False) -> Case:
@@ -97,6 +107,15 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "gemma3": lambda: family("gemma3"),
     "qwen3_vl": lambda: family("qwen3_vl"),
+    "gemma3-text": lambda: family("gemma3"),
+    "gemma3-dense": lambda: dense_family("gemma3"),
+    "qwen3_vl-text": lambda: family("qwen3_vl"),
+    "qwen3_vl-dense": lambda: dense_family("qwen3_vl"),
+    "qwen2_5_vl": lambda: family("qwen2_5_vl"),
+    "internvl": lambda: family("internvl"),
+    "smolvlm": lambda: family("smolvlm"),
+    "mistral3": lambda: family("mistral3"),
+    "llava_onevision": lambda: family("llava_onevision"),
     "native-qwen2_moe": lambda: native(digits()),
     "native-mixtral": lambda: native(digits(), every_layer=True),
     "native-qwen3_moe": lambda: native(llava(Qwen3Config)),
@@ -122,12 +141,17 @@ def write_case(name: str, out: Path) -> None:
     suppressed = list(model.generation_config.suppress_tokens or [])
     prompts = []
     for number, (picture, question) in zip(range(PROMPTS), questions(), strict=False):
-        picture.save(folder / f"{number}.png")
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        pictures = [] if name.endswith(TEXT_ONLY) else [picture]
+        message = {"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = processor(text=[text], images=[picture], return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        prompts.append({"text": text, "image": f"{number}.png", "tokens": tokens.tolist()})
+        inputs = processor(text=[text], images=pictures or None, return_tensors="pt")
+        done = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        tokens = done.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logprobs = [float(scores[0].log_softmax(-1)[token]) for scores, token in zip(done.logits, tokens, strict=True)]
+        files = [f"{number}.png" for _ in pictures]
+        for file in files:
+            picture.save(folder / file)
+        prompts.append({"text": text, "images": files, "tokens": tokens, "logprobs": logprobs})
     content = {"new_tokens": NEW_TOKENS, "suppressed": suppressed, "prompts": prompts}
     (folder / "cases.json").write_text(json.dumps(content))
     print(f"{name}: {type(model).__name__}, {len({tuple(prompt['tokens']) for prompt in prompts})} different answers")

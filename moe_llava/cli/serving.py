@@ -1,4 +1,4 @@
-"""The verb serve."""
+"""The verbs serve and vllm."""
 
 from __future__ import annotations
 
@@ -62,3 +62,28 @@ def serve(
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
             serve_until_signal(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")
+
+
+@verb("Use a model", "moe-llava vllm runs/sparse --tensor-parallel 2")
+def vllm(
+    checkpoint: Checkpoint,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="devices that share every layer")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="copies of the model")] = 1,
+    expert_parallel: Annotated[bool, typer.Option("--expert-parallel", help="divide whole experts among all devices")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="machines, joined by Ray")] = 1,
+) -> None:
+    """Print the command line of vLLM for a checkpoint, and the memory that each device needs. Nothing is started."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.serving.vllm_command import Layout, device_bytes, vllm_command
+
+        layout = Layout(tensor_parallel, data_parallel, expert_parallel, nodes)
+        if problem := layout.problem():
+            raise ValueError(problem)
+        check_checkpoint(checkpoint, plain=True)
+        print(vllm_command(checkpoint, layout))
+        with heavy_imports():
+            from moe_llava.training.budget import survey
+
+        weights, cache = device_bytes(survey(checkpoint)[0], layout)
+        print(f"each device, computed: {weights / 2**30:.2f} GiB of weights in bfloat16, {cache / 2**10:.1f} KiB of cache for a token")

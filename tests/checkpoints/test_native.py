@@ -1,6 +1,7 @@
 """Exports to native MoE architectures: they compute the same, and are read back."""
 
 import json
+import os
 import re
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForImageTextToText
 from moe_llava import upcycle
 from moe_llava.checkpoints.native import TARGETS, export_native, import_native
 from moe_llava.common.errors import CheckpointError
-from tests.conftest import refused, run_here
+from tests.conftest import REPOSITORY, refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 from tests.vlm import tiny_vlm, vlm_inputs
 
+PAGE = REPOSITORY / "docs" / "engines.md"
 EXPORTS = {  # (family, every layer) -> the architecture of the language model
     ("llava", False): "qwen2_moe",
     ("llava", True): "mixtral",
@@ -37,6 +39,29 @@ EXPORTS = {  # (family, every layer) -> the architecture of the language model
 
 def test_every_target_is_exported():
     assert {target.text for targets in TARGETS.values() for target in targets} == set(EXPORTS.values())
+
+
+def table():
+    lines = ["| dense model | target | MoE layers | weights sum to 1 | added as zeros |", "|---|---|---|---|---|"]
+    for origin, targets in TARGETS.items():
+        for target in targets:
+            name = f"`{target.wrapper}`" if target.wrapper else f"the same wrapper, its language model `{target.text}`"
+            zeros = ", ".join(zero.rstrip(".").rpartition("mlp.")[2] for zero in target.zeros if zero.startswith("mlp."))
+            zeros += ", biases of query, key and value" if any("bias" in zero for zero in target.zeros) else ""
+            source = f"`{origin}`" if target.wrapper else f"any wrapper with `{origin}`"
+            layers = "all, or `--every-layer`" if target.every_layer else "any"
+            lines.append(f"| {source} | {name} | {layers} | {'required' if target.normalised else 'or not'} | {zeros or 'nothing'} |")
+    return "\n".join(lines)
+
+
+def test_the_page_has_the_table():
+    begin, end = "<!-- begin of the table -->", "<!-- end of the table -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page = f"{before}{begin}\n{table()}\n{end}{after}"
+    if "UPDATE_ENGINES" in os.environ:
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page, "UPDATE_ENGINES=1 pytest tests/checkpoints/test_native.py writes it"
 
 
 @pytest.mark.parametrize(("family", "every_layer"), EXPORTS, ids=str)

@@ -194,3 +194,21 @@ def test_sonicmoe_refuses_what_it_would_compute_otherwise(family, what, tmp_path
         MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, experts_implementation="sonicmoe")
     with pytest.raises(ValueError, match="'sonicmoe' computes gated experts"):
         AutoModel.from_pretrained(tmp_path, experts_implementation="sonicmoe")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity_factor": 1.5}, r"capacity_factor is 1\.5, but the tokens of a batch share the capacity"),
+        ({"routing": "modality_split"}, "routing is modality_split, which vLLM supports by a plugin"),
+    ],
+)
+def test_options_that_an_engine_cannot_honour_are_refused_when_it_starts(options, message):
+    AttentionInterface.register("vllm", engine_attention)
+    config = upcycle(tiny_dense("llama"), **options).config
+    config.text_config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        AutoModel.from_config(config)
+    config.engine_passes_image_mask, config.capacity_factor = True, None
+    with torch.device("meta"):
+        AutoModel.from_config(config)

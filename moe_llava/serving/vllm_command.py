@@ -1,0 +1,82 @@
+"""The command line of vLLM for a checkpoint, and the memory of each device.
+
+What was run and compared with `generate` is in docs/serving.md. The rules here refuse what vLLM's backend for transformers models computes
+otherwise, without an error.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_llava.checkpoints.files import EXPORT_FIELD, SPARSE, read_config
+from moe_llava.common.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from moe_llava.training.budget import Budget
+
+# Families whose language model takes more than embeddings and positions, which is all that vLLM's backend passes.
+INCOMPLETE = {
+    "qwen3_vl": "deepstack features of the vision tower",
+    "gemma3": "token types, by which image tokens attend to each other in both directions",
+    "paligemma": "token types, by which a prompt attends in both directions",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is divided among devices. With `expert_parallel`, each device holds whole experts, of all copies together."""
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
+    nodes: int = 1
+
+    def problem(self) -> str | None:
+        """Return what does not fit, or None."""
+        if self.nodes > 1 and (self.tensor_parallel * self.data_parallel) % self.nodes:
+            return f"--nodes is {self.nodes}, but must divide {self.tensor_parallel * self.data_parallel} devices"
+        return None
+
+
+def vllm_command(path: str | Path, layout: Layout) -> str:
+    """Return the command line. Raise CheckpointError, naming the reason, if vLLM computes something other than `generate` does."""
+    config = read_config(path)
+    words = ["vllm", "serve", str(path)]
+    if str(config.get("model_type")).startswith(SPARSE):
+        _check(config, path)
+        if config.get("routing") != "modality_split":
+            words += ["--model-impl", "transformers", "--trust-remote-code"]
+    elif EXPORT_FIELD not in config:
+        raise CheckpointError(f"checkpoint {path} is neither sparse nor an export of `moe-llava export`")
+    for option, value in {"--tensor-parallel-size": layout.tensor_parallel, "--data-parallel-size": layout.data_parallel}.items():
+        words += [option, str(value)] if value > 1 else []
+    words += ["--enable-expert-parallel"] if layout.expert_parallel else []
+    words += ["--distributed-executor-backend", "ray"] if layout.nodes > 1 else []
+    return shlex.join(words)
+
+
+def _check(config: dict[str, Any], path: str | Path) -> None:
+    family = config["model_type"].removeprefix(SPARSE)
+    if family in INCOMPLETE:
+        advice = "export it: `moe-llava export`" if family == "qwen3_vl" else "use `moe-llava serve`"
+        raise CheckpointError(
+            f"checkpoint {path} is a {family}: vLLM's backend for transformers models drops {INCOMPLETE[family]}; {advice}"
+        )
+    if config.get("capacity_factor") is not None:
+        raise CheckpointError(
+            f"checkpoint {path} has capacity_factor {config['capacity_factor']}: the tokens of a batch share it, and vLLM batches requests "
+            "as they come"
+        )
+
+
+def device_bytes(budget: Budget, layout: Layout, dtype_bytes: int = 2) -> tuple[int, int]:
+    """Return (weights, cache of a token) of each device in bytes, computed: experts and language model are divided, the tower is not."""
+    whole = budget.total["tower"] + budget.total["projector"]
+    experts = budget.total["experts"]
+    others = sum(budget.total.values()) - whole - experts
+    shares = layout.tensor_parallel * (layout.data_parallel if layout.expert_parallel else 1)
+    weights = whole + others / layout.tensor_parallel + experts / shares
+    return round(weights * dtype_bytes), round(budget.cache_bytes / layout.tensor_parallel)
