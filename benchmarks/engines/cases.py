@@ -120,6 +120,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "native-mixtral": lambda: native(digits(), every_layer=True),
     "native-qwen3_moe": lambda: native(llava(Qwen3Config)),
     "native-qwen3_vl_moe": lambda: native(family("qwen3_vl")),
+    "native-every_layer": lambda: native(family("qwen3_vl"), every_layer=True),
 }
 
 
@@ -141,6 +142,7 @@ def write_case(name: str, out: Path) -> None:
     suppressed = list(model.generation_config.suppress_tokens or [])
     prompts = []
     for number, (picture, question) in zip(range(PROMPTS), questions(), strict=False):
+        picture = picture.resize((64, 64))  # a multiple of all patches: engines resize differently
         pictures = [] if name.endswith(TEXT_ONLY) else [picture]
         message = {"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
@@ -151,7 +153,8 @@ def write_case(name: str, out: Path) -> None:
         files = [f"{number}.png" for _ in pictures]
         for file in files:
             picture.save(folder / file)
-        prompts.append({"text": text, "images": files, "tokens": tokens, "logprobs": logprobs})
+        logits = done.logits[0][0].tolist()  # before the first token
+        prompts.append({"text": text, "question": question, "images": files, "tokens": tokens, "logprobs": logprobs, "logits": logits})
     content = {"new_tokens": NEW_TOKENS, "suppressed": suppressed, "prompts": prompts}
     (folder / "cases.json").write_text(json.dumps(content))
     print(f"{name}: {type(model).__name__}, {len({tuple(prompt['tokens']) for prompt in prompts})} different answers")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NATIVE = "native-"  # cases that engines know by themselves, without code from the checkpoint
+PLUGIN = "-modality_split"  # cases for which vLLM finds the class of this package's plugin
 RESULT = "RESULT "
 
 
@@ -24,11 +25,11 @@ def run_case(folder: Path, tensor_parallel: int, compiled: bool, dtype: str) -> 
     from vllm import LLM, SamplingParams
 
     content = json.loads((folder / "cases.json").read_text())
-    native = folder.name.startswith(NATIVE)
+    backend = not folder.name.startswith(NATIVE) and not folder.name.endswith(PLUGIN)
     engine = LLM(
         model=str(folder),
-        model_impl="auto" if native else "transformers",
-        trust_remote_code=not native,
+        model_impl="transformers" if backend else "auto",
+        trust_remote_code=backend,
         dtype=dtype,
         enforce_eager=not compiled,
         tensor_parallel_size=tensor_parallel,
