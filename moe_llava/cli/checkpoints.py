@@ -1,4 +1,4 @@
-"""Verbs that make a checkpoint of another: upcycle, convert, merge; and families, which lists what can be upcycled."""
+"""Verbs on checkpoints: upcycle, export, convert and merge make one of another; card describes one; families lists what can be upcycled."""
 
 from __future__ import annotations
 
@@ -134,6 +134,22 @@ def merge(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
         print(f"{out}: {model.num_parameters():,} parameters, the adapter among them")
+
+
+@verb("Convert", "moe-llava card runs/sparse --base Qwen/Qwen3-VL-2B-Instruct --results runs/evaluation")
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="the folder of a checkpoint")],
+    results: Annotated[list[Path] | None, typer.Option(help="results of `moe-llava evaluate`: a file or a folder; may be repeated")] = None,
+    base: Annotated[str | None, typer.Option(help="the model it was made from; default: as the recipe of a stage says")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="its licence, as the hub names it; default: the base's")] = None,
+) -> None:
+    """Write the model card of a checkpoint, README.md in its folder: origin, MoE options, training data, results, how to load it."""
+    with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.evaluation.card import write_card
+
+        check_checkpoint(str(checkpoint))
+        print(f"written to {write_card(checkpoint, results or [], base, licence)}")
 
 
 @verb("Convert", "moe-llava families", "moe-llava families qwen3_vl")

@@ -90,7 +90,7 @@ def _measured(places: Sequence[Path]) -> Block:
     rows: dict[str, dict[Column, Cell]] = {}
     origin: dict[tuple[str, Column], Path] = {}
     notes = ["In brackets: 95% bootstrap intervals."]
-    results = [(file, *_read_result(file)) for file in find_results(places)]
+    results = [(file, *read_result(file)) for file in find_results(places)]
     names = _short({model for _, model, *_ in results})
     for file, path, cells, remarks in results:
         model = names[path]
@@ -116,7 +116,7 @@ def _short(models: Iterable[str]) -> dict[str, str]:
     return {model: name if list(names.values()).count(name) == 1 else model for model, name in names.items()}
 
 
-def _read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
+def read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     """Return (model, its main scores, remarks on them)."""
     record = read_object(file)
     name = take(record, "benchmark", str(file))
