@@ -46,22 +46,32 @@ def routed_experts(model: PreTrainedModel) -> list[RoutedExperts]:
 
 def check_routers(model: PreTrainedModel) -> None:
     """Raise RoutingError, naming the router, unless the routers of `model`, which is on the meta device, choose from stacked experts beside
-    them, and return which ones they choose for a token's hidden states."""
-    width = model.config.get_text_config().hidden_size
-    for group in routed_experts(model):
+    them, and return logits and choices for the hidden states of tokens."""
+    width, groups = model.config.get_text_config().hidden_size, routed_experts(model)
+    if len(sizes := {(group.num_experts, group.top_k) for group in groups}) > 1:
+        found = ", ".join(f"{used} of {number}" for number, used in sorted(sizes))
+        raise RoutingError(f"the routers of {type(model).__name__} differ in their numbers of experts: {found}")
+    for group in groups:
         router = model.get_submodule(group.router)
         try:
-            chosen_experts(router(torch.empty(2, width, device="meta")), group)
+            logits_and_choice(router(torch.empty(2, width, device="meta")), group)
         except TypeError as error:
             raise RoutingError(f"the router {group.router} ({type(router).__name__}) needs more than hidden states: {error}") from error
 
 
-def chosen_experts(output: Any, group: RoutedExperts) -> Tensor:
-    """Return the expert indices [T, K] in a router's output. Raise RoutingError if it does not have them in the third place."""
-    ids_TK = output[2] if isinstance(output, tuple) and len(output) > 2 else None
-    if not isinstance(ids_TK, Tensor) or ids_TK.is_floating_point() or ids_TK.shape[1:] != (group.top_k,):
-        raise RoutingError(f"the router {group.router} does not return the indices of the {group.top_k} experts that a token uses")
-    return ids_TK
+def logits_and_choice(output: Any, group: RoutedExperts) -> tuple[Tensor, Tensor]:
+    """Return the logits [T, E] and the indices of the chosen experts [T, K] in a router's output. Raise RoutingError unless these are its
+    first and third part."""
+    parts = output if isinstance(output, tuple) else (output,)
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else None for part in parts]
+    logits, _, ids = [*shapes, None, None, None][:3]
+    well_formed = logits and ids and (logits[1:], ids[1:]) == ((group.num_experts,), (group.top_k,))
+    if not well_formed or parts[2].is_floating_point():
+        raise RoutingError(
+            f"the router {group.router} returns shapes {shapes}, but must return logits [T, {group.num_experts}], weights, and the indices "
+            f"[T, {group.top_k}] of the chosen experts for stage III to train it"
+        )
+    return parts[0], parts[2]
 
 
 def _checked(model: PreTrainedModel, router: str, experts: str) -> RoutedExperts:

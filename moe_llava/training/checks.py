@@ -18,11 +18,12 @@ from moe_llava.common.messages import changes
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.model import SparseModel
-from moe_llava.model.upcycling import check_kind, has_experts, sparse_config
+from moe_llava.model.upcycling import check_kind, sparse_config
+from moe_llava.routing.routers import check_routers
 from moe_llava.training.adapters import check_adapter
 from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
-from moe_llava.training.parts import decoder_layers
+from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
@@ -55,6 +56,7 @@ def check_folder(stage: Stage, resume: bool) -> None:
 def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
     """Return the settings that decide the result of a stage."""
     whole = dataclasses.asdict(recipe)
+    whole["stage3"]["moe"] = dataclasses.asdict(recipe.stage3.options)
     return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", f"stage{number}")})
 
 
@@ -105,9 +107,10 @@ def check_start(stage: Stage) -> None:
     model = load_structure(path)
     if not isinstance(model, SparseModel):
         check_kind(type(model), model.config)
-        if has_experts(decoder_layers(model)):
-            raise RecipeError(f"{path} is a {type(model).__name__}, whose layers have experts of its own: stages train experts made here")
-        on_meta(sparse_config(model.config, settings.moe))
+        if is_native(model):
+            check_native(stage, model)
+        else:
+            on_meta(sparse_config(model.config, settings.options))
         return
     if stage.number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
@@ -116,12 +119,33 @@ def check_start(stage: Stage) -> None:
     if settings.expert_start != "copy":
         rule = "which is for experts that are made here"
         raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
-    wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.moe))
+    wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.options))
     for name in STRUCTURE:
         attribute = "moe_layer_indices" if name == "moe_layers" else name
         has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
         if has != asked:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
+
+
+def check_native(stage: Stage, model: Any) -> None:
+    """Raise RecipeError if a stage, or a setting of it, does not apply to a model with experts of its family's own, RoutingError if these
+    experts or their routers are not found."""
+    has, settings = f"{stage.origin} is a {type(model).__name__}, which has experts of its own", stage.recipe.stage3
+    if stage.number != 3:
+        raise RecipeError(f"{has}: only stage III trains it, so leave out stage{stage.number}")
+    if settings.moe is not None:
+        given = [f.name for f in dataclasses.fields(settings.moe) if getattr(settings.moe, f.name) != f.default]
+        named = f", with {', '.join(given)}" if given else ""
+        raise RecipeError(f"{has}, but stage3.moe is set{named}, for experts that are made here: leave it out, or set it to null")
+    wrong = {
+        "stage3.dense": settings.dense,
+        "stage3.expert_start": settings.expert_start != "copy",
+        "stage3.adapter": settings.adapter,
+        "sharding": stage.recipe.sharding,
+    }
+    for name in (name for name, is_set in wrong.items() if is_set):
+        raise RecipeError(f"{has}, but {name} is set, which is for experts that are made here: leave it out")
+    check_routers(model)
 
 
 def load_data(stage: Stage, encoder: Encoder, problems: list[str]) -> Records:

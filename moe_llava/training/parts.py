@@ -17,7 +17,15 @@ from moe_llava.routing.routers import RoutedExperts, routed_experts
 
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
 # What families call the modules between tower and language model.
-PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "embed_vision", "visual_embeddings_table")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "embed_vision",
+    "visual_embeddings_table",
+    "resampler_model",
+)
 _MIXERS = ("self_attn", "linear_attn")  # what families call the attention of a decoder layer
 
 
@@ -38,6 +46,13 @@ def is_native(model: PreTrainedModel) -> bool:
 def native_experts(model: PreTrainedModel) -> list[RoutedExperts]:
     """Return the experts of a family's own, with their routers; none for other models."""
     return routed_experts(model) if is_native(model) else []
+
+
+def moe_layers(model: PreTrainedModel) -> list[int]:
+    """Return the indices of the layers with experts; none for a dense model."""
+    if isinstance(model, SparseModel):
+        return model.config.moe_layer_indices
+    return sorted({group.layer for group in native_experts(model)})
 
 
 def parts_of(model: PreTrainedModel) -> dict[str, str]:

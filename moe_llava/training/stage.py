@@ -20,6 +20,7 @@ from moe_llava.model import SparseConfig, SparseModel
 from moe_llava.model.modeling import sparse_class
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
+from moe_llava.training.parts import is_native, moe_layers
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
 
 DIGITS_BASE = "runs/digits/base"  # the model of recipes/digits.yaml
@@ -90,7 +91,7 @@ class Stage:
 
     def upcycles(self, path: str | Parts) -> bool:
         """Return whether the stage has to make the checkpoint that it starts from sparse."""
-        return self.name == "stage3" and not (isinstance(path, str) and is_sparse_checkpoint(path))
+        return self.name == "stage3" and not (isinstance(path, str) and (is_sparse_checkpoint(path) or is_native(load_on_meta(path))))
 
     def load_settings(self, path: str) -> dict[str, Any]:
         """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix."""
@@ -109,20 +110,18 @@ class Stage:
 
     @property
     def _changeable(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.moe).items() if name not in STRUCTURE}
+        return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.options).items() if name not in STRUCTURE}
 
     def structure(self, path: str | Parts) -> PreTrainedModel:
         """Return the model that the stage begins with, without weights. `path`: its origin, or that of an earlier stage."""
         model = load_structure(path)
-        if self.number != 3 or isinstance(model, SparseModel):
+        if self.number != 3 or isinstance(model, SparseModel) or is_native(model):
             return model
-        return on_meta(sparse_config(model.config, self.recipe.stage3.moe))
+        return on_meta(sparse_config(model.config, self.recipe.stage3.options))
 
     def moe_layers(self, model: PreTrainedModel) -> list[int]:
         """Return the layers of `model` that are, or would be, sparse."""
-        if isinstance(model, SparseModel):
-            return model.config.moe_layer_indices
-        return sparse_config(model.config, self.recipe.stage3.moe).moe_layer_indices
+        return moe_layers(model) or sparse_config(model.config, self.recipe.stage3.options).moe_layer_indices
 
     def write_recipe(self) -> None:
         """Write the recipe into the stage's folder, which a resumed run compares its own with."""
