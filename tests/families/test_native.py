@@ -192,10 +192,7 @@ def test_the_load_is_that_of_the_routers_choices(family, checkpoints, write_nati
 
 
 def test_it_is_not_upcycled(checkpoints):
-    with pytest.raises(
-        ValueError,
-        match="is sparse already, its layers have experts: it can be traced, evaluated, served and trained in stage III as it is",
-    ):
+    with pytest.raises(ValueError, match=r"is sparse already, its layers have experts: .* trained in stage III as it is"):
         upcycle(load_checkpoint(checkpoints("qwen3_vl_moe"))[0])
 
 

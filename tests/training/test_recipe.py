@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_llava.model.options import MoeOptions
 from moe_llava.training.parsing import read
 from moe_llava.training.recipe import RecipeError, load_recipe
 from tests.conftest import REPOSITORY
@@ -16,6 +17,10 @@ DIGITS = REPOSITORY / "recipes" / "digits.yaml"
 def test_shipped_recipes_are_read(file):
     recipe = load_recipe(file)
     assert recipe.stage3.moe.num_experts_per_tok <= recipe.stage3.moe.num_experts
+
+
+def test_without_a_section_the_options_are_the_defaults():
+    assert load_recipe(DIGITS, ["stage3.moe=null"]).stage3.options == MoeOptions()
 
 
 def changed(tmp_path: Path, change) -> Path:
