@@ -335,7 +335,7 @@ def test_parts_that_do_not_do(parts, write_recipe, tiny_base, tmp_path):
     for change, message in (
         ({"language_model": str(tmp_path / "none")}, r"the language model .*none is not found: checkpoint .*none is not a folder"),
         ({"vision_tower": str(tmp_path / "none")}, r"the vision tower .*none cannot be loaded"),
-        ({"vision_tower": str(parts / "phi")}, "has model_type 'phi', but must have one of clip_vision_model, siglip_vision_model"),
+        ({"vision_tower": str(parts / "phi")}, "phi cannot be used: it is a PhiModel, which takes input_ids, not pixel_values"),
         (
             {"language_model": str(tiny_base / "base")},
             r"base is a model with a vision tower already \(llava\): a LLaVA is named as `model`",
