@@ -150,8 +150,8 @@ def test_features_are_the_patches_of_the_second_last_layer(name, joined, record,
 @pytest.mark.parametrize("name", ["vit-classifier", "dinov2", "dinov2-larger"])
 def test_stages_from_a_tower(name, joined, write_recipe, record, tmp_path):
     """Only the projector changes in stage I, the tower never; the result is traced with its patches in a grid."""
-    tower, model, _, chosen = joined(*TOWERS[name])
-    steps = {f"stage{number}__optimisation__max_steps": 1 for number in (1, 2, 3)}
+    _, model, _, chosen = joined(*TOWERS[name])
+    steps = {f"stage{number}__optimisation__max_steps": 2 for number in (1, 2, 3)}
     recipe = load_recipe(write_recipe(model=chosen, stage1__template="plain", **steps, feature_cache=str(tmp_path / "cache"), seed=1))
     folders = train(recipe, [1, 2, 3], resume=False, console=QUIET)
     start, first, _, last = (
