@@ -141,7 +141,7 @@ def check_native(stage: Stage, model: Any) -> None:
         "stage3.dense": settings.dense,
         "stage3.expert_start": settings.expert_start != "copy",
         "stage3.adapter": settings.adapter,
-        "sharding": stage.recipe.sharding,
+        "sharding": stage.recipe.sharding,  # transformers shards no weights that it converts on loading, as it does those of some
     }
     for name in (name for name, is_set in wrong.items() if is_set):
         raise RecipeError(f"{has}, but {name} is set, which is for experts that are made here: leave it out")

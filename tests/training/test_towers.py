@@ -25,6 +25,8 @@ from transformers import (
     ResNetModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     SwinConfig,
@@ -52,10 +54,13 @@ DINO = {name: value for name, value in SIZES.items() if name != "intermediate_si
 COMMON = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CROP = COMMON | {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
 SQUARE = COMMON | {"size": {"height": 32, "width": 32}}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 # The model, and the content of its preprocessor_config.json, as of published towers of the class.
 TOWERS = {
     "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES)), CROP),
     "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES)), SQUARE),
+    # SigLIP 2 of fixed resolution has these classes, too.
+    "siglip-whole": (lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=SIZES)), SQUARE),
     "vit": (lambda: ViTModel(ViTConfig(**SIZES)), SQUARE),
     "vit-classifier": (lambda: ViTForImageClassification(ViTConfig(**SIZES)), COMMON | {"size": 32}),
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**DINO)), CROP),
@@ -75,7 +80,7 @@ REFUSED = {
         "it is a Siglip2VisionModel, which needs pixel_attention_mask, spatial_shapes besides pixel_values",
     ),
     "text": (
-        lambda: BertModel(BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)),
+        lambda: BertModel(BertConfig(**TEXT)),
         "it is a BertModel, which takes input_ids, not pixel_values",
     ),
     "resnet": (
@@ -129,9 +134,10 @@ def test_features_are_the_patches_of_the_second_last_layer(name, joined, record,
     pixels = item["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
     with torch.no_grad():
-        states = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        seen = tower.vision_model if name == "siglip-whole" else tower
+        states = seen(pixels, output_hidden_states=True).hidden_states[-2]
     patches = states[:, -16:]
-    assert states.shape[1] - 16 == processor.num_additional_image_tokens == (0 if name == "siglip" else 1)
+    assert states.shape[1] - 16 == processor.num_additional_image_tokens == (0 if name.startswith("siglip") else 1)
     assert (item["input_ids"] == processor.image_token_id).sum() == model.config.image_seq_length == encoder.image_tokens == 16
     features = model.get_image_features(pixels, return_dict=True).pooler_output[0]
     torch.testing.assert_close(features, model.model.multi_modal_projector(patches)[0], rtol=0, atol=0)
