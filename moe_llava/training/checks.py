@@ -27,7 +27,7 @@ from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
-from moe_llava.training.stage import STRUCTURE, Stage, check_made, load_structure, on_meta
+from moe_llava.training.stage import COEFFICIENT, STRUCTURE, Stage, check_made, load_structure, on_meta
 from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
 
@@ -133,18 +133,16 @@ def check_native(stage: Stage, model: Any) -> None:
     has, settings = f"{stage.origin} is a {type(model).__name__}, which has experts of its own", stage.recipe.stage3
     if stage.number != 3:
         raise RecipeError(f"{has}: only stage III trains it, so leave out stage{stage.number}")
-    if settings.moe is not None:
-        given = [f.name for f in dataclasses.fields(settings.moe) if getattr(settings.moe, f.name) != f.default]
-        named = f", with {', '.join(given)}" if given else ""
-        raise RecipeError(f"{has}, but stage3.moe is set{named}, for experts that are made here: leave it out, or set it to null")
-    wrong = {
+    own = model.config.get_text_config()
+    wrong: dict[str, Any] = {f"stage3.moe.{name}": True for name in settings.given if name != COEFFICIENT or not hasattr(own, COEFFICIENT)}
+    wrong |= {
         "stage3.dense": settings.dense,
         "stage3.expert_start": settings.expert_start != "copy",
         "stage3.adapter": settings.adapter,
         "sharding": stage.recipe.sharding,  # transformers shards no weights that it converts on loading, as it does those of some
     }
-    for name in (name for name, is_set in wrong.items() if is_set):
-        raise RecipeError(f"{has}, but {name} is set, which is for experts that are made here: leave it out")
+    if found := [name for name, is_set in wrong.items() if is_set]:
+        raise RecipeError(f"{has}, but {', '.join(found)} is set, which is for experts that are made here: leave it out")
     check_routers(model)
 
 

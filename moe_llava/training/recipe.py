@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -14,8 +14,11 @@ from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
 if TYPE_CHECKING:
     Template = str
+    MoeSection = MoeOptions
 else:
     Template = Literal[tuple(TEMPLATES)]
+    # MoeOptions in which None means that an option is not given.
+    MoeSection = make_dataclass("MoeSection", [(name, kind | None, None) for name, kind in get_type_hints(MoeOptions).items()])
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
@@ -104,21 +107,27 @@ class StageSettings:
 class SparseStageSettings(StageSettings):
     """Stage III.
 
-    moe: the options of experts that are made here; None takes the defaults, and is required for a model with experts of its own.
+    moe: the options of experts that are made here; those that are not given take their defaults. For a model with experts of its own, those
+        that its configuration has: `router_aux_loss_coef`.
     tuned: train experts and routers, or all that stage II trains, too.
     expert_start: experts begin as copies of their FFN, or as copies with noise; see `upcycle`.
     dense: train the FFNs that would have become experts as they are, the baseline, with the same steps and data.
     """
 
-    moe: MoeOptions | None = None
+    moe: MoeSection | None = None
     tuned: Literal["experts", "all"] = "experts"
     expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
 
     @property
     def options(self) -> MoeOptions:
-        """The options of experts that are made here."""
-        return self.moe or MoeOptions()
+        """The options of experts that are made here, complete."""
+        return MoeOptions(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the recipe gives."""
+        return {name: value for name, value in asdict(self.moe).items() if value is not None} if self.moe else {}
 
 
 @dataclass

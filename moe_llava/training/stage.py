@@ -23,6 +23,7 @@ from moe_llava.training.adapters import base_of
 from moe_llava.training.parts import is_native, moe_layers
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
 
+COEFFICIENT = "router_aux_loss_coef"  # the option that a family with experts of its own may have, too
 DIGITS_BASE = "runs/digits/base"  # the model of recipes/digits.yaml
 STRUCTURE = ("num_experts", "moe_layers", "use_residual")  # options that a sparse checkpoint's weights fix; others may change between runs
 
@@ -94,8 +95,12 @@ class Stage:
         return self.name == "stage3" and not (isinstance(path, str) and (is_sparse_checkpoint(path) or is_native(load_on_meta(path))))
 
     def load_settings(self, path: str) -> dict[str, Any]:
-        """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix."""
-        options = self._changeable if is_sparse_checkpoint(path) else {}
+        """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix, and
+        one with experts of its family's own with those that the recipe gives."""
+        if is_sparse_checkpoint(path):
+            options = self._changeable
+        else:
+            options = {"text_config": self.recipe.stage3.given} if self.recipe.stage3.given and is_native(load_on_meta(path)) else {}
         return {"dtype": torch.float32, "attn_implementation": self.recipe.attention, **options}
 
     def adapter_base(self, folder: Path) -> str:

@@ -199,8 +199,11 @@ def test_it_is_not_upcycled(checkpoints):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage3__moe": {"num_experts": 8}}, "but stage3.moe is set, with num_experts, for experts that are made here: leave it out"),
-        ({"stage3__moe": {}}, "but stage3.moe is set, for experts that are made here"),
+        ({"stage3__moe": {"num_experts": 4}}, "but stage3.moe.num_experts is set, which is for experts that are made here: leave it out"),
+        (
+            {"stage3__moe": {"router_aux_loss_coef": 0.1, "routing": "agnostic", "num_experts_per_tok": 2}},
+            "but stage3.moe.num_experts_per_tok, stage3.moe.routing is set",
+        ),
         ({"stage3__dense": True}, "but stage3.dense is set, which is for experts that are made here"),
         ({"stage3__expert_start": "noise"}, "but stage3.expert_start is set"),
         ({"stage3__adapter": {"targets": ["attention"]}}, "but stage3.adapter is set"),
@@ -210,6 +213,28 @@ def test_settings_of_experts_that_are_made_here_are_refused(write_native, settin
     start = "is a Qwen3VLMoeForConditionalGeneration, which has experts of its own, "
     with pytest.raises(RecipeError, match=start + message):
         train(load_recipe(write_native("qwen3_vl_moe", **settings)), [3], False, QUIET)
+
+
+def test_a_coefficient_that_the_family_lacks_is_refused(write_native):
+    with pytest.raises(RecipeError, match=r"AriaForConditionalGeneration.*, but stage3.moe.router_aux_loss_coef is set"):
+        train(load_recipe(write_native("aria", stage3__moe={"router_aux_loss_coef": 0.1})), [3], False, QUIET)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"aria"}))
+def test_the_coefficient_of_the_auxiliary_loss_is_that_of_the_recipe(family, write_native, tmp_path):
+    """Or the family's own. The language loss does not depend on it, and the finished stage keeps it."""
+    losses, folders = [], []
+    for coefficient in (None, 0.5, 0.0):
+        options = None if coefficient is None else {"router_aux_loss_coef": coefficient}
+        recipe = load_recipe(write_native(family, steps=1, stage3__moe=options, output=str(tmp_path / str(coefficient))))
+        folders += train(recipe, [3], False, QUIET)
+        (line,) = read_log(folders[-1])
+        losses.append((line["loss"], line["language_loss"]))
+    own, half, none = (loss - language for loss, language in losses)
+    assert none == pytest.approx(0, abs=1e-5)
+    assert 0 < own < half
+    assert {round(language, 5) for _, language in losses} == {round(losses[0][1], 5)}
+    assert [load_checkpoint(folder)[0].config.text_config.router_aux_loss_coef for folder in folders[1:]] == [0.5, 0.0]
 
 
 def test_stages_1_and_2_are_refused(write_native, data):  # noqa: F811

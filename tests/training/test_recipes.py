@@ -128,7 +128,7 @@ def test_what_learns_in_each_stage(local, name):
     dense = load_structure(recipe.model)
     assert sum(choose_parameters(dense, "stage1", []).trained.values()) == projector
     assert sum(choose_parameters(dense, "stage2", []).trained.values()) == projector + language_model
-    moe = recipe.stage3.moe
+    moe = recipe.stage3.options
     sparse = on_meta(sparse_config(dense.config, moe))
     learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).trained
     assert learning == {"experts": layers // 2 * 4 * ffn, "routers": layers // 2 * 4 * width}
