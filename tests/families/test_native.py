@@ -167,28 +167,29 @@ def test_tuned_all_trains_the_language_model_and_the_projector(family, checkpoin
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_load_is_that_of_the_routers_choices(family, checkpoints, write_native, data):  # noqa: F811
-    """Counted by hand from the experts that each expert module is given, for the tokens that are no padding: a batch of one record."""
-    records = [record for record in json.loads((data / "train.json").read_text()) if "image" in record][:1]
-    (data / "one.json").write_text(json.dumps(records))
-    single = {"stage3__optimisation__batch_size": 1, "stage3__optimisation__per_device_batch_size": 1, "steps": 1}
-    (folder,) = train(load_recipe(write_native(family, stage3__data__file=str(data / "one.json"), **single)), [3], False, QUIET)
+    """Counted by hand from what each module of experts is given, record by record: padding does not count."""
+    records = [record for record in json.loads((data / "train.json").read_text()) if "image" in record][:2]
+    (data / "two.json").write_text(json.dumps(records))
+    batch = {"stage3__optimisation__batch_size": 2, "stage3__optimisation__per_device_batch_size": 2, "steps": 1}
+    (folder,) = train(load_recipe(write_native(family, stage3__data__file=str(data / "two.json"), **batch)), [3], False, QUIET)
     model, processor = load_checkpoint(checkpoints(family), dtype=torch.float32)
-    counts = {}
-    for group in routed_experts(model):
-        experts = model.get_submodule(group.experts)
+    counts = {group.experts: torch.zeros(4, dtype=torch.long) for group in routed_experts(model)}
+    for name, own in counts.items():
 
-        def count(module, arguments, output, name=group.experts):
+        def count(module, arguments, output, own=own):
             ids = next(part for part in arguments if not part.is_floating_point())
-            counts[name] = torch.bincount(ids.flatten(), minlength=4)
+            own += torch.bincount(ids.flatten(), minlength=4)
 
-        experts.register_forward_hook(count)
-    encoder = Encoder(processor)
-    question, reply = (turn["value"] for turn in records[0]["conversations"])
-    item = encoder(Record("one", ((question, reply),), (data / records[0]["image"][0],)))
-    item.pop("labels")
-    model(**{name: value[None] if value.dim() == 1 else value for name, value in item.items()})
-    expected = [[round(share, 4) for share in (own / own.sum()).tolist()] for own in counts.values()]
-    assert read_log(folder)[0]["expert_shares"] == [pytest.approx(shares, abs=2e-4) for shares in expected]
+        model.get_submodule(name).register_forward_hook(count)
+    encoder, lengths = Encoder(processor), []
+    for record in records:
+        turns = tuple(turn["value"] for turn in record["conversations"])
+        item = encoder(Record("a record", (turns,), tuple(data / name for name in record["image"])))
+        lengths.append(len(item.pop("labels")))
+        model(**{name: value[None] if value.dim() == 1 else value for name, value in item.items()})
+    assert lengths[0] != lengths[1]
+    expected = [(own / own.sum()).tolist() for own in counts.values()]
+    assert read_log(folder)[0]["expert_shares"] == [pytest.approx(shares, abs=1e-4) for shares in expected]
 
 
 def test_it_is_not_upcycled(checkpoints):
