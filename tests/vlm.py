@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93  # token ids; the vocabulary ends at 98
 TEXT = {
@@ -223,8 +223,12 @@ FAMILIES = {
 def tiny_vlm(family: str, seed: int = 0, ids: dict[int, int] | None = None, vocab_size: int = TEXT["vocab_size"]) -> PreTrainedModel:
     """Return a dense model of `family` with random weights, in evaluation mode. `ids` replaces token ids of the settings."""
     row = FAMILIES[family]
+    return random_vlm(AutoConfig.for_model(family, text_config=TEXT | row.text, **row.settings), seed, ids, vocab_size)
+
+
+def random_vlm(config: PreTrainedConfig, seed: int = 0, ids: dict[int, int] | None = None, vocab_size: int = 0) -> PreTrainedModel:
+    """Return a model with random weights, in evaluation mode. With `ids`, which replaces token ids, it has `vocab_size` tokens."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, text_config=TEXT | row.text, **row.settings)
     if ids:
         config = type(config).from_dict(_with_ids(config.to_dict(), ids, vocab_size))
     model = AutoModelForImageTextToText.from_config(config).eval()

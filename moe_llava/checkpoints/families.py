@@ -96,7 +96,7 @@ def published_family(model_type: Any) -> tuple[Family, bool] | None:
     return (FAMILIES[match[2]], match[1] is not None) if match and match[2] in FAMILIES else None
 
 
-# transformers' model types of the vision towers.
+# transformers' model types of the vision towers of published checkpoints.
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 # Names below `backbone`, in every family.
@@ -108,11 +108,15 @@ EXPERT = "deepspeed_moe.experts.deepspeed_experts.{}"
 RESIDUAL = "mlp"
 COEFFICIENT = "coefficient"
 
+# Part of the names of a tower's weights that may be missing.
+POOLER = "pooler."
+
 # Weights that a checkpoint may hold although nothing uses them: reason -> names. Other weights that are left over are an error.
 UNUSED = {
     "constants that are computed": re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"),
     "the pooling head of a SigLIP tower, which comes after the layer of the features": re.compile(
         r"(.*\.(vision_model|vision_tower)\.)?head\..*"
     ),
+    "the classifier of a tower": re.compile(r"classifier\.(weight|bias)"),
     "the text half of a CLIP or SigLIP": re.compile(r"text_model\..*|logit_scale|logit_bias|(text|visual)_projection\.weight"),
 }

@@ -4,6 +4,7 @@ The features are those of the tower's second-last layer, without a class token, 
 (paper, section 3.1).
 
 Unusual here:
+- Any tower of transformers will do that returns a token for each patch, and at most a class token before them (towers.py).
 - All patches of a SigLIP tower are features. The published 384-pixel models leave the first one out; see docs/checkpoints.md.
 - The bias of a language model's head, which Phi has, is left out, as in the original code: no LLaVA has one.
 - A tokenizer without a padding token pads with its unknown token or, if it has none, with its end of text, as in the original code. Labels
@@ -35,10 +36,11 @@ from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.families import FAMILIES, Family
 from moe_llava.checkpoints.files import quantisation_method, read_config, read_json, resolve
 from moe_llava.checkpoints.load import load_strictly
-from moe_llava.checkpoints.processors import image_processor, make_processor, set_token_ids
+from moe_llava.checkpoints.processors import image_processor, make_processor, pixel_size, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, prefixed
-from moe_llava.checkpoints.settings import build_config, describes_llava, extra_tokens, find_tower, llava_settings, text_config
+from moe_llava.checkpoints.settings import build_config, describes_llava, find_tower, llava_settings, text_config
 from moe_llava.checkpoints.tokenization import load_tokenizer
+from moe_llava.checkpoints.towers import check_tower, extra_tokens
 from moe_llava.checkpoints.weights import find_weights, read_tables
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line
@@ -58,6 +60,7 @@ def joined_config(language_model: str, vision_tower: str) -> LlavaConfig:
     """
     text, _ = language_config(language_model)
     _, vision = find_tower(vision_tower, None)
+    _check(vision_tower, vision)
     settings = {
         "image_projector_type": "mlp2x_gelu",
         "mm_vision_select_feature": "patch" if extra_tokens(vision) else "cls_patch",
@@ -78,7 +81,17 @@ def joined_processor(language_model: str, vision_tower: str, template: str | Non
     vocab_size = config.text_config.vocab_size
     tokenizer = _load_tokenizer(resolve(language_model, with_weights=False), vocab_size, f"the language model {language_model}")
     config.image_token_id = free_row({"vocab_size": vocab_size}, tokenizer)
-    return make_processor(config, image_processor(vision_tower, pad=False), tokenizer, template, language_model)
+    images = image_processor(vision_tower, pad=False)
+    _check(vision_tower, config.vision_config, pixel_size(images, vision_tower))
+    return make_processor(config, images, tokenizer, template, language_model)
+
+
+def _check(name: str, vision: PreTrainedConfig, size: tuple[int, int] | None = None) -> None:
+    """Raise CheckpointError unless a tower's features suit a LLaVA, for images of `size` (height, width), or of the tower's own."""
+    try:
+        check_tower(vision, size)
+    except CheckpointError as error:
+        raise CheckpointError(f"the vision tower {name} cannot be used: {error}") from error
 
 
 def language_tokenizer(name: str, own_template: bool) -> PreTrainedTokenizerFast:
@@ -116,6 +129,8 @@ def join(
     processor = joined_processor(language_model, vision_tower, template)
     config = joined_config(language_model, vision_tower)
     config.image_token_id = processor.image_token_id
+    height, width = pixel_size(processor.image_processor, vision_tower)
+    config.image_seq_length = (height // processor.patch_size) * (width // processor.patch_size)
     vocab_size = config.text_config.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

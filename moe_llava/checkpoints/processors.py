@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedConfig, PreTrainedTokenizerFast
 
-from moe_llava.checkpoints.families import TOWERS
-from moe_llava.checkpoints.settings import extra_tokens, no_tokens
+from moe_llava.checkpoints.settings import no_tokens
 from moe_llava.checkpoints.tokenization import add_placeholder, highest_id
+from moe_llava.checkpoints.towers import extra_tokens
 from moe_llava.common.errors import CheckpointError
 from moe_llava.data.answers import end_of_turn
 from moe_llava.data.rendering import make_portable, own_template
@@ -29,8 +30,19 @@ def image_processor(tower: str, pad: bool) -> LlavaImageProcessorPil:
         settings, _ = LlavaImageProcessorPil.get_image_processor_dict(tower)
     except OSError as error:
         raise CheckpointError(f"the vision tower {tower} has no preprocessor_config.json") from error
-    crop = settings.get("do_center_crop", False)  # SigLIP's file does not mention it
-    return LlavaImageProcessorPil.from_pretrained(tower, do_pad=pad, do_center_crop=crop)
+    crop, size = settings.get("do_center_crop", False), settings.get("size")  # SigLIP's file does not mention a crop
+    square = {"size": {"height": size, "width": size}} if isinstance(size, int) and not crop else {}  # in older files, as of ViT
+    return LlavaImageProcessorPil.from_pretrained(tower, do_pad=pad, do_center_crop=crop, **square)
+
+
+def pixel_size(images: LlavaImageProcessorPil, tower: str) -> tuple[int, int]:
+    """Return (height, width) of what `images` makes of an image. Raises CheckpointError if it depends on the image."""
+    found = {images(Image.new("RGB", size), return_tensors="np")["pixel_values"].shape[-2:] for size in ((64, 48), (48, 64))}
+    if len(found) > 1:
+        sizes = " and ".join(f"{height} x {width}" for height, width in sorted(found))
+        raise CheckpointError(f"the preprocessing of the vision tower {tower} makes images of several sizes, such as {sizes} pixels")
+    height, width = found.pop()
+    return int(height), int(width)
 
 
 def make_processor(
@@ -107,20 +119,22 @@ def _complete_features(processor: LlavaProcessor, config: LlavaConfig, stored: d
     """Take the FEATURE_SETTINGS from the configuration, which has them for the known towers."""
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     missing = [name for name in FEATURE_SETTINGS if stored.get(name) is None]
-    if vision.model_type not in TOWERS:
+    try:
+        extra = extra_tokens(vision)
+    except CheckpointError as error:
         if missing:
-            raise CheckpointError(f"it lacks {', '.join(missing)}, and a tower of the type {vision.model_type!r} is not known")
+            raise CheckpointError(f"it lacks {', '.join(missing)}, and the tower's features are not known: {error}") from error
         return
     if missing:
         missing.append("num_additional_image_tokens")  # older versions wrote their default, 0, without using it
-    for name, value in zip(FEATURE_SETTINGS, (vision.patch_size, strategy, extra_tokens(vision)), strict=True):
+    for name, value in zip(FEATURE_SETTINGS, (vision.patch_size, strategy, extra), strict=True):
         if name in missing:
             setattr(processor, name, value)
     number = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
-    if (processor.patch_size, number) != (vision.patch_size, extra_tokens(vision) - (strategy == "default")):
+    if (processor.patch_size, number) != (vision.patch_size, extra - (strategy == "default")):
         found = ", ".join(f"{name} {getattr(processor, name)!r}" for name in FEATURE_SETTINGS)
         raise CheckpointError(
-            f"it has {found}, but by its config.json they are {vision.patch_size}, {strategy!r}, {extra_tokens(vision)}: "
+            f"it has {found}, but by its config.json they are {vision.patch_size}, {strategy!r}, {extra}: "
             "an image would get another number of placeholders than it has features"
         )
 

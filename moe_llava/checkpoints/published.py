@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from moe_llava.checkpoints import layout
-from moe_llava.checkpoints.families import FAMILIES, Family, published_family
+from moe_llava.checkpoints.families import FAMILIES, POOLER, TOWERS, Family, published_family
 from moe_llava.checkpoints.files import (
     PROJECTOR_FILE,
     check_no_adapter,
@@ -148,6 +148,9 @@ def inspect_published(
     settings = read_json(file)
     family, sparse = _check_settings(settings, file, path)
     tower, vision_config = find_tower(settings["mm_image_tower"], vision_towers)
+    if vision_config.model_type not in TOWERS:
+        found = f"has model_type {vision_config.model_type!r}, but must have one of {', '.join(TOWERS)}"
+        raise CheckpointError(f"the vision tower {tower} {found}")
     if projector is not None and language_folder is not None:
         check_language_model(family, settings, file, language_folder / "config.json")
     arguments = llava_settings(settings, vision_config, file)
@@ -248,9 +251,15 @@ def assemble(
 
 
 def load_tower(tower: str, vision_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the vision tower of a folder or hub id, which may hold a whole CLIP or SigLIP. Raises CheckpointError if weights are
-    missing."""
-    return load_strictly(MODEL_MAPPING[type(vision_config)], tower, vision_config, f"the vision tower {tower}", dtype=dtype)
+    """Return the vision tower of a folder or hub id, which may hold a whole CLIP or SigLIP, or a classifier.
+
+    Raises CheckpointError if weights are missing, other than those of a pooling layer, which classifiers lack. A LLaVA does not use it, so
+    it is initialised at random, from a fixed seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind = MODEL_MAPPING[type(vision_config)]
+        return load_strictly(kind, tower, vision_config, f"the vision tower {tower}", POOLER, dtype=dtype)
 
 
 def _generation_config(published: Published) -> GenerationConfig:

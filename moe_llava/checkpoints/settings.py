@@ -9,12 +9,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from moe_llava.checkpoints.families import TOWERS, Family
+from moe_llava.checkpoints.families import Family
 from moe_llava.checkpoints.files import read_config, read_json
+from moe_llava.checkpoints.towers import extra_tokens
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line
 
@@ -51,18 +51,9 @@ def find_tower(name: str, vision_towers: str | Path | None) -> tuple[str, PreTra
             f"{first_line(error)}"
         ) from error
     config = getattr(config, "vision_config", config)
-    if config.model_type not in TOWERS:
-        raise CheckpointError(f"the vision tower {tower} has model_type {config.model_type!r}, but must have one of {', '.join(TOWERS)}")
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # it would pool what comes after the layer of the features
     return tower, config
-
-
-def extra_tokens(vision_config: PreTrainedConfig) -> int:
-    """Return the number of tokens that a tower puts before its patches, such as the class token of CLIP."""
-    with torch.device("meta"):
-        embeddings = MODEL_MAPPING[type(vision_config)](vision_config).get_submodule("embeddings")
-    return embeddings.position_embedding.weight.shape[0] - embeddings.num_patches
 
 
 def text_config(family: Family, settings: dict[str, Any], file: Path) -> PreTrainedConfig:

@@ -21,12 +21,13 @@ from torch.utils.data import Dataset, Sampler
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.encode import IGNORE_INDEX
-from moe_llava.data.encoder import Encoder
+from moe_llava.data.encoder import EXPERT_TYPES, TOKEN_TYPES, Encoder
 from moe_llava.data.records import Record
 
 POOL = 64  # random batches that are sorted by length together: enough for little padding, few enough to stay random
 # The inputs with a value for each token, and that of padding. All others belong to images.
-_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX, "mm_token_type_ids": 0, "token_type_ids": 0}
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_mask": 0, "labels": IGNORE_INDEX}
+_PADDING |= dict.fromkeys((*TOKEN_TYPES, EXPERT_TYPES), 0)
 TOKEN_INPUTS = frozenset(_PADDING)
 
 

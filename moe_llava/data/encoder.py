@@ -25,7 +25,8 @@ from moe_llava.data.records import IMAGE_TOKEN, Record
 from moe_llava.data.rendering import check_prompt
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # inputs with a type for each token; a model has one of them or none
-TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES, "text_replacement_offsets", "labels")
+EXPERT_TYPES = "moe_mm_token_type_ids"  # a type besides: 0 for tokens of a family's text experts, others for those of its image experts
+TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES, EXPERT_TYPES, "text_replacement_offsets", "labels")
 # Width and height. Processors with tiles or dynamic resolution make different numbers of tokens of them.
 _SIZES = ((224, 224), (640, 480), (300, 1200), (1280, 720), (64, 40))
 _SAMPLE = 16  # images whose tokens are counted for an estimate
@@ -96,7 +97,7 @@ class Encoder:
         theirs = self.processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
         names = theirs.keys() - {"attention_mask"}
         wrong = sorted(names ^ (ours.keys() - {"labels"})) or [
-            name for name in ("input_ids", *TOKEN_TYPES) if name in names and not torch.equal(ours[name], theirs[name][0])
+            name for name in ("input_ids", *TOKEN_TYPES, EXPERT_TYPES) if name in names and not torch.equal(ours[name], theirs[name][0])
         ]
         if wrong:
             raise DataError(
@@ -142,11 +143,14 @@ class Encoder:
         return {name: torch.tensor(values) for name, values in encoded.items()} | self.token_types(encoded["input_ids"])
 
     def token_types(self, ids: list[int]) -> dict[str, Tensor]:
-        """Return the type of each token [S] under the name of the model's input; nothing for a model without types."""
+        """Return the types of each token [S] under the names of the model's inputs; nothing for a model without types."""
         if not self.processor.return_mm_token_type_ids:
             return {}
         name = next(name for name in TOKEN_TYPES if name in self.processor.model_input_names)
-        return {name: torch.tensor(self.processor.create_mm_token_type_ids([ids])[0])}
+        types = {name: torch.tensor(self.processor.create_mm_token_type_ids([ids])[0])}
+        if EXPERT_TYPES in self.processor.model_input_names:
+            types[EXPERT_TYPES] = torch.tensor(self.processor.create_moe_mm_token_type_ids([ids])[0])
+        return types
 
     @property
     def _placeholder(self) -> str:

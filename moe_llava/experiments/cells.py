@@ -243,7 +243,7 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
     at_once = settings.optimisation.per_device_batch_size
     batches = [Collator(encoder.nothing())(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
     model = load_checkpoint(dense, dtype=torch.float32)[0]
-    sparse = upcycle(model, **dataclasses.asdict(settings.moe), seed=recipe.seed).to(best_device())
+    sparse = upcycle(model, **dataclasses.asdict(settings.options), seed=recipe.seed).to(best_device())
     evolve_experts(sparse, [{key: value.to(sparse.device) for key, value in batch.items()} for batch in batches], seed=recipe.seed)
     with new_folder(out) as folder:
         sparse.save_pretrained(folder)

@@ -63,7 +63,8 @@ def upcycle(
     check_kind(type(dense), dense.config)
     if has_experts(find_backbone(dense)[1].layers):
         raise ValueError(
-            f"{type(dense).__name__} is sparse already, its layers have experts: it can be traced, evaluated and served as it is"
+            f"{type(dense).__name__} is sparse already, its layers have experts: it can be traced, evaluated, served and trained in "
+            "stage III as it is"
         )
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")

@@ -23,8 +23,9 @@ from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
 from moe_llava.routing.plots import Chart, as_data, plot_answer, plot_expert_load, plot_modality, plot_patches, plot_pathways, plot_router
+from moe_llava.routing.routers import find_routers
 from moe_llava.routing.statistics import RoutingStatistics
-from moe_llava.routing.trace import find_routers, trace_records
+from moe_llava.routing.trace import trace_records
 
 EXAMPLES = 12
 PLOTS = {"load": plot_expert_load, "modality": plot_modality, "pathways": plot_pathways, "router": plot_router}

@@ -64,7 +64,7 @@ def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) ->
 
 
 def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int, int]]:
-    """Return (tokens before the patches, rows, columns) of each image, or of each of its tiles."""
+    """Return (tokens without a place, which come first, rows, columns) of each image, or of each of its tiles."""
     sizes = picture_sizes(inputs, config)
     if sizes is not None:
         step = config.vision_config.patch_size * _merged(config)
@@ -75,6 +75,8 @@ def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int
     if not number or found % number:
         raise RoutingError(f"found {found} image tokens, but {number} images in pixel_values")
     tokens = found // number
+    if hasattr(config, "projector_patch_to_query_dict"):
+        return [(tokens, 0, 0)] * number  # each is a query to all patches
     side = math.isqrt(tokens)
     before = tokens - side**2
     if before > 1:  # a class token may come first

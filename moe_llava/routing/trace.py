@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import TOKEN_INPUTS, Collator, ConversationDataset
@@ -33,6 +32,7 @@ from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
+from moe_llava.routing.routers import find_routers, layer_index
 from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
 
 FORMAT = "moe-llava-trace-1"
@@ -198,7 +198,7 @@ def _recording(model: PreTrainedModel) -> Iterator[Recorded]:
     handles = []
     try:
         for name, router in find_routers(model).items():
-            passes = recorded.setdefault(_layer_index(name), [])
+            passes = recorded.setdefault(layer_index(name), [])
             handles.append(router.register_forward_hook(_appending(passes, name), with_kwargs=True))
         yield recorded
     finally:
@@ -228,50 +228,6 @@ def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: 
             f"the router {router} chooses one expert, and does not choose two by `top_k`, so how it weighs experts is not known"
         )
     return parts
-
-
-def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return name -> router, in the order of layers. Raise RoutingError if there is none."""
-    scopes = [
-        (f"{prefix}." if prefix else "", recorder)
-        for prefix, part in model.named_modules()
-        if isinstance(part, PreTrainedModel)
-        for recorder in _recorders(part)
-    ]
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if any(name.startswith(prefix) and _is_recorded(name, module, recorder) for prefix, recorder in scopes)
-    }
-    if not found:
-        raise RoutingError(f"{type(model).__name__} has no routers: it is dense, or transformers does not record its router_logits")
-    return found
-
-
-def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:
-    """Return the sources of its router_logits that a model declares. transformers accepts a recorder, a class, the end of a module's name,
-    or a list of these."""
-    declared = model._can_record_outputs.get("router_logits", []) if isinstance(model._can_record_outputs, Mapping) else []
-    recorders = []
-    for one in declared if isinstance(declared, list | tuple) else [declared]:
-        if isinstance(one, str):
-            one = OutputRecorder(target_class=None, class_name=one)
-        recorders.append(one if isinstance(one, OutputRecorder) else OutputRecorder(target_class=one))
-    return recorders
-
-
-def _is_recorded(name: str, module: nn.Module, recorder: OutputRecorder) -> bool:
-    by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
-    by_name = recorder.class_name is not None and name.endswith(recorder.class_name)
-    within = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-    return (by_class or by_name) and within
-
-
-def _layer_index(name: str) -> int:
-    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-    if number is None:
-        raise RoutingError(f"the router {name} is in no numbered layer")
-    return number
 
 
 def _parts(router: str, output: Any) -> Parts:

@@ -21,7 +21,7 @@ from moe_llava.checkpoints.published import inspect_published
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves
-from moe_llava.training.parts import PARTS, attention_layers, parts_of
+from moe_llava.training.parts import PARTS, attention_layers, is_native, moe_layers, native_experts, parts_of
 from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
 from moe_llava.training.trainable import choose_parameters
@@ -74,23 +74,36 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     parts = parts_of(model)
     for name, parameter in model.named_parameters():
         total[parts[name]] += parameter.numel()
-    experts = (model.config.num_experts, model.config.num_experts_per_tok) if is_sparse(model) else None
+    experts = _experts_of(model)
     active = dict(total)
     if experts is not None:
-        active["experts"] = total["experts"] * experts[1] // experts[0]
+        active["experts"] = _seen_experts(model, total["experts"]) * experts[1] // experts[0]
     text: Any = model.config.get_text_config()
     # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
     head = model.get_output_embeddings().weight.numel()
     multiplied = active["attention"] + active["FFN"] + active["experts"] + active["router"] + head
     return Budget(
         layers=text.num_hidden_layers,
-        moe_layers=model.config.moe_layer_indices if is_sparse(model) else [],
+        moe_layers=moe_layers(model),
         experts=experts,
         total=total,
         active=active,
         flops=2 * multiplied + _score_flops(model, context),
         cache_bytes=2 * len(list(attention_layers(model))) * (_key_value_heads(text) or text.num_attention_heads) * _head_width(text) * 2,
     )
+
+
+def _experts_of(model: PreTrainedModel) -> tuple[int, int] | None:
+    """Return (experts in a layer, experts that a token uses), or None for a dense model."""
+    if isinstance(model, SparseModel):
+        return model.config.num_experts, model.config.num_experts_per_tok
+    return next(((group.num_experts, group.top_k) for group in native_experts(model)), None)
+
+
+def _seen_experts(model: PreTrainedModel, total: int) -> int:
+    """Return how many of the `total` parameters of experts a text token may be routed to: of a layer with several routers, the first's."""
+    seen = {group.layer: group.experts for group in reversed(native_experts(model))}
+    return sum(parameter.numel() for name in seen.values() for parameter in model.get_submodule(name).parameters()) if seen else total
 
 
 def _head_width(text: Any) -> int:
@@ -122,15 +135,15 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
     else:
         model = load_on_meta(target)
     if is_sparse(model):
-        return count(model), {"stage3": stage_cost(model, "stage3", model.config.moe_layer_indices)}
+        return count(model), {"stage3": stage_cost(model, "stage3", moe_layers(model))}
     return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
 
 
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
     """Return the same as `survey`, of a recipe."""
     start = load_structure(recipe.model)
-    sparse = sparse_config(start.config, recipe.stage3.moe) if not is_sparse(start) else start.config
-    final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse)
+    sparse_layers = moe_layers(start) or sparse_config(start.config, recipe.stage3.options).moe_layer_indices
+    final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, recipe.stage3.options))
     processes = recipe.sharding.fsdp_size if recipe.sharding else 1
     costs = {}
     for stage in (Stage(recipe, number) for number in recipe.stages):
@@ -139,7 +152,7 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
         cost = stage_cost(
             final if stage.number == 3 else start,
             stage.trainable,
-            sparse.moe_layer_indices,
+            sparse_layers,
             stage.settings.adapter,
             stage.settings.optimisation.gradient_checkpointing,
             context,
@@ -149,7 +162,8 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
 
 
 def is_sparse(model: PreTrainedModel) -> bool:
-    return isinstance(model, SparseModel)
+    """Return whether a model has experts, made here or its family's own."""
+    return isinstance(model, SparseModel) or is_native(model)
 
 
 def active_parameters(model: PreTrainedModel) -> int:
@@ -189,5 +203,7 @@ def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:
     if part == "language model":
         return count(model, context=0).flops / 2
     if part in ("experts", "experts adapter"):
-        return number * model.config.num_experts_per_tok / model.config.num_experts
+        experts = _experts_of(model)
+        assert experts is not None
+        return _seen_experts(model, number) * experts[1] / experts[0]
     return number

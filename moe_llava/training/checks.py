@@ -18,15 +18,16 @@ from moe_llava.common.messages import changes
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.model import SparseModel
-from moe_llava.model.upcycling import check_kind, has_experts, sparse_config
+from moe_llava.model.upcycling import check_kind, sparse_config
+from moe_llava.routing.routers import check_routers
 from moe_llava.training.adapters import check_adapter
 from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
-from moe_llava.training.parts import decoder_layers
+from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
-from moe_llava.training.stage import STRUCTURE, Stage, check_made, load_structure, on_meta
+from moe_llava.training.stage import COEFFICIENT, STRUCTURE, Stage, check_made, load_structure, on_meta
 from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
 
@@ -55,6 +56,7 @@ def check_folder(stage: Stage, resume: bool) -> None:
 def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
     """Return the settings that decide the result of a stage."""
     whole = dataclasses.asdict(recipe)
+    whole["stage3"]["moe"] = dataclasses.asdict(recipe.stage3.options)
     return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", f"stage{number}")})
 
 
@@ -105,9 +107,10 @@ def check_start(stage: Stage) -> None:
     model = load_structure(path)
     if not isinstance(model, SparseModel):
         check_kind(type(model), model.config)
-        if has_experts(decoder_layers(model)):
-            raise RecipeError(f"{path} is a {type(model).__name__}, whose layers have experts of its own: stages train experts made here")
-        on_meta(sparse_config(model.config, settings.moe))
+        if is_native(model):
+            check_native(stage, model)
+        else:
+            on_meta(sparse_config(model.config, settings.options))
         return
     if stage.number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
@@ -116,12 +119,31 @@ def check_start(stage: Stage) -> None:
     if settings.expert_start != "copy":
         rule = "which is for experts that are made here"
         raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
-    wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.moe))
+    wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.options))
     for name in STRUCTURE:
         attribute = "moe_layer_indices" if name == "moe_layers" else name
         has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
         if has != asked:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
+
+
+def check_native(stage: Stage, model: Any) -> None:
+    """Raise RecipeError if a stage, or a setting of it, does not apply to a model with experts of its family's own, RoutingError if these
+    experts or their routers are not found."""
+    has, settings = f"{stage.origin} is a {type(model).__name__}, which has experts of its own", stage.recipe.stage3
+    if stage.number != 3:
+        raise RecipeError(f"{has}: only stage III trains it, so leave out stage{stage.number}")
+    own = model.config.get_text_config()
+    wrong: dict[str, Any] = {f"stage3.moe.{name}": True for name in settings.given if name != COEFFICIENT or not hasattr(own, COEFFICIENT)}
+    wrong |= {
+        "stage3.dense": settings.dense,
+        "stage3.expert_start": settings.expert_start != "copy",
+        "stage3.adapter": settings.adapter,
+        "sharding": stage.recipe.sharding,  # transformers shards no weights that it converts on loading, as it does those of some
+    }
+    if found := [name for name, is_set in wrong.items() if is_set]:
+        raise RecipeError(f"{has}, but {', '.join(found)} is set, which is for experts that are made here: leave it out")
+    check_routers(model)
 
 
 def load_data(stage: Stage, encoder: Encoder, problems: list[str]) -> Records:

@@ -44,7 +44,7 @@ def check_cache(folder: str, model: PreTrainedModel) -> None:
     except OSError as error:
         raise RecipeError(f"feature_cache is {folder}, which is no folder and cannot become one: {error.strerror}") from error
     config = model.config.vision_config.to_dict()
-    random = [f"{key} {value}" for key, value in config.items() if "dropout" in key and value]
+    random = [f"{key} {value}" for key, value in config.items() if ("dropout" in key or "drop_path" in key) and value]
     if random:
         raise RecipeError(f"feature_cache is set, but the tower's features are random while it is trained with: {', '.join(random)}")
 

@@ -10,12 +10,22 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_llava.model import SparseMlp
+from moe_llava.model import SparseMlp, SparseModel
 from moe_llava.model.modeling import find_backbone
+from moe_llava.model.upcycling import has_experts
+from moe_llava.routing.routers import RoutedExperts, routed_experts
 
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
 # What families call the modules between tower and language model.
-PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "embed_vision", "visual_embeddings_table")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+    "embed_vision",
+    "visual_embeddings_table",
+    "resampler_model",
+)
 _MIXERS = ("self_attn", "linear_attn")  # what families call the attention of a decoder layer
 
 
@@ -28,11 +38,32 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(find_backbone(model)[1].layers)
 
 
+def is_native(model: PreTrainedModel) -> bool:
+    """Return whether a model has experts of its family's own, which were not made here."""
+    return not isinstance(model, SparseModel) and has_experts(decoder_layers(model))
+
+
+def native_experts(model: PreTrainedModel) -> list[RoutedExperts]:
+    """Return the experts of a family's own, with their routers; none for other models."""
+    return routed_experts(model) if is_native(model) else []
+
+
+def moe_layers(model: PreTrainedModel) -> list[int]:
+    """Return the indices of the layers with experts; none for a dense model."""
+    if isinstance(model, SparseModel):
+        return model.config.moe_layer_indices
+    return sorted({group.layer for group in native_experts(model)})
+
+
 def parts_of(model: PreTrainedModel) -> dict[str, str]:
     """Return which of PARTS each parameter belongs to, by its name. `model` may be on the meta device."""
     backbone, head = backbone_name(model), model.get_output_embeddings()
     heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return {name: "embeddings" if id(parameter) in heads else _part(model, name, backbone) for name, parameter in model.named_parameters()}
+    parts = {name: "embeddings" if id(parameter) in heads else _part(model, name, backbone) for name, parameter in model.named_parameters()}
+    for group in native_experts(model):
+        for module, part in ((group.experts, "experts"), (group.router, "router")):
+            parts |= {f"{module}.{name}": part for name, _ in model.get_submodule(module).named_parameters()}
+    return parts
 
 
 def _part(model: PreTrainedModel, name: str, backbone: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -14,8 +14,11 @@ from moe_llava.training.parsing import RecipeError, apply_override, build, read
 
 if TYPE_CHECKING:
     Template = str
+    MoeSection = MoeOptions
 else:
     Template = Literal[tuple(TEMPLATES)]
+    # MoeOptions in which None means that an option is not given.
+    MoeSection = make_dataclass("MoeSection", [(name, kind | None, None) for name, kind in get_type_hints(MoeOptions).items()])
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
@@ -102,14 +105,29 @@ class StageSettings:
 
 @dataclass
 class SparseStageSettings(StageSettings):
-    """Stage III. `tuned`: train experts and routers, or all that stage II trains, too. `expert_start`: experts begin as copies of their
-    FFN, or as copies with noise; see `upcycle`. `dense`: train the FFNs that would have become experts as they are, the baseline, with the
-    same steps and data."""
+    """Stage III.
 
-    moe: MoeOptions = field(default_factory=MoeOptions)
+    moe: the options of experts that are made here; those that are not given take their defaults. For a model with experts of its own, those
+        that its configuration has: `router_aux_loss_coef`.
+    tuned: train experts and routers, or all that stage II trains, too.
+    expert_start: experts begin as copies of their FFN, or as copies with noise; see `upcycle`.
+    dense: train the FFNs that would have become experts as they are, the baseline, with the same steps and data.
+    """
+
+    moe: MoeSection | None = None
     tuned: Literal["experts", "all"] = "experts"
     expert_start: Literal["copy", "noise"] = "copy"
     dense: bool = False
+
+    @property
+    def options(self) -> MoeOptions:
+        """The options of experts that are made here, complete."""
+        return MoeOptions(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the recipe gives."""
+        return {name: value for name, value in asdict(self.moe).items() if value is not None} if self.moe else {}
 
 
 @dataclass
@@ -125,8 +143,8 @@ class Sharding:
 class Recipe:
     """All settings of a run.
 
-    model: a folder or hub id of a vision-language model with its processor, dense, or sparse for stage III alone; or the parts that a dense
-        LLaVA is joined from. The first stage of the recipe starts from it.
+    model: a folder or hub id of a vision-language model with its processor, dense, or with experts for stage III alone; or the parts that a
+        dense LLaVA is joined from. The first stage of the recipe starts from it.
     precision: "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
     on_bad_record: a record that cannot be read stops the run, or is left out.
     report_to: services of transformers' Trainer that draw curves, such as tensorboard, trackio, wandb.
@@ -207,7 +225,7 @@ def _conflicts(recipe: Recipe) -> list[str]:
             problems += [f"stage{number}.adapter{problem}" for problem in _adapter_conflicts(settings, settings.adapter, number)]
     if isinstance(recipe.model, Parts) and recipe.stage1 is None:
         problems.append("model is joined from parts, whose projector is untrained, but stage1, which trains it, is missing")
-    problems += [f"stage3.moe.{problem}" for problem in recipe.stage3.moe.moe_problems()]
+    problems += [f"stage3.moe.{problem}" for problem in recipe.stage3.options.moe_problems()]
     if recipe.report_to:
         from transformers.integrations import get_available_reporting_integrations  # takes seconds, and few recipes name any
 
@@ -217,7 +235,7 @@ def _conflicts(recipe: Recipe) -> list[str]:
 
 
 def _sharding_conflicts(recipe: Recipe, sharding: Sharding) -> list[str]:
-    problems, num_experts = [], recipe.stage3.moe.num_experts
+    problems, num_experts = [], recipe.stage3.options.num_experts
     if recipe.feature_cache is not None:
         problems.append("sharding is set, but so is feature_cache, for which one process needs the whole tower: leave one of them out")
     if any(settings.adapter for settings in recipe.stages.values()):
@@ -251,6 +269,6 @@ def _adapter_conflicts(settings: StageSettings, adapter: Adapter, number: int) -
             problems.append(" is set, but stage3.dense is true, and the dense baseline trains its FFNs in full")
         if settings.tuned == "all":
             problems.append(" is set, but stage3.tuned is all, and an adapter's targets say what is trained: leave one of them out")
-        if settings.moe.routing == "smoes":
+        if settings.options.routing == "smoes":
             problems.append(" is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out")
     return problems

@@ -28,6 +28,7 @@ from moe_llava.training.adapters import attach, describe_base, without_adapter, 
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checks import check_files, check_folder, check_stages, write_records
 from moe_llava.training.features import cached_features
+from moe_llava.training.parts import moe_layers, native_experts
 from moe_llava.training.process import StopWhenAsked, lock_file, lock_stages
 from moe_llava.training.recipe import Recipe
 from moe_llava.training.saves import Stopped, full_disk_named, remove_saves, saves, saving, step_of, write_manifest
@@ -125,7 +126,7 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
             train_dataset=ConversationDataset(records, encoder),
             data_collator=Collator(
                 encoder.nothing(),
-                encoder.empty_image() if "projector" in TRAINABLE[stage.trainable] else None,
+                encoder.empty_image() if needs_images(stage, model) else None,
                 settings.optimisation.packing,
             ),
             callbacks=[stop],
@@ -150,6 +151,12 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
     if trainer.is_world_process_zero():
         finished = finish(stage, model, processor)
         console.print(f"{stage.final}: {active_parameters(finished):,} active parameters", highlight=False, soft_wrap=True)
+
+
+def needs_images(stage: Stage, model: Any) -> bool:
+    """Return whether a stage trains modules that only images go through: the projector, or experts that are for images alone."""
+    plain = without_adapter(model)
+    return "projector" in TRAINABLE[stage.trainable] or len(native_experts(plain)) > len(moe_layers(plain)) > 0
 
 
 def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, ParameterCount]:

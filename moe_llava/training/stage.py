@@ -20,8 +20,10 @@ from moe_llava.model import SparseConfig, SparseModel
 from moe_llava.model.modeling import sparse_class
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
+from moe_llava.training.parts import is_native, moe_layers
 from moe_llava.training.recipe import Parts, Recipe, StageSettings
 
+COEFFICIENT = "router_aux_loss_coef"  # the option that a family with experts of its own may have, too
 DIGITS_BASE = "runs/digits/base"  # the model of recipes/digits.yaml
 STRUCTURE = ("num_experts", "moe_layers", "use_residual")  # options that a sparse checkpoint's weights fix; others may change between runs
 
@@ -90,11 +92,15 @@ class Stage:
 
     def upcycles(self, path: str | Parts) -> bool:
         """Return whether the stage has to make the checkpoint that it starts from sparse."""
-        return self.name == "stage3" and not (isinstance(path, str) and is_sparse_checkpoint(path))
+        return self.name == "stage3" and not (isinstance(path, str) and (is_sparse_checkpoint(path) or is_native(load_on_meta(path))))
 
     def load_settings(self, path: str) -> dict[str, Any]:
-        """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix."""
-        options = self._changeable if is_sparse_checkpoint(path) else {}
+        """Return how a checkpoint is loaded for training: a sparse one with the recipe's options, but for those that its weights fix, and
+        one with experts of its family's own with those that the recipe gives."""
+        if is_sparse_checkpoint(path):
+            options = self._changeable
+        else:
+            options = {"text_config": self.recipe.stage3.given} if self.recipe.stage3.given and is_native(load_on_meta(path)) else {}
         return {"dtype": torch.float32, "attn_implementation": self.recipe.attention, **options}
 
     def adapter_base(self, folder: Path) -> str:
@@ -109,20 +115,18 @@ class Stage:
 
     @property
     def _changeable(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.moe).items() if name not in STRUCTURE}
+        return {name: value for name, value in dataclasses.asdict(self.recipe.stage3.options).items() if name not in STRUCTURE}
 
     def structure(self, path: str | Parts) -> PreTrainedModel:
         """Return the model that the stage begins with, without weights. `path`: its origin, or that of an earlier stage."""
         model = load_structure(path)
-        if self.number != 3 or isinstance(model, SparseModel):
+        if self.number != 3 or isinstance(model, SparseModel) or is_native(model):
             return model
-        return on_meta(sparse_config(model.config, self.recipe.stage3.moe))
+        return on_meta(sparse_config(model.config, self.recipe.stage3.options))
 
     def moe_layers(self, model: PreTrainedModel) -> list[int]:
         """Return the layers of `model` that are, or would be, sparse."""
-        if isinstance(model, SparseModel):
-            return model.config.moe_layer_indices
-        return sparse_config(model.config, self.recipe.stage3.moe).moe_layer_indices
+        return moe_layers(model) or sparse_config(model.config, self.recipe.stage3.options).moe_layer_indices
 
     def write_recipe(self) -> None:
         """Write the recipe into the stage's folder, which a resumed run compares its own with."""

@@ -67,7 +67,7 @@ def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
         return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
     model, processor = load_checkpoint(path, **stage.load_settings(path))
     if stage.upcycles(path):
-        model = upcycle(model, recipe.stage3.moe, expert_start=recipe.stage3.expert_start, seed=recipe.seed)
+        model = upcycle(model, recipe.stage3.options, expert_start=recipe.stage3.expert_start, seed=recipe.seed)
         processor = sparse_processor(processor)
     return model, processor
 

@@ -4,21 +4,23 @@
 |---|---|
 | I | the projector |
 | II | the projector and the whole language model |
-| III | the experts and their routers (with `use_residual` also the mixing coefficients, not the dense FFN beside them) |
+| III | the experts and their routers, also those of a MoE family (with `use_residual` the mixing coefficients, too, but no dense FFN) |
 | III, dense baseline | the FFNs of the layers that would have become sparse |
 | III, either, with `tuned: all` | what is trained in stage II, including the experts and routers that are there |
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from moe_llava.model.modeling import find_backbone
-from moe_llava.training.parts import PROJECTORS, decoder_layers, projector_modules
+from moe_llava.training.parts import PROJECTORS, decoder_layers, is_native, native_experts, projector_modules
 
 TRAINABLE = {
     "stage1": ("projector",),
@@ -42,14 +44,26 @@ class ParameterCount:
 
 
 def choose_parameters(model: PreTrainedModel, stage: str, moe_layers: list[int]) -> ParameterCount:
-    """Set `requires_grad` of every parameter for `stage`, a key of TRAINABLE. `moe_layers` are the layers that are or would be sparse."""
+    """Set `requires_grad` of every parameter for `stage`, a key of TRAINABLE. `moe_layers` are the layers that are or would be sparse.
+
+    Parameters that a family with experts of its own keeps frozen stay so, such as a bias that only decides which experts are chosen.
+    """
+    fixed = _fixed(model) if is_native(model) else set()
     model.requires_grad_(False)
     counts = dict.fromkeys(TRAINABLE[stage], 0)
     for part in counts:
         for parameter in _parameters_of(model, part, moe_layers):
-            counts[part] += 0 if parameter.requires_grad else parameter.numel()
-            parameter.requires_grad_(True)
+            if id(parameter) not in fixed and not parameter.requires_grad:
+                counts[part] += parameter.numel()
+                parameter.requires_grad_(True)
     return ParameterCount(counts, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _fixed(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the parameters that a family keeps frozen. Loaded ones no longer show it, so the model is built anew."""
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    return {id(model.get_parameter(name)) for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -73,6 +87,9 @@ def _parameters_of(model: PreTrainedModel, part: str, moe_layers: list[int]) -> 
                 f"{type(model).__name__} has no projector that is known, so stages I and II cannot train it: it must be called one of "
                 f"{', '.join(PROJECTORS)}"
             )
+        return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
+    if native := native_experts(model):
+        names = [group.experts if part == "experts" else group.router for group in native]
         return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
     layers = decoder_layers(model)
     mlps: list[Any] = [layers[index].mlp for index in moe_layers]

@@ -21,6 +21,8 @@ from moe_llava.model import SparseModel
 from moe_llava.model.modeling import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
+from moe_llava.training.native import numbers, recorded, without_auxiliary
+from moe_llava.training.parts import native_experts
 from moe_llava.training.recipe import RecipeError
 from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
 from moe_llava.training.stage import Stage
@@ -49,6 +51,8 @@ class StageTrainer(Trainer):
         self.stage, self.work = stage, stage.work
         self.display = display
         self.sampler = sampler
+        self.native = native_experts(without_adapter(self.model))
+        self._noted = False  # that the family has no auxiliary loss
         self.skip_bad_records = stage.recipe.on_bad_record == "skip"
         self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
@@ -151,13 +155,19 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), SparseModel)
-        inputs = {**inputs, **({"output_router_logits": True} if sparse else logits_at_labels(inputs["labels"]))}
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
+        mask_T = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool()
         if not sparse:
-            inputs.pop("token_mask", None)  # for routers alone
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+            inputs = {**inputs, **logits_at_labels(inputs["labels"])}
+            inputs.pop("token_mask", None)  # for routers made here alone
+        if sparse or self.native:
+            inputs = {**inputs, "output_router_logits": True}
+        with recorded(self.accelerator.unwrap_model(model), self.native, inputs, mask_T) as routed:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
-            self._watch(outputs, (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool())
+            self._watch(outputs, mask_T)
+        elif self.native:
+            self._watch_native(outputs, loss.detach(), numbers(routed, self.native, loss.device))
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
@@ -176,6 +186,19 @@ class StageTrainer(Trainer):
         self._add("counts_LE", expert_counts(outputs.router_logits, config.num_experts_per_tok, token_mask_T))
         if config.capacity_factor is not None:
             self._add("dropped", torch.stack([drops_TK[token_mask_T].sum() for drops_TK in outputs.router_drops]).sum())
+
+    def _watch_native(self, outputs: Any, loss: Tensor, found: dict[str, Tensor]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not self._noted and getattr(outputs, "aux_loss", None) is None:
+            note = f"{type(model).__name__} returns no auxiliary loss: nothing balances the load of its experts"
+            self.display.console.print(note, highlight=False, soft_wrap=True)
+        self._noted = True
+        # The loss of some families is a batch's share of that of the step, as ours is; that of others is the mean of the batch.
+        batches = 1 if self.model_accepts_loss_kwargs else self.current_gradient_accumulation_steps
+        self._add("language_loss", without_auxiliary(loss, outputs, model) / (batches * self.args.world_size))
+        self._add("batches", torch.ones_like(loss))
+        for name, value in found.items():
+            self._add(name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load the weights of a save. LLaVA saves parameters under older names, which only `from_pretrained` translates: Trainer would warn

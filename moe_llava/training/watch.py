@@ -68,10 +68,12 @@ def summarise(entry: dict[str, Any]) -> str:
     """Return the numbers of one logged step in a few words. Of a sparse model: the balance loss, averaged over layers, and the smallest and
     largest share of a layer's assignments that an expert gets."""
     words = [f"loss {float(entry['loss']):.3f}"]
-    if "balance_loss" in entry:
+    if "expert_shares" in entry:
         layers = entry["expert_shares"]
-        load = f"{100 * min(map(min, layers)):.0f}-{max(map(max, layers)):.0%}"
-        words = [f"loss {entry['language_loss']:.3f}", f"balance loss {entry['balance_loss'] / len(layers):.3f}", f"expert load {load}"]
+        words = [f"loss {entry['language_loss']:.3f}"]
+        if "balance_loss" in entry:
+            words.append(f"balance loss {entry['balance_loss'] / len(layers):.3f}")
+        words.append(f"expert load {100 * min(map(min, layers)):.0f}-{max(map(max, layers)):.0%}")
     if "dropped_share" in entry:
         words.append(f"dropped {entry['dropped_share']:.1%}")
     if "skipped" in entry:
@@ -84,9 +86,9 @@ def plot_run(entries: list[dict[str, Any]]) -> Figure:
     """Plot the logged steps of a stage: losses, gradient norm and learning rate, and for a sparse model the load of each expert."""
     layers = len(entries[0].get("expert_shares", []))
     panels = {"language_loss" if layers else "loss": "language loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
-    panels |= {"balance_loss": "balance loss, mean over layers", "padding": "share of padding"} if layers else {}
-    if "dropped_share" in entries[0]:
-        panels["dropped_share"] = "share of assignments dropped"
+    optional = {"balance_loss": "balance loss, mean over layers", "dropped_share": "share of assignments dropped"}
+    panels |= {"padding": "share of padding"} if layers else {}
+    panels |= {name: title for name, title in optional.items() if name in entries[0]}
     above = 2 if layers else 1  # rows of panels; the experts follow
     rows = above + (layers + 2) // 3
     figure, axes = plt.subplots(rows, 3, figsize=(11, 2.7 * rows), squeeze=False)

@@ -98,8 +98,8 @@ def test_another_number_of_features_is_refused(old, settings):
 
 def test_an_unknown_tower(old):
     folder = old(patch_size=...)
-    change(folder / "config.json", vision_config={"model_type": "vit"})
-    with pytest.raises(CheckpointError, match="it lacks patch_size, and a tower of the type 'vit' is not known"):
+    change(folder / "config.json", vision_config={"model_type": "siglip2_vision_model"})
+    with pytest.raises(CheckpointError, match="it lacks patch_size, and the tower's features are not known: it is a Siglip2VisionModel"):
         load_processor(folder)
 
 

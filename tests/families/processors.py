@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.vlm import END, IMAGE, START, VIDEO, tiny_vlm
 
-STARTS = ("<|vision_start|>", "<start_of_image>", "<|image>", "<|begin_of_image|>", "<pad>")
-ENDS = ("<|vision_end|>", "<end_of_image>", "<image|>", "<|end_of_image|>", "<pad>")
+STARTS = ("<|vision_start|>", "<start_of_image>", "<|image>", "<|begin_of_image|>", "<|IMAGE_START|>", "<pad>")
+ENDS = ("<|vision_end|>", "<end_of_image>", "<image|>", "<|end_of_image|>", "<|IMAGE_END|>", "<pad>")
 TEXT = "What is in the picture? A red square and a blue circle.\n\nUser: Assistant: Here is the original image and here are some crops " * 3
 
 
@@ -246,7 +246,11 @@ def _trained() -> str:
 
 def tiny_processor(family: str) -> Any:
     """Return the processor of `family`."""
-    row = ROWS[family]
+    return made_processor(ROWS[family])
+
+
+def made_processor(row: Row) -> Any:
+    """Return the processor that a row describes."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()),
         bos_token=row.first or "<bos>",
@@ -259,7 +263,7 @@ def tiny_processor(family: str) -> Any:
     parts = {"image_processor": _made(row.images), "tokenizer": tokenizer}
     if row.videos:
         parts["video_processor"] = _made(row.videos)
-    if family == "gemma4":
+    if row.processor == "Gemma4Processor":
         parts["feature_extractor"] = transformers.Gemma4AudioFeatureExtractor()
     return getattr(transformers, row.processor)(**parts, chat_template=row.template, **row.settings)
 
@@ -271,6 +275,11 @@ def _made(part: tuple[str, dict[str, Any]]) -> Any:
 
 def tiny_model(family: str, processor: Any) -> PreTrainedModel:
     """Return a dense model of `family` with random weights that fits `processor`: its token ids, and one for each token."""
+    return tiny_vlm(family, ids=ids_of(processor), vocab_size=len(processor.tokenizer))
+
+
+def ids_of(processor: Any) -> dict[int, int]:
+    """Return the token ids of `processor` by those of the tiny models' settings."""
     tokenizer = processor.tokenizer
 
     def known(*tokens: str) -> int:
@@ -281,8 +290,7 @@ def tiny_model(family: str, processor: Any) -> PreTrainedModel:
         VIDEO: getattr(processor, "video_token_id", None) or known("</s>"),
     }
     ids |= {START: known(*STARTS), END: known(*ENDS), 94: known("<|audio|>", "<pad>"), 95: known("<pad>")}
-    ids |= {84 + index: known(token, "</s>") for index, token in enumerate(OVIS[1:2] + OVIS[3:])}
-    return tiny_vlm(family, ids=ids, vocab_size=len(tokenizer))
+    return ids | {84 + index: known(token, "</s>") for index, token in enumerate(OVIS[1:2] + OVIS[3:])}
 
 
 def tiny_checkpoint(family: str, folder: Path) -> Path:

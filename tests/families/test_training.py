@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 def write_recipe(data, tmp_path):
     def write(family, steps=2, **settings):
         base = tmp_path / "base"
-        if not base.is_dir():
+        if "model" not in settings and not base.is_dir():
             tiny_checkpoint(family, base)
         optimisation = {"learning_rate": 1e-2, "batch_size": 3, "per_device_batch_size": 3, "max_steps": steps, "warmup_ratio": 0.0}
         recipe = {

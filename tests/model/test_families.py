@@ -211,7 +211,7 @@ def blip():
 
 
 REFUSED = {
-    native_moe: r"^Qwen3VLMoeForConditionalGeneration is sparse already, its layers have experts: it can be traced, evaluated and served",
+    native_moe: r"^Qwen3VLMoeForConditionalGeneration is sparse already, its layers have experts: it can be traced, evaluated, served",
     kosmos: r"^Kosmos2TextBlock has no module 'mlp' that experts could replace; its modules are: .*, ffn, ",
     blip: r"^Blip2ForConditionalGeneration has no decoder layers that could become sparse$",
 }

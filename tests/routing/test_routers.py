@@ -22,8 +22,8 @@ from transformers import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from moe_llava import trace_routing
+from moe_llava.routing.routers import find_routers
 from moe_llava.routing.tokens import RoutingError
-from moe_llava.routing.trace import find_routers
 from tests.conftest import tiny_dense, tiny_inputs
 from tests.routing.tiny_models import TEXT_MODEL, tiny_sparse
 

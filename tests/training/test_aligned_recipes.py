@@ -89,7 +89,7 @@ def test_stage_3_alone(name, tmp_path):
     recipe, baseline = (load_recipe(file, [f"model={tmp_path}", *changes]) for changes in ([], ["stage3.dense=true"]))
     dense = load_structure(recipe.model)
     assert dense.num_parameters() / 1e9 == pytest.approx(size, abs=0.06)
-    sparse = on_meta(sparse_config(dense.config, recipe.stage3.moe))
+    sparse = on_meta(sparse_config(dense.config, recipe.stage3.options))
     trained = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).trained
     assert trained == {"experts": layers // 2 * 4 * 3 * width * ffn, "routers": layers // 2 * 4 * width}
     budget, costs = survey(recipe)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_llava.model.options import MoeOptions
 from moe_llava.training.parsing import read
 from moe_llava.training.recipe import RecipeError, load_recipe
 from tests.conftest import REPOSITORY
@@ -15,7 +16,11 @@ DIGITS = REPOSITORY / "recipes" / "digits.yaml"
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_read(file):
     recipe = load_recipe(file)
-    assert recipe.stage3.moe.num_experts_per_tok <= recipe.stage3.moe.num_experts
+    assert recipe.stage3.options.num_experts_per_tok <= recipe.stage3.options.num_experts
+
+
+def test_without_a_section_the_options_are_the_defaults():
+    assert load_recipe(DIGITS, ["stage3.moe=null"]).stage3.options == MoeOptions()
 
 
 def changed(tmp_path: Path, change) -> Path:
@@ -207,3 +212,9 @@ def test_no_date_is_no_traceback(tmp_path):
     (tmp_path / "date.yaml").write_text("seed: 2026-13-45\n")
     with pytest.raises(RecipeError, match=r"date.yaml is not YAML in UTF-8: month must be in 1..12"):
         load_recipe(tmp_path / "date.yaml")
+
+
+def test_the_options_that_are_given_are_known():
+    recipe = load_recipe(DIGITS, ["stage3.moe={num_experts: 4, capacity_factor: null}"])
+    assert recipe.stage3.given == {"num_experts": 4}  # its default
+    assert recipe.stage3.options == MoeOptions()

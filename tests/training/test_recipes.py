@@ -128,7 +128,7 @@ def test_what_learns_in_each_stage(local, name):
     dense = load_structure(recipe.model)
     assert sum(choose_parameters(dense, "stage1", []).trained.values()) == projector
     assert sum(choose_parameters(dense, "stage2", []).trained.values()) == projector + language_model
-    moe = recipe.stage3.moe
+    moe = recipe.stage3.options
     sparse = on_meta(sparse_config(dense.config, moe))
     learning = choose_parameters(sparse, "stage3", sparse.config.moe_layer_indices).trained
     assert learning == {"experts": layers // 2 * 4 * ffn, "routers": layers // 2 * 4 * width}
@@ -335,7 +335,7 @@ def test_parts_that_do_not_do(parts, write_recipe, tiny_base, tmp_path):
     for change, message in (
         ({"language_model": str(tmp_path / "none")}, r"the language model .*none is not found: checkpoint .*none is not a folder"),
         ({"vision_tower": str(tmp_path / "none")}, r"the vision tower .*none cannot be loaded"),
-        ({"vision_tower": str(parts / "phi")}, "has model_type 'phi', but must have one of clip_vision_model, siglip_vision_model"),
+        ({"vision_tower": str(parts / "phi")}, "phi cannot be used: it is a PhiModel, which takes input_ids, not pixel_values"),
         (
             {"language_model": str(tiny_base / "base")},
             r"base is a model with a vision tower already \(llava\): a LLaVA is named as `model`",

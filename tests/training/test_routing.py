@@ -53,7 +53,7 @@ def logged(folder):
 def test_stage_3_of_each_kind(make_recipe, settings):
     recipe = load_recipe(make_recipe(**settings))
     (stage3,) = train(recipe, [3], resume=False, console=QUIET)
-    moe = recipe.stage3.moe
+    moe = recipe.stage3.options
     config = load_config(stage3)
     assert config.routing == moe.routing
     lines = logged(stage3)
@@ -146,4 +146,4 @@ def test_a_recipe_written_before_routing_was_known_is_agnostic(make_recipe):
     raw = yaml.safe_load(file.read_text())
     assert "routing" not in raw["stage3"]["moe"]
     recipe = load_recipe(file)
-    assert (recipe.stage3.moe.routing, recipe.stage3.expert_start) == ("agnostic", "copy")
+    assert (recipe.stage3.options.routing, recipe.stage3.expert_start) == ("agnostic", "copy")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llava.data.encoder import TOKEN_TYPES
+from moe_llava.data.encoder import EXPERT_TYPES, TOKEN_TYPES
 from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.model.greedy import end_tokens, prefill_positions, write_greedily
 
@@ -126,5 +126,5 @@ def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[s
     labels = written.clone()
     labels[:, :start] = -100
     labels[:, start:][~answered] = -100
-    types = {name: F.pad(inputs[name], (0, written.shape[1] - start)) for name in TOKEN_TYPES if name in inputs}
+    types = {name: F.pad(inputs[name], (0, written.shape[1] - start)) for name in (*TOKEN_TYPES, EXPERT_TYPES) if name in inputs}
     return {**inputs, **types, "input_ids": written, "attention_mask": mask}, labels

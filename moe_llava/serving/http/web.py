@@ -21,8 +21,9 @@ from transformers import ProcessorMixin
 from moe_llava.common.colours import expert_colour, ink
 from moe_llava.model.greedy import end_tokens
 from moe_llava.routing.page import as_seen, png_url
+from moe_llava.routing.routers import find_routers
 from moe_llava.routing.tokens import RoutingError
-from moe_llava.routing.trace import Trace, find_routers, trace_answer
+from moe_llava.routing.trace import Trace, trace_answer
 from moe_llava.serving.engine.interface import Work
 from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.bodies import Reservation, unless_disconnected

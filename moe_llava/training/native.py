@@ -1,0 +1,79 @@
+"""Train a model whose experts are its family's own: what its routers decide in a forward pass.
+
+Shapes: T tokens, L routers, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_llava.data.encoder import EXPERT_TYPES
+from moe_llava.model.losses import balance_loss
+from moe_llava.routing.routers import RoutedExperts, RoutingError, logits_and_choice
+
+Routed = dict[RoutedExperts, tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def recorded(model: nn.Module, groups: Sequence[RoutedExperts], inputs: Mapping[str, Tensor], mask_T: Tensor) -> Iterator[Routed]:
+    """Yield a mapping that holds after a forward pass the logits [T, E] and the choices [T, K] of each router, without padding. A router
+    that saw no token is left out.
+
+    The choices are the router's own: a bias, or groups of experts, may decide beside the logits. `inputs`: the model's; `mask_T`: False for
+    padding.
+    """
+    found: Routed = {}
+    hooks = [
+        model.get_submodule(group.router).register_forward_hook(_recording(found, group, mask))
+        for group, mask in _masks(groups, inputs.get(EXPERT_TYPES), mask_T).items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _masks(groups: Sequence[RoutedExperts], types: Tensor | None, mask_T: Tensor) -> dict[RoutedExperts, Tensor]:
+    """Return for each router the mask of the tokens that it sees: in a layer with several, each sees the tokens of one type."""
+    masks = {}
+    for group in groups:
+        layer = [other for other in groups if other.layer == group.layer]
+        is_own_T = torch.ones_like(mask_T) if types is None or len(layer) == 1 else (types.reshape(-1) != 0) == (layer.index(group) > 0)
+        masks[group] = mask_T[is_own_T]
+    return masks
+
+
+def _recording(found: Routed, group: RoutedExperts, mask: Tensor) -> Any:
+    def record(router: nn.Module, arguments: Any, output: Any) -> None:
+        logits_TE, ids_TK = (part.detach() for part in logits_and_choice(output, group))
+        if len(ids_TK) != len(mask):
+            raise RoutingError(f"the router {group.router} saw {len(ids_TK)} tokens, where {len(mask)} were expected")
+        if mask.any():
+            found[group] = logits_TE[mask.to(logits_TE.device)], ids_TK[mask.to(ids_TK.device)]
+
+    return record
+
+
+@torch.no_grad()
+def numbers(routed: Routed, groups: Sequence[RoutedExperts], device: torch.device) -> dict[str, Tensor]:
+    """Return `counts_LE`, how many tokens each expert gets, and `balance_loss`, as of experts that are made here: summed over the routers,
+    those that saw no token taken to be as balanced as the others."""
+    counts_LE = torch.zeros(len(groups), groups[0].num_experts, dtype=torch.long, device=device)
+    for counts_E, group in zip(counts_LE, groups, strict=True):
+        if group in routed:
+            counts_E += torch.bincount(routed[group][1].flatten().to(device), minlength=len(counts_E))
+    balance = balance_loss(tuple(logits for logits, _ in routed.values())) if routed else torch.zeros(())
+    return {"counts_LE": counts_LE, "balance_loss": (balance * len(groups) / max(len(routed), 1)).to(device)}
+
+
+def without_auxiliary(loss: Tensor, outputs: Any, model: PreTrainedModel) -> Tensor:
+    """Return a family's loss without the auxiliary loss that its forward pass added."""
+    auxiliary = getattr(outputs, "aux_loss", None)
+    return loss if auxiliary is None else loss - model.config.get_text_config().router_aux_loss_coef * auxiliary.to(loss.device)
