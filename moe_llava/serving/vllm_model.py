@@ -28,7 +28,10 @@ class ImageMask:
     ) -> Any:
         if self.model_config.uses_mrope:  # type: ignore[attr-defined]
             positions = positions[:, None].contiguous()
-        mask = None if input_ids is None else torch.isin(input_ids, self._placeholders.to(input_ids.device))[None]
+        mask = None
+        if input_ids is not None:
+            mask = torch.isin(input_ids, self._placeholders.to(input_ids.device))
+            torch._dynamo.mark_dynamic(mask, 0)  # vLLM compiles the model for any number of tokens
         return Base.forward(self, input_ids, positions, intermediate_tensors, inputs_embeds, image_mask=mask)
 
 
