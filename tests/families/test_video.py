@@ -69,7 +69,7 @@ def frames(folder, name="", number=6):
 def records(folder):
     return [
         Record("one", (("<video>\nWhat is in the picture?", "A red square."), ("Where?", "Here, above.")), video=frames(folder)),
-        Record("two", (("Is <image> in the picture?\n<video>", "One is wide."),), video=frames(folder, "tall-", 4)),
+        Record("two", (("Is one wide?\n<video>", "One is wide."),), video=frames(folder, "tall-", 4)),
         Record("image", (("<image>\nWhat?", "A red square."),), (folder / "0.png",)),
         Record("text", (("Is <video> or <|video_pad|> a token?", "No."),)),
     ]
