@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.images import ImageSource, open_image
+from moe_llava.common.images import BROKEN, ImageSource, open_image
 
 FRAMES = 32  # of a video, where the model's processor does not sample
+MOST_PIXELS = 2**31  # of the chosen frames together, 6 GB
+# A playlist names other files and addresses. So only formats that hold a video themselves are read, and no protocol is used.
+FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "gif", "mpeg", "mpegts", "flv", "asf", "ogg")
+_OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": ""}
 
 Frames = tuple[Path | ImageSource, ...]
 Video = Path | ImageSource | Frames
@@ -58,18 +63,71 @@ def open_video(video: Video, source: str, fps: float | None, choose: Choose) -> 
 
     Raises DataError, naming `source`, if the video is missing or cannot be decoded, if frames differ in size, or as `choose` does.
     """
-    if isinstance(video, tuple):
-        return _open_frames(video, source, fps, choose)
-    raise NotImplementedError
+    return _open_frames(video, source, fps, choose) if isinstance(video, tuple) else _open_file(video, source, choose)
 
 
 def _open_frames(frames: Frames, source: str, fps: float | None, choose: Choose) -> Clip:
     width, height = open_image(frames[0], source).size
     info = VideoInfo(len(frames), fps, width, height)
-    indices = [int(index) for index in choose(info)]
+    indices = _chosen(info, choose, f"{source} has a video")
     pictures = {index: np.asarray(open_image(frames[index], source)) for index in dict.fromkeys(indices)}
     for index, picture in pictures.items():
         if picture.shape[:2] != (height, width):
             found = f"{picture.shape[1]} x {picture.shape[0]}"
             raise DataError(f"{source} names the frame {frames[index]} of {found} pixels, but the first frame has {width} x {height}")
     return Clip(np.stack([pictures[index] for index in indices]), indices, info)
+
+
+def _open_file(file: Path | ImageSource, source: str, choose: Choose) -> Clip:
+    try:
+        import av  # an optional package
+    except ImportError as error:
+        rule = "but a video file needs av, which is not installed: pip install -e '.[video]'"
+        raise DataError(f"{source} names the video {file}, {rule}") from error
+    name = f"{source} names the video {file}"
+    try:
+        with file.open("rb") if isinstance(file, Path) else file.open() as opened, av.open(opened, options=_OPTIONS) as container:
+            return _decode(container, choose, name)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise missing_video(source, file) from error
+    except av.error.ArgumentError as error:  # a format that is not on the list
+        raise DataError(f"{name}, which cannot be decoded: it is none of {', '.join(FORMATS)}") from error
+    except (av.error.FFmpegError, *BROKEN) as error:
+        raise DataError(f"{name}, which cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(container: Any, choose: Choose, name: str, total: int | None = None) -> Clip:
+    """Return the chosen frames of an opened file, which has `total` frames, or as many as its header or its packets say. `name`: of the
+    file, in messages."""
+    if not container.streams.video:
+        raise ValueError("it has no pictures")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    total = total or stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    if not total:
+        raise ValueError("it has no frames")
+    info = VideoInfo(total, float(stream.average_rate) if stream.average_rate else None, stream.width, stream.height)
+    indices = _chosen(info, choose, name)
+    wanted, last, found, count = set(indices), max(indices), dict[int, np.ndarray](), 0
+    container.seek(0)
+    for count, frame in enumerate(container.decode(stream), start=1):
+        if count - 1 in wanted:
+            found[count - 1] = frame.to_ndarray(format="rgb24")
+        if count > last:
+            return Clip(np.stack([found[index] for index in indices]), indices, info)
+    if not count:
+        raise ValueError("it has no frames")
+    return _decode(container, choose, name, count)  # the file ends before its header says
+
+
+def _chosen(info: VideoInfo, choose: Choose, name: str) -> list[int]:
+    """Return the chosen indices. Raise DataError if there are none, if the video has no such frames, or if they are too large together."""
+    indices = [int(index) for index in choose(info)]
+    if not indices or min(indices) < 0 or max(indices) >= info.frames:
+        raise DataError(f"{name} of {info.frames} frames, of which the model's processor chooses {indices[:8]}")
+    if len(set(indices)) * info.width * info.height > MOST_PIXELS:
+        size = f"{len(set(indices))} frames of {info.width} x {info.height} pixels"
+        raise DataError(f"{name}, of which {size} would be decoded, but at most {MOST_PIXELS:,} pixels are, together")
+    return indices

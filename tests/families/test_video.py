@@ -13,11 +13,14 @@ from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.data.batches import Collator, ConversationDataset
+from moe_llava.data.check import check_data
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.data.rendering import make_portable
+from moe_llava.data.store import read_records
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
+from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 from tests.families.test_processors import answers
 from tests.families.test_training import write_recipe  # noqa: F401
@@ -113,6 +116,39 @@ def test_ids_and_pixels_of_frames_are_those_of_the_processor(processor, records)
     measured, was_cut = encoder.measure(records[0], [])
     assert measured["input_ids"] == encoder(records[0])["input_ids"].tolist()
     assert not was_cut
+
+
+def test_ids_and_pixels_of_a_file_are_those_of_the_processor(processor, tmp_path):
+    """Only the frames that the model sees are decoded; the processor gets them all, and samples itself."""
+    av = pytest.importorskip("av")
+    encoder, turns = Encoder(processor), (("<video>\nWhat is in the picture?", "A red square."),)
+    for suffix, number in (("mp4", 12), ("mkv", 21)):
+        file = write_video(tmp_path / f"clip.{suffix}", number=number, fps=5)
+        record = Record("file", turns, video=file)
+        with av.open(str(file)) as container:
+            pictures = [frame.to_image() for frame in container.decode(video=0)]
+        assert_same(encoder(record), expected_of(processor, record, pictures, 5.0))
+        assert encoder.measure(record, [])[0]["labels"] == encoder(record)["labels"].tolist()
+
+
+def test_check_counts_videos(processor, data, tmp_path):
+    """Their tokens are those of training. A file that cannot be decoded is named."""
+    pytest.importorskip("av")
+    lines = json.loads((data / "train.json").read_text())[:3]
+    for name, video in (("clip.mp4", write_video(data / "clip.mp4")), ("text.mp4", data / "text.mp4")):
+        lines.append(conversation("<video>\nWhat?", "A.", video=name))
+        if not video.exists():
+            video.write_bytes(b"no video")
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    encoder = Encoder(processor)
+    for measure in (None, encoder.measure):
+        report = check_data(tmp_path / "data.json", data, measure)
+        (problem,) = report.problems
+        assert "record 4 of" in problem
+        assert "text.mp4, which cannot be decoded" in problem
+        assert (report.records, report.videos, report.images, report.text_only) == (5, 2, 1, 1)
+    records = read_records(tmp_path / "data.json", data)
+    assert report.lengths == [len(encoder(records[index])["labels"]) for index in range(4)]
 
 
 def test_labels_are_the_answers(processor, records):
