@@ -104,7 +104,8 @@ def _decode(container: Any, choose: Choose, name: str, total: int | None = None)
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+    if total is None:
+        stream.thread_type = "AUTO"  # before anything is decoded
     total = total or stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if not total:
         raise ValueError("it has no frames")

@@ -64,9 +64,14 @@ def test_bytes(tmp_path):
 
 
 def test_a_file_that_ends_early(tmp_path):
-    """Frames are chosen again from those that there are."""
-    with av.open(str(write_video(tmp_path / "clip.mp4"))) as container:
-        clip = videos._decode(container, lambda info: [0, info.frames - 1], "a test", total=20)
+    """Frames are chosen again from those that there are. The header of an AVI file is changed to 20 frames."""
+    file = write_video(tmp_path / "clip.avi")
+    data = bytearray(file.read_bytes())
+    count = data.index(b"strh") + 40
+    assert data[count : count + 4] == (10).to_bytes(4, "little")
+    data[count : count + 4] = (20).to_bytes(4, "little")
+    file.write_bytes(data)
+    clip = open_video(file, "a test", None, lambda info: [0, info.frames - 1])
     assert clip.info.frames == 10
     assert clip.indices == greys(clip) == [0, 9]
 
