@@ -43,7 +43,7 @@ def test_it_is_served_traced_and_evaluated(folder, tmp_path):
     image = Image.new("RGB", (40, 30), (200, 90, 20))
     image.save(tmp_path / "a.png")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
-    prompt = PromptBuilder(processor).build(messages, [image], 1)
+    prompt = PromptBuilder(processor).build(messages, [image])
     pieces: queue.Queue = queue.Queue()
     with Engine(model, processor.tokenizer) as engine:
         engine.submit(Request(prompt, 5), pieces.put)

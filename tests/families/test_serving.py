@@ -1,24 +1,49 @@
 """The engine completes prompts of any family as `generate` does."""
 
+import io
 import queue
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from moe_llava import upcycle
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import InlineImage
+from moe_llava.common.videos import Clip, VideoInfo
+from moe_llava.data.encode import IGNORE_INDEX
+from moe_llava.data.encoder import Encoder
+from moe_llava.data.records import parse_record
 from moe_llava.data.rendering import make_portable
+from moe_llava.data.videos import VideoReader
 from moe_llava.model.greedy import end_tokens, write_greedily
+from moe_llava.routing.routes import write_routes
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prompt import PromptBuilder
+from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Request
+from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
+from tests.families.test_video import draw
 
 PICTURES = [Image.new("RGB", size, (60 * number, 200, 90)) for number, size in enumerate(((40, 30), (20, 60), (33, 33)))]
 
 
 def messages_of(question, images):
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+
+
+def messages_about(question, media):
+    kinds = [{"type": "video" if isinstance(medium, Clip) else "image"} for medium in media]
+    return [{"role": "user", "content": [*kinds, {"type": "text", "text": question}]}]
+
+
+def inline(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return InlineImage("a frame", buffer.getvalue())
 
 
 def made(family):
@@ -44,7 +69,7 @@ def test_completions_are_those_of_generate(family):
     model, processor = made(family)
     builder = PromptBuilder(processor)
     asked = [("What is in the picture?", PICTURES[:1]), ("Compare.", PICTURES[1:]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
-    prompts = [builder.build(messages_of(question, len(images)), images, len(images)) for question, images in asked]
+    prompts = [builder.build(messages_of(question, len(images)), images) for question, images in asked]
     expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
     delivered = [queue.Queue() for _ in prompts]
     with Engine(model, processor.tokenizer, slots=2) as engine:
@@ -54,6 +79,67 @@ def test_completions_are_those_of_generate(family):
         found = [pieces.get() for _ in range(pieces.qsize())]
         assert not any(isinstance(piece, Exception) for piece in found), found
         assert [piece.token for piece in found] == wanted
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
+def test_completions_about_videos_are_those_of_generate(family):
+    """Prompts with a video, with an image and a video, with images and with neither."""
+    model, processor = made(family)
+    builder = PromptBuilder(processor)
+    clip = builder.open_video(tuple(inline(draw(number)) for number in range(5)), "a test")
+    asked = [("What happens?", [clip]), ("Compare.", [PICTURES[0], clip]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
+    prompts = [builder.build(messages_about(question, media), media) for question, media in asked]
+    text = processor.apply_chat_template(messages_about("What happens?", [clip]), processor.chat_template, add_generation_prompt=True)
+    whole = processor(text=[text], **VideoReader(processor).arguments(clip), add_special_tokens=False, return_tensors="pt")
+    assert prompts[0].input_ids == whole["input_ids"][0].tolist()
+    assert prompts[0].inputs.keys() == whole.keys() - {"input_ids", "attention_mask"}
+    assert all(torch.equal(value, torch.as_tensor(whole[name])) for name, value in prompts[0].inputs.items())
+    expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
+    delivered = [queue.Queue() for _ in prompts]
+    with Engine(model, processor.tokenizer, slots=2) as engine:
+        for number, (prompt, pieces) in enumerate(zip(prompts, delivered, strict=True)):
+            engine.submit(Request(prompt, 8 + number), pieces.put)
+    for wanted, pieces in zip(expected, delivered, strict=True):
+        found = [pieces.get() for _ in range(pieces.qsize())]
+        assert not any(isinstance(piece, Exception) for piece in found), found
+        assert [piece.token for piece in found] == wanted
+
+
+def test_videos_are_refused():
+    clip = Clip(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], VideoInfo(2, 1.0, 8, 8))
+    for family, message in (("llava", "the model's LlavaProcessor takes no videos"), ("qwen3_vl", "does not render the videos")):
+        _, processor = made(family)
+        builder = PromptBuilder(processor)
+        with pytest.raises(PromptError, match=message):
+            builder.build(messages_about("What is <|video_pad|>?", [clip]), [clip])
+    builder.build(messages_about(builder.escape("What is <|video_pad|>?"), [clip]), [clip])
+
+
+def test_a_conversation_about_a_video(tmp_path):
+    """It can be saved as a record that has the same prompt, but its routes are not shown."""
+    pytest.importorskip("av")
+    model, processor = made("qwen3_vl")
+    file = write_video(tmp_path / "clip.mp4")
+    with Engine(model, processor.tokenizer) as engine:
+        conversation = Conversation(engine, processor, Settings(max_new_tokens=4))
+        assert conversation.add_video(file).content.info.frames == 10
+        "".join(conversation.ask("What happens?"))
+        "".join(conversation.ask("And now?"))
+        with pytest.raises(RoutingError, match=r"the conversation has the video .*clip.mp4"):
+            conversation.trace()
+        saved = conversation.record("a model")
+        PICTURES[0].save(tmp_path / "0.png")
+        conversation.add_images([tmp_path / "0.png"])
+        "".join(conversation.ask("And here?"))
+        with pytest.raises(ValueError, match="has images or one video, but there are 1 images and 1 videos"):
+            conversation.record("a model")
+        lengths = [turn.prompt_tokens for turn in conversation.turns]
+    assert saved["video"] == str(file)
+    record = parse_record("saved", saved, tmp_path)
+    length = int((Encoder(processor)(record)["labels"] == IGNORE_INDEX).nonzero().max())
+    assert lengths[1] <= length
+    with pytest.raises(DataError, match="saved has a video, and where its patches are is not shown"):
+        write_routes(tmp_path / "routes", "a model", model, processor, [record], 1, None)
 
 
 def test_a_model_whose_states_cannot_be_batched_is_refused():

@@ -72,7 +72,7 @@ class PromptMaker:
         """
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         try:
-            return self._builder.build(conversation, map(self._decoded, self._images_of(messages, fetched)), len(image_urls(messages)))
+            return self._builder.build(conversation, map(self._decoded, self._images_of(messages, fetched)))
         except PromptError as error:
             raise MessagesError(f"messages: {error}") from error
 
