@@ -192,7 +192,7 @@ def test_answering_once_more_takes_the_same_pictures(begin, images):
     conversation.add_images(images[:1])  # for the next question
     list(conversation.regenerate())
     (second,) = conversation.turns
-    assert (second.tokens, second.prompt_tokens, second.media) == (first.tokens, first.prompt_tokens, first.images)
+    assert (second.tokens, second.prompt_tokens, second.media) == (first.tokens, first.prompt_tokens, first.media)
     assert len(conversation.pending) == 1
 
 
