@@ -199,6 +199,17 @@ def test_a_batch_computes_what_its_rows_compute(family, processor, records):
     assert all(mlp.experts.down_proj.grad.any() for mlp in sparse.model.sparse_mlps().values())
 
 
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_5"])
+def test_other_families_compute_the_same_sparse_and_dense(name, records):
+    processor = portable(name)
+    encoder, dense = Encoder(processor), tiny_model(name, processor)
+    sparse = upcycle(dense, num_experts=4, num_experts_per_tok=2)
+    batch = Collator(encoder.nothing())([encoder(record) for record in records])
+    with torch.no_grad():
+        found = dense(**batch).logits
+        assert (sparse(**batch).logits - found).abs().max() <= 1e-5 * found.abs().max()
+
+
 def test_the_frames_matter(family, processor, records):
     """Another video gives other logits: features reach the language model."""
     encoder, dense = Encoder(processor), tiny_model(family, processor)

@@ -23,7 +23,7 @@ Answers = list[str | None]  # one per question; None: there is none
 @dataclass(frozen=True)
 class Question:
     """`id` is the benchmark's own; several questions may share it if their prompts differ. `prompt` is the whole text for the model; images
-    go before it, or where it has `<image>`. `video`: a file, which goes before the prompt or where it has `<video>`; a question with one has
+    go before it, or where it has `<image>`. `video`: a file, which goes before the prompt or where it has `<video>`; such a question has
     no images. `extra` holds what scoring needs."""
 
     id: str
