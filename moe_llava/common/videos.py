@@ -7,7 +7,8 @@ Shapes: F frames, H height, W width, C = 3 colours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, ImageSource, open_image
 
 FRAMES = 32  # of a video, where the model's processor does not sample
+MOST_FRAME_PIXELS = 2**25  # of a frame: 8K. Decoders keep up to 17 frames
 MOST_PIXELS = 2**31  # of the chosen frames together, 6 GB
 # A playlist names other files and addresses. So only formats that hold a video themselves are read, and no protocol is used.
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "gif", "mpeg", "mpegts", "flv", "asf", "ogg")
-_OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": ""}
+_OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", "max_pixels": str(MOST_FRAME_PIXELS)}
 
 Frames = tuple[Path | ImageSource, ...]
 Video = Path | ImageSource | Frames
@@ -78,16 +80,29 @@ def _open_frames(frames: Frames, source: str, fps: float | None, choose: Choose)
     return Clip(np.stack([pictures[index] for index in indices]), indices, info)
 
 
+def inspect_video(file: Path | ImageSource, source: str, choose: Choose) -> tuple[VideoInfo, list[int]]:
+    """Return (what the header and the packets of a video file say, the indices of the chosen frames), without decoding any. Raises
+    DataError as `open_video` does."""
+    with _container(file, source) as (container, name):
+        return _plan(container, choose, name)
+
+
 def _open_file(file: Path | ImageSource, source: str, choose: Choose) -> Clip:
+    with _container(file, source) as (container, name):
+        return _decode(container, choose, name)
+
+
+@contextmanager
+def _container(file: Path | ImageSource, source: str) -> Iterator[tuple[Any, str]]:
+    """Yield (the opened file, its name for messages). Within this context, errors of the file become DataErrors."""
+    name = f"{source} names the video {file}"
     try:
         import av  # an optional package
     except ImportError as error:
-        rule = "but a video file needs av, which is not installed: pip install -e '.[video]'"
-        raise DataError(f"{source} names the video {file}, {rule}") from error
-    name = f"{source} names the video {file}"
+        raise DataError(f"{name}, but a video file needs av, which is not installed: pip install -e '.[video]'") from error
     try:
         with file.open("rb") if isinstance(file, Path) else file.open() as opened, av.open(opened, options=_OPTIONS) as container:
-            return _decode(container, choose, name)
+            yield container, name
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -98,22 +113,29 @@ def _open_file(file: Path | ImageSource, source: str, choose: Choose) -> Clip:
         raise DataError(f"{name}, which cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _decode(container: Any, choose: Choose, name: str, total: int | None = None) -> Clip:
-    """Return the chosen frames of an opened file, which has `total` frames, or as many as its header or its packets say. `name`: of the
-    file, in messages."""
+def _plan(container: Any, choose: Choose, name: str, total: int | None = None) -> tuple[VideoInfo, list[int]]:
+    """Return (the video of an opened file, the indices of its chosen frames). It has `total` frames, or as many as its header or its
+    packets say. `name`: of the file, in messages."""
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
-    if total is None:
-        stream.thread_type = "AUTO"  # before anything is decoded
+    if not 0 < stream.width * stream.height <= MOST_FRAME_PIXELS:
+        raise ValueError(f"its frames have {stream.width} x {stream.height} pixels, but must have 1 to {MOST_FRAME_PIXELS:,}")
     total = total or stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if not total:
         raise ValueError("it has no frames")
     info = VideoInfo(total, float(stream.average_rate) if stream.average_rate else None, stream.width, stream.height)
-    indices = _chosen(info, choose, name)
+    return info, _chosen(info, choose, name)
+
+
+def _decode(container: Any, choose: Choose, name: str, total: int | None = None) -> Clip:
+    """Return the chosen frames of an opened file. `total`, `name`: as in `_plan`."""
+    info, indices = _plan(container, choose, name, total)
     wanted, last, found, count = set(indices), max(indices), dict[int, np.ndarray](), 0
     container.seek(0)
-    for count, frame in enumerate(container.decode(stream), start=1):
+    for count, frame in enumerate(container.decode(video=0), start=1):
+        if (frame.width, frame.height) != (info.width, info.height):
+            raise ValueError("its frames differ in size")
         if count - 1 in wanted:
             found[count - 1] = frame.to_ndarray(format="rgb24")
         if count > last:

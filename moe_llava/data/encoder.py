@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.images import open_image
+from moe_llava.common.images import ImageSource, open_image
 from moe_llava.common.videos import Clip, Video, VideoInfo
 from moe_llava.data.answers import check_template, render
 from moe_llava.data.encode import IGNORE_INDEX, Encoded, Media, check_rendering, encode_within
@@ -91,6 +91,12 @@ class Encoder:
         no videos."""
         self._check_video(source)
         return self._reader.open(video, source)
+
+    def inspect_video(self, file: Path | ImageSource, source: str) -> tuple[VideoInfo, list[int]]:
+        """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
+        `open_video` does."""
+        self._check_video(source)
+        return self._reader.inspect(file, source)
 
     def process_video(self, clip: Clip) -> tuple[dict[str, Tensor], list[str]]:
         """Return (the model's inputs of a video, the text that replaces its placeholder, in a list)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers.video_utils import VideoMetadata
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.videos import Clip, Video, VideoInfo, open_video, uniform
+from moe_llava.common.images import ImageSource
+from moe_llava.common.videos import Clip, Video, VideoInfo, inspect_video, open_video, uniform
 
 
 class VideoReader:
@@ -25,24 +28,24 @@ class VideoReader:
 
         Raises DataError, naming `source`, if the video is missing, cannot be decoded or is refused by the processor.
         """
+        return open_video(video, source, self.settings.get("fps"), partial(self._choose, source))
 
-        def choose(info: VideoInfo) -> list[int]:
-            try:
-                return self._choose(info)
-            except ValueError as error:
-                raise DataError(f"{source} has a video that the model's {type(self.videos).__name__} refuses: {error}") from error
-
-        return open_video(video, source, self.settings.get("fps"), choose)
+    def inspect(self, file: Path | ImageSource, source: str) -> tuple[VideoInfo, list[int]]:
+        """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
+        `open` does."""
+        return inspect_video(file, source, partial(self._choose, source))
 
     def arguments(self, clip: Clip) -> dict[str, Any]:
         """Return the arguments of the processor for a clip, whose frames are chosen already."""
         return {"videos": [clip.frames_FHWC], "video_metadata": [_metadata(clip.info, clip.indices)], "do_sample_frames": False}
 
-    def _choose(self, info: VideoInfo) -> list[int]:
+    def _choose(self, source: str, info: VideoInfo) -> list[int]:
         if not any(self.settings.get(name) for name in ("do_sample_frames", "fps", "num_frames")):
             return uniform(info)
-        chosen = self.videos.sample_frames(metadata=_metadata(info, None), **self.settings)
-        return [int(index) for index in chosen]
+        try:
+            return [int(index) for index in self.videos.sample_frames(metadata=_metadata(info, None), **self.settings)]
+        except ValueError as error:
+            raise DataError(f"{source} has a video that the model's {type(self.videos).__name__} refuses: {error}") from error
 
 
 def _metadata(info: VideoInfo, indices: list[int] | None) -> VideoMetadata:

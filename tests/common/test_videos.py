@@ -11,7 +11,7 @@ import pytest
 from moe_llava.common import videos
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import InlineImage
-from moe_llava.common.videos import FRAMES, open_video, uniform
+from moe_llava.common.videos import FRAMES, VideoInfo, inspect_video, open_video, uniform
 
 av = pytest.importorskip("av")
 SIZE = (48, 32)
@@ -136,6 +136,24 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     assert len(open_video(file, "a test", None, lambda info: [0, 1, 2, 3, 4, 4]).indices) == 6
     with pytest.raises(DataError, match="of which 6 frames of 48 x 32 pixels would be decoded, but at most 7,680 pixels are, together"):
         open_video(file, "a test", None, lambda info: range(6))
+
+
+def test_large_frames_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    file = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(videos, "MOST_FRAME_PIXELS", 48 * 32 - 1)
+    with pytest.raises(DataError, match=r"clip.mp4, which cannot be decoded: its frames have 48 x 32 pixels, but must have 1 to 1,535"):
+        open_video(file, "a test", None, uniform)
+
+
+def test_inspecting_decodes_nothing(tmp_path):
+    """Frames of a damaged file are counted, too."""
+    file = write_video(tmp_path / "clip.mkv")
+    found = inspect_video(file, "a test", lambda info: [info.frames - 1])
+    assert found == (VideoInfo(10, 5.0, 48, 32), [9])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    file.write_bytes(data)
+    assert 0 < inspect_video(file, "a test", uniform)[0].frames < 10
 
 
 def test_a_missing_file(tmp_path):

@@ -1,7 +1,11 @@
 """The engine completes prompts of any family as `generate` does."""
 
+import base64
 import io
+import json
 import queue
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,9 +28,13 @@ from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Request
+from moe_llava.serving.http.prompts import PromptMaker
+from moe_llava.serving.http.protocol import ApiError, ImagePart, Message, TextPart, VideoPart
 from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 from tests.families.test_video import draw
+from tests.serving.conftest import LIMITS, server
+from tests.serving.test_api import post
 
 PICTURES = [Image.new("RGB", size, (60 * number, 200, 90)) for number, size in enumerate(((40, 30), (20, 60), (33, 33)))]
 
@@ -140,6 +148,88 @@ def test_a_conversation_about_a_video(tmp_path):
     assert lengths[1] <= length
     with pytest.raises(DataError, match="saved has a video, and where its patches are is not shown"):
         write_routes(tmp_path / "routes", "a model", model, processor, [record], 1, None)
+
+
+def video_url(file, kind="video/mp4"):
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def video_part(url):
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
+def test_videos_of_requests(family, tmp_path):
+    """The server answers as the engine does; the bytes that it reserves are no fewer than the inputs have."""
+    pytest.importorskip("av")
+    model, processor = made(family)
+    file, builder = write_video(tmp_path / "clip.mp4", size=(320, 240)), PromptBuilder(processor)
+    question = {"type": "text", "text": "What happens?"}
+    body = {
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 6,
+        "messages": [{"role": "user", "content": [video_part(video_url(file)), question]}],
+    }
+    clip = builder.open_video(file, "a test")
+    prompt = builder.build(messages_about("What happens?", [clip]), [clip])
+    maker = PromptMaker(processor, LIMITS)
+    needs = maker.needs([Message("user", [VideoPart(video_url(file)), TextPart("What happens?")])], {})
+    assert needs.kept >= sum(value.nbytes for name, value in prompt.inputs.items() if not name.endswith("token_type_ids"))
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        status, _, answer = post(url, body)
+        assert status == 200, answer
+        found = json.loads(answer)
+        assert found["usage"]["prompt_tokens"] == len(prompt.input_ids)
+        expected = [token for token in alone(model, prompt, 6) if token not in end_tokens(model)]
+        assert found["choices"][0]["message"]["content"] == processor.tokenizer.decode(expected, skip_special_tokens=True)
+        messages = [*body["messages"], {"role": "assistant", "content": "A square moves."}]
+        status, _, answer = post(url, {"model": "tiny", "messages": messages}, path="/routes")
+        assert (status, json.loads(answer)["error"]["param"]) == (400, "messages.0.content.0.video_url")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            {"pixels": 320 * 240 - 1},
+            "content.0.video_url has 10 frames of 320 x 240 pixels, but at most 76799 pixels are allowed in a frame",
+        ),
+        ({"decoded_pixels": 320 * 240 * 10 - 1}, "but at most 25000000 pixels are allowed in a frame, and 767999 in all"),
+        ({"all_pixels": 320 * 240}, "the images have more than 76800 pixels together"),
+        ({"working_bytes": 1000}, "bytes to prepare and .* for its inputs, but at most 1000 and"),
+        ({"all_bytes": 1000}, "for its inputs, but at most 700000000 and 1000 are allowed"),
+        ({"image_bytes": 100}, "content.0.video_url has more than 100 bytes"),
+    ],
+)
+def test_limits_of_videos(limits, message, tmp_path):
+    """All are checked before a frame is decoded."""
+    pytest.importorskip("av")
+    _, processor = made("qwen3_vl")
+    url = video_url(write_video(tmp_path / "clip.mp4", size=(320, 240)))
+    with pytest.raises(ApiError, match=message):
+        PromptMaker(processor, replace(LIMITS, **limits)).needs([Message("user", [VideoPart(url)])], {})
+
+
+def test_other_content_than_videos_is_refused(tmp_path):
+    pytest.importorskip("av")
+    _, processor = made("qwen3_vl")
+    maker, file = PromptMaker(processor, LIMITS), write_video(tmp_path / "clip.mp4")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/hostname\n#EXT-X-ENDLIST\n")
+    for part, message in (
+        (
+            VideoPart(video_url(file, "image/png")),
+            "content.0.video_url must be a data: URL, data:video/mp4;base64,...; videos are not fetched",
+        ),
+        (ImagePart(video_url(file)), "content.0.image_url must be a data: URL, data:image/png;base64,...; images are not fetched"),
+        (VideoPart("https://example.org/clip.mp4"), "content.0.video_url must be a data: URL"),
+        (VideoPart(video_url(tmp_path / "list.m3u8")), "content.0.video_url, which cannot be decoded: "),
+        (ImagePart(video_url(file, "image/png")), "content.0.image_url is not one of PNG, JPEG, WEBP, GIF"),
+    ):
+        with pytest.raises(ApiError, match=re.escape(message)):
+            maker.needs([Message("user", [part])], {})
+    fetched = {"https://example.org/clip.mp4": file.read_bytes()}
+    assert maker.needs([Message("user", [VideoPart("https://example.org/clip.mp4")])], fetched).kept > 0
 
 
 def test_a_model_whose_states_cannot_be_batched_is_refused():

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.videos import Clip, Video
+from moe_llava.common.images import ImageSource
+from moe_llava.common.videos import Clip, Video, VideoInfo
 from moe_llava.data.batches import concatenated
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import PART_TYPES
@@ -19,6 +21,7 @@ from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.serving.engine.requests import Prompt
 
 _LARGE = (1024, 1024)  # width and height
+_SMALL, _FRAMES = ((512, 384), (256, 640)), 4  # of two videos
 
 
 class PromptError(ValueError):
@@ -37,6 +40,23 @@ class PromptBuilder:
         self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)
         large, _ = self._encoder.process([Image.new("RGB", _LARGE)])
         self.image_bytes = sum(tensor.nbytes for tensor in large.values())
+
+    def inspect_video(self, file: ImageSource, source: str) -> tuple[VideoInfo, list[int]]:
+        """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
+        `open_video` does."""
+        return self._encoder.inspect_video(file, source)
+
+    def frame_bytes(self) -> int | None:
+        """Return the size of a frame's inputs, if the model takes videos, and if it is the same for frames of all sizes."""
+        if self._encoder.video_problem:
+            return None
+        sizes = set()
+        for width, height in _SMALL:
+            info = VideoInfo(_FRAMES, 1.0, width, height)
+            frames = np.zeros((_FRAMES, height, width, 3), np.uint8)
+            inputs, _ = self._encoder.process_video(Clip(frames, list(range(_FRAMES)), info))
+            sizes.add(-(-sum(tensor.nbytes for tensor in inputs.values()) // _FRAMES))
+        return sizes.pop() if len(sizes) == 1 else None
 
     def open_video(self, video: Video, source: str) -> Clip:
         """Return the frames of a video that the model sees. Raises DataError, naming `source`, if it cannot be read, or if the model takes
