@@ -31,7 +31,8 @@ from moe_llava.serving.engine.requests import Request
 from moe_llava.serving.http.prompts import PromptMaker
 from moe_llava.serving.http.protocol import ApiError, ImagePart, Message, TextPart, VideoPart
 from tests.common.test_videos import write_video
-from tests.families.processors import ROWS, tiny_model, tiny_processor
+from tests.conftest import run_here
+from tests.families.processors import ROWS, tiny_checkpoint, tiny_model, tiny_processor
 from tests.families.test_video import draw
 from tests.serving.conftest import LIMITS, server
 from tests.serving.test_api import post
@@ -148,6 +149,28 @@ def test_a_conversation_about_a_video(tmp_path):
     assert lengths[1] <= length
     with pytest.raises(DataError, match="saved has a video, and where its patches are is not shown"):
         write_routes(tmp_path / "routes", "a model", model, processor, [record], 1, None)
+
+
+def test_the_commands_take_videos(tmp_path):
+    """One question, lines of a pipe, and a saved conversation, which `check` accepts."""
+    pytest.importorskip("av")
+    folder = tiny_checkpoint("qwen3_vl", tmp_path / "model")
+    file = write_video(tmp_path / "clip.mp4")
+    done = run_here("chat", folder, "--video", file, "What happens?", "--max-new-tokens", "2", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["videos"], found["images"]) == ([str(file)], [])
+    assert found["prompt_tokens"] > 30
+    lines = [f"/video {file}", "What happens?", f"/save {tmp_path / 'saved.json'}", f"/video {tmp_path / 'gone.mp4'}", "/video"]
+    done = run_here("chat", folder, "--max-new-tokens", "2", "--json", stdin="\n".join(lines))
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["prompt_tokens"] == found["prompt_tokens"]
+    assert "clip.mp4 (48 x 32, 4 of 10 frames)" in done.stderr.replace("\n", "")
+    assert "names the video" in done.stderr
+    assert "/video needs a file" in done.stderr
+    done = run_here("check", tmp_path / "saved.json", "--model", folder, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["videos"] == 1
 
 
 def video_url(file, kind="video/mp4"):
