@@ -80,6 +80,15 @@ def _open_frames(frames: Frames, source: str, fps: float | None, choose: Choose)
     return Clip(np.stack([pictures[index] for index in indices]), indices, info)
 
 
+def decoder(name: str) -> Any:
+    """Return the module of PyAV. Raises DataError, which begins with `name`, if it is not installed."""
+    try:
+        import av  # an optional package
+    except ImportError as error:
+        raise DataError(f"{name}, but a video file needs av, which is not installed: pip install -e '.[video]'") from error
+    return av
+
+
 def inspect_video(file: Path | ImageSource, source: str, choose: Choose) -> tuple[VideoInfo, list[int]]:
     """Return (what the header and the packets of a video file say, the indices of the chosen frames), without decoding any. Raises
     DataError as `open_video` does."""
@@ -96,10 +105,7 @@ def _open_file(file: Path | ImageSource, source: str, choose: Choose) -> Clip:
 def _container(file: Path | ImageSource, source: str) -> Iterator[tuple[Any, str]]:
     """Yield (the opened file, its name for messages). Within this context, errors of the file become DataErrors."""
     name = f"{source} names the video {file}"
-    try:
-        import av  # an optional package
-    except ImportError as error:
-        raise DataError(f"{name}, but a video file needs av, which is not installed: pip install -e '.[video]'") from error
+    av = decoder(name)
     try:
         with file.open("rb") if isinstance(file, Path) else file.open() as opened, av.open(opened, options=_OPTIONS) as container:
             yield container, name

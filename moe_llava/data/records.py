@@ -55,6 +55,12 @@ class Record:
         """The placeholder of the record's images or of its video; None for text alone, in which both are text."""
         return VIDEO_TOKEN if self.video is not None else IMAGE_TOKEN if self.images else None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the record's images, or of its video."""
+        video = self.video if isinstance(self.video, tuple) else () if self.video is None else (self.video,)
+        return [file for file in (*self.images, *video) if isinstance(file, Path)]
+
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation as transformers' chat templates take it."""
         messages: list[dict[str, Any]] = []

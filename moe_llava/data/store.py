@@ -23,7 +23,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import missing_image
 from moe_llava.common.messages import listed
 from moe_llava.common.progress import with_bar
-from moe_llava.common.videos import missing_video
+from moe_llava.common.videos import decoder, missing_video
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.files import read_items
 from moe_llava.data.records import Record, StoredImage, parse_record
@@ -109,10 +109,12 @@ class Records(Sequence[Record]):
         return self._column(lambda table: pc.list_value_length(table["images"]).to_numpy())
 
     def has_video(self) -> np.ndarray:
+        """Return [N] bool, True for a video file and for a list of frames."""
+        return self.has_video_file() | self._column(lambda table: pc.greater(pc.list_value_length(table["frames"]), 0).to_numpy())
+
+    def has_video_file(self) -> np.ndarray:
         """Return [N] bool."""
-        return self._column(
-            lambda table: pc.or_(pc.not_equal(table["video"], ""), pc.greater(pc.list_value_length(table["frames"]), 0)).to_numpy()
-        )
+        return self._column(lambda table: pc.not_equal(table["video"], "").to_numpy())
 
     def _column(self, read: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Return [N] values, from what `read` returns for the rows of each Arrow table."""
@@ -221,9 +223,14 @@ def sift(records: Records, stage: int, encoder: Encoder) -> Records:
     """Return the records that a stage (1, 2 or 3) can be trained on: with images or a video, which stage 1 needs, with images that fit into
     the encoder's `max_length`, with a video only if the model takes videos, and with a conversation that the chat template takes. The
     others are named in `problems`. What only tokenizing or decoding can show is found during training.
+
+    Raises DataError if there are video files, but nothing to decode them.
     """
     images, image_tokens, max_length = records.image_counts(), encoder.image_tokens or 0, encoder.max_length
     problems = {}
+    if len(files := np.flatnonzero(records.has_video_file())):
+        first = records[int(files[0])]
+        decoder(f"{first.source} names the video {first.video}")
     for index in np.flatnonzero((images == 0) & ~records.has_video()).tolist() if stage == 1 else []:
         problems[index] = f"{records[index].source} has no image, but stage I trains the projector, which sees nothing else"
     for index in np.flatnonzero(images * image_tokens >= (max_length or np.inf)).tolist():

@@ -59,6 +59,8 @@ def test_a_video_is_a_file_or_frames(folder):
     assert frames.messages()[0] == {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]}
     assert file.messages()[2]["content"] == [{"type": "text", "text": "And `<image>`?"}]
     assert records.has_video().tolist() == [True, True, True, False, False]
+    assert records.has_video_file().tolist() == [False, True, True, False, False]
+    assert [len(record.files) for record in records] == [3, 1, 1, 0, 1]
     assert records.image_counts().tolist() == [0, 0, 0, 0, 1]
     assert records.lengths(10, 100).tolist() == [len("".join(record.turns[0])) // 4 + 100 for record in (frames,)] + [
         sum(len(text) for turn in record.turns for text in turn) // 4 + extra

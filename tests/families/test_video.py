@@ -1,6 +1,7 @@
 """Videos are encoded, trained on and answered about as each family's own processor and model do."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -321,6 +322,27 @@ def test_bad_videos_are_records_left_out(family, write_recipe, data, tmp_path): 
     (line,) = [json.loads(line) for line in (stage / "skipped.jsonl").read_text().splitlines()]
     assert "record 12 of" in line["problem"]
     assert "broken.png, which cannot be decoded" in line["problem"]
+
+
+def test_files_without_a_decoder_are_refused_before_training(write_recipe, data, tmp_path, monkeypatch):  # noqa: F811
+    (data / "clip.mp4").write_bytes(b"not read")
+    (tmp_path / "files.json").write_text(json.dumps([conversation("<video>\nWhat?", "A.", video="clip.mp4")]))
+    file = write_recipe("qwen3_vl", stage3__data={"file": str(tmp_path / "files.json"), "images": str(data)}, on_bad_record="skip")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"record 0 of .*clip.mp4, but a video file needs av, which is not installed: pip install"):
+        train(load_recipe(file), [3], False, QUIET)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "smolvlm"])
+def test_packed_videos_compute_what_padded_ones_do(name, records):
+    processor = portable(name)
+    encoder = Encoder(processor)
+    items = [encoder(record) for record in records]
+    dense = tiny_model(name, processor).train()
+    sparse = upcycle(dense, num_experts=4, num_experts_per_tok=1, capacity_factor=1.0).train()
+    for model in (dense, sparse):
+        losses = [model(**Collator(encoder.nothing(), packed=packed)(items)).loss for packed in (False, True)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
 def test_datasets_hold_problems(processor, data):
