@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint
@@ -79,7 +80,7 @@ def records(folder):
     ]
 
 
-def expected_of(processor, record, pictures, fps):
+def expected_of(processor, record, pictures, fps, **template):
     """What the processor makes of a conversation, when it samples the frames itself. One that does not is given the frames of `uniform`."""
     settings = processor.video_processor
     samples = any(getattr(settings, name, None) for name in ("do_sample_frames", "fps", "num_frames"))
@@ -92,7 +93,7 @@ def expected_of(processor, record, pictures, fps):
     part["video"] = video
     return processor.apply_chat_template(
         messages,
-        chat_template=processor.chat_template,
+        **{"chat_template": processor.chat_template} | template,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -155,6 +156,30 @@ def test_check_counts_videos(processor, data, tmp_path):
 def test_labels_are_the_answers(processor, records):
     found = answers(processor, Encoder(processor)(records[0]))
     assert [text.strip().startswith(answer) for text, answer in zip(found, ("A red square.", "Here, above."), strict=True)] == [True, True]
+
+
+def test_the_template_of_smolvlm(records):
+    """The one in transformers, which its processor takes for videos, whatever its own is."""
+    processor = tiny_processor("smolvlm")
+    portable_template = make_portable(DEFAULT_CHAT_TEMPLATE, processor.tokenizer, processor.image_token)
+    processor.chat_template = processor.tokenizer.chat_template = portable_template
+    pictures = [Image.open(path) for path in records[0].video]
+    expected = expected_of(processor, records[0], pictures, processor.video_processor.fps, chat_template=None)
+    assert_same(Encoder(processor)(records[0]), expected)
+
+
+@pytest.mark.parametrize("template", ["chatml", "v1"])
+def test_a_named_template(processor, records, template):
+    """The video has the tokens that it has in the model's own template, and the answers are found."""
+    own, named = Encoder(processor)(records[0]), Encoder(processor, template)(records[0])
+    token = getattr(processor, "video_token_id", None) or processor.image_token_id  # SmolVLM has the same for both
+    assert (own["input_ids"] == token).sum() == (named["input_ids"] == token).sum() > 0
+    assert [text.strip()[:5] for text in answers(processor, named)] == ["A red", "Here,"]
+
+
+def test_the_template_plain_takes_no_video(processor, records):
+    with pytest.raises(DataError, match="one: the template 'plain' takes an image and its caption, but the record has a video"):
+        Encoder(processor, "plain")(records[0])
 
 
 def test_a_cut_through_a_video_is_refused(processor, records):
@@ -230,7 +255,7 @@ def test_tokens_of_a_video_are_routed_as_tokens_of_images(family, processor, rec
         output = sparse(**Collator(encoder.nothing())([item]), output_router_logits=True)
     logits = output.router_logits[0].reshape(-1, 4)
     features = torch.isfinite(logits[:, :2]).all(1) & (logits[:, :2] > torch.finfo(logits.dtype).min / 2).all(1)
-    placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token if family == "smolvlm" else processor.video_token)
+    placeholder = getattr(processor, "video_token_id", None) or processor.image_token_id  # SmolVLM has the same for both
     assert torch.equal(features, item["input_ids"] == placeholder)
 
 
