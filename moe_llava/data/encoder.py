@@ -25,7 +25,7 @@ from moe_llava.common.videos import Clip, Video, VideoInfo
 from moe_llava.data.answers import check_template, render
 from moe_llava.data.encode import IGNORE_INDEX, Encoded, Media, check_rendering, encode_within
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN, Record
-from moe_llava.data.rendering import check_prompt
+from moe_llava.data.rendering import REFUSALS, check_prompt
 from moe_llava.data.videos import VideoReader
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # inputs with a type for each token; a model has one of them or none
@@ -143,6 +143,8 @@ class Encoder:
                 self._compare(record, self.process_video(clip), **self._reader.arguments(clip))
         except DataError as error:
             return str(error)
+        except (*REFUSALS, RuntimeError, ArithmeticError, ImportError) as error:
+            return f"the model's {type(self.processor).__name__} fails on one: {error}"
         return ""
 
     def _check_video(self, source: str) -> None:

@@ -187,10 +187,10 @@ def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str
 def _missing_files(table: datasets.Dataset, images: Path) -> dict[int, str]:
     """Return the problem of each row with a missing image or video file. Listing each folder once is faster than looking for each file."""
     columns = [pc.list_flatten(table.data["images"]), table.data["video"], pc.list_flatten(table.data["frames"])]
-    names = list(dict.fromkeys(name for column in columns for name in pc.unique(column).to_pylist()))
+    names = {name for column in columns for name in pc.unique(column).to_pylist() if name}
     paths = {folder: images / folder for folder in {os.path.dirname(name) for name in names}}
     present = {folder: set(os.listdir(path)) if path.is_dir() else set() for folder, path in paths.items()}
-    missing = {name for name in names if name and os.path.basename(name) not in present[os.path.dirname(name)]}
+    missing = {name for name in names if os.path.basename(name) not in present[os.path.dirname(name)]}
     problems = {}
     rows = zip(table["images"], table["video"], table["frames"], strict=True) if missing else ()
     for row, (pictures, video, frames) in enumerate(rows):

@@ -44,7 +44,7 @@ class VideoReader:
             return uniform(info)
         try:
             return [int(index) for index in self.videos.sample_frames(metadata=_metadata(info, None), **self.settings)]
-        except ValueError as error:
+        except (ValueError, TypeError, ArithmeticError) as error:  # of settings that do not fit the video
             raise DataError(f"{source} has a video that the model's {type(self.videos).__name__} refuses: {error}") from error
 
 

@@ -195,6 +195,19 @@ def test_a_family_without_videos_is_refused_by_name(name, records):
             refused(records[0])
 
 
+def test_a_processor_that_fails_on_videos_is_named(records, monkeypatch):
+    processor = portable("qwen3_vl")
+
+    def fail(*_, **__):
+        raise KeyError("pixel_values_videos")
+
+    monkeypatch.setattr(processor.video_processor, "preprocess", fail)
+    encoder = Encoder(processor)
+    with pytest.raises(DataError, match="one has a video, but the model's Qwen3VLProcessor fails on one: 'pixel_values_videos'"):
+        encoder(records[0])
+    assert len(encoder(records[2])["input_ids"])
+
+
 def test_a_template_without_videos_is_refused(records):
     processor = tiny_processor("qwen3_vl")
     jinja = processor.chat_template.replace("<|video_pad|>", "")
