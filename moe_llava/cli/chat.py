@@ -19,6 +19,7 @@ def chat(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Argument(help="a question; without one, a conversation")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="an image to talk about; may be given several times")] = None,
+    video: Annotated[Path | None, typer.Option(help="a video to talk about, for a model that takes videos")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per answer")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer, in tokens; default: 512, or what there is room for")
@@ -30,7 +31,7 @@ def chat(
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
-    """Query a model about images: once, as a conversation on the terminal, or line by line through a pipe."""
+    """Query a model about images or a video: once, as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image
@@ -60,6 +61,8 @@ def chat(
         with Engine(model, processor.tokenizer, slots=1, time_limit=math.inf) as engine:
             conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
             conversation.add_images(image or [])
+            if video is not None:
+                conversation.add_video(video)
             terminal = Terminal(conversation, Path(checkpoint).resolve().name, as_json, prompt is None and sys.stdin.isatty())
             if prompt is not None:
                 terminal.ask(prompt)

@@ -39,6 +39,7 @@ def check(
         "text_only": report.text_only,
         "image_as_text": report.image_as_text,
         "images": report.images,
+        "videos": report.videos,
         "problems": len(report.problems),
     }
     if measure is not None:

@@ -28,9 +28,11 @@ _NOT_BY_TURNS = (
 )
 
 
-def render(messages: list[Message], tokenizer: Any, template: str | None, image: str | None = None) -> tuple[str, list[Span]]:
+def render(
+    messages: list[Message], tokenizer: Any, template: str | None, image: str | None = None, token: str = IMAGE_TOKEN
+) -> tuple[str, list[Span]]:
     """Return the text of a conversation, and [start, end) of each answer in it: the answer and what ends its turn, nothing after that.
-    Empty answers are left out. With `image`, `<image>` in a question is an image, and `image` is what the template renders for it.
+    Empty answers are left out. With `image`, which is what the template renders for an image, `token` in a question is an image or a video.
 
     Raises DataError if the tokenizer has no chat template, or one that refuses the messages or does not build a conversation turn by turn.
     """
@@ -42,7 +44,7 @@ def render(messages: list[Message], tokenizer: Any, template: str | None, image:
     messages = [
         message
         if message["role"] == "assistant"
-        else message | {"content": content_parts(message["content"], image is not None and IMAGE_TOKEN in message["content"])}
+        else message | {"content": content_parts(message["content"], token if image is not None and token in message["content"] else None)}
         for message in messages
     ]
     end = end_of_turn(tokenizer, jinja)

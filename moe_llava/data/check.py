@@ -11,6 +11,7 @@ from typing import Any
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import open_image
 from moe_llava.common.progress import with_bar
+from moe_llava.common.videos import Video, open_video, uniform
 from moe_llava.data.encode import Encoded
 from moe_llava.data.files import read_items
 from moe_llava.data.records import IMAGE_TOKEN, Record, parse_record
@@ -22,12 +23,14 @@ Measure = Callable[[Record, list[tuple[int, int]]], tuple[Encoded, bool]]
 class Report:
     """The result of `check_data`. Without `measure` there are no lengths, targets and cuts.
 
-    `image_as_text`: number of records without an image whose text has `<image>`. `problems`: a line for each. `lengths`: of each valid
+    `videos`: number of records with one. `image_as_text`: number of records without an image whose text has `<image>`. `problems`: a line
+    for each. `lengths`: of each valid
     record, with its images. `targets`: number of tokens to train on. `cut`: number of records that the limit cuts.
     """
 
     records: int = 0
     images: int = 0
+    videos: int = 0
     text_only: int = 0
     image_as_text: int = 0
     problems: list[str] = field(default_factory=list)
@@ -52,10 +55,10 @@ def check_data(
     images: str | Path,
     measure: Measure | None = None,
 ) -> Report:
-    """Read every record, decode every image once, and return a Report.
+    """Read every record, decode every image once and the video of each record, and return a Report.
 
-    `measure`: returns (ids and labels, whether it was cut) of a record and the sizes of its images, such as `Encoder.measure`. None counts
-    no tokens, and finds no records without targets.
+    `measure`: returns (ids and labels, whether it was cut) of a record and the sizes of its images, such as `Encoder.measure`, and decodes
+    its video. None counts no tokens, and finds no records without targets.
 
     Raises DataError only if the file itself cannot be read.
     """
@@ -67,14 +70,22 @@ def check_data(
             for path in record.images:
                 if path not in sizes:
                     sizes[path] = open_image(path, source).size
+            if record.video is not None and measure is None:
+                _decode(record.video, source)
             if measure is not None:
                 encoded, was_cut = measure(record, [sizes[path] for path in record.images])
                 report.cut += was_cut
                 report.lengths.append(len(encoded["labels"]))
                 report.targets += sum(label >= 0 for label in encoded["labels"])
-            report.text_only += not record.images
-            report.image_as_text += not record.images and any(IMAGE_TOKEN in text for turn in record.turns for text in turn)
+            report.videos += record.video is not None
+            report.text_only += record.token is None
+            report.image_as_text += record.token is None and any(IMAGE_TOKEN in text for turn in record.turns for text in turn)
         except DataError as error:
             report.problems.append(str(error))
     report.images = len(sizes)
     return report
+
+
+def _decode(video: Video, source: str) -> None:
+    """Decode each frame of a list, or some frames of a file. Raise DataError if that fails."""
+    open_video(video, source, None, (lambda info: range(info.frames)) if isinstance(video, tuple) else uniform)

@@ -1,12 +1,13 @@
 """Convert a conversation to token ids and labels.
 
-One mechanism for all chat templates: the template is rendered, the answers in its text are found, and each placeholder of an image is
-replaced by what the model's processor makes of that image. A token is a target if it ends within an answer.
+One mechanism for all chat templates: the template is rendered, the answers in its text are found, and each placeholder of an image or a
+video is replaced by what the model's processor makes of it. A token is a target if it ends within an answer.
 
 Unusual here:
 - With a named chat template, the text between images is tokenized piece by piece, as in the original code. With the model's own template
   the whole text is tokenized at once, as its processor does: a line break before an image and one that belongs to it may be one token.
-- Without a processor, an image is -200 in the ids. Within an answer it is -200 in the labels too, and no target there either.
+- Without a processor, an image is -200 in the ids. Within an answer it is -200 in the labels too, and no target there either. A video
+  needs a processor.
 - The beginning-of-sequence token comes once, whether the tokenizer adds it, the template writes it, or both do.
 """
 
@@ -25,7 +26,18 @@ from tokenizers import Tokenizer
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.answers import placeholder, render
-from moe_llava.data.records import IMAGE_TOKEN, SCHEMAS, Record, check_media, image_names, role_and_text, split_system
+from moe_llava.data.records import (
+    IMAGE_TOKEN,
+    PART_TYPES,
+    SCHEMAS,
+    VIDEO_TOKEN,
+    Record,
+    check_media,
+    has_video,
+    image_names,
+    role_and_text,
+    split_system,
+)
 from moe_llava.data.rendering import MARK, Message, Span, adds_bos
 
 IMAGE_INDEX = -200
@@ -36,10 +48,13 @@ Encoded = dict[str, list[int]]  # `input_ids` and `labels`, of equal length
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of a record as text. `placeholder`: what a chat template renders for an image. `texts`: what replaces each placeholder.
-    `reserved`: the tokens in `texts` that stand for features; in the text of a record they are text like any other."""
+class Media:
+    """The images of a record, or its video, as text. `token`: `<image>` or `<video>`. `image`: what a chat template renders for an image.
+    `placeholder`: what it renders for `token`. `texts`: what replaces each placeholder. `reserved`: the tokens in `texts` that stand for
+    features; in the text of a record they are text like any other."""
 
+    token: str
+    image: str
     placeholder: str
     texts: Sequence[str]
     reserved: tuple[str, ...]
@@ -52,7 +67,7 @@ class Images:
 
 @dataclass
 class _Tokens:
-    """Ids, labels and, for each token, whether it belongs to an image."""
+    """Ids, labels and, for each token, whether it belongs to an image or a video."""
 
     ids: list[int]
     labels: list[int]
@@ -87,20 +102,19 @@ def encode_record(record: Record | Mapping[str, Any], tokenizer: Any, template: 
     return whole.cut(end)
 
 
-def encode_within(
-    record: Record, tokenizer: Any, template: str | None, images: Images | int, max_length: int | None
-) -> tuple[Encoded, bool]:
+def encode_within(record: Record, tokenizer: Any, template: str | None, media: Media | int, max_length: int | None) -> tuple[Encoded, bool]:
     """Return (ids and labels of a record for training, whether it was cut). It is cut after `max_length` tokens, and text alone also at the
-    tokenizer's `model_max_length`. `images`: those of the record, or without a processor the number of -200 for each.
+    tokenizer's `model_max_length`. `media`: those of the record, or without a processor the number of -200 for each image.
 
-    Raises DataError as `encode_record` does, and if the cut goes through an image, or leaves no target.
+    Raises DataError as `encode_record` does, and if the cut goes through an image or a video, or leaves no target.
     """
-    whole, end = _encode_whole(record, tokenizer, template, images)
+    whole, end = _encode_whole(record, tokenizer, template, media)
     length, limit = len(whole.ids), min((limit for limit in (max_length, end) if limit is not None), default=None)
     if limit is None or length <= limit:
         return whole.cut(None), False
     if any(whole.of_image[limit:]):
-        raise DataError(f"{record.source} has {length} tokens, and an image goes beyond the limit of {limit}")
+        medium = "a video" if record.video is not None else "an image"
+        raise DataError(f"{record.source} has {length} tokens, and {medium} goes beyond the limit of {limit}")
     if all(label < 0 for label in whole.labels[:limit]):
         raise DataError(f"{record.source} has {length} tokens, and nothing to learn from is left of it at the limit of {limit}")
     return whole.cut(limit), True
@@ -109,18 +123,20 @@ def encode_within(
 def check_rendering(record: Record, tokenizer: Any, template: str | None, image: str) -> None:
     """Raise DataError, naming the record, if the chat template, which renders an image as `image`, refuses it. Nothing is tokenized."""
     with _named(record):
-        messages, has_images = _messages(record, template)
-        render(messages, tokenizer, template, image if has_images else None)
+        messages, token = _messages(record, template)
+        render(messages, tokenizer, template, image if token else None, token or IMAGE_TOKEN)
 
 
 def _encode_whole(
-    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, images: Images | int
+    record: Record | Mapping[str, Any], tokenizer: Any, template: str | None, media: Media | int
 ) -> tuple[_Tokens, int | None]:
     """Return (tokens of a whole record, the limit of the tokenizer for text alone)."""
     with _named(record):
-        messages, has_images = _messages(record, template)
-        whole = _encode_messages(messages, has_images, tokenizer, template, images)
-    return whole, None if has_images else tokenizer.model_max_length
+        messages, token = _messages(record, template)
+        if token == VIDEO_TOKEN and isinstance(media, int):
+            raise DataError("its video becomes tokens only by the processor of a model that takes videos, and there is none")
+        whole = _encode_messages(messages, token is not None, tokenizer, template, media)
+    return whole, None if token else tokenizer.model_max_length
 
 
 @contextmanager
@@ -132,24 +148,25 @@ def _named(record: Record | Mapping[str, Any]) -> Iterator[None]:
         raise DataError(f"{record.source}: {error}" if isinstance(record, Record) else str(error)) from error
 
 
-def _encode_messages(messages: list[Message], has_images: bool, tokenizer: Any, template: str | None, images: Images | int) -> _Tokens:
-    count = images if isinstance(images, int) else None
-    image = placeholder(tokenizer, template) if isinstance(images, int) else images.placeholder
-    text, answers = render(messages, tokenizer, template, image if has_images else None)
-    pieces = text.split(image) if has_images else [text]
+def _encode_messages(messages: list[Message], has_media: bool, tokenizer: Any, template: str | None, media: Media | int) -> _Tokens:
+    count = media if isinstance(media, int) else None
+    image = placeholder(tokenizer, template) if isinstance(media, int) else media.image
+    token, mark = (IMAGE_TOKEN, image) if isinstance(media, int) else (media.token, media.placeholder)
+    text, answers = render(messages, tokenizer, template, image if has_media else None, token)
+    pieces = text.split(mark) if has_media else [text]
     wanted = len(pieces) - 1
-    if isinstance(images, Images):
-        wanted = len(images.texts)
-    elif template is None and has_images:
+    if isinstance(media, Media):
+        wanted = len(media.texts)
+    elif template is None and has_media:
         wanted = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
     if len(pieces) - 1 != wanted:
-        raise DataError(f"the chat template makes {len(pieces) - 1} {image} of {wanted} images")
+        raise DataError(f"the chat template makes {len(pieces) - 1} {mark} of {wanted} {PART_TYPES[token]}s")
     reserved: tuple[str, ...]
-    if isinstance(images, int):
+    if isinstance(media, int):
         texts, reserved = [""] * (len(pieces) - 1), (IMAGE_TOKEN, getattr(tokenizer, "image_token", None) or IMAGE_TOKEN)
     else:
-        texts, reserved = images.hidden_texts(), images.reserved
-    parts, spans = _put_together(pieces, texts, len(image), answers)
+        texts, reserved = media.hidden_texts(), media.reserved
+    parts, spans = _put_together(pieces, texts, len(mark), answers)
     backend = _with_true_offsets(tokenizer, reserved)
     if template is None and count is None:
         whole = "".join(part for part, _ in parts)
@@ -171,7 +188,7 @@ def _encode_messages(messages: list[Message], has_images: bool, tokenizer: Any, 
 
 
 def _put_together(pieces: list[str], texts: list[str], width: int, answers: list[Span]) -> tuple[list[tuple[str, int]], list[Span]]:
-    """Return ((text, its start) of each piece and of each image's text, in turn; the spans of the answers), both counted in the text with
+    """Return ((text, its start) of each piece and of each medium's text, in turn; the spans of the answers), both counted in the text with
     `texts` in place of the placeholders of `width` characters."""
     parts, before, after = [], [0], [0]  # the start of each piece in the rendered text, and in the new one
     for piece, text in zip(pieces, [*texts, None], strict=True):
@@ -223,14 +240,15 @@ def _with_true_offsets(tokenizer: Any, reserved: tuple[str, ...]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**state, "post_processor": json.loads(text)}))
 
 
-def _messages(record: Record | Mapping[str, Any], template: str | None) -> tuple[list[Message], bool]:
-    """Return (messages for chat templates, whether `<image>` is an image)."""
+def _messages(record: Record | Mapping[str, Any], template: str | None) -> tuple[list[Message], str | None]:
+    """Return (messages for chat templates, the placeholder in them that is an image or a video)."""
     if isinstance(record, Record):
         turns = [turn for question, answer in record.turns for turn in (("user", question), ("assistant", answer))]
-        system, has_images = record.system, bool(record.images)
+        system, medium = record.system, record.token
     else:
         check_media("the record", record)
-        system, turns, has_images = *_raw_turns(record), bool(image_names(record))
+        system, turns = _raw_turns(record)
+        medium = VIDEO_TOKEN if has_video(record) else IMAGE_TOKEN if image_names(record) else None
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
     for number, (role, _) in enumerate(turns):
@@ -239,10 +257,12 @@ def _messages(record: Record | Mapping[str, Any], template: str | None) -> tuple
     if not turns:
         raise DataError("the conversation has no question")
     if template == "plain":
-        if len(turns) != 2 or IMAGE_TOKEN not in turns[0][1] or not (has_images or isinstance(record, Mapping)):
+        if medium == VIDEO_TOKEN:
+            raise DataError("the template 'plain' takes an image and its caption, but the record has a video")
+        if len(turns) != 2 or IMAGE_TOKEN not in turns[0][1] or not (medium or isinstance(record, Mapping)):
             raise DataError(f"the template 'plain' takes one question with {IMAGE_TOKEN} and its caption, but found {len(turns)} turns")
-        has_images = True
-    return [{"role": role, "content": text} for role, text in [*([("system", system)] if system else []), *turns]], has_images
+        medium = IMAGE_TOKEN
+    return [{"role": role, "content": text} for role, text in [*([("system", system)] if system else []), *turns]], medium
 
 
 def _raw_turns(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:

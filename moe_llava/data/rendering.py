@@ -79,14 +79,16 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token is not None and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]
 
 
-def check_prompt(tokenizer: Any, image: str) -> None:
-    """Raise DataError unless the tokenizer's chat template renders a question about an image with `image` once, before the text."""
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}]
+def check_prompt(tokenizer: Any, placeholder: str, medium: str = "image") -> None:
+    """Raise DataError unless the tokenizer's chat template renders a question about an image, or a video, with `placeholder` once, before
+    the text."""
+    question = [{"role": "user", "content": [{"type": medium}, {"type": "text", "text": MARK}]}]
     text, _ = run_template(question, own_template(tokenizer), add_generation_prompt=True, **special_tokens(tokenizer))
-    if text.count(image) != 1 or text.count(MARK) != 1 or text.index(image) > text.index(MARK):
+    if text.count(placeholder) != 1 or text.count(MARK) != 1 or text.index(placeholder) > text.index(MARK):
+        way = f": name another template for the model, one of {', '.join(TEMPLATES)}" if medium == "image" else ""
         raise DataError(
-            f"the model's own chat template cannot ask about an image: it renders a question with one as {text.replace(MARK, '...')!r}, "
-            f"which must hold {image} once, before the text: name another template for the model, one of {', '.join(TEMPLATES)}"
+            f"the model's own chat template cannot ask about {'an' if medium == 'image' else 'a'} {medium}: it renders a question with one "
+            f"as {text.replace(MARK, '...')!r}, which must hold {placeholder} once, before the text{way}"
         )
 
 

@@ -23,17 +23,20 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import missing_image
 from moe_llava.common.messages import listed
 from moe_llava.common.progress import with_bar
+from moe_llava.common.videos import decoder, missing_video
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.files import read_items
 from moe_llava.data.records import Record, StoredImage, parse_record
 
-FORMAT = 3  # of the tables; raise it when older tables become wrong
+FORMAT = 4  # of the tables; raise it when older tables become wrong
 _COLUMNS = datasets.Features(
     {
         "source": datasets.Value("string"),
         "system": datasets.Value("string"),  # empty if there is none
         "turns": datasets.List(datasets.Value("string")),  # questions and answers in turn
         "images": datasets.List(datasets.Value("string")),  # names as in the file; empty for an image in the row itself
+        "video": datasets.Value("string"),  # the name of a video file; empty if there is none
+        "frames": datasets.List(datasets.Value("string")),  # names of the frames, for a video without a file of its own
         "extra": datasets.Value("string"),  # JSON
         "characters": datasets.Value("int64"),
         "problem": datasets.Value("string"),  # of an invalid record, which is not kept; empty for a valid one
@@ -59,13 +62,18 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
         if isinstance(index, slice):
-            return Records(self.tables, self.places[index], self.problems)
+            return self.at(index)
         number, row_number = self.places[index].tolist()
         table, file, folder = self.tables[number]
         row = table[row_number]
         turns = tuple(zip(row["turns"][::2], row["turns"][1::2], strict=True))
         images = tuple(folder / name if name else StoredImage(file, row_number, index) for index, name in enumerate(row["images"]))
-        return Record(row["source"], turns, images, json.loads(row["extra"]), row["system"])
+        video = folder / row["video"] if row["video"] else tuple(folder / name for name in row["frames"]) or None
+        return Record(row["source"], turns, images, json.loads(row["extra"]), row["system"], video)
+
+    def at(self, indices: slice | np.ndarray) -> Records:
+        """Return the records at these indices."""
+        return Records(self.tables, self.places[indices], self.problems)
 
     def without(self, problems: dict[int, str]) -> Records:
         """Return the records at other indices than the keys of `problems`, whose values are added to the problems."""
@@ -75,26 +83,38 @@ class Records(Sequence[Record]):
 
     def shapes(self) -> np.ndarray:
         """Return [N] numbers, equal for records that look alike to a chat template: as many turns, and both or neither with a system prompt
-        and with images."""
+        with images and with a video."""
         has_system = self._column(lambda table: pc.not_equal(table["system"], "").to_numpy())
         turns = self._column(lambda table: pc.list_value_length(table["turns"]).to_numpy())
-        return turns * 4 + has_system * 2 + (self.image_counts() > 0)
+        return turns * 8 + has_system * 4 + (self.image_counts() > 0) * 2 + self.has_video()
 
-    def lengths(self, image_tokens: int) -> np.ndarray:
-        """Return [N] estimated lengths in tokens: one for four characters, and `image_tokens` for an image."""
-        return self._column(lambda table: table["characters"].to_numpy()) // 4 + image_tokens * self.image_counts()
+    def lengths(self, image_tokens: int, video_tokens: int) -> np.ndarray:
+        """Return [N] estimated lengths in tokens: one for four characters, `image_tokens` for an image, `video_tokens` for a video."""
+        media = image_tokens * self.image_counts() + video_tokens * self.has_video()
+        return self._column(lambda table: table["characters"].to_numpy()) // 4 + media
 
     def digest(self) -> str:
-        """Return a digest of the text of all records, in their order, without images in rows and the content of image files."""
+        """Return a digest of the text of all records, in their order, without images in rows and the content of the files of images and
+        videos."""
         found = hashlib.blake2b(self.places.tobytes(), digest_size=16)
+        # Without videos, the digest is that of runs begun before there were any.
+        columns = ["turns", "images", "system", *(["video", "frames"] if self.has_video().any() else [])]
         for table, *_ in self.tables:
-            for batch in table.data.select(["turns", "images", "system"]).to_batches():
+            for batch in table.data.select(columns).to_batches():
                 found.update(batch.serialize())
         return found.hexdigest()
 
     def image_counts(self) -> np.ndarray:
         """Return [N] numbers of images."""
         return self._column(lambda table: pc.list_value_length(table["images"]).to_numpy())
+
+    def has_video(self) -> np.ndarray:
+        """Return [N] bool, True for a video file and for a list of frames."""
+        return self.has_video_file() | self._column(lambda table: pc.greater(pc.list_value_length(table["frames"]), 0).to_numpy())
+
+    def has_video_file(self) -> np.ndarray:
+        """Return [N] bool."""
+        return self._column(lambda table: pc.not_equal(table["video"], "").to_numpy())
 
     def _column(self, read: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Return [N] values, from what `read` returns for the rows of each Arrow table."""
@@ -111,10 +131,11 @@ def load_records(file: str | Path, images: str | Path) -> Records:
 
 
 def read_records(file: str | Path, images: str | Path) -> Records:
-    """Read a JSON list, JSON lines or a `datasets` folder, and check every record. Image names are relative to the folder `images`.
+    """Read a JSON list, JSON lines or a `datasets` folder, and check every record. Names of images and videos are relative to the folder
+    `images`.
 
-    An invalid record is left out, and named in `problems`: one without conversation, with roles out of order, with more or fewer `<image>`
-    than images, or with a missing image.
+    An invalid record is left out, and named in `problems`: one without conversation, with roles out of order, with more or fewer
+    placeholders than images or videos, or with a missing image or video.
 
     Raises DataError if the file is missing or none of these.
     """
@@ -132,7 +153,7 @@ def read_records(file: str | Path, images: str | Path) -> Records:
     places = np.stack([np.zeros(len(table), np.int64), np.arange(len(table))], axis=1)
     records = Records([(table, file, Path(images))], places)
     invalid = np.flatnonzero(pc.not_equal(table.data["problem"], "").to_numpy()).tolist()
-    problems = {row: table[row]["problem"] for row in invalid} | _missing_images(table, Path(images))
+    problems = {row: table[row]["problem"] for row in invalid} | _missing_files(table, Path(images))
     return records.without(dict(sorted(problems.items())))
 
 
@@ -155,23 +176,28 @@ def _rows(file: str, folder: str, stamps: str, format: int) -> Iterator[dict[str
             "system": record.system,
             "turns": texts,
             "images": [str(image) if isinstance(image, Path) else "" for image in record.images],
+            "video": str(record.video) if isinstance(record.video, Path) else "",
+            "frames": list(map(str, record.video)) if isinstance(record.video, tuple) else [],
             "extra": json.dumps(record.extra, default=str),
             "characters": len(record.system) + sum(map(len, texts)),
             "problem": problem,
         }
 
 
-def _missing_images(table: datasets.Dataset, images: Path) -> dict[int, str]:
-    """Return the problem of each row with a missing image file. Listing each folder once is faster than looking for each file."""
-    names = pc.unique(pc.list_flatten(table.data["images"])).to_pylist()
+def _missing_files(table: datasets.Dataset, images: Path) -> dict[int, str]:
+    """Return the problem of each row with a missing image or video file. Listing each folder once is faster than looking for each file."""
+    columns = [pc.list_flatten(table.data["images"]), table.data["video"], pc.list_flatten(table.data["frames"])]
+    names = {name for column in columns for name in pc.unique(column).to_pylist() if name}
     paths = {folder: images / folder for folder in {os.path.dirname(name) for name in names}}
     present = {folder: set(os.listdir(path)) if path.is_dir() else set() for folder, path in paths.items()}
-    missing = {name for name in names if name and os.path.basename(name) not in present[os.path.dirname(name)]}
+    missing = {name for name in names if os.path.basename(name) not in present[os.path.dirname(name)]}
     problems = {}
-    for row, row_names in enumerate(table["images"] if missing else ()):
-        name = next((name for name in row_names if name in missing), None)
+    rows = zip(table["images"], table["video"], table["frames"], strict=True) if missing else ()
+    for row, (pictures, video, frames) in enumerate(rows):
+        name = next((name for name in (*pictures, video, *frames) if name in missing), None)
         if name is not None:
-            problems[row] = str(missing_image(table[row]["source"], images / name))
+            refusal = missing_video if name == video else missing_image
+            problems[row] = str(refusal(table[row]["source"], images / name))
     return problems
 
 
@@ -194,13 +220,18 @@ def joined(parts: Iterable[Records]) -> Records:
 
 
 def sift(records: Records, stage: int, encoder: Encoder) -> Records:
-    """Return the records that a stage (1, 2 or 3) can be trained on: with images, which stage 1 needs, that fit into the encoder's
-    `max_length`, and with a conversation that the chat template takes. The others are named in `problems`. What only tokenizing or decoding
-    can show is found during training.
+    """Return the records that a stage (1, 2 or 3) can be trained on: with images or a video, which stage 1 needs, with images that fit into
+    the encoder's `max_length`, with a video only if the model takes videos, and with a conversation that the chat template takes. The
+    others are named in `problems`. What only tokenizing or decoding can show is found during training.
+
+    Raises DataError if there are video files, but nothing to decode them.
     """
     images, image_tokens, max_length = records.image_counts(), encoder.image_tokens or 0, encoder.max_length
     problems = {}
-    for index in np.flatnonzero(images == 0).tolist() if stage == 1 else []:
+    if len(files := np.flatnonzero(records.has_video_file())):
+        first = records[int(files[0])]
+        decoder(f"{first.source} names the video {first.video}")
+    for index in np.flatnonzero((images == 0) & ~records.has_video()).tolist() if stage == 1 else []:
         problems[index] = f"{records[index].source} has no image, but stage I trains the projector, which sees nothing else"
     for index in np.flatnonzero(images * image_tokens >= (max_length or np.inf)).tolist():
         size = images[index] * image_tokens

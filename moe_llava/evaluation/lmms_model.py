@@ -23,7 +23,7 @@ from rich.console import Console
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.images import BROKEN, to_rgb
 from moe_llava.common.progress import show_progress
-from moe_llava.data.records import IMAGE_TOKEN
+from moe_llava.data.records import IMAGE_TOKEN, VIDEO_TOKEN
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.ask.tasks import check_questions
 from moe_llava.evaluation.evaluate import warn_of_capacity
@@ -81,7 +81,8 @@ class MoeLlava(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to each request.
 
-        Raises BenchmarkError, before the first question is evaluated, if a task has unsupported settings, or more than text and images.
+        Raises BenchmarkError, before the first question is evaluated, if a task has unsupported settings, or more than text and images, or
+        text and a video.
         """
         problems = dict.fromkeys(problem for request in requests for problem in _unsupported(request))
         if problems:
@@ -107,7 +108,7 @@ class MoeLlava(lmms):
     def _question(self, request: Instance) -> Question:
         *_, number, task, _ = request.args
         name = f"{number} of task {task}"
-        prompt, images = self._read(request)
+        prompt, images, video = self._read(request)
         try:
             sources: list[Any] = [
                 Path(image) if isinstance(image, str) else TaskImage(str(place), _digest(image), partial(self._image, request, place))
@@ -115,11 +116,11 @@ class MoeLlava(lmms):
             ]
         except BROKEN as error:
             raise BenchmarkError(f"question {name} has an image that cannot be read: {error}") from error
-        return Question(name, prompt, tuple(sources))
+        return Question(name, prompt, tuple(sources), video=video)
 
-    def _read(self, request: Instance) -> tuple[str, list[Any]]:
+    def _read(self, request: Instance) -> tuple[str, list[Any], Path | None]:
         _, to_messages, _, number, task, split = request.args
-        return _prompt_and_images(to_messages(self.task_dict[task][split][number]), f"question {number} of task {task}")
+        return _prompt_and_media(to_messages(self.task_dict[task][split][number]), f"question {number} of task {task}")
 
     def _image(self, request: Instance, place: int) -> Image.Image:
         return self._read(request)[1][place]
@@ -158,26 +159,31 @@ def _cut(text: str, request: Instance) -> str:
     return text
 
 
-def _prompt_and_images(messages: Any, where: str) -> tuple[str, list[Any]]:
-    """Return (the prompt, with a placeholder for each image; the images) of a chat.
+def _prompt_and_media(messages: Any, where: str) -> tuple[str, list[Any], Path | None]:
+    """Return (the prompt, with a placeholder for each image or the video; the images; the video) of a chat.
 
-    Raises BenchmarkError unless it is one user message of text and images.
+    Raises BenchmarkError unless it is one user message of text and images, or text and a video file.
     """
     roles = [message["role"] for message in messages]
     if roles != ["user"]:
         raise BenchmarkError(f"{where} is a chat of {', '.join(roles)}; this model takes one user message")
     content = messages[0]["content"]
-    other = sorted({part["type"] for part in content} - {"text", "image"})
+    other = sorted({part["type"] for part in content} - {"text", "image", "video"})
     if other:
-        raise BenchmarkError(f"{where} comes with {', '.join(other)}; this model takes text and images")
+        raise BenchmarkError(f"{where} comes with {', '.join(other)}; this model takes text and images, or text and a video")
+    videos = [part["url"] for part in content if part["type"] == "video"]
     images = [part["url"] for part in content if part["type"] == "image"]
     for image in images:
         if not isinstance(image, (str, Image.Image)):
             raise BenchmarkError(f"{where} must have pictures or files as its images, but has {str(image)[:60]}")
+    if videos and (images or len(videos) > 1 or not isinstance(videos[0], str)):
+        found = f"{len(images)} images and {len(videos)} videos, such as {str(videos[0])[:60]}"
+        raise BenchmarkError(f"{where} comes with {found}; this model takes images, or the file of one video")
+    token = VIDEO_TOKEN if videos else IMAGE_TOKEN
     texts = [part["text"] for part in content if part["type"] == "text"]
-    if not any(IMAGE_TOKEN in text for text in texts):  # some tasks pass images first, and mark their places in the text
-        texts = [part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in content]
-    return "\n".join(texts), images
+    if not any(token in text for text in texts):  # some tasks pass images first, and mark their places in the text
+        texts = [part["text"] if part["type"] == "text" else token for part in content]
+    return "\n".join(texts), images, Path(videos[0]) if videos else None
 
 
 def _digest(image: Image.Image) -> str:

@@ -232,13 +232,13 @@ def _data_digests(file: Path, folder: Path) -> dict[str, str | None]:
 
 
 def _images(file: Path, folder: Path) -> Iterator[Path]:
-    """Yield the image files that records name. Images in rows are part of the data file; training reports bad records."""
+    """Yield the files of images and videos that records name. Images in rows are part of the data file; training reports bad records."""
     for where, item in read_items(file):
         try:
             record = parse_record(where, item, folder)
         except DataError:
             continue
-        yield from (image for image in record.images if isinstance(image, Path))
+        yield from record.files
 
 
 def benchmark_digests(benchmark: Benchmark, folder: Path, questions: list[Question]) -> dict[str, str | None]:

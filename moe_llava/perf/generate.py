@@ -72,7 +72,7 @@ def models_of(checkpoint: str | None, size: str, dtype: torch.dtype, device: tor
         rule = "but the benchmark compares a sparse model with its dense partner"
         raise BenchError(f"checkpoint {checkpoint} is a {type(sparse).__name__}, {rule}")
     models = {DENSE: build(sparse.config, DENSE, dtype, device), SPARSE: sparse.to(device)}
-    prompt = PromptBuilder(processor).build([{"role": "user", "content": CONTENT}], [Image.new("RGB", (336, 336), "gray")], 1)
+    prompt = PromptBuilder(processor).build([{"role": "user", "content": CONTENT}], [Image.new("RGB", (336, 336), "gray")])
     return models, {name: partial(_prompts, model, prompt, sparse.config.image_token_id) for name, model in models.items()}
 
 

@@ -37,10 +37,13 @@ def write_routes(
     """Trace `records`, fill the folder `out`, and return the statistics. `name`: of the checkpoint, for the page. `group_by`: the key of
     a record whose value groups it, such as the family of its question.
 
-    Before any tracing, raise RoutingError if the model has no routers, and DataError if a record has no such key. Raise DataError for a
-    record that cannot be read.
+    Before any tracing, raise RoutingError if the model has no routers, and DataError if a record has no such key, or a video. Raise
+    DataError for a record that cannot be read.
     """
     find_routers(model)
+    for record in records:
+        if record.video is not None:
+            raise DataError(f"{record.source} has a video, and where its patches are is not shown: leave it out")
     if group_by is not None:
         for record in records:
             _group(record, group_by)

@@ -87,6 +87,7 @@ class StageSettings:
         preprocessing does; None leaves the processor as it is.
     image_processor: settings of the image processor, such as `max_pixels` or `size`, which decide on the number of tokens of an image. The
         finished stage keeps them.
+    video_processor: settings of the video processor, such as `fps`, `num_frames` or `size`, in the same way.
     adapter: what is trained instead of the stage's own parameters; None trains these in full.
     """
 
@@ -96,6 +97,7 @@ class StageSettings:
     max_length: PositiveInt | None = None
     image_aspect_ratio: Literal["pad", "square"] | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
+    video_processor: dict[str, Any] = field(default_factory=dict)
     adapter: Adapter | None = None
 
     @property

@@ -188,8 +188,10 @@ def make_sampler(stage: Stage, records: Records, encoder: Encoder, processes: in
     settings = stage.settings
     if not settings.optimisation.group_by_length:
         return None
-    lengths = np.minimum(records.lengths(encoder.estimate_image_tokens(records)), settings.max_length or np.iinfo(np.int64).max)
-    has_image = records.image_counts() > 0
+    has_video = records.has_video()
+    tokens = encoder.estimate_image_tokens(records), encoder.estimate_video_tokens(records.at(np.flatnonzero(has_video)))
+    lengths = np.minimum(records.lengths(*tokens), settings.max_length or np.iinfo(np.int64).max)
+    has_image = (records.image_counts() > 0) | has_video
     sizes = (settings.optimisation.batch_size, settings.optimisation.per_device_batch_size)
     return GroupedSampler(lengths, has_image, *sizes, processes, stage.recipe.seed)
 

@@ -29,25 +29,35 @@ def start_processor(path: str | Parts) -> Any:
 
 
 def prepare_images(processor: Any, settings: StageSettings) -> None:
-    """Set how a stage's images are processed. Raises RecipeError for a setting that the model's image processor does not have."""
-    images = processor.image_processor
-    if settings.image_processor:
-        known = images.to_dict().keys() | getattr(images.valid_kwargs, "__annotations__", {}).keys()
-        for name in settings.image_processor:
-            if name not in known:
-                rule = did_you_mean(name, known, f"; it has {', '.join(sorted(known))}")
-                raise RecipeError(f"image_processor.{name} is no setting of the model's {type(images).__name__}{rule}")
-        try:
-            processor.image_processor = images = type(images)(**images.to_dict() | settings.image_processor)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"image_processor is {settings.image_processor}, which {type(images).__name__} refuses: {error}") from error
+    """Set how a stage's images and videos are processed. Raises RecipeError for a setting that the model's processor does not have."""
+    _set(processor, "image_processor", settings.image_processor)
+    _set(processor, "video_processor", settings.video_processor)
     if settings.image_aspect_ratio is None:
         return
+    images = processor.image_processor
     if not hasattr(images, "pad_to_square"):
         raise RecipeError(
             f"image_aspect_ratio is {settings.image_aspect_ratio}, but the model's {type(images).__name__} cannot pad to a square"
         )
     images.do_pad = settings.image_aspect_ratio == "pad"
+
+
+def _set(processor: Any, part: str, settings: dict[str, Any]) -> None:
+    """Replace a part of a processor by one with these settings."""
+    if not settings:
+        return
+    old = getattr(processor, part, None)
+    if old is None:
+        raise RecipeError(f"{part} is {settings}, but the model's {type(processor).__name__} has none")
+    known = old.to_dict().keys() | getattr(old.valid_kwargs, "__annotations__", {}).keys()
+    for name in settings:
+        if name not in known:
+            rule = did_you_mean(name, known, f"; it has {', '.join(sorted(known))}")
+            raise RecipeError(f"{part}.{name} is no setting of the model's {type(old).__name__}{rule}")
+    try:
+        setattr(processor, part, type(old)(**old.to_dict() | settings))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{part} is {settings}, which {type(old).__name__} refuses: {error}") from error
 
 
 def start(stage: Stage) -> tuple[PreTrainedModel, Any]:

@@ -76,6 +76,7 @@ def test_one_question_needs_no_server(sparse, image):
     assert found == {
         "question": ASKED,
         "images": [str(image)],
+        "videos": [],
         "finish_reason": "length",
         "prompt_tokens": found["prompt_tokens"],
         "completion_tokens": 4,

@@ -38,7 +38,7 @@ PROBLEMS = {
     3: "broken.png, which cannot be decoded",
     4: "found 0 image tokens",
     5: "must be a text from 'human'",
-    6: "has a.mp4 as 'video'",
+    6: "found 0 <video> in the questions of record 6",
 }
 
 

@@ -164,7 +164,7 @@ def test_joined_files(tmp_path):
     assert list(both) == [*table, *table, listed[3], listed[4]]
     texts = ["".join(text for turn in record.turns for text in turn) for record in both]
     expected = [len(text) // 4 + 10 * len(record.images) for text, record in zip(texts, both, strict=True)]
-    assert np.array_equal(both.lengths(10), expected)
+    assert np.array_equal(both.lengths(10, 0), expected)
 
 
 @pytest.mark.parametrize("before", ["\n", " ", "\ufeff"])

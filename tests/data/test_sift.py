@@ -35,7 +35,7 @@ BAD = {
     "must have 'conversations' or 'messages', but is 5": "5",
     "names the image .*gone.png, which does not exist": conversation("<image>\nwhere ?", "here", image="gone.png"),
     "found 2 image tokens in line 5 of .* but 1 images": conversation("<image><image>\nwhere ?", "here", image="a.png"),
-    "has clip.mp4 as 'video'": conversation("<video>\nwhere ?", "here", video="clip.mp4"),
+    "line 6 of .* has a video, but the model's .*LlavaProcessor takes no videos": conversation("<video>\nwhere ?", "here", video=["a.png"]),
     "turn 0 of line 7 of .* must be a text from 'human'": {"conversations": [{"from": "gpt", "value": "x"}] * 2},
     "has images of 72 tokens, but stage1.max_length is 60": conversation("<image><image>\nwhere ?", "here", image=["a.png", "a.png"]),
     "line 9 of .*: the chat template refuses it: System role not supported": SOUND | {"system": "be brief ."},
@@ -137,11 +137,11 @@ def test_records_that_the_original_code_accepts_are_trained_on(folder, write_rec
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (conversation("what ?", "7", video="clip.mp4"), "record 0 of .* has clip.mp4 as 'video'"),
-        (conversation("what ?", "7", videos=["clip.mp4"]), r"has \['clip.mp4'\] as 'videos'"),
+        (conversation("what ?", "7", video="clip.mp4"), "found 0 <video> in the questions of record 0 of .*, which has a video"),
+        (conversation("what ?", "7", videos=["clip.mp4"]), r"has \['clip.mp4'\] as 'videos', but a record has one video, as 'video'"),
         (conversation("<image>\nwhat ?", "7", image="a.png", audio="a.wav"), "has a.wav as 'audio'"),
         (conversation("what ?", "7", audios=[{"bytes": "x"}]), "as 'audios'"),
-        (conversation("<video>\nwhat happens ?", "7"), "turn 0 of record 0 of .* has <video>"),
+        (conversation("<video>\nwhat happens ?", "7"), "turn 0 of record 0 of .* has <video>, but its record has no 'video'"),
         (conversation("which ?", "7", "what happens ?\n<video>", "7"), "turn 2 of record 0 of .* has <video>"),
         (conversation("first\n <audio> \nthen", "7"), "turn 0 of record 0 of .* has <audio>"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "x"}]}, "turn 0 .*video"),

@@ -89,6 +89,10 @@ def text(words):
     return {"type": "text", "text": words}
 
 
+def video(file):
+    return {"type": "video", "url": file}
+
+
 def part(image):
     return {"type": "image", "url": image}
 
@@ -230,13 +234,22 @@ def test_wishes_that_are_refused(asked, monkeypatch, settings, message):
     ("messages", "message"),
     [
         ([{"role": "system"}, {"role": "user"}], "question 0 of task some is a chat of system, user; this model takes"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "question 0 of task some comes with video; this model takes text and images"),
-        ([{"role": "user", "content": [{"type": "audio"}, {"type": "video"}]}], "comes with audio, video"),
+        (
+            [{"role": "user", "content": [video("gone.mp4")]}],
+            "question 0 of task some of lmms-eval names the video gone.mp4, which does not",
+        ),
+        (
+            [{"role": "user", "content": [video(b"")]}],
+            "comes with 0 images and 1 videos, such as b''; this model takes images, or the file",
+        ),
+        ([{"role": "user", "content": [video("a.mp4"), part("a.png")]}], "comes with 1 images and 1 videos, such as a.mp4"),
+        ([{"role": "user", "content": [video("a.mp4"), video("b.mp4")]}], "comes with 0 images and 2 videos"),
+        ([{"role": "user", "content": [{"type": "audio"}, video("a.mp4")]}], "comes with audio; this model takes text and images, or"),
         ([{"role": "user", "content": [part({})]}], "question 0 of task some must have pictures or files as its images, but has {}"),
         ([{"role": "user", "content": [part("a.png")]}], "lmms-eval needs the image a.png, which does not exist"),
         ([{"role": "user", "content": [text("<image> ?")]}], "question 0 of task some of lmms-eval has 1 <image> and 0 images"),
     ],
-    ids=["system", "video", "audio", "image", "file", "placeholder"],
+    ids=["system", "missing video", "no file", "both", "two videos", "audio", "image", "file", "placeholder"],
 )
 def test_chats_that_are_refused(asked, monkeypatch, messages, message):
     monkeypatch.setattr(lmms_model, "answer", None)  # nothing is asked

@@ -21,12 +21,12 @@ ENDS = ("<|vision_end|>", "<end_of_image>", "<image|>", "<|end_of_image|>", "<|I
 TEXT = "What is in the picture? A red square and a blue circle.\n\nUser: Assistant: Here is the original image and here are some crops " * 3
 
 
-def rendered(question: str, answer: str, image: str, before: str = "", prompt: str = "") -> str:
-    """Return a chat template. `question` and `answer` are Jinja expressions of `content`; `image` is what an image part becomes; `prompt`
-    is what a generation starts after."""
+def rendered(question: str, answer: str, image: str, before: str = "", prompt: str = "", video: str = "") -> str:
+    """Return a chat template. `question` and `answer` are Jinja expressions of `content`; `image` and `video` are what a part with one
+    becomes; `prompt` is what a generation starts after."""
     return (
         f"{{%- macro text(content) -%}}{{%- if content is string -%}}{{{{- content -}}}}{{%- else -%}}{{%- for part in content -%}}"
-        f"{{%- if part.type == 'image' -%}}{{{{- {image!r} -}}}}{{%- elif part.type == 'video' -%}}{{{{- VIDEO -}}}}"
+        f"{{%- if part.type == 'image' -%}}{{{{- {image!r} -}}}}{{%- elif part.type == 'video' -%}}{{{{- {video!r} -}}}}"
         f"{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}{{%- endmacro -%}}"
         f"{{{{- {before!r} -}}}}{{%- for message in messages -%}}{{%- set content = text(message.content) -%}}"
         f"{{%- if message.role == 'assistant' -%}}{{{{- {answer} -}}}}{{%- else -%}}{{{{- {question} -}}}}{{%- endif -%}}{{%- endfor -%}}"
@@ -34,9 +34,9 @@ def rendered(question: str, answer: str, image: str, before: str = "", prompt: s
     )
 
 
-def chatml(image: str) -> str:
+def chatml(image: str, video: str = "") -> str:
     turn = "'<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n'"
-    return rendered(turn, turn, image, prompt="<|im_start|>assistant\n")
+    return rendered(turn, turn, image, prompt="<|im_start|>assistant\n", video=video)
 
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -48,7 +48,12 @@ GEMMA = rendered(
     "<start_of_turn>model\n",
 )
 GEMMA_4 = rendered(
-    "'<|turn>user\n' + content + '<turn|>\n'", "'<|turn>model\n' + content + '<turn|>\n'", "<|image|>", "<bos>", "<|turn>model\n"
+    "'<|turn>user\n' + content + '<turn|>\n'",
+    "'<|turn>model\n' + content + '<turn|>\n'",
+    "<|image|>",
+    "<bos>",
+    "<|turn>model\n",
+    "<|video|>",
 )
 SMOL = rendered(
     "'User:' + content + '<end_of_utterance>\n'",
@@ -56,6 +61,7 @@ SMOL = rendered(
     "<image>",
     "<|im_start|>",
     "Assistant:",
+    "<video>",
 )
 MISTRAL = rendered("'[INST]' + content + '[/INST]'", "content + '</s>'", "[IMG]", "<s>")
 COHERE = rendered(
@@ -71,6 +77,7 @@ GLM = rendered(
     "<|begin_of_image|><|image|><|end_of_image|>",
     "[gMASK]<sop>",
     "<|assistant|>\n",
+    "<|begin_of_video|><|video|><|end_of_video|>",
 )
 COHERE_TOKENS = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
 
@@ -91,7 +98,7 @@ class Row:
 
 
 QWEN_TOKENS = (*CHATML, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN = chatml("<|vision_start|><|image_pad|><|vision_end|>")
+QWEN = chatml("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 PATCHES = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}}
 LLAVA = rendered("'USER: ' + content + ' '", "'ASSISTANT: ' + content + '</s>'", "<image>\n", "", "ASSISTANT:")
 SMALL = {"size": {"height": 16, "width": 16}}
@@ -121,7 +128,7 @@ ROWS = {
     "llava_onevision": Row(
         "LlavaOnevisionProcessor",
         ("LlavaOnevisionImageProcessor", SMALL | TILES),
-        chatml("<image>\n"),
+        chatml("<image>\n", "<video>\n"),
         (*CHATML, "<image>", "<video>"),
         videos=("LlavaOnevisionVideoProcessor", SMALL),
         settings={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
@@ -161,7 +168,7 @@ ROWS = {
         SMOL,
         SMOL_TOKENS,
         first="<|im_start|>",
-        videos=("SmolVLMVideoProcessor", {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}}),
+        videos=("SmolVLMVideoProcessor", {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}, "num_frames": 8, "fps": 1}),
         settings={"image_seq_len": 4},
     ),
     "idefics3": Row(
@@ -175,7 +182,7 @@ ROWS = {
     "internvl": Row(
         "InternVLProcessor",
         ("GotOcr2ImageProcessor", SMALL | {"crop_to_patches": True, "max_patches": 4}),
-        chatml("<IMG_CONTEXT>\n"),
+        chatml("<IMG_CONTEXT>\n", "<video>\n"),
         CHATML,
         {
             "start_image_token": "<img>",

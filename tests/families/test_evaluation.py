@@ -5,12 +5,17 @@ import torch
 from PIL import Image
 
 from moe_llava import upcycle
+from moe_llava.data.encoder import Encoder
+from moe_llava.data.records import Record
 from moe_llava.data.rendering import make_portable
 from moe_llava.evaluation.ask.calibration import yes_probabilities
 from moe_llava.evaluation.ask.generate import answer, prompt_inputs, shares_heads
+from moe_llava.evaluation.ask.tasks import check_questions
 from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.model.greedy import write_greedily
+from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 
 
@@ -48,6 +53,42 @@ def test_answers_are_those_of_generate(family, questions):
     together = yes_probabilities(model, processor, questions, 5)
     alone = [yes_probabilities(model, processor, [question], 1)[0] for question in questions]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
+def test_answers_about_videos_are_those_of_generate(family, questions, tmp_path):
+    """In batches with videos of several lengths, images and text. Perturbations are refused."""
+    pytest.importorskip("av")
+    model, processor = made(family)
+    files = [write_video(tmp_path / f"{number}.mp4", number=number, fps=2) for number in (6, 11)]
+    asked = [
+        Question("first", "What happens?", video=files[0]),
+        Question("second", "Here: <video>\nWhat happens now?", video=files[1]),
+        questions[0],
+        questions[3],
+    ]
+    check_questions("a test", asked)
+    found = dict(pair for batch in answer(model, processor, asked, 3, 6) for pair in batch)
+    for index, question in enumerate(asked):
+        inputs = prompt_inputs(processor, [question])
+        written = write_greedily(model, dict(inputs), 6)[0, inputs["input_ids"].shape[1] :]
+        assert found[index] == processor.tokenizer.decode(written, skip_special_tokens=True).strip(), question.id
+    record = Record("a record", (("<video>\nWhat happens?", "x"),), video=files[0])
+    prompt, ids = prompt_inputs(processor, asked[:1])["input_ids"][0], Encoder(processor)(record)["input_ids"]
+    assert torch.equal(prompt[:-8], ids[: len(prompt) - 8])  # the end of a prompt may differ from the beginning of an answer
+    with pytest.raises(BenchmarkError, match="question first has a video, but only images and texts are perturbed"):
+        list(answer(model, processor, asked, 3, 6, Perturbation("blur", 1, 0)))
+
+
+def test_questions_about_videos_that_are_refused(tmp_path):
+    model, processor = made("llava")
+    (tmp_path / "clip.mp4").write_bytes(b"not read")
+    with pytest.raises(BenchmarkError, match="question one has a video, but the model's LlavaProcessor takes no videos"):
+        list(answer(model, processor, [Question("one", "What?", video=tmp_path / "clip.mp4")], 1, 1))
+    with pytest.raises(BenchmarkError, match="question one of a test has 2 <video> and 1 videos"):
+        check_questions("a test", [Question("one", "<video> <video>", video=tmp_path / "clip.mp4")])
+    with pytest.raises(BenchmarkError, match=r"question one of a test names the video .*gone.mp4, which does not exist"):
+        check_questions("a test", [Question("one", "What?", video=tmp_path / "gone.mp4")])
 
 
 def test_which_families_share_the_heads_of_prompts():

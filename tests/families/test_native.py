@@ -67,7 +67,7 @@ def write_native(checkpoints, write_recipe):  # noqa: F811
 def prompt_of(processor, text="What?"):
     image = Image.new("RGB", (40, 30), (200, 90, 20))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    return PromptBuilder(processor).build(messages, [image], 1), image
+    return PromptBuilder(processor).build(messages, [image]), image
 
 
 def completions(engine, prompts, limit=5):

@@ -1,24 +1,58 @@
 """The engine completes prompts of any family as `generate` does."""
 
+import base64
+import io
+import json
 import queue
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from moe_llava import upcycle
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import InlineImage
+from moe_llava.common.videos import Clip, VideoInfo
+from moe_llava.data.encode import IGNORE_INDEX
+from moe_llava.data.encoder import Encoder
+from moe_llava.data.records import parse_record
 from moe_llava.data.rendering import make_portable
+from moe_llava.data.videos import VideoReader
 from moe_llava.model.greedy import end_tokens, write_greedily
+from moe_llava.routing.routes import write_routes
+from moe_llava.routing.tokens import RoutingError
+from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prompt import PromptBuilder
+from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Request
-from tests.families.processors import ROWS, tiny_model, tiny_processor
+from moe_llava.serving.http.prompts import PromptMaker
+from moe_llava.serving.http.protocol import ApiError, ImagePart, Message, TextPart, VideoPart
+from tests.common.test_videos import write_video
+from tests.conftest import run_here
+from tests.families.processors import ROWS, tiny_checkpoint, tiny_model, tiny_processor
+from tests.families.test_video import draw
+from tests.serving.conftest import LIMITS, server
+from tests.serving.test_api import post
 
 PICTURES = [Image.new("RGB", size, (60 * number, 200, 90)) for number, size in enumerate(((40, 30), (20, 60), (33, 33)))]
 
 
 def messages_of(question, images):
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+
+
+def messages_about(question, media):
+    kinds = [{"type": "video" if isinstance(medium, Clip) else "image"} for medium in media]
+    return [{"role": "user", "content": [*kinds, {"type": "text", "text": question}]}]
+
+
+def inline(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return InlineImage("a frame", buffer.getvalue())
 
 
 def made(family):
@@ -44,7 +78,7 @@ def test_completions_are_those_of_generate(family):
     model, processor = made(family)
     builder = PromptBuilder(processor)
     asked = [("What is in the picture?", PICTURES[:1]), ("Compare.", PICTURES[1:]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
-    prompts = [builder.build(messages_of(question, len(images)), images, len(images)) for question, images in asked]
+    prompts = [builder.build(messages_of(question, len(images)), images) for question, images in asked]
     expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
     delivered = [queue.Queue() for _ in prompts]
     with Engine(model, processor.tokenizer, slots=2) as engine:
@@ -54,6 +88,171 @@ def test_completions_are_those_of_generate(family):
         found = [pieces.get() for _ in range(pieces.qsize())]
         assert not any(isinstance(piece, Exception) for piece in found), found
         assert [piece.token for piece in found] == wanted
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
+def test_completions_about_videos_are_those_of_generate(family):
+    """Prompts with a video, with an image and a video, with images and with neither."""
+    model, processor = made(family)
+    builder = PromptBuilder(processor)
+    clip = builder.open_video(tuple(inline(draw(number)) for number in range(5)), "a test")
+    asked = [("What happens?", [clip]), ("Compare.", [PICTURES[0], clip]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
+    prompts = [builder.build(messages_about(question, media), media) for question, media in asked]
+    text = processor.apply_chat_template(messages_about("What happens?", [clip]), processor.chat_template, add_generation_prompt=True)
+    whole = processor(text=[text], **VideoReader(processor).arguments(clip), add_special_tokens=False, return_tensors="pt")
+    assert prompts[0].input_ids == whole["input_ids"][0].tolist()
+    assert prompts[0].inputs.keys() == whole.keys() - {"input_ids", "attention_mask"}
+    assert all(torch.equal(value, torch.as_tensor(whole[name])) for name, value in prompts[0].inputs.items())
+    expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
+    delivered = [queue.Queue() for _ in prompts]
+    with Engine(model, processor.tokenizer, slots=2) as engine:
+        for number, (prompt, pieces) in enumerate(zip(prompts, delivered, strict=True)):
+            engine.submit(Request(prompt, 8 + number), pieces.put)
+    for wanted, pieces in zip(expected, delivered, strict=True):
+        found = [pieces.get() for _ in range(pieces.qsize())]
+        assert not any(isinstance(piece, Exception) for piece in found), found
+        assert [piece.token for piece in found] == wanted
+
+
+def test_videos_are_refused():
+    clip = Clip(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], VideoInfo(2, 1.0, 8, 8))
+    for family, message in (("llava", "the model's LlavaProcessor takes no videos"), ("qwen3_vl", "does not render the videos")):
+        _, processor = made(family)
+        builder = PromptBuilder(processor)
+        with pytest.raises(PromptError, match=message):
+            builder.build(messages_about("What is <|video_pad|>?", [clip]), [clip])
+    builder.build(messages_about(builder.escape("What is <|video_pad|>?"), [clip]), [clip])
+
+
+def test_a_conversation_about_a_video(tmp_path):
+    """It can be saved as a record that has the same prompt, but its routes are not shown."""
+    pytest.importorskip("av")
+    model, processor = made("qwen3_vl")
+    file = write_video(tmp_path / "clip.mp4")
+    with Engine(model, processor.tokenizer) as engine:
+        conversation = Conversation(engine, processor, Settings(max_new_tokens=4))
+        assert conversation.add_video(file).content.info.frames == 10
+        "".join(conversation.ask("What happens?"))
+        "".join(conversation.ask("And now?"))
+        with pytest.raises(RoutingError, match=r"the conversation has the video .*clip.mp4"):
+            conversation.trace()
+        saved = conversation.record("a model")
+        PICTURES[0].save(tmp_path / "0.png")
+        conversation.add_images([tmp_path / "0.png"])
+        "".join(conversation.ask("And here?"))
+        with pytest.raises(ValueError, match="has images or one video, but there are 1 images and 1 videos"):
+            conversation.record("a model")
+        lengths = [turn.prompt_tokens for turn in conversation.turns]
+    assert saved["video"] == str(file)
+    record = parse_record("saved", saved, tmp_path)
+    length = int((Encoder(processor)(record)["labels"] == IGNORE_INDEX).nonzero().max())
+    assert lengths[1] <= length
+    with pytest.raises(DataError, match="saved has a video, and where its patches are is not shown"):
+        write_routes(tmp_path / "routes", "a model", model, processor, [record], 1, None)
+
+
+def test_the_commands_take_videos(tmp_path):
+    """One question, lines of a pipe, and a saved conversation, which `check` accepts."""
+    pytest.importorskip("av")
+    folder = tiny_checkpoint("qwen3_vl", tmp_path / "model")
+    file = write_video(tmp_path / "clip.mp4")
+    done = run_here("chat", folder, "--video", file, "What happens?", "--max-new-tokens", "2", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["videos"], found["images"]) == ([str(file)], [])
+    assert found["prompt_tokens"] > 30
+    lines = [f"/video {file}", "What happens?", f"/save {tmp_path / 'saved.json'}", f"/video {tmp_path / 'gone.mp4'}", "/video"]
+    done = run_here("chat", folder, "--max-new-tokens", "2", "--json", stdin="\n".join(lines))
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["prompt_tokens"] == found["prompt_tokens"]
+    assert "clip.mp4 (48 x 32, 4 of 10 frames)" in done.stderr.replace("\n", "")
+    assert "names the video" in done.stderr
+    assert "/video needs a file" in done.stderr
+    done = run_here("check", tmp_path / "saved.json", "--model", folder, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["videos"] == 1
+
+
+def video_url(file, kind="video/mp4"):
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def video_part(url):
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
+def test_videos_of_requests(family, tmp_path):
+    """The server answers as the engine does; the bytes that it reserves are no fewer than the inputs have."""
+    pytest.importorskip("av")
+    model, processor = made(family)
+    file, builder = write_video(tmp_path / "clip.mp4", size=(320, 240)), PromptBuilder(processor)
+    question = {"type": "text", "text": "What happens?"}
+    body = {
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 6,
+        "messages": [{"role": "user", "content": [video_part(video_url(file)), question]}],
+    }
+    clip = builder.open_video(file, "a test")
+    prompt = builder.build(messages_about("What happens?", [clip]), [clip])
+    maker = PromptMaker(processor, LIMITS)
+    needs = maker.needs([Message("user", [VideoPart(video_url(file)), TextPart("What happens?")])], {})
+    assert needs.kept >= sum(value.nbytes for name, value in prompt.inputs.items() if not name.endswith("token_type_ids"))
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        status, _, answer = post(url, body)
+        assert status == 200, answer
+        found = json.loads(answer)
+        assert found["usage"]["prompt_tokens"] == len(prompt.input_ids)
+        expected = [token for token in alone(model, prompt, 6) if token not in end_tokens(model)]
+        assert found["choices"][0]["message"]["content"] == processor.tokenizer.decode(expected, skip_special_tokens=True)
+        messages = [*body["messages"], {"role": "assistant", "content": "A square moves."}]
+        status, _, answer = post(url, {"model": "tiny", "messages": messages}, path="/routes")
+        assert (status, json.loads(answer)["error"]["param"]) == (400, "messages.0.content.0.video_url")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            {"pixels": 320 * 240 - 1},
+            "content.0.video_url has 10 frames of 320 x 240 pixels, but at most 76799 pixels are allowed in a frame",
+        ),
+        ({"decoded_pixels": 320 * 240 * 10 - 1}, "but at most 25000000 pixels are allowed in a frame, and 767999 in all"),
+        ({"all_pixels": 320 * 240}, "the images have more than 76800 pixels together"),
+        ({"working_bytes": 1000}, "bytes to prepare and .* for its inputs, but at most 1000 and"),
+        ({"all_bytes": 1000}, "for its inputs, but at most 700000000 and 1000 are allowed"),
+        ({"image_bytes": 100}, "content.0.video_url has more than 100 bytes"),
+    ],
+)
+def test_limits_of_videos(limits, message, tmp_path):
+    """All are checked before a frame is decoded."""
+    pytest.importorskip("av")
+    _, processor = made("qwen3_vl")
+    url = video_url(write_video(tmp_path / "clip.mp4", size=(320, 240)))
+    with pytest.raises(ApiError, match=message):
+        PromptMaker(processor, replace(LIMITS, **limits)).needs([Message("user", [VideoPart(url)])], {})
+
+
+def test_other_content_than_videos_is_refused(tmp_path):
+    pytest.importorskip("av")
+    _, processor = made("qwen3_vl")
+    maker, file = PromptMaker(processor, LIMITS), write_video(tmp_path / "clip.mp4")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/hostname\n#EXT-X-ENDLIST\n")
+    for part, message in (
+        (
+            VideoPart(video_url(file, "image/png")),
+            "content.0.video_url must be a data: URL, data:video/mp4;base64,...; videos are not fetched",
+        ),
+        (ImagePart(video_url(file)), "content.0.image_url must be a data: URL, data:image/png;base64,...; images are not fetched"),
+        (VideoPart("https://example.org/clip.mp4"), "content.0.video_url must be a data: URL"),
+        (VideoPart(video_url(tmp_path / "list.m3u8")), "content.0.video_url, which cannot be decoded: "),
+        (ImagePart(video_url(file, "image/png")), "content.0.image_url is not one of PNG, JPEG, WEBP, GIF"),
+    ):
+        with pytest.raises(ApiError, match=re.escape(message)):
+            maker.needs([Message("user", [part])], {})
+    fetched = {"https://example.org/clip.mp4": file.read_bytes()}
+    assert maker.needs([Message("user", [VideoPart("https://example.org/clip.mp4")])], fetched).kept > 0
 
 
 def test_a_model_whose_states_cannot_be_batched_is_refused():

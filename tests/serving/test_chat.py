@@ -65,7 +65,7 @@ def test_later_turns_see_earlier_ones(served, begin, images):
     for asked, new in ((ASKED, images[:1]), ("how many digits are there ?", []), ("here ?", images[1:2])):
         conversation.add_images(new)
         list(conversation.ask(asked))
-    assert [len(turn.images) for turn in conversation.turns] == [1, 0, 1]
+    assert [len(turn.media) for turn in conversation.turns] == [1, 0, 1]
     first, second, third = (turn.prompt_tokens for turn in conversation.turns)
     record = conversation.record("model")
     assert [message["role"] for message in record["messages"]] == ["system", *["user", "assistant"] * 3]
@@ -181,7 +181,7 @@ def test_of_a_stop_before_the_first_word_nothing_is_left(served, begin, images, 
             list(conversation.ask(ASKED))
     assert (conversation.turns, len(conversation.pending)) == ([], 1)
     list(conversation.ask(ASKED))
-    assert len(conversation.turns[0].images) == 1
+    assert len(conversation.turns[0].media) == 1
 
 
 def test_answering_once_more_takes_the_same_pictures(begin, images):
@@ -192,7 +192,7 @@ def test_answering_once_more_takes_the_same_pictures(begin, images):
     conversation.add_images(images[:1])  # for the next question
     list(conversation.regenerate())
     (second,) = conversation.turns
-    assert (second.tokens, second.prompt_tokens, second.images) == (first.tokens, first.prompt_tokens, first.images)
+    assert (second.tokens, second.prompt_tokens, second.media) == (first.tokens, first.prompt_tokens, first.media)
     assert len(conversation.pending) == 1
 
 

@@ -19,7 +19,7 @@ from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.http.bodies import MemoryBudget, Reservation, Worker
 from moe_llava.serving.http.prompts import PromptMaker, working_bytes
-from moe_llava.serving.http.protocol import ApiError, ImagePart, Limits, Message, TextPart
+from moe_llava.serving.http.protocol import ApiError, ImagePart, Limits, Message, TextPart, VideoPart
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import LIMITS, server
 from tests.serving.hostile import PLAIN, PNG, data_url, encoded, flat
@@ -38,6 +38,12 @@ def question(*urls):
 @pytest.fixture(scope="module")
 def prompts(served):
     return PromptMaker(served[1], LIMITS)
+
+
+def test_a_video_is_refused_by_a_model_that_takes_none(prompts):
+    messages = [Message("user", [VideoPart(f"data:video/mp4;base64,{PAYLOAD}"), TextPart("what happens ?")])]
+    with pytest.raises(ApiError, match=r"the request has a video, but the model's .*LlavaProcessor takes no videos"):
+        prompts.needs(messages, {})
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,25 @@ from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
-from moe_llava.serving.http.protocol import SUPPORTED, WITHOUT_EFFECT, ApiError, ImagePart, Limits, Message, TextPart, parse
+from moe_llava.serving.http.protocol import (
+    SUPPORTED,
+    WITHOUT_EFFECT,
+    ApiError,
+    ImagePart,
+    Limits,
+    Message,
+    TextPart,
+    VideoPart,
+    media_of,
+    parse,
+)
 from tests.conftest import REPOSITORY
 
 USER = {"role": "user", "content": "which ?"}
 URL = "data:image/png;base64,AAAA"
 IMAGE = {"type": "image_url", "image_url": {"url": URL}}
+CLIP = "data:video/mp4;base64,AAAA"
+VIDEO = {"type": "video_url", "video_url": {"url": CLIP}}
 PLAIN = {"model": "tiny", "messages": [USER]}
 
 # Each field that has no effect: values that ask for nothing, and values that ask for what cannot be done.
@@ -150,8 +163,18 @@ def test_an_answer_of_another_kind_is_refused_by_name(change, field):
 def test_parts_are_read():
     detailed = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
     empty = {"type": "image_url", "image_url": {"url": URL, "detail": None}, "prompt_cache_breakpoint": None}
-    asked = read(messages=[{"role": "user", "content": [detailed, {"type": "text", "text": "which ?"}, IMAGE, empty]}])
-    assert asked.messages == [Message("user", [ImagePart(URL), TextPart("which ?"), ImagePart(URL), ImagePart(URL)])]
+    asked = read(messages=[{"role": "user", "content": [detailed, {"type": "text", "text": "which ?"}, IMAGE, empty, VIDEO]}])
+    assert asked.messages == [Message("user", [ImagePart(URL), TextPart("which ?"), ImagePart(URL), ImagePart(URL), VideoPart(CLIP)])]
+    assert [(part.url, path) for part, path in media_of(asked.messages)][2:] == [
+        (URL, "messages.0.content.3.image_url"),
+        (CLIP, "messages.0.content.4.video_url"),
+    ]
+
+
+def test_a_video_is_a_question_of_its_own():
+    assert read(messages=[{"role": "user", "content": [VIDEO]}]).messages[0].content == [VideoPart(CLIP)]
+    message, _ = refused(messages=[{"role": "user", "content": [VIDEO, VIDEO]}])
+    assert message == "2 videos, but at most 1 are allowed"
 
 
 @pytest.mark.parametrize(
@@ -171,12 +194,14 @@ def test_parts_are_read():
         ),
         ({"type": "image_url", "image_url": {"url": URL, "detail": True}}, "image_url.detail: must be auto, low or high, but is true"),
         ({"type": "image_url", "image_url": {"urls": URL}}, "image_url.urls: not supported: did you mean url?"),
-        ({"type": "input_image", "image_url": URL}, 'type: must be text or image_url, but is the string "input_image"'),
-        ({"type": "input_text", "text": "a"}, 'type: must be text or image_url, but is the string "input_text"'),
-        ({"type": "file", "file": {}}, 'type: must be text or image_url, but is the string "file"'),
-        ({"type": ["text"], "text": "a"}, "type: must be text or image_url, but is a list"),
-        ({"type": None, "text": "a"}, "type: is missing: must be text or image_url"),
-        ({"text": "a"}, "type: is missing: must be text or image_url"),
+        ({"type": "video_url", "video_url": CLIP}, f'video_url: must be an object with url, but is the string "{CLIP}"'),
+        ({"type": "video_url", "video_url": {"url": CLIP, "fps": 2}}, "video_url.fps: not supported: leave it out"),
+        ({"type": "input_image", "image_url": URL}, 'type: must be text, image_url or video_url, but is the string "input_image"'),
+        ({"type": "input_text", "text": "a"}, 'type: must be text, image_url or video_url, but is the string "input_text"'),
+        ({"type": "file", "file": {}}, 'type: must be text, image_url or video_url, but is the string "file"'),
+        ({"type": ["text"], "text": "a"}, "type: must be text, image_url or video_url, but is a list"),
+        ({"type": None, "text": "a"}, "type: is missing: must be text, image_url or video_url"),
+        ({"text": "a"}, "type: is missing: must be text, image_url or video_url"),
         ({"type": "text"}, "text: is missing"),
         ({"type": "text", "text": None}, "text: is missing"),
         ({"type": "text", "text": 7}, "text: must be a string, but is 7"),

@@ -20,11 +20,15 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import BatchFeature
 
 from moe_llava.common.images import open_image
+from moe_llava.data.batches import TOKEN_INPUTS, concatenated
 from moe_llava.data.encoder import Encoder
-from moe_llava.data.records import IMAGE_TOKEN, content_parts
-from moe_llava.data.rendering import REFUSALS
+from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN, content_parts
+from moe_llava.data.rendering import REFUSALS, own_template
+from moe_llava.data.videos import VideoReader
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import attacked_pixels
@@ -59,15 +63,19 @@ def answer(
     A batch has prompts of similar length, and equal prompts where possible, whose answers have similar lengths, too. The longest come
     first, so that memory runs out at once or never.
 
-    Raises BenchmarkError before the first answer if a prompt and its images do not fit, DataError if an image cannot be decoded.
+    Raises BenchmarkError before the first answer if a prompt and its images do not fit, or if there is a video and the model takes none or
+    a perturbation is given; DataError if an image or a video cannot be decoded.
     """
     if processor.tokenizer.pad_token_id is None:
         raise BenchmarkError("the tokenizer has no pad token, which batches are padded with")
     attack = perturbation if perturbation is not None and perturbation.kind == "adversarial" else None
     if perturbation is not None:
         questions = [perturb_question(question, perturbation) for question in questions]
+    videos = [question for question in questions if question.video is not None]
+    if videos:
+        _check_videos(processor, videos[0], perturbation)
     texts = [prompt_text(processor, question) for question in questions]
-    if not shares_heads(processor):
+    if videos or not shares_heads(processor):
         yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation)
         return
     groups = _group_by_head(questions, texts, processor.image_token, batch_size, alone=attack is not None)
@@ -104,8 +112,7 @@ def _answer_whole(
     tokenizer = copy.deepcopy(processor.tokenizer)
 
     def prepared(batch: list[int]) -> Any:
-        images = [[_opened(image, questions[index], perturbation) for image in questions[index].images] for index in batch]
-        return _process(processor, [texts[index] for index in batch], images)
+        return _process_all(processor, [questions[index] for index in batch], [texts[index] for index in batch], perturbation)
 
     for batch, made in zip(batches, in_background(prepared, batches), strict=True):
         inputs = made.to(model.device, dtype=model.dtype)
@@ -114,6 +121,14 @@ def _answer_whole(
         with torch.inference_mode():
             generated = write_greedily(model, dict(inputs), max_new_tokens)
         yield list(zip(batch, _decoded(model, tokenizer, generated[:, inputs["input_ids"].shape[1] :]), strict=True))
+
+
+def _check_videos(processor: Any, question: Question, perturbation: Perturbation | None) -> None:
+    """Raise BenchmarkError if a question with a video cannot be answered."""
+    if perturbation is not None:
+        raise BenchmarkError(f"question {question.id} has a video, but only images and texts are perturbed")
+    if problem := Encoder(processor).video_problem:
+        raise BenchmarkError(f"question {question.id} has a video, but {problem}")
 
 
 def _opened(image: Any, question: Question, perturbation: Perturbation | None) -> Any:
@@ -168,10 +183,34 @@ def _group_inputs(
     return Group(heads, [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
 
-def _process(processor: Any, texts: list[str], images: list[list[Any]]) -> Any:
+def _process(processor: Any, texts: list[str], images: list[list[Any]], **videos: Any) -> Any:
     """Return the model's inputs of texts, each with a list of images."""
     given = images if any(images) else None
-    return processor(text=texts, images=given, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    return processor(text=texts, images=given, **videos, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+
+def _process_all(processor: Any, questions: Sequence[Question], texts: list[str], perturbation: Perturbation | None) -> Any:
+    """Return the model's inputs of questions. With a video among them, each is processed alone: what some processors write about a video
+    depends on the others in a batch."""
+    images = [[_opened(image, question, perturbation) for image in question.images] for question in questions]
+    if all(question.video is None for question in questions):
+        return _process(processor, texts, images)
+    reader, rows = VideoReader(processor), []
+    for question, text, own in zip(questions, texts, images, strict=True):
+        videos = {} if question.video is None else reader.arguments(reader.open(question.video, f"question {question.id}"))
+        rows.append(_process(processor, [text], [own], **videos))
+    longest, pad = max(row["input_ids"].shape[1] for row in rows), {"input_ids": processor.tokenizer.pad_token_id}
+    return BatchFeature(
+        concatenated(
+            [
+                {
+                    name: F.pad(value, (longest - value.shape[1], 0), value=pad.get(name, 0)) if name in TOKEN_INPUTS else value
+                    for name, value in row.items()
+                }
+                for row in rows
+            ]
+        )
+    )
 
 
 def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int) -> None:
@@ -231,24 +270,25 @@ def _select_rows(cache: Any, rows: Tensor) -> Any:
 
 def prompt_text(processor: Any, question: Question) -> str:
     """Return the question in the model's chat template. Raises BenchmarkError if the template refuses it, or if the result has more or
-    fewer images than the question."""
-    parts = content_parts(question.prompt)
-    if IMAGE_TOKEN not in question.prompt:
-        parts = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": question.prompt}]
+    fewer images or videos than the question."""
+    token, number = (VIDEO_TOKEN, 1) if question.video is not None else (IMAGE_TOKEN, len(question.images))
+    parts = content_parts(question.prompt, token)
+    if token not in question.prompt:
+        parts = [{"type": PART_TYPES[token]}] * number + [{"type": "text", "text": question.prompt}]
     try:
-        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], own_template(processor), add_generation_prompt=True)
     except REFUSALS as error:
         raise BenchmarkError(f"the model's chat template refuses question {question.id}: {error}") from error
-    found = text.count(processor.image_token)
-    if found != len(question.images):
-        raise BenchmarkError(f"question {question.id} has {found} {processor.image_token} in its prompt and {len(question.images)} images")
+    placeholder = processor.image_token if token == IMAGE_TOKEN else processor.video_token
+    found = text.count(placeholder)
+    if found != number:
+        raise BenchmarkError(f"question {question.id} has {found} {placeholder} in its prompt and {number} {PART_TYPES[token]}s")
     return text
 
 
 def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Return model inputs, padded on the left, so that every answer begins at the same position."""
-    texts = [prompt_text(processor, question) for question in questions]
-    return _process(processor, texts, [[_opened(image, question, None) for image in question.images] for question in questions])
+    return _process_all(processor, questions, [prompt_text(processor, question) for question in questions], None)
 
 
 def in_background(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from moe_llava.checkpoints.load import load_config
 from moe_llava.common.messages import listed
-from moe_llava.data.records import IMAGE_TOKEN
+from moe_llava.common.videos import missing_video
+from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN
 from moe_llava.evaluation.ask.answers import check_settings
 from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
 from moe_llava.evaluation.score.benchmark import Benchmark, check_truth, find_benchmark, find_folder, split_in
@@ -98,12 +99,16 @@ def _check_scored(benchmark: Benchmark, perturbations: Sequence[Perturbation]) -
 
 
 def check_questions(title: str, questions: Sequence[Question]) -> None:
-    """Raise BenchmarkError if there are none, if a prompt and its question differ in the number of images, or if a file is missing."""
+    """Raise BenchmarkError if there are none, if a prompt and its question differ in the number of images or videos, or if a file is
+    missing."""
     problems = [] if questions else [f"{title} has no questions"]
     for question in questions:
-        found = question.prompt.count(IMAGE_TOKEN)
-        if found and found != len(question.images):
-            problems.append(f"question {question.id} of {title} has {found} {IMAGE_TOKEN} and {len(question.images)} images")
+        token, number = (VIDEO_TOKEN, 1) if question.video is not None else (IMAGE_TOKEN, len(question.images))
+        found = question.prompt.count(token)
+        if found and found != number:
+            problems.append(f"question {question.id} of {title} has {found} {token} and {number} {PART_TYPES[token]}s")
+        if question.video is not None and not question.video.is_file():
+            problems.append(str(missing_video(f"question {question.id} of {title}", question.video)))
     images = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
     problems += [f"{title} needs the image {image}, which does not exist" for image in images if not image.is_file()]
     if problems:

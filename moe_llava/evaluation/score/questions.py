@@ -23,17 +23,19 @@ Answers = list[str | None]  # one per question; None: there is none
 @dataclass(frozen=True)
 class Question:
     """`id` is the benchmark's own; several questions may share it if their prompts differ. `prompt` is the whole text for the model; images
-    go before it, or where it has `<image>`. `extra` holds what scoring needs."""
+    go before it, or where it has `<image>`. `video`: a file, which goes before the prompt or where it has `<video>`; such a question has
+    no images. `extra` holds what scoring needs."""
 
     id: str
     prompt: str
     images: tuple[Path | InlineImage, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    video: Path | None = None
 
     @property
     def unit(self) -> str:
-        """Return the unit that the bootstrap draws: the questions about one image."""
-        return str(self.images[0]) if self.images else self.id
+        """Return the unit that the bootstrap draws: the questions about one image or video."""
+        return str(self.images[0]) if self.images else str(self.video or self.id)
 
 
 def first_image(question: Question, where: str) -> Path | InlineImage:

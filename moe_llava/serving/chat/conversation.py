@@ -1,4 +1,4 @@
-"""A conversation with a model about images, as a stream of pieces."""
+"""A conversation with a model about images and videos, as a stream of pieces."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from moe_llava.common.images import open_image
+from moe_llava.common.videos import Clip
 from moe_llava.data.records import check_characters
 from moe_llava.model.greedy import end_tokens
+from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import Trace, trace_answer
 from moe_llava.serving.engine.interface import CompletionEngine
 from moe_llava.serving.engine.prompt import PromptBuilder
@@ -29,13 +31,24 @@ class OpenedImage:
     content: Image.Image
 
 
+@dataclass(frozen=True, eq=False)
+class OpenedVideo:
+    """A video file, and the frames of it that the model sees."""
+
+    path: Path
+    content: Clip
+
+
+Opened = OpenedImage | OpenedVideo
+
+
 @dataclass(frozen=True)
 class Turn:
-    """A question, its images, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: the time of prefill and
-    decode."""
+    """A question, its images and videos, and its answer. `finish_reason`: "stop", "length", or "interrupted". `seconds`: the time of
+    prefill and decode."""
 
     question: str
-    images: tuple[OpenedImage, ...]
+    media: tuple[Opened, ...]
     answer: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
@@ -56,19 +69,28 @@ class Settings:
 
 
 class Conversation:
-    """A conversation with its `turns`. The images in `pending` belong to the next question. `engine`: used by this conversation only."""
+    """A conversation with its `turns`. The images and videos in `pending` belong to the next question. `engine`: used by this conversation
+    only."""
 
     def __init__(self, engine: CompletionEngine, processor: ProcessorMixin, settings: Settings):
         self.engine = engine
         self.settings = settings
         self.turns: list[Turn] = []
-        self.pending: tuple[OpenedImage, ...] = ()
+        self.pending: tuple[Opened, ...] = ()
         self._builder = PromptBuilder(processor)
         self._generated = 0
 
-    def add_images(self, paths: Sequence[Path]) -> None:
-        """Add all images or none. Raises DataError if a file is missing or not an image."""
-        self.pending += tuple(OpenedImage(path, open_image(path, "the conversation")) for path in paths)
+    def add_images(self, paths: Sequence[Path]) -> tuple[OpenedImage, ...]:
+        """Add all images or none, and return them. Raises DataError if a file is missing or not an image."""
+        added = tuple(OpenedImage(path, open_image(path, "the conversation")) for path in paths)
+        self.pending += added
+        return added
+
+    def add_video(self, path: Path) -> OpenedVideo:
+        """Add a video, and return it. Raises DataError if the file is missing or not a video, or if the model takes none."""
+        added = OpenedVideo(path, self._builder.open_video(path, "the conversation"))
+        self.pending += (added,)
+        return added
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece, and keep it as a turn; if the caller stops early, keep the part that was generated. If there is
@@ -84,15 +106,17 @@ class Conversation:
     def regenerate(self) -> Generator[str, None, None]:
         """Generate another answer to the last question, which replaces the one before. Raises ValueError if there is no question."""
         *before, last = self._require_turns()
-        return self._generate(before, Turn(last.question, last.images))
+        return self._generate(before, Turn(last.question, last.media))
 
     def trace(self) -> Trace:
         """Return the routes of the last answer and of its prompt, in one forward pass. An expert with a capacity may drop other tokens in
         one pass than in many.
 
-        Raises ValueError if there is no question; RoutingError as `trace_routing` does.
+        Raises ValueError if there is no question; RoutingError if there is a video, and as `trace_routing` does.
         """
         *before, last = self._require_turns()
+        for video in self.videos():
+            raise RoutingError(f"the conversation has the video {video.path}, and where its patches are is not shown")
         prompt = self._prompt(before, last)
         ends = end_tokens(self.engine.model)
         answer = [token for token in last.tokens if token not in ends]
@@ -106,16 +130,25 @@ class Conversation:
 
     def images(self) -> list[OpenedImage]:
         """Return the images of all turns, in order."""
-        return [image for turn in self.turns for image in turn.images]
+        return [medium for turn in self.turns for medium in turn.media if isinstance(medium, OpenedImage)]
+
+    def videos(self) -> list[OpenedVideo]:
+        """Return the videos of all turns, in order."""
+        return [medium for turn in self.turns for medium in turn.media if isinstance(medium, OpenedVideo)]
 
     def record(self, source: str) -> dict[str, Any]:
         """Return the conversation as a record of a data file, which can be checked, traced, and trained on. `source`: the model's name.
 
-        Raises ValueError if there is no question.
+        Raises ValueError if there is no question, or if it has more than a record may have: a video beside images, or several videos.
         """
         self._require_turns()
-        images = [str(image.path.resolve()) for image in self.images()]
-        return {"id": source, "images": images, "messages": self._messages(self.turns)}
+        images, videos = ([str(medium.path.resolve()) for medium in media] for media in (self.images(), self.videos()))
+        if videos and (images or len(videos) > 1):
+            raise ValueError(
+                f"a record of a data file has images or one video, but there are {len(images)} images and {len(videos)} videos"
+            )
+        media = {"video": videos[0]} if videos else {"images": images}
+        return {"id": source, **media, "messages": self._messages(self.turns)}
 
     def clear(self) -> None:
         self.turns, self.pending = [], ()
@@ -149,8 +182,8 @@ class Conversation:
             if reason is not None:
                 seconds = time.monotonic() - began
                 length = len(prompt.input_ids)
-                self.turns = [*before, Turn(turn.question, turn.images, answer.strip(), reason, length, tuple(tokens), seconds)]
-                self.pending = tuple(image for image in self.pending if image not in turn.images)
+                self.turns = [*before, Turn(turn.question, turn.media, answer.strip(), reason, length, tuple(tokens), seconds)]
+                self.pending = tuple(medium for medium in self.pending if medium not in turn.media)
 
     def _request(self, prompt: Prompt) -> Request:
         settings = self.settings
@@ -165,14 +198,14 @@ class Conversation:
     def _prompt(self, before: Sequence[Turn], turn: Turn) -> Prompt:
         """Return the prompt of a question after others."""
         turns = [*before, turn]
-        images = [image.content for each in turns for image in each.images]
-        return self._builder.build(self._messages(turns)[:-1], images, len(images))
+        return self._builder.build(self._messages(turns)[:-1], [medium.content for each in turns for medium in each.media])
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         messages = [self._message("system", self.settings.system)] if self.settings.system else []
         for turn in turns:
-            messages += [self._message("user", turn.question, len(turn.images)), self._message("assistant", turn.answer)]
+            messages += [self._message("user", turn.question, turn.media), self._message("assistant", turn.answer)]
         return messages
 
-    def _message(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": self._builder.escape(text)}]}
+    def _message(self, role: str, text: str, media: Sequence[Opened] = ()) -> dict[str, Any]:
+        parts = [{"type": "video" if isinstance(medium, OpenedVideo) else "image"} for medium in media]
+        return {"role": role, "content": [*parts, {"type": "text", "text": self._builder.escape(text)}]}

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from moe_llava.common.messages import did_you_mean
 from moe_llava.serving.chat.completion import Completer
-from moe_llava.serving.chat.conversation import Conversation, Turn
+from moe_llava.serving.chat.conversation import Conversation, OpenedImage, OpenedVideo, Turn
 
 COMMANDS = {
     "/image": ("FILE ...", "adds images to the next question"),
+    "/video": ("FILE", "adds a video to the next question, for a model that takes videos"),
     "/new": ("", "starts a new conversation"),
     "/regenerate": ("", "generates another answer to the last question"),
     "/routes": ("[LAYER]", "shows the first expert of every patch, and of every token of the last answer"),
@@ -44,6 +45,7 @@ class Terminal:
         self._saved: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/video": self._video,
             "/new": self._new,
             "/regenerate": self._regenerate,
             "/routes": self._routes,
@@ -83,7 +85,7 @@ class Terminal:
         with contextlib.suppress(ImportError):  # Windows has no readline, and its console edits lines
             import readline  # adds history and keys to `input`
 
-            Completer(readline, list(COMMANDS), ("/image", "/save")).install()
+            Completer(readline, list(COMMANDS), ("/image", "/video", "/save")).install()
         self._note(f"{self.name}. /image FILE adds an image, /help shows all commands.")
         while True:
             try:
@@ -151,9 +153,15 @@ class Terminal:
         paths = [_path(rest)] if _path(rest).is_file() else [_path(word) for word in _words(rest)]
         if not paths:
             raise ValueError("/image needs one or more files")
-        self.conversation.add_images(paths)
-        for image in self.conversation.pending[-len(paths) :]:
+        for image in self.conversation.add_images(paths):
             self._note(f"{image.path} ({image.content.width} x {image.content.height})")
+
+    def _video(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("/video needs a file")
+        path = _path(rest) if _path(rest).is_file() else _path(" ".join(_words(rest)))
+        clip = self.conversation.add_video(path).content
+        self._note(f"{path} ({clip.info.width} x {clip.info.height}, {len(clip.indices)} of {clip.info.frames} frames)")
 
     def _new(self, rest: str) -> None:
         self.conversation.clear()
@@ -240,7 +248,8 @@ def _markdown(text: str) -> Markdown:
 def _object(turn: Turn) -> dict[str, object]:
     return {
         "question": turn.question,
-        "images": [str(image.path) for image in turn.images],
+        "images": [str(medium.path) for medium in turn.media if isinstance(medium, OpenedImage)],
+        "videos": [str(medium.path) for medium in turn.media if isinstance(medium, OpenedVideo)],
         "answer": turn.answer,
         "finish_reason": turn.finish_reason,
         "prompt_tokens": turn.prompt_tokens,

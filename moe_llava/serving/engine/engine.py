@@ -361,5 +361,5 @@ class Engine(CompletionEngine):
 
 
 def image_count(inputs: Mapping[str, Tensor]) -> int:
-    """Return the number of images, or of their patches or tiles, in the inputs of a prompt."""
-    return len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    """Return the number of images and videos, or of their patches or tiles, in the inputs of a prompt."""
+    return sum(len(inputs[name]) for name in ("pixel_values", "pixel_values_videos") if name in inputs)

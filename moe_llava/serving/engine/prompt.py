@@ -1,4 +1,5 @@
-"""Convert messages and images to a prompt, with the chat template of the model's processor. No text of a user becomes an image."""
+"""Convert messages, images and videos to a prompt, with the chat template of the model's processor. No text of a user becomes an image or
+a video."""
 
 from __future__ import annotations
 
@@ -6,16 +7,21 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.images import ImageSource
+from moe_llava.common.videos import Clip, Video, VideoInfo
 from moe_llava.data.batches import concatenated
 from moe_llava.data.encoder import Encoder
-from moe_llava.data.rendering import REFUSALS
+from moe_llava.data.records import PART_TYPES
+from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.serving.engine.requests import Prompt
 
 _LARGE = (1024, 1024)  # width and height
+_SMALL, _FRAMES = ((512, 384), (256, 640)), 4  # of two videos
 
 
 class PromptError(ValueError):
@@ -35,32 +41,71 @@ class PromptBuilder:
         large, _ = self._encoder.process([Image.new("RGB", _LARGE)])
         self.image_bytes = sum(tensor.nbytes for tensor in large.values())
 
-    def build(self, messages: Sequence[dict[str, Any]], images: Iterable[Image.Image], count: int) -> Prompt:
-        """Return the prompt of `messages` with `count` images, up to the beginning of the next answer or, if the last message is an answer,
-        to its end. An iterator of images is consumed one by one, so it need not hold two at once, and not before the messages are checked.
+    def inspect_video(self, file: ImageSource, source: str) -> tuple[VideoInfo, list[int]]:
+        """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
+        `open_video` does."""
+        return self._encoder.inspect_video(file, source)
+
+    def frame_bytes(self) -> int | None:
+        """Return the size of a frame's inputs, if the model takes videos, and if it is the same for frames of all sizes."""
+        if self._encoder.video_problem:
+            return None
+        sizes = set()
+        for width, height in _SMALL:
+            info = VideoInfo(_FRAMES, 1.0, width, height)
+            frames = np.zeros((_FRAMES, height, width, 3), np.uint8)
+            inputs, _ = self._encoder.process_video(Clip(frames, list(range(_FRAMES)), info))
+            sizes.add(-(-sum(tensor.nbytes for tensor in inputs.values()) // _FRAMES))
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def open_video(self, video: Video, source: str) -> Clip:
+        """Return the frames of a video that the model sees. Raises DataError, naming `source`, if it cannot be read, or if the model takes
+        no videos."""
+        return self._encoder.open_video(video, source)
+
+    def build(self, messages: Sequence[dict[str, Any]], media: Iterable[Image.Image | Clip]) -> Prompt:
+        """Return the prompt of `messages` with the images and videos of their parts, in order, up to the beginning of the next answer or,
+        if the last message is an answer, to its end. An iterator of media is consumed one by one, so it need not hold two at once, and not
+        before the messages are checked.
 
         `messages`: as chat templates take them, with texts from `escape`.
 
-        Raises PromptError if the chat template refuses the messages or does not render all images, or if a text contains a placeholder.
+        Raises PromptError if the chat template refuses the messages or does not render all images and videos, if the model takes no videos,
+        or if a text contains a placeholder.
         """
-        token = self._processor.image_token
-        try:
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
-        except REFUSALS as error:
-            raise PromptError(f"the model's chat template refuses them: {error}") from error
-        if text.count(token) != count:
-            raise PromptError("the model's chat template does not render the images")
+        text, kinds = self._rendered(messages)
         if any(self._placeholder.search(part["text"]) for message in messages for part in message["content"] if part["type"] == "text"):
             raise PromptError("a text contains a placeholder, which is reserved for images")
+        inputs, texts = [], dict[str, list[str]]()  # the texts of each kind in turn: a template may render one kind first
         try:
-            processed = [self._encoder.process([image]) for image in images]
+            for medium in media:
+                made, replaced = self._encoder.process_video(medium) if isinstance(medium, Clip) else self._encoder.process([medium])
+                inputs.append(made)
+                texts.setdefault("video" if isinstance(medium, Clip) else "image", []).extend(replaced)
         except DataError as error:
             raise PromptError(str(error)) from error
-        pieces = text.split(token)
-        text = pieces[0] + "".join(replaced[0] + piece for (_, replaced), piece in zip(processed, pieces[1:], strict=True))
+        if kinds:
+            text = re.sub("|".join(map(re.escape, kinds)), lambda found: texts[kinds[found[0]]].pop(0), text)
         ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        inputs = concatenated([found for found, _ in processed])
-        return Prompt(ids, inputs | {name: types[None] for name, types in self._encoder.token_types(ids).items()})
+        return Prompt(ids, concatenated(inputs) | {name: types[None] for name, types in self._encoder.token_types(ids).items()})
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> tuple[str, dict[str, str]]:
+        """Return (the text of the messages, placeholder -> kind of the media in it)."""
+        wanted = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+        if "video" in wanted and self._encoder.video_problem:
+            raise PromptError(self._encoder.video_problem)
+        try:
+            text = self._processor.apply_chat_template(
+                messages, own_template(self._processor), add_generation_prompt=messages[-1]["role"] != "assistant"
+            )
+        except REFUSALS as error:
+            raise PromptError(f"the model's chat template refuses them: {error}") from error
+        tokens = {getattr(self._processor, f"{kind}_token", None) or "": kind for kind in PART_TYPES.values()}
+        kinds = {token: kind for token, kind in tokens.items() if token}
+        for token, kind in kinds.items():
+            if text.count(token) != wanted.count(kind):
+                raise PromptError(f"the model's chat template does not render the {kind}s")
+        return text, {token: kind for token, kind in kinds.items() if kind in wanted}
 
     def escape(self, text: str) -> str:
         """Insert a space after the first character of every placeholder in `text`, so that it is tokenized as text."""

@@ -1,4 +1,4 @@
-"""Fetch images from other servers, only from the hosts that the server was started with.
+"""Fetch images and videos from other servers, only from the hosts that the server was started with.
 
 Unusual here: a name is resolved once, each of its addresses is checked, and the connection goes to a checked address. So a name that
 resolves to another address a moment later (DNS rebinding) has no effect. Redirects are not followed, and proxies of the environment are not
@@ -99,7 +99,13 @@ class Fetcher:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, authority: str, target: str, reserve: Reserve
     ) -> bytes:
         connection = h11.Connection(h11.CLIENT)
-        headers = {"Host": authority, "User-Agent": "moe-llava", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+        headers = {
+            "Host": authority,
+            "User-Agent": "moe-llava",
+            "Accept": "image/*, video/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
         writer.write(connection.send(h11.Request(method="GET", target=target, headers=list(headers.items()))) or b"")
         writer.write(connection.send(h11.EndOfMessage()) or b"")
         content = bytearray()

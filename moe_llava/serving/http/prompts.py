@@ -13,16 +13,17 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import BROKEN, InlineImage, check_shape, fitting, open_image
+from moe_llava.common.videos import Clip
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Prompt
-from moe_llava.serving.http.protocol import Limits, Message, MessagesError, TextPart, image_urls
+from moe_llava.serving.http.protocol import ImagePart, Limits, Message, MessagesError, TextPart, VideoPart, media_of
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 Fetched = Mapping[str, bytes]  # URL -> content
 START_OF_SCAN = b"\xff\xda"
 # RFC 2397: a media type, parameters such as charset=utf-8 or name="a.png", and the encoding. The format is detected from the
 # content, not from the media type.
-DATA_URL = re.compile(r"""data:image/[\w.+*-]+(?: *; *[\w.+*-]+=(?:[^;,"]*|"[^"]*"))* *; *base64,""", re.IGNORECASE | re.ASCII)
+DATA_URL = re.compile(r"""data:(image|video)/[\w.+*-]+(?: *; *[\w.+*-]+=(?:[^;,"]*|"[^"]*"))* *; *base64,""", re.IGNORECASE | re.ASCII)
 
 # Bytes per pixel, at most, measured with Pillow and transformers.
 DECODING = 12  # while a file is decoded and converted to RGB
@@ -30,49 +31,52 @@ DECODING_WEBP = 21  # WebP's decoder has two canvases, for this frame and the la
 CONVERTING = 14  # while the image is converted to an array
 KEPT = 7  # the image and its array, which are kept while it is resized
 RESIZING = 13  # of the padded or enlarged image, while it is resized or cropped
+DECODING_VIDEO = 12  # of the frames that the model sees, while they are decoded and resized: 8, beside twice their inputs
+FRAME_INPUTS = 16  # of a frame, for a model whose frames keep their size
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes for the images of a request: `working` while they are prepared, one by one, `kept` for their inputs."""
+    """Bytes for the images and videos of a request: `working` while they are prepared, one by one, `kept` for their inputs."""
 
     working: int
     kept: int
 
 
 class PromptMaker:
-    """Check and decode the images of messages, and build prompts. Only one thread may use `needs`, and one `make`, at a time, because a
-    tokenizer is not thread-safe."""
+    """Check and decode the images and videos of messages, and build prompts. Only one thread may use `needs`, and one `make`, at a time,
+    because a tokenizer is not thread-safe."""
 
     def __init__(self, processor: ProcessorMixin, limits: Limits):
         self._builder = PromptBuilder(processor)
+        self._frame_bytes = self._builder.frame_bytes()  # here, because it uses the tokenizer
         self._image_processor = processor.image_processor
         self._limits = limits
 
     def needs(self, messages: list[Message], fetched: Fetched) -> Needs:
-        """Return the bytes for the images of `messages`, from their headers: none is decoded. `fetched`: the content of URLs that are not
-        data: URLs.
+        """Return the bytes for the images and videos of `messages`, from their headers: none is decoded. `fetched`: the content of URLs
+        that are not data: URLs.
 
-        Raises MessagesError if an image is not accepted.
+        Raises MessagesError if an image or a video is not accepted.
         """
-        all_pixels, working, count = 0, 0, 0
-        for image in self._images_of(messages, fetched):
-            width, height, size = self._inspect(image)
-            all_pixels += width * height
+        all_pixels, working, kept = 0, 0, 0
+        for part, medium in self._media_of(messages, fetched):
+            pixels, needs = self._inspect_video(medium) if isinstance(part, VideoPart) else self._inspect(medium)
+            all_pixels += pixels
             if all_pixels > self._limits.all_pixels:
                 raise MessagesError(f"the images have more than {self._limits.all_pixels} pixels together")
-            working, count = max(working, size), count + 1
-        return Needs(working, count * self._builder.image_bytes)
+            working, kept = max(working, needs.working), kept + needs.kept
+        return Needs(working, kept)
 
     def make(self, messages: list[Message], fetched: Fetched) -> Prompt:
         """Return the prompt of `messages`, up to the beginning of the next answer or, if the last message is an answer, to its end. Call
         `needs` first.
 
-        Raises MessagesError if an image cannot be decoded, or the chat template refuses the messages.
+        Raises MessagesError if an image or a video cannot be decoded, or the chat template refuses the messages.
         """
         conversation = [{"role": message.role, "content": self._parts(message)} for message in messages]
         try:
-            return self._builder.build(conversation, map(self._decoded, self._images_of(messages, fetched)), len(image_urls(messages)))
+            return self._builder.build(conversation, (self._decoded(*each) for each in self._media_of(messages, fetched)))
         except PromptError as error:
             raise MessagesError(f"messages: {error}") from error
 
@@ -86,17 +90,18 @@ class PromptMaker:
             elif isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
             else:
-                parts.append({"type": "image"})
+                parts.append({"type": "video" if isinstance(part, VideoPart) else "image"})
         return [part | {"text": self._builder.escape(part["text"])} if part["type"] == "text" else part for part in parts]
 
-    def _images_of(self, messages: list[Message], fetched: Fetched) -> Iterator[InlineImage]:
-        for url, path in image_urls(messages):
-            yield InlineImage(path, fetched[url] if url in fetched else self._content(url, path))
+    def _media_of(self, messages: list[Message], fetched: Fetched) -> Iterator[tuple[ImagePart | VideoPart, InlineImage]]:
+        for part, path in media_of(messages):
+            yield part, InlineImage(path, fetched[part.url] if part.url in fetched else self._content(part, path))
 
-    def _content(self, url: str, path: str) -> bytes:
-        head = DATA_URL.match(url)
-        if head is None:
-            raise MessagesError(f"{path} must be a data: URL, data:image/png;base64,...; images are not fetched")
+    def _content(self, part: ImagePart | VideoPart, path: str) -> bytes:
+        kind, example = ("video", "mp4") if isinstance(part, VideoPart) else ("image", "png")
+        url, head = part.url, DATA_URL.match(part.url)
+        if head is None or head[1].lower() != kind:
+            raise MessagesError(f"{path} must be a data: URL, data:{kind}/{example};base64,...; {kind}s are not fetched")
         limit = self._limits.image_bytes
         if (len(url) - head.end()) * 3 // 4 > limit + 2:
             raise MessagesError(f"{path} has more than {limit} bytes")
@@ -105,8 +110,8 @@ class PromptMaker:
         except (binascii.Error, ValueError) as error:
             raise MessagesError(f"{path} is not base64: {error}") from error
 
-    def _inspect(self, image: InlineImage) -> tuple[int, int, int]:
-        """Return (width, height, bytes that its preparation needs) of an image, from its header."""
+    def _inspect(self, image: InlineImage) -> tuple[int, Needs]:
+        """Return (pixels, bytes) of an image, from its header."""
         try:
             with Image.open(image.open(), formats=FORMATS) as header:
                 width, height = header.size
@@ -123,11 +128,30 @@ class PromptMaker:
         size, limit = working_bytes(header.size, header.format == "WEBP", self._image_processor), self._limits.working_bytes
         if size > limit:
             raise MessagesError(f"{image} has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed")
-        return width, height, size
+        return width * height, Needs(size, self._builder.image_bytes)
 
-    def _decoded(self, image: InlineImage) -> Image.Image:
+    def _inspect_video(self, video: InlineImage) -> tuple[int, Needs]:
+        """Return (pixels of the frames that the model sees, bytes) of a video, from its header."""
         try:
-            return open_image(image, "the request", FORMATS)
+            info, indices = self._builder.inspect_video(video, "the request")
+        except DataError as error:
+            raise MessagesError(str(error)) from error
+        limits, frame = self._limits, info.width * info.height
+        size = f"{video} has {info.frames} frames of {info.width} x {info.height} pixels"
+        if frame > limits.pixels or frame * info.frames > limits.decoded_pixels:
+            raise MessagesError(f"{size}, but at most {limits.pixels} pixels are allowed in a frame, and {limits.decoded_pixels} in all")
+        pixels, per_frame = frame * len(set(indices)), self._frame_bytes or FRAME_INPUTS * frame
+        needs = Needs(DECODING_VIDEO * pixels + 2 * per_frame * len(indices), per_frame * len(indices))
+        if needs.working > limits.working_bytes or needs.kept > limits.all_bytes:
+            most = f"at most {limits.working_bytes} and {limits.all_bytes} are allowed"
+            raise MessagesError(f"{size} and needs {needs.working} bytes to prepare and {needs.kept} for its inputs, but {most}")
+        return pixels, needs
+
+    def _decoded(self, part: ImagePart | VideoPart, medium: InlineImage) -> Image.Image | Clip:
+        try:
+            if isinstance(part, VideoPart):
+                return self._builder.open_video(medium, "the request")
+            return open_image(medium, "the request", FORMATS)
         except DataError as error:
             message = str(error)
         # Raised here, because `error` would otherwise keep the decoded image in memory until the response is sent.

@@ -66,15 +66,17 @@ def busy(status: int, message: str, code: str) -> ApiError:
 class Limits:
     """The limits of one request, except for `all_bytes`."""
 
-    body_bytes: int = 32 * 2**20  # includes images in base64
+    body_bytes: int = 32 * 2**20  # includes images and videos in base64
     all_bytes: int = 192 * 2**20  # of all requests together: bodies, fetched images, and the images' inputs
-    working_bytes: int = 700 * 10**6  # to decode and resize one image
+    working_bytes: int = 700 * 10**6  # to decode and resize one image or video
     delimiters: int = 250_000  # commas, colons and opening brackets, which bound the number of parsed values
-    image_bytes: int = 8 * 2**20  # of one encoded image
-    pixels: int = 25_000_000  # of one decoded image
-    all_pixels: int = 50_000_000  # of all images of a request
+    image_bytes: int = 8 * 2**20  # of one encoded image or video
+    pixels: int = 25_000_000  # of one decoded image, or of a frame
+    all_pixels: int = 50_000_000  # of all images of a request, and of the frames that the model sees
     scans: int = 100  # of a JPEG; decoding one takes as long as decoding a whole image
     images: int = 8
+    videos: int = 1
+    decoded_pixels: int = 4_000_000_000  # of all frames of a video: one minute at 1920 x 1080 and 30 frames a second
     messages: int = 128
     characters: int = 200_000  # of all texts
     new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # of a completion, if the request sets no limit
@@ -94,9 +96,14 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    url: str
+
+
+@dataclass(frozen=True)
 class Message:
     role: str  # "system", "user" or "assistant"
-    content: list[TextPart | ImagePart]
+    content: list[TextPart | ImagePart | VideoPart]
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,14 @@ def _image_url(value: Any, path: str) -> str:
     return read_object(value, path, {"url": string}, ("url",), {"detail": one_of("auto", "low", "high")})["url"]
 
 
+def _video_part(value: Any, path: str) -> VideoPart:
+    return VideoPart(read_object(value, path, {"type": string, "video_url": _video_url}, ("video_url",), {})["video_url"])
+
+
+def _video_url(value: Any, path: str) -> str:
+    return read_object(value, path, {"url": string}, ("url",), {})["url"]
+
+
 def _content(parts: Mapping[str, Read[Any]]) -> Read[list[Any]]:
     read_list = items(by_kind("type", parts), "a string or a list of parts")
     return lambda value, path: [TextPart(value)] if isinstance(value, str) else read_list(value, path)
@@ -163,7 +178,7 @@ MESSAGE = by_kind(
     "role",
     {
         "system": _message(TEXTS, {}),
-        "user": _message(_content({"text": _text_part, "image_url": _image_part}), {}),
+        "user": _message(_content({"text": _text_part, "image_url": _image_part, "video_url": _video_part}), {}),
         "assistant": _message(TEXTS, {"annotations": only([]), "tool_calls": only([])}),  # clients send back the messages that they got
     },
 )
@@ -244,22 +259,23 @@ def _check_messages(chat: ChatCompletionRequest, limits: Limits, with_answer: bo
         rule = f"after at most one system message, user and assistant must alternate, from user to {last}"
         raise MessagesError(f"messages: {rule}, but the roles are {', '.join(roles)}")
     parts = [part for message in chat.messages for part in message.content]
-    images = sum(isinstance(part, ImagePart) for part in parts)
-    if images > limits.images:
-        raise MessagesError(f"{images} images, but at most {limits.images} are allowed")
+    for kind, name, most in ((ImagePart, "images", limits.images), (VideoPart, "videos", limits.videos)):
+        number = sum(isinstance(part, kind) for part in parts)
+        if number > most:
+            raise MessagesError(f"{number} {name}, but at most {most} are allowed")
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
     if characters > limits.characters:
         raise MessagesError(f"{characters} characters of text, but at most {limits.characters} are allowed")
-    if not any(isinstance(part, ImagePart) or part.text.strip() for part in chat.messages[-1].content):
+    if not any(not isinstance(part, TextPart) or part.text.strip() for part in chat.messages[-1].content):
         path = f"messages.{len(chat.messages) - 1}.content"
         raise ApiError(400, f"{path}: the last message is empty", path)
 
 
-def image_urls(messages: list[Message]) -> list[tuple[str, str]]:
-    """Return the URL of each image in order, and its path in the body, by which messages name it."""
+def media_of(messages: list[Message]) -> list[tuple[ImagePart | VideoPart, str]]:
+    """Return the images and videos in order, each with the path of its URL in the body, by which messages name it."""
     return [
-        (part.url, f"messages.{number}.content.{index}.image_url")
+        (part, f"messages.{number}.content.{index}.{'video' if isinstance(part, VideoPart) else 'image'}_url")
         for number, message in enumerate(messages)
         for index, part in enumerate(message.content)
-        if isinstance(part, ImagePart)
+        if not isinstance(part, TextPart)
     ]

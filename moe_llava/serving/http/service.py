@@ -24,7 +24,7 @@ from moe_llava.serving.http.bodies import MemoryBudget, Reservation, Worker, rea
 from moe_llava.serving.http.fetch import Fetcher
 from moe_llava.serving.http.metrics import Metrics
 from moe_llava.serving.http.prompts import Fetched, PromptMaker
-from moe_llava.serving.http.protocol import CLIENT_CLOSED, ApiError, ChatCompletionRequest, Limits, busy, image_urls, parse
+from moe_llava.serving.http.protocol import CLIENT_CLOSED, ApiError, ChatCompletionRequest, Limits, busy, media_of, parse
 from moe_llava.serving.http.replies import Reply, error_response
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,8 @@ class Service:
         reservation: Reservation,
         with_answer: bool = False,
     ) -> Prepared:
-        """Return the result of `prepare`, which is called in a thread with a client's body and the images that it names. `reservation` then
-        holds more than the result, which is all that is kept of a body.
+        """Return the result of `prepare`, which is called in a thread with a client's body and the images and videos that it names.
+        `reservation` then holds more than the result, which is all that is kept of a body.
 
         `with_answer`: the last message must be an answer. Raises ApiError as `parse` does, or if the body is for another model; QueueFull,
         EngineClosed and TimeLimitExceeded.
@@ -129,7 +129,7 @@ class Service:
         if chat.model != self.name:
             raise ApiError(404, f"the model is {self.name!r}, not {chat.model[:100]!r}", "model", "model_not_found")
         self.engine.check_queue()
-        urls = [url for url, _ in image_urls(chat.messages) if url[:8].lower().startswith(("http://", "https://"))]
+        urls = [part.url for part, _ in media_of(chat.messages) if part.url[:8].lower().startswith(("http://", "https://"))]
         fetched = await self.fetcher.fetch(urls, reservation.add) if self.fetcher is not None else {}
         needs = await self.parsing.run(0, lambda: self.prompts.needs(chat.messages, fetched))
         reservation.add(needs.kept)

@@ -28,7 +28,7 @@ from moe_llava.serving.engine.interface import Work
 from moe_llava.serving.engine.requests import Prompt
 from moe_llava.serving.http.bodies import Reservation, unless_disconnected
 from moe_llava.serving.http.prompts import Fetched
-from moe_llava.serving.http.protocol import ApiError, ChatCompletionRequest
+from moe_llava.serving.http.protocol import ApiError, ChatCompletionRequest, VideoPart, media_of
 from moe_llava.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,9 @@ class Routes:
     def _prompt(self, chat: ChatCompletionRequest, fetched: Fetched) -> tuple[Prompt, int]:
         """Return the prompt of a conversation up to the last token of its last message, an answer, and the index at which that begins."""
         prompts, messages = self._service.prompts, chat.messages
+        for part, path in media_of(messages):
+            if isinstance(part, VideoPart):
+                raise ApiError(400, f"{path}: the routes of a conversation with a video are not shown", path)
         before, whole = prompts.make(messages[:-1], fetched).input_ids, prompts.make(messages, fetched)
         ids = whole.input_ids
         # A chat template may end a prompt with other tokens than it puts before a given answer: the answer begins at the first difference.
