@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PhiConfig,
@@ -78,7 +79,8 @@ def dense_family(name: str) -> Case:
     config = tiny_model(name, processor).config
     text = config.get_text_config()
     # vLLM's attention on CPUs wants heads of 32 or more.
-    text.head_dim, text.num_attention_heads, text.num_key_value_heads = 32, 1, 1
+    heads = 2 if hasattr(text, "head_dim") else 1  # a head's width is 32, or the model's, which is 32
+    text.head_dim, text.num_attention_heads, text.num_key_value_heads = 32, heads, heads
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters["mrope_section"] = [8, 4, 4]
     torch.manual_seed(0)
@@ -98,7 +100,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "llama-residual": lambda: digits(use_residual=True),
     "llama-unnormalised": lambda: digits(norm_topk_prob=False),
     "llama-smoes": lambda: digits(routing="smoes", num_experts=4),
-    "llama-modality_split": lambda: digits(routing="modality_split", num_experts=4),
+    "llama-modality_split": lambda: llava(LlamaConfig, routing="modality_split"),
     "phi": lambda: llava(PhiConfig),
     "stablelm": lambda: llava(StableLmConfig),
     "qwen2": lambda: llava(Qwen2Config),
@@ -116,7 +118,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "smolvlm": lambda: family("smolvlm"),
     "mistral3": lambda: family("mistral3"),
     "llava_onevision": lambda: family("llava_onevision"),
-    "native-qwen2_moe": lambda: native(digits()),
+    "native-qwen2_moe": lambda: native(llava(Qwen2Config)),
+    "native-qwen2_moe-llama": lambda: native(digits()),
     "native-mixtral": lambda: native(digits(), every_layer=True),
     "native-qwen3_moe": lambda: native(llava(Qwen3Config)),
     "native-qwen3_vl_moe": lambda: native(family("qwen3_vl")),
