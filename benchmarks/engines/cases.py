@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -113,11 +115,24 @@ CASES: dict[str, Callable[[], Case]] = {
     "gemma3-dense": lambda: dense_family("gemma3"),
     "qwen3_vl-text": lambda: family("qwen3_vl"),
     "qwen3_vl-dense": lambda: dense_family("qwen3_vl"),
-    "qwen2_5_vl": lambda: family("qwen2_5_vl"),
-    "internvl": lambda: family("internvl"),
-    "smolvlm": lambda: family("smolvlm"),
-    "mistral3": lambda: family("mistral3"),
-    "llava_onevision": lambda: family("llava_onevision"),
+    **{
+        name: partial(family, name)
+        for name in (
+            "aya_vision",
+            "cohere2_vision",
+            "gemma4",
+            "glm4v",
+            "idefics3",
+            "internvl",
+            "llava_next",
+            "llava_onevision",
+            "mistral3",
+            "qwen2_5_vl",
+            "qwen3_5",
+            "smolvlm",
+            "vipllava",
+        )
+    },
     "native-qwen2_moe": lambda: native(llava(Qwen2Config)),
     "native-qwen2_moe-llama": lambda: native(digits()),
     "native-mixtral": lambda: native(digits(), every_layer=True),
@@ -145,7 +160,8 @@ def write_case(name: str, out: Path) -> None:
     suppressed = list(model.generation_config.suppress_tokens or [])
     prompts = []
     for number, (picture, question) in zip(range(PROMPTS), questions(), strict=False):
-        picture = picture.resize((64, 64))  # a multiple of all patches: engines resize differently
+        if not isinstance(processor, LlavaProcessor):  # 64 is a multiple of all patches; the included tower takes pictures as they are
+            picture = picture.resize((64, 64))  # vLLM, llama.cpp and Pillow resize differently
         pictures = [] if name.endswith(TEXT_ONLY) else [picture]
         message = {"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_llava.common.colours import expert_colour, ink
 from moe_llava.routing.plots import Chart, data_url
-from moe_llava.routing.tokens import KINDS, picture_sizes, tiles
+from moe_llava.routing.tokens import KINDS, patch_grids, picture_sizes, tiles
 from moe_llava.routing.trace import Trace
 
 ONE = 65535  # stands for a probability of 1
@@ -82,6 +82,8 @@ def as_seen(inputs: Mapping[str, Tensor], processor: Any, config: Any) -> list[n
     images, sizes = processor.image_processor, picture_sizes(inputs, config)
     if "image_grid_thw" in inputs:
         seen = _from_patches(inputs["pixel_values"], inputs["image_grid_thw"].tolist(), images)
+    elif "image_position_ids" in inputs:
+        seen = _from_positions(inputs["pixel_values"], patch_grids(inputs))
     else:
         seen = list(tiles(inputs["pixel_values"]))
     if sizes is None:
@@ -100,6 +102,16 @@ def _from_patches(patches: Tensor, grids: list[list[int]], images: Any) -> list[
     for (frames, rows, columns), own in zip(grids, patches.split([math.prod(grid) for grid in grids]), strict=True):
         own = own.view(frames, rows // merge, columns // merge, merge, merge, -1, time, size, size)
         found.append(own[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * size, columns * size))
+    return found
+
+
+def _from_positions(patches: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
+    """Return [channels, height, width] of each image from its patches [N, patches, size x size x channels], which stand in rows."""
+    found = []
+    for own, (rows, columns) in zip(patches, grids, strict=True):
+        size = math.isqrt(own.shape[1] // 3)
+        cut = own[: rows * columns].view(rows, columns, size, size, 3)
+        found.append(cut.permute(4, 0, 2, 1, 3).reshape(3, rows * size, columns * size))
     return found
 
 

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, S sequence, N images of the batch.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ TEXT, SPECIAL, IMAGE, VIDEO, AUDIO = range(5)  # saved traces hold these numbers
 KINDS = ("text", "special", "image", "video", "audio")
 MEDIA = (IMAGE, VIDEO, AUDIO)  # their tokens are placeholders, which have no text
 # A processor's output -> the kind of its placeholders.
+_PACKING = ("vision_feature_select_strategy", "vision_aspect_ratio")  # settings of a model that packs its features
 INPUTS = {"pixel_values": IMAGE, "pixel_values_videos": VIDEO, "input_features": AUDIO, "input_values": AUDIO}
 
 
@@ -43,7 +45,7 @@ def placeholder_kinds(config: Any, inputs: Collection[str]) -> dict[int, int]:
     return kinds
 
 
-def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) -> Tensor:
+def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
     """Return [B, S, 3]: the index of the image in its row, and the row and column of the patch; -1 for other tokens.
 
     Raise RoutingError if the images' tokens are not known to form a grid.
@@ -52,10 +54,13 @@ def image_places(is_image_BS: Tensor, inputs: Mapping[str, Any], config: Any) ->
     found = int(is_image_BS.sum())
     if not found:
         return places_BS3
-    grids = _grids(found, inputs, config)
-    places_N3 = torch.cat([_grid(number, *sizes) for number, sizes in enumerate(grids)])
+    if hasattr(model.base_model, "pack_image_features"):
+        places = _packed(inputs, model.base_model)
+    else:
+        places = [_grid(number, *sizes) for number, sizes in enumerate(_grids(found, inputs, model.config))]
+    places_N3 = torch.cat(places)
     if len(places_N3) != found:
-        raise RoutingError(f"found {found} image tokens, but {len(grids)} images of {len(places_N3)} tokens in all")
+        raise RoutingError(f"found {found} image tokens, but {len(places)} images of {len(places_N3)} tokens in all")
     places_BS3[is_image_BS] = places_N3
     for row, has_image in zip(places_BS3, is_image_BS, strict=True):
         if has_image.any():
@@ -69,8 +74,9 @@ def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int
     if sizes is not None:
         step = config.vision_config.patch_size * _merged(config)
         return [(0, height // step, width // step) for height, width in sizes]
-    if "image_position_ids" in inputs or hasattr(config, "image_grid_pinpoints"):
-        raise RoutingError(f"where the patches of {type(config).__name__} are in their image is not known")
+    if "image_position_ids" in inputs:  # patches are pooled
+        pooled = config.vision_config.pooling_kernel_size
+        return [(0, rows // pooled, columns // pooled) for rows, columns in patch_grids(inputs)]
     number = len(tiles(inputs["pixel_values"])) if "pixel_values" in inputs else 0
     if not number or found % number:
         raise RoutingError(f"found {found} image tokens, but {number} images in pixel_values")
@@ -82,6 +88,36 @@ def _grids(found: int, inputs: Mapping[str, Any], config: Any) -> list[tuple[int
     if before > 1:  # a class token may come first
         raise RoutingError(f"an image has {tokens} tokens, which are no square of patches")
     return [(before, side, side)] * number
+
+
+def patch_grids(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return (rows, columns) of each image whose patches come with their positions (column, row), -1 for padding."""
+    return [(int(positions[:, 1].max()) + 1, int(positions[:, 0].max()) + 1) for positions in inputs["image_position_ids"]]
+
+
+def _packed(inputs: Mapping[str, Any], model: Any) -> list[Tensor]:
+    """Return the places [tokens, 3] of each image of a model that arranges the features of its tiles itself: it cuts padding off, ends rows
+    with a newline, and may interpolate. It is given places as features; those of newlines are -1."""
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    settings = {name: getattr(model.config, name) for name in _PACKING if name in inspect.signature(model.pack_image_features).parameters}
+    found, before = [], 0
+    for own, size in zip(inputs["pixel_values"], inputs["image_sizes"], strict=True):
+        number = len(tiles(own[None]))
+        # For each tile: whether a feature is its own, and its row and column there. Interpolation mixes tiles: the largest share counts.
+        features = torch.zeros(number, side * side, number, 3)
+        for tile in range(number):
+            features[tile, :, tile] = torch.stack([torch.ones(side * side), rows, columns], dim=1)
+        newline = torch.zeros(3 * number)
+        (packed,), _ = model.pack_image_features([features.flatten(2)], size[None], image_newline=newline, **settings)
+        shares = packed.view(-1, number, 3)
+        tile = shares[..., 0].argmax(dim=1)
+        mine = shares[torch.arange(len(shares)), tile]
+        places = torch.cat([before + tile[:, None], (mine[:, 1:] / mine[:, :1].clamp(min=1e-6)).round()], dim=1).long()
+        places[mine[:, 0] == 0, 1:] = -1
+        found.append(places)
+        before += number
+    return found
 
 
 def picture_sizes(inputs: Mapping[str, Any], config: Any) -> list[tuple[int, int]] | None:

@@ -161,7 +161,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         rows_T=mask_BS.nonzero()[:, 0],
         kinds_T=kinds_T,
         answer_T=answer_BS[mask_BS],
-        places_T3=image_places((kinds_BS == IMAGE) & mask_BS, inputs, model.config)[mask_BS],
+        places_T3=image_places((kinds_BS == IMAGE) & mask_BS, inputs, model)[mask_BS],
         layers=tuple(sorted(recorded)),
         pieces=None if tokenizer is None else _pieces(tokenizer, token_ids_T, kinds_T),
     )

@@ -17,11 +17,13 @@ from moe_llava.common.errors import CheckpointError
 if TYPE_CHECKING:
     from moe_llava.training.budget import Budget
 
-# Families whose language model takes more than embeddings and positions, which is all that vLLM's backend passes.
-INCOMPLETE = {
-    "qwen3_vl": "deepstack features of the vision tower",
-    "gemma3": "token types, by which image tokens attend to each other in both directions",
-    "paligemma": "token types, by which a prompt attends in both directions",
+# Families that vLLM's backend for transformers models computes otherwise, or does not start.
+UNSUPPORTED = {
+    "qwen3_vl": "because it drops the deepstack features of the vision tower",
+    "gemma3": "because it drops the token types, by which the tokens of an image attend to each other in both directions",
+    "paligemma": "because it drops the token types, by which a prompt attends in both directions",
+    "smolvlm": "because their processor cannot count the tokens of an image",
+    "ovis2": "because their processor cannot count the tokens of an image",
 }
 
 
@@ -60,10 +62,10 @@ def vllm_command(path: str | Path, layout: Layout) -> str:
 
 def _check(config: dict[str, Any], path: str | Path) -> None:
     family = config["model_type"].removeprefix(SPARSE)
-    if family in INCOMPLETE:
+    if family in UNSUPPORTED:
         advice = "export it: `moe-llava export`" if family == "qwen3_vl" else "use `moe-llava serve`"
         raise CheckpointError(
-            f"checkpoint {path} is a {family}: vLLM's backend for transformers models drops {INCOMPLETE[family]}; {advice}"
+            f"checkpoint {path}: vLLM's backend does not support models of type {family}, {UNSUPPORTED[family]}; {advice}"
         )
     if config.get("capacity_factor") is not None:
         raise CheckpointError(

@@ -9,12 +9,11 @@ from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.data.rendering import make_portable
 from moe_llava.routing.page import as_seen
-from moe_llava.routing.tokens import RoutingError, picture_sizes, tiles
+from moe_llava.routing.tokens import picture_sizes, tiles
 from moe_llava.routing.trace import trace_routing
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 
 COLOURS = ((250, 20, 20), (20, 250, 20), (20, 20, 250), (240, 240, 30))
-WITHOUT = {"llava_next", "llava_onevision", "gemma4"}  # tiles with ends of rows, pooled patches
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def made(family):
     return upcycle(tiny_model(family, processor), num_experts=4, num_experts_per_tok=2), processor
 
 
-@pytest.mark.parametrize("family", sorted(set(ROWS) - WITHOUT))
+@pytest.mark.parametrize("family", sorted(ROWS))
 def test_patches_are_where_their_pixels_are(family, quadrants):
     """The picture of the page has the colours of the image, and a token's place is that of the pixels that it was made from."""
     model, processor = made(family)
@@ -63,13 +62,17 @@ def test_patches_are_where_their_pixels_are(family, quadrants):
                 assert (colour * 255 - torch.tensor(COLOURS[quadrant])).abs().max() < 12
 
 
-@pytest.mark.parametrize("family", sorted(WITHOUT))
-def test_unknown_places_are_refused(family, quadrants):
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_places_of_tiles_that_the_model_arranges(family, tmp_path):
+    """The whole picture comes first; then rows go through two tiles beside each other, and end with a newline."""
+    Image.new("RGB", (64, 20), COLOURS[0]).save(tmp_path / "wide.png")
     model, processor = made(family)
-    item = Encoder(processor)(quadrants)
-    batch = {name: value[None] if name in ("input_ids", "labels") or name.endswith("type_ids") else value for name, value in item.items()}
-    with pytest.raises(RoutingError, match="are in their image is not known"):
-        trace_routing(model, batch, processor.tokenizer)
+    item = Encoder(processor)(Record("wide", (("<image>\nWhat?", "Red."),), (tmp_path / "wide.png",)))
+    batch = {name: value[None] if name in ("input_ids", "labels") else value for name, value in item.items()}
+    places = trace_routing(model, batch, processor.tokenizer).places_T3
+    whole = [[0, row, column] for row in (0, 1) for column in (0, 1)]
+    rows = [[*([tile, row, column] for tile in (1, 2) for column in (0, 1)), [0, -1, -1]] for row in (0, 1)]
+    assert places[places[:, 0] >= 0].tolist() == [*whole, *rows[0], *rows[1]]
 
 
 def test_empty_tiles_are_left_out():

@@ -79,9 +79,9 @@ def test_several_images_and_a_class_token():
     assert first.places_T3[first.kinds_T == IMAGE][:, 0].tolist() == [0] * tokens + [1] * tokens
     assert second.places_T3[second.kinds_T == IMAGE].tolist() == [[0, -1, -1], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
     with pytest.raises(RoutingError, match="found 15 image tokens, but 2 images in pixel_values"):
-        image_places(ids == 98, {"pixel_values": inputs["pixel_values"][:2]}, model.config)
+        image_places(ids == 98, {"pixel_values": inputs["pixel_values"][:2]}, model)
     with pytest.raises(RoutingError, match="an image has 3 tokens, which are no square of patches"):
-        image_places(torch.tensor([[True, True, True]]), {"pixel_values": inputs["pixel_values"][:1]}, model.config)
+        image_places(torch.tensor([[True, True, True]]), {"pixel_values": inputs["pixel_values"][:1]}, model)
 
 
 def test_a_generation_is_a_forward_pass_over_what_was_generated():

@@ -41,8 +41,10 @@ def test_the_command(saved):
 
 
 def test_what_vllm_computes_otherwise_is_refused(saved, tmp_path):
-    assert "drops deepstack features of the vision tower; export it" in refused("vllm", saved("qwen3_vl"))
-    assert "by which image tokens attend to each other in both directions; use `moe-llava serve`" in refused("vllm", saved("gemma3"))
+    assert "because it drops the deepstack features of the vision tower; export it" in refused("vllm", saved("qwen3_vl"))
+    assert "by which the tokens of an image attend to each other in both directions; use `moe-llava serve`" in refused(
+        "vllm", saved("gemma3")
+    )
     assert "has capacity_factor 1.5: the tokens of a batch share it" in refused("vllm", saved("llava", capacity_factor=1.5))
     assert "--nodes is 3, but must divide 4 devices" in refused("vllm", saved("internvl"), "--tensor-parallel", "4", "--nodes", "3")
     tiny_vlm("llava").save_pretrained(tmp_path / "dense")
