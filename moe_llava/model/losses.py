@@ -1,13 +1,18 @@
-"""Auxiliary losses of the routers, from recorded logits: balance loss and z-loss. The loss of SMoES is in smoes.py.
+"""Auxiliary losses of the routers, from recorded logits: balance loss and z-loss. The loss of SMoES is in smoes.py. Targets of the language
+loss.
 
-Shapes: T tokens, E experts, G groups of N experts.
+Shapes: B rows, S sequence, T tokens, E experts, G groups of N experts.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+IGNORED = -100  # the label of a token that is no target
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None, groups: list[Tensor] | None = None) -> Tensor:
@@ -59,3 +64,13 @@ def _shares(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
 def drop_padding(rows: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """Return the rows of [T, ...] that are not padding."""
     return rows if token_mask_T is None else rows[token_mask_T.to(rows.device)]
+
+
+def next_labels(labels_BS: Tensor) -> Tensor:
+    """Return [B, S]: for each token the label of the next one, which it predicts; -100 for the last."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+
+
+def targets_of(labels_BS: Any, shift_labels_BS: Tensor | None) -> Tensor:
+    """Return [B, S]: for each token the label that it predicts, as given or from the labels of the tokens themselves."""
+    return next_labels(labels_BS) if shift_labels_BS is None else shift_labels_BS

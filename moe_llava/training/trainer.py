@@ -18,7 +18,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
 from moe_llava.model import SparseModel
-from moe_llava.model.modeling import next_labels
+from moe_llava.model.losses import next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.native import numbers, recorded, without_auxiliary
