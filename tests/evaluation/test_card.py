@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,18 @@ from tests.training.conftest import tiny_base  # noqa: F401
 OPTIMISATION = {"learning_rate": 1e-5, "batch_size": 1, "per_device_batch_size": 1}
 
 
-@pytest.fixture
-def folder(tiny_base, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def saved(tiny_base, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("saved") / "model"
     dense, processor = load_checkpoint(tiny_base / "base")
-    upcycle(dense, num_experts=4).save_pretrained(tmp_path / "model")
-    sparse_processor(processor).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    upcycle(dense, num_experts=4).save_pretrained(folder)
+    sparse_processor(processor).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def test_a_card_of_an_upcycled_model(folder, tmp_path):
