@@ -137,10 +137,10 @@ def find_target(sparse: SparseLanguageModel, every_layer: bool = False) -> Targe
         f"image placeholder {config.image_token_id} beyond the vocabulary of {text.vocab_size}": config.image_token_id >= text.vocab_size,
     }.items():
         if found:
-            raise CheckpointError(f"no native architecture can express {problem}: vLLM serves the checkpoint itself (docs/serving.md)")
+            raise CheckpointError(f"no native architecture can express {problem}: vLLM serves the checkpoint itself (docs/engines.md)")
     targets = TARGETS.get(config.dense_class.model_type) or TARGETS.get(text.model_type)
     if targets is None:
-        rule = f"those with one are {', '.join(TARGETS)}. vLLM serves the checkpoint itself (docs/serving.md)"
+        rule = f"those with one are {', '.join(TARGETS)}. vLLM serves the checkpoint itself (docs/engines.md)"
         raise CheckpointError(f"a language model of type {text.model_type} has no native MoE architecture; {rule}")
     reasons = []
     for target in targets:

@@ -1,6 +1,6 @@
 """The command line of vLLM for a checkpoint, and the memory of each device.
 
-What was run and compared with `generate` is in docs/serving.md. The rules here refuse what vLLM's backend for transformers models computes
+What was run and compared with `generate` is in docs/engines.md. The rules here refuse what vLLM's backend for transformers models computes
 otherwise, without an error.
 """
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 # Families that vLLM's backend for transformers models computes otherwise, or does not start.
 UNSUPPORTED = {
     "qwen3_vl": "because it drops the deepstack features of the vision tower",
+    "qwen3_5": "because it has no linear attention",
     "gemma3": "because it drops the token types, by which the tokens of an image attend to each other in both directions",
     "paligemma": "because it drops the token types, by which a prompt attends in both directions",
     "smolvlm": "because their processor cannot count the tokens of an image",
     "ovis2": "because their processor cannot count the tokens of an image",
 }
+EXPORTED = {"qwen3_vl", "qwen3_5"}  # those with a native architecture
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def vllm_command(path: str | Path, layout: Layout) -> str:
 def _check(config: dict[str, Any], path: str | Path) -> None:
     family = config["model_type"].removeprefix(SPARSE)
     if family in UNSUPPORTED:
-        advice = "export it: `moe-llava export`" if family == "qwen3_vl" else "use `moe-llava serve`"
+        advice = "export it: `moe-llava export`" if family in EXPORTED else "use `moe-llava serve`"
         raise CheckpointError(
             f"checkpoint {path}: vLLM's backend does not support models of type {family}, {UNSUPPORTED[family]}; {advice}"
         )
