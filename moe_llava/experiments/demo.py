@@ -66,17 +66,19 @@ def demo_recipe(out: Path, recipe: Recipe) -> Recipe:
     """Return the recipe, moved into the folder `out`. Raise RecipeError if the demo cannot run it."""
     if recipe.stage3.adapter:
         raise RecipeError("stage3.adapter is set, but the demo compares experts with FFNs that are trained in full: leave it out")
+    for number in (1, 2):
+        recipe.settings_of(number)  # raises if the recipe lacks the stage
     return digits_recipe(out, recipe)
 
 
 def digits_recipe(out: Path, recipe: Recipe) -> Recipe:
-    """Move the recipe into the folder `out`, onto the data and the model that `prepare` writes there."""
-    recipe.model, recipe.output = str(out / "base"), str(out)
-    stages = (recipe.stage1, recipe.stage2, recipe.stage3)
-    for number, (stage, name) in enumerate(zip(stages, ("captions", "train", "train"), strict=True), start=1):
-        if stage is None:
-            raise RecipeError(f"the recipe has no stage{number}")
-        stage.data = Data(str(out / "data" / f"{name}.json"), str(out / "data" / "images"))
+    """Move the recipe into the folder `out`, onto the data that `prepare` writes there, and onto its model. A recipe without stage I keeps
+    its own model, which is aligned already."""
+    recipe.output = str(out)
+    if recipe.stage1 is not None:
+        recipe.model = str(out / "base")
+    for number, stage in recipe.stages.items():
+        stage.data = Data(str(out / "data" / ("captions.json" if number == 1 else "train.json")), str(out / "data" / "images"))
     return recipe
 
 
