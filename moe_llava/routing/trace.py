@@ -2,7 +2,7 @@
 
 Unusual here:
 - Routers are found by what transformers itself records as `router_logits`. So other sparse models of transformers can be traced too, if
-  their routers return (logits, weights, expert indices) and weigh by a softmax. Others are refused, not misread.
+  their routers return (logits, weights, expert indices) and weigh by a softmax or a sigmoid. Others are refused, not misread.
 - Forward hooks, since `generate` never returns router logits. They exist only while something is traced.
 
 Shapes: B rows of a batch, S sequence, T tokens of all rows without padding, L MoE layers, E experts, K experts per token.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ Recorded = dict[int, list[_Pass]]
 class Trace:
     """The routes of the tokens of one or several rows, row after row, without padding.
 
-    `probs_LTE`: softmax of the router's logits, float32. `ids_LTK`: the chosen experts, in order of falling probability, and
-    `weights_LTK`: their weights. `dropped_LTK`: assignments to a full expert, whose weight is 0.
+    `probs_LTE`: softmax of the router's logits, or their sigmoid divided by its sum, float32. `ids_LTK`: the chosen experts, in order of
+    falling probability, and `weights_LTK`: their weights. `dropped_LTK`: assignments to a full expert, whose weight is 0.
     `token_ids_T`, `rows_T`: the token and its row. `kinds_T`: an index of KINDS. `answer_T`: whether the token belongs to an answer, of the
     model or of a record; the others are prompt. `places_T3`: for an image's token, the index of the image in its row, and the row and
     column of its patch; -1 for others, such as a class token or a video.
@@ -252,19 +252,19 @@ def _reports_drops(output: tuple[Any, ...]) -> bool:
 
 def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:
     """Return the fields of a Trace that routers provide, for the tokens in the mask. Raise RoutingError if the passes do not add up to
-    these tokens, a layer has several routers, or the weights do not come from a softmax."""
-    layers = []
+    these tokens, a layer has several routers, or the weights follow no known rule."""
+    layers, rules = [], []
     for index, passes in sorted(recorded.items()):
         routers = sorted({one.router for one in passes})
         if len(routers) > 1:
             raise RoutingError(f"layer {index} has several routers, {' and '.join(routers)}, but a trace holds one for each layer")
         evidence = _joined(index, [one.evidence for one in passes], mask_BS)
-        _check_softmax(routers[0], *evidence)
+        rules.append(_rule_of(routers[0], *evidence))
         if evidence[0].shape[1] > 1 and (evidence[0] == evidence[0][:, :1]).all() and not passes[0].ours:
             raise RoutingError(f"the router {routers[0]} gives all experts the same logit, so how it weighs experts is not known")
         layers.append(_joined(index, [one.output for one in passes], mask_BS))
     logits_LTE, weights_LTK, ids_LTK, dropped_LTK = (torch.stack([layer[part] for layer in layers]) for part in range(4))
-    probs_LTE, weights_LTK = logits_LTE.float().softmax(dim=-1), weights_LTK.float()
+    probs_LTE, weights_LTK = torch.stack([rule(logits) for rule, logits in zip(rules, logits_LTE, strict=True)]), weights_LTK.float()
     order_LTK = probs_LTE.gather(-1, ids_LTK).argsort(dim=-1, descending=True, stable=True)  # not every router sorts them
     ids_LTK, weights_LTK, dropped_LTK = (part.gather(-1, order_LTK) for part in (ids_LTK, weights_LTK, dropped_LTK))
     return {"probs_LTE": probs_LTE, "ids_LTK": ids_LTK, "weights_LTK": weights_LTK, "dropped_LTK": dropped_LTK}
@@ -280,15 +280,28 @@ def _joined(layer: int, passes: Sequence[Parts], mask_BS: Tensor) -> list[Tensor
     return [part.cpu()[mask_BS] for part in parts]  # layers may be on several devices
 
 
-def _check_softmax(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> None:
-    """Raise RoutingError unless the weights are the softmax of the logits, both normalised over the chosen experts."""
+def _softmax(logits_TE: Tensor) -> Tensor:
+    return logits_TE.float().softmax(dim=-1)
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    scores_TE = logits_TE.float().sigmoid()
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+
+
+def _rule_of(router: str, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, dropped_TK: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return how probabilities follow from logits: by the rule that explains the weights, both normalised over the chosen experts. Raise
+    RoutingError if none does."""
     close = max(CLOSE.get(part.dtype, 0) for part in (logits_TE, weights_TK))
-    chosen_TK = logits_TE.float().softmax(dim=-1).gather(-1, ids_TK).masked_fill(dropped_TK, 0.0)
-    expected_TK, found_TK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_TK, weights_TK.float()))
-    if not torch.allclose(expected_TK, found_TK, rtol=0, atol=close):
-        raise RoutingError(
-            f"the routers do not weigh experts by the softmax of their logits, so their probabilities are not known: {router}"
-        )
+    for rule in (_softmax, _sigmoid):
+        chosen_TK = rule(logits_TE).gather(-1, ids_TK).masked_fill(dropped_TK, 0.0)
+        expected_TK, found_TK = (part / part.sum(-1, keepdim=True).clamp(min=1e-9) for part in (chosen_TK, weights_TK.float()))
+        if torch.allclose(expected_TK, found_TK, rtol=0, atol=close):
+            return rule
+    raise RoutingError(
+        "the routers weigh experts neither by the softmax nor by the sigmoid of their logits, so their probabilities are not known: "
+        f"{router}"
+    )
 
 
 def _generation_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from moe_llava import trace_routing
 from moe_llava.routing.routers import find_routers
 from moe_llava.routing.tokens import RoutingError
+from moe_llava.routing.trace import CLOSE
 from tests.conftest import tiny_dense, tiny_inputs
 from tests.routing.tiny_models import TEXT_MODEL, tiny_sparse
 
@@ -65,11 +66,28 @@ SIGMOIDS = {
 @pytest.mark.parametrize("experts_per_token", [1, 2])
 @pytest.mark.parametrize("spread", [0.2, 0.02])  # small logits, with which a sigmoid is nearly a softmax
 @pytest.mark.parametrize("family", list(SIGMOIDS))
-def test_routers_with_another_rule_than_softmax_are_refused(family, spread, experts_per_token, dtype):
+def test_routers_that_weigh_by_a_sigmoid(family, spread, experts_per_token, dtype):
     torch.manual_seed(0)
     model = SIGMOIDS[family](num_experts_per_tok=experts_per_token, initializer_range=spread).eval().to(dtype)
-    with pytest.raises(RoutingError, match=r"do not weigh experts by the softmax of their logits, .*layers\.\d\.mlp.*Router\)"):
-        trace_routing(model, {"input_ids": torch.randint(3, 97, (2, 7))})
+    logits = []
+    for router in find_routers(model).values():
+        router.register_forward_hook(lambda _, arguments, output: logits.append(output[0].detach()))
+    trace = trace_routing(model, {"input_ids": torch.randint(3, 97, (2, 7))})
+    for probs, layer in zip(trace.probs_LTE, logits, strict=False):
+        scores = layer.view(-1, 8).float().sigmoid()
+        torch.testing.assert_close(probs, scores / scores.sum(-1, keepdim=True))
+    weights = trace.probs_LTE.gather(-1, trace.ids_LTK)
+    found = trace.weights_LTK / trace.weights_LTK.sum(-1, keepdim=True)
+    torch.testing.assert_close(found, weights / weights.sum(-1, keepdim=True), atol=2 * CLOSE[dtype], rtol=0)
+
+
+def test_routers_with_another_rule_are_refused(monkeypatch):
+    model = tiny_sparse()
+    for router in find_routers(model).values():
+        whole = router.forward
+        monkeypatch.setattr(router, "forward", lambda *given, whole=whole: (lambda out: (out[0], out[1] ** 2, *out[2:]))(whole(*given)))
+    with pytest.raises(RoutingError, match=r"neither by the softmax nor by the sigmoid of their logits, .*layers\.\d\.mlp.*Router\)"):
+        trace_routing(model, tiny_inputs())
 
 
 def test_a_router_without_an_opinion_shows_no_rule():
