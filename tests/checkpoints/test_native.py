@@ -164,4 +164,8 @@ def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
     residual = tmp_path / "residual"
     assert run_here("upcycle", tiny_base / "base", residual, "--use-residual").exit_code == 0
     assert "no native architecture can express a residual MLP" in refused("export", residual, tmp_path / "out")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "moe-llava merge" in refused("export", adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
