@@ -18,7 +18,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
 from moe_llava.model import SparseModel
-from moe_llava.model.losses import next_labels
+from moe_llava.model.losses import IGNORED, next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.native import numbers, recorded, without_auxiliary
@@ -53,6 +53,9 @@ class StageTrainer(Trainer):
         self.sampler = sampler
         self.native = native_experts(without_adapter(self.model))
         self._noted = False  # that the family has no auxiliary loss
+        # Some families return the mean over a batch's labels. It is weighted here, by the batch's share of the labels of a step.
+        self._returns_mean = not self.model_accepts_loss_kwargs  # type: ignore[has-type]
+        self.model_accepts_loss_kwargs = True
         self.skip_bad_records = stage.recipe.on_bad_record == "skip"
         self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
@@ -163,12 +166,23 @@ class StageTrainer(Trainer):
         if sparse or self.native:
             inputs = {**inputs, "output_router_logits": True}
         with recorded(self.accelerator.unwrap_model(model), self.native, inputs, mask_T) as routed:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+            items = None if self._returns_mean else num_items_in_batch
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        share = self._share(inputs, num_items_in_batch)
         if sparse:
             self._watch(outputs, mask_T)
         elif self.native:
-            self._watch_native(outputs, loss.detach(), numbers(routed, self.native, loss.device))
+            self._watch_native(outputs, loss.detach(), share, numbers(routed, self.native, loss.device))
+        loss = loss * share
         return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Return the factor that makes the loss of a model that returns means the batch's part of the loss of a step; 1 for others."""
+        if not self._returns_mean or num_items_in_batch is None:
+            return 1.0
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else next_labels(inputs["labels"])
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return (labels != IGNORED).sum() * processes / num_items_in_batch
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **settings)
@@ -187,15 +201,13 @@ class StageTrainer(Trainer):
         if config.capacity_factor is not None:
             self._add("dropped", torch.stack([drops_TK[token_mask_T].sum() for drops_TK in outputs.router_drops]).sum())
 
-    def _watch_native(self, outputs: Any, loss: Tensor, found: dict[str, Tensor]) -> None:
+    def _watch_native(self, outputs: Any, loss: Tensor, share: Tensor | float, found: dict[str, Tensor]) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if not self._noted and getattr(outputs, "aux_loss", None) is None:
             note = f"{type(model).__name__} returns no auxiliary loss: nothing balances the load of its experts"
             self.display.console.print(note, highlight=False, soft_wrap=True)
         self._noted = True
-        # The loss of some families is a batch's share of that of the step, as ours is; that of others is the mean of the batch.
-        batches = 1 if self.model_accepts_loss_kwargs else self.current_gradient_accumulation_steps
-        self._add("language_loss", without_auxiliary(loss, outputs, model) / (batches * self.args.world_size))
+        self._add("language_loss", without_auxiliary(loss, outputs, model) * share / self.args.world_size)
         self._add("batches", torch.ones_like(loss))
         for name, value in found.items():
             self._add(name, value)

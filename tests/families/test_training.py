@@ -179,3 +179,18 @@ def test_two_processes_in_parts_do_what_one_does(write_recipe, data, tmp_path, s
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
     assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-3
     assert type(load_checkpoint(two)[0]) is type(load_checkpoint(one)[0])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3"])
+def test_gradient_accumulation_weighs_the_dense_baseline_by_labels(family, write_recipe, tmp_path):
+    """Records have answers of several lengths: the mean of two batches is not the mean over their labels."""
+    weights = []
+    for per_device in (6, 2):
+        settings = {"stage3__optimisation__batch_size": 6, "stage3__optimisation__per_device_batch_size": per_device, "steps": 1}
+        recipe = load_recipe(write_recipe(family, output=str(tmp_path / str(per_device)), stage3__dense=True, **settings))
+        (folder,) = train(recipe, [3], False, QUIET)
+        weights.append((load_file(folder / "model.safetensors"), read_log(folder)[0]["loss"]))
+    (whole, loss), (parts, other) = weights
+    assert other == pytest.approx(loss, rel=1e-5)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, atol=2e-4, rtol=0)  # a step of AdamW changes weights by 1e-2
