@@ -105,7 +105,7 @@ def main() -> None:
             ]
             found = {
                 "workload": name,
-                "equal_answers": f"{sum(one == other for one, other in pairs)} of {len(pairs)}",
+                "equal_answers": f"{sum(one.strip() == other.strip() for one, other in pairs)} of {len(pairs)}",
                 "throughput_ratio": ratios([one.seconds for one in ours_passes], [one.seconds for one in theirs_passes]),
                 "processor_time_ratio": ratios([one.server for one in theirs_passes], [one.server for one in ours_passes]),
                 OURS: numbers(ours_passes),
