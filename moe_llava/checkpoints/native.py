@@ -33,7 +33,7 @@ from moe_llava.checkpoints.files import EXPORT_FIELD
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.checkpoints.processors import dense_processor, sparse_processor
 from moe_llava.common.errors import CheckpointError
-from moe_llava.model.ffn import form_of
+from moe_llava.model.ffn import as_expert, form_of, set_parameter
 from moe_llava.model.modeling import SparseLanguageModel, find_backbone, sparse_class
 from moe_llava.model.moe import Experts, GatedExperts, SparseMlp
 from moe_llava.model.options import MoeOptions
@@ -106,8 +106,6 @@ def export_native(sparse: SparseLanguageModel, every_layer: bool = False) -> Pre
 
     Raises CheckpointError, naming the reason, if no native architecture can express the model.
     """
-    if not isinstance(sparse, SparseLanguageModel):
-        raise CheckpointError(f"{type(sparse).__name__} is not a sparse model of this package: there is nothing to export")
     target = find_target(sparse, every_layer)
     config = native_config(sparse, target, every_layer)
     with torch.device("meta"):
@@ -128,6 +126,8 @@ def export_native(sparse: SparseLanguageModel, every_layer: bool = False) -> Pre
 
 def find_target(sparse: SparseLanguageModel, every_layer: bool = False) -> Target:
     """Return the native architecture of a sparse model. Raise CheckpointError, naming the reason, if there is none."""
+    if not isinstance(sparse, SparseLanguageModel):
+        raise CheckpointError(f"{type(sparse).__name__} is not a sparse model of this package: there is nothing to export")
     config, text = sparse.config, sparse.config.get_text_config()
     for problem, found in {
         "a residual MLP": config.use_residual,
@@ -281,26 +281,24 @@ def _lost(text: PreTrainedConfig, target: Target) -> dict[str, Any]:
 
 def _fill_equal_experts(mlp: Any, ffn: nn.Module) -> None:
     """Make every expert of an MoE layer the dense `ffn`. All weights of the router are zero: whichever experts are chosen, they agree."""
-    for name, parts in form_of(ffn).stacked.items():
-        one = torch.cat([ffn.get_parameter(part) for part in parts])
-        setattr(mlp.experts, name, nn.Parameter(one.repeat(mlp.gate.weight.shape[0], 1, 1)))
-    mlp.gate.weight = nn.Parameter(torch.zeros_like(mlp.gate.weight, device=one.device, dtype=one.dtype))
+    number = mlp.gate.weight.shape[0]
+    for name, one in as_expert(ffn).items():
+        set_parameter(mlp.experts, name, one.repeat(number, 1, 1))
+    set_parameter(mlp, "gate.weight", torch.zeros_like(mlp.gate.weight, device=one.device, dtype=one.dtype))
 
 
 def _take_first_expert(ffn: nn.Module, experts: Any) -> None:
     """Undo `_fill_equal_experts`."""
     for name, parts in form_of(ffn).stacked.items():
         for part, weight in zip(parts, getattr(experts, name)[0].chunk(len(parts)), strict=True):
-            module, _, key = part.rpartition(".")
-            setattr(ffn.get_submodule(module), key, nn.Parameter(weight.clone()))
+            set_parameter(ffn, part, weight.clone())
 
 
 def _fill_zeros(layer: nn.Module, names: tuple[str, ...], like: Tensor) -> None:
     """Make the parameters of a layer whose names begin with one of `names` zero."""
     for name, parameter in list(layer.named_parameters()):
-        if name.startswith(names or "-"):
-            module, _, key = name.rpartition(".")
-            setattr(layer.get_submodule(module), key, nn.Parameter(torch.zeros_like(parameter, device=like.device, dtype=like.dtype)))
+        if name.startswith(names):
+            set_parameter(layer, name, torch.zeros_like(parameter, device=like.device, dtype=like.dtype))
 
 
 def _save_as_published(native: PreTrainedModel) -> None:

@@ -82,16 +82,18 @@ def export(
         with new_folder(out) as folder:
             with heavy_imports():
                 from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
-                from moe_llava.checkpoints.native import export_native, write_native
+                from moe_llava.checkpoints.native import find_target, write_native
 
-            export_native(load_on_meta(checkpoint), every_layer)  # refused before weights are read
+            find_target(load_on_meta(checkpoint), every_layer)  # refused before weights are read
             for line in [*write_native(*load_checkpoint(checkpoint), folder, every_layer), f"written to {out}"]:
                 print(line)
 
 
 @verb("Convert", "moe-llava convert published converted --vision-towers towers")
 def convert(
-    published: Annotated[str, typer.Argument(help="a checkpoint of the original MoE-LLaVA code, or an export: a folder, or a hub id")],
+    published: Annotated[
+        str, typer.Argument(help="a checkpoint of the original code: a folder, or a hub id; or the folder of an export")
+    ],
     out: Annotated[Path, typer.Argument(help="folder for the converted checkpoint; must not exist")],
     vision_towers: Annotated[Path | None, typer.Option(help="folder with the vision towers, instead of the hub")] = None,
     language_model: Annotated[str | None, typer.Option(help="for a stage I projector: the language model it was trained with")] = None,

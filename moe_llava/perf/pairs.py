@@ -24,7 +24,7 @@ from transformers import (
 from moe_llava.digits.base import WEIGHTS
 from moe_llava.model import MoeLlavaConfig
 from moe_llava.model.configuration import SparseConfig
-from moe_llava.model.ffn import form_of
+from moe_llava.model.ffn import form_of, set_parameter
 from moe_llava.model.modeling import find_backbone, sparse_class
 from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.perf.options import BenchError
@@ -118,8 +118,7 @@ def _widen(backbone: Any, config: SparseConfig) -> None:
             weight = ffn.get_parameter(name)
             narrow = weight.dim() - 1 if name in form.stacked["down_proj"] else 0  # the dimension of the FFN's width
             if name not in form.stacked.get("down_proj_bias", ()):
-                module, _, kind = name.rpartition(".")
-                setattr(ffn.get_submodule(module), kind, nn.Parameter(torch.cat([weight] * times, narrow)))
+                set_parameter(ffn, name, torch.cat([weight] * times, narrow))
 
 
 def image_tokens(model: LlavaForConditionalGeneration) -> int:
