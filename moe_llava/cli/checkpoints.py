@@ -91,9 +91,7 @@ def export(
 
 @verb("Convert", "moe-llava convert published converted --vision-towers towers")
 def convert(
-    published: Annotated[
-        str, typer.Argument(help="a checkpoint of the original code: a folder, or a hub id; or the folder of an export")
-    ],
+    published: Annotated[str, typer.Argument(help="a checkpoint of the original code: a folder, or a hub id; or the folder of an export")],
     out: Annotated[Path, typer.Argument(help="folder for the converted checkpoint; must not exist")],
     vision_towers: Annotated[Path | None, typer.Option(help="folder with the vision towers, instead of the hub")] = None,
     language_model: Annotated[str | None, typer.Option(help="for a stage I projector: the language model it was trained with")] = None,

@@ -110,6 +110,14 @@ class Collator:
         }
 
 
+def padded_left(inputs: Mapping[str, Tensor], columns: int, fill: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Return the inputs of a row, [1, S] for tokens, with `columns` more tokens before: those of `fill`, or 0."""
+    return {
+        name: F.pad(value, (columns, 0), value=(fill or {}).get(name, 0)) if name in TOKEN_INPUTS else value
+        for name, value in inputs.items()
+    }
+
+
 def concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the inputs of the images of all `parts`, some of which may have none."""
     names = dict.fromkeys(name for part in parts for name in part)  # in order

@@ -133,7 +133,7 @@ class Encoder:
 
     @cached_property
     def video_problem(self) -> str:
-        """Why records with a video cannot be encoded for the model; "" if they can be. They are checked as `check_processor` does."""
+        """Return why records with a video cannot be encoded for the model, checked as `check_processor` does; "" if they can be."""
         if getattr(self.processor, "video_processor", None) is None or getattr(self.processor, "video_token", None) is None:
             return f"the model's {type(self.processor).__name__} takes no videos"
         clip = Clip(np.zeros((_CLIP.frames, _CLIP.height, _CLIP.width, 3), np.uint8), list(range(_CLIP.frames)), _CLIP)
@@ -230,7 +230,7 @@ class Encoder:
 
     @property
     def _image(self) -> str:
-        """What the chat template renders for an image."""
+        """Return what the chat template renders for an image."""
         return self.processor.image_token if self.template is None else IMAGE_TOKEN
 
     @cached_property

@@ -10,8 +10,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM, TransformersMultiModalMoEForCausalLM
 from vllm.model_executor.models.transformers.base import Base
 
-from moe_llava.model.greedy import placeholder_ids
-
 
 class ImageMask:
     """Mixin that tells the routers which tokens belong to images."""
@@ -21,7 +19,6 @@ class ImageMask:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         vllm_config.model_config.hf_config.engine_passes_image_mask = True
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._placeholders = torch.tensor(placeholder_ids(self.config))  # type: ignore[attr-defined]
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None, **_: Any
@@ -30,7 +27,7 @@ class ImageMask:
             positions = positions[:, None].contiguous()
         mask = None
         if input_ids is not None:
-            mask = torch.isin(input_ids, self._placeholders.to(input_ids.device))
+            mask = self.model.image_tokens(input_ids)  # type: ignore[attr-defined]
             torch._dynamo.mark_dynamic(mask, 0)  # vLLM compiles the model for any number of tokens
         return Base.forward(self, input_ids, positions, intermediate_tensors, inputs_embeds, image_mask=mask)
 

@@ -142,8 +142,9 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
 def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[str, StageCost]]:
     """Return the same as `survey`, of a recipe."""
     start = load_structure(recipe.model)
-    sparse_layers = moe_layers(start) or sparse_config(start.config, recipe.stage3.options).moe_layer_indices
-    final = start if recipe.stage3.dense or is_sparse(start) else on_meta(sparse_config(start.config, recipe.stage3.options))
+    planned = None if is_sparse(start) else sparse_config(start.config, recipe.stage3.options)
+    sparse_layers = moe_layers(start) if planned is None else planned.moe_layer_indices
+    final = start if recipe.stage3.dense or planned is None else on_meta(planned)
     processes = recipe.sharding.fsdp_size if recipe.sharding else 1
     costs = {}
     for stage in (Stage(recipe, number) for number in recipe.stages):

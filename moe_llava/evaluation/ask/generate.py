@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import BatchFeature
 
 from moe_llava.common.images import open_image
-from moe_llava.data.batches import TOKEN_INPUTS, concatenated
+from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN, content_parts
 from moe_llava.data.rendering import REFUSALS, own_template
@@ -199,18 +198,8 @@ def _process_all(processor: Any, questions: Sequence[Question], texts: list[str]
     for question, text, own in zip(questions, texts, images, strict=True):
         videos = {} if question.video is None else reader.arguments(reader.open(question.video, f"question {question.id}"))
         rows.append(_process(processor, [text], [own], **videos))
-    longest, pad = max(row["input_ids"].shape[1] for row in rows), {"input_ids": processor.tokenizer.pad_token_id}
-    return BatchFeature(
-        concatenated(
-            [
-                {
-                    name: F.pad(value, (longest - value.shape[1], 0), value=pad.get(name, 0)) if name in TOKEN_INPUTS else value
-                    for name, value in row.items()
-                }
-                for row in rows
-            ]
-        )
-    )
+    longest, fill = max(row["input_ids"].shape[1] for row in rows), {"input_ids": processor.tokenizer.pad_token_id}
+    return BatchFeature(concatenated([padded_left(row, longest - row["input_ids"].shape[1], fill) for row in rows]))
 
 
 def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int) -> None:

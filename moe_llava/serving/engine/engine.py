@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_llava.data.batches import TOKEN_INPUTS, concatenated
+from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
 from moe_llava.serving.engine.cache import preallocated_cache
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
@@ -271,10 +270,7 @@ class Engine(CompletionEngine):
         filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
         lengths = [len(prompt.input_ids) for prompt in prompts]
         ids_BS = torch.tensor([[filler] * (columns - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=device)
-        padded = [
-            {name: F.pad(value, (columns - length, 0)) if name in TOKEN_INPUTS else value for name, value in prompt.inputs.items()}
-            for prompt, length in zip(prompts, lengths, strict=True)
-        ]
+        padded = [padded_left(prompt.inputs, columns - length) for prompt, length in zip(prompts, lengths, strict=True)]
         inputs = {name: self._to_device(value) for name, value in concatenated(padded).items()}
         return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | inputs
 
