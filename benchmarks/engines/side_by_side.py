@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 
-from moe_llava.perf.measure import ratios, spread
-from moe_llava.perf.serve import NAME, Pass, percentiles, send_all, server, workloads
+from moe_llava.perf.measure import ratios
+from moe_llava.perf.serve import NAME, Pass, rates, send_all, server, workloads
 
 CLIENTS = 8
 START = 600  # seconds until vLLM must have started
@@ -67,15 +66,6 @@ def vllm_server(program: str, checkpoint: str) -> Iterator[tuple[psutil.Process,
         running.wait()
 
 
-def numbers(passes: list[Pass]) -> dict[str, Any]:
-    replies = [reply for one in passes for reply in one.replies]
-    return {
-        "tokens_per_second": spread([sum(reply.tokens for reply in one.replies) / one.seconds for one in passes]),
-        "first_token_ms": percentiles([reply.times[0] for reply in replies]),
-        "processor_ms_per_token": spread([1000 * one.server / sum(reply.tokens for reply in one.replies) for one in passes]),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint")
@@ -108,8 +98,8 @@ def main() -> None:
                 "equal_answers": f"{sum(one.strip() == other.strip() for one, other in pairs)} of {len(pairs)}",
                 "throughput_ratio": ratios([one.seconds for one in ours_passes], [one.seconds for one in theirs_passes]),
                 "processor_time_ratio": ratios([one.server for one in theirs_passes], [one.server for one in ours_passes]),
-                OURS: numbers(ours_passes),
-                VLLM: numbers(theirs_passes),
+                OURS: rates(ours_passes),
+                VLLM: rates(theirs_passes),
             }
             print(json.dumps(found, indent=1), flush=True)
 

@@ -2,7 +2,7 @@
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/engines/vllm_cases.py OUT [NAME ...] [--tensor-parallel 2] [--compiled] [--dtype bfloat16]
 
-Each case runs in a process of its own. The exit code is 1 if a token differs.
+Each case runs in a process of its own. The exit code is 1 if a case turns out otherwise than docs/engines.md says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 NATIVE = "native-"  # cases that engines know by themselves, without code from the checkpoint
 PLUGIN = "-modality_split"  # cases for which vLLM finds the class of this package's plugin
+# vLLM 0.32 computes these otherwise, or does not start: see docs/engines.md.
+DIFFERENT = {"gemma3", "gemma3-dense", "gemma4", "qwen3_5", "qwen3_vl", "qwen3_vl-dense", "smolvlm", "vipllava"}
 RESULT = "RESULT "
 
 
@@ -81,12 +83,12 @@ def main() -> None:
         print(RESULT + json.dumps(found), flush=True)
         return
     names = arguments.names or sorted(folder.name for folder in arguments.out.iterdir() if (folder / "cases.json").is_file())
-    failed = False
+    unexpected = False
     for name in names:
         found = run_in_child(arguments, name)
-        failed |= found["equal"] != found.get("prompts")
+        unexpected |= (found["equal"] == found.get("prompts")) == (name in DIFFERENT)
         print(f"{name}: {json.dumps(found)}", flush=True)
-    sys.exit(failed)
+    sys.exit(unexpected)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,8 @@ def alone(model, prompt, limit):
     return written[: end + 1]
 
 
-@pytest.mark.parametrize("family", sorted(ROWS))
-def test_completions_are_those_of_generate(family):
-    """Prompts of several lengths, with one image, two and none; some join while others are running."""
-    model, processor = made(family)
-    builder = PromptBuilder(processor)
-    asked = [("What is in the picture?", PICTURES[:1]), ("Compare.", PICTURES[1:]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
-    prompts = [builder.build(messages_of(question, len(images)), images) for question, images in asked]
+def check_completions(model, processor, prompts):
+    """Complete prompts in two slots, so that some join while others are running, and compare with each alone."""
     expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
     delivered = [queue.Queue() for _ in prompts]
     with Engine(model, processor.tokenizer, slots=2) as engine:
@@ -88,6 +83,16 @@ def test_completions_are_those_of_generate(family):
         found = [pieces.get() for _ in range(pieces.qsize())]
         assert not any(isinstance(piece, Exception) for piece in found), found
         assert [piece.token for piece in found] == wanted
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_completions_are_those_of_generate(family):
+    """Prompts of several lengths, with one image, two and none; some join while others are running."""
+    model, processor = made(family)
+    builder = PromptBuilder(processor)
+    asked = [("What is in the picture?", PICTURES[:1]), ("Compare.", PICTURES[1:]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
+    prompts = [builder.build(messages_of(question, len(images)), images) for question, images in asked]
+    check_completions(model, processor, prompts)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])
@@ -103,15 +108,7 @@ def test_completions_about_videos_are_those_of_generate(family):
     assert prompts[0].input_ids == whole["input_ids"][0].tolist()
     assert prompts[0].inputs.keys() == whole.keys() - {"input_ids", "attention_mask"}
     assert all(torch.equal(value, torch.as_tensor(whole[name])) for name, value in prompts[0].inputs.items())
-    expected = [alone(model, prompt, 8 + number) for number, prompt in enumerate(prompts)]
-    delivered = [queue.Queue() for _ in prompts]
-    with Engine(model, processor.tokenizer, slots=2) as engine:
-        for number, (prompt, pieces) in enumerate(zip(prompts, delivered, strict=True)):
-            engine.submit(Request(prompt, 8 + number), pieces.put)
-    for wanted, pieces in zip(expected, delivered, strict=True):
-        found = [pieces.get() for _ in range(pieces.qsize())]
-        assert not any(isinstance(piece, Exception) for piece in found), found
-        assert [piece.token for piece in found] == wanted
+    check_completions(model, processor, prompts)
 
 
 def test_videos_are_refused():

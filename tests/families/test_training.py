@@ -147,15 +147,19 @@ def test_settings_of_images(write_recipe, tmp_path):
     assert lengths[1] - lengths[0] == 64 - 16
 
 
+def check_same_weights(whole, resumed):
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_resumed_run_ends_with_the_same_weights(write_recipe, tmp_path, stopping):  # noqa: F811
     (whole,) = train(load_recipe(write_recipe("qwen3_vl", output=str(tmp_path / "whole"), steps=3)), [3], False, QUIET)
     recipe = load_recipe(write_recipe("qwen3_vl", steps=3))
     with stopping(2):
         train(recipe, [3], False, QUIET)
     (resumed,) = train(recipe, [3], True, QUIET)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    check_same_weights(whole, resumed)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 from moe_llava import upcycle
@@ -24,8 +23,8 @@ from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
-from tests.families.test_processors import answers
-from tests.families.test_training import write_recipe  # noqa: F401
+from tests.families.test_processors import answers, check_packing
+from tests.families.test_training import check_same_weights, write_recipe  # noqa: F401
 from tests.training.conftest import stopping  # noqa: F401
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "smolvlm")
@@ -311,9 +310,7 @@ def test_stages_train_on_videos_and_resume(family, write_recipe, data, tmp_path,
     with stopping(2):
         train(recipe, [3], False, QUIET)
     (resumed,) = train(recipe, [3], True, QUIET)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    check_same_weights(whole, resumed)
     losses = [json.loads(line)["loss"] for line in (whole / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(losses) == 3
     assert np.isfinite(losses).all()
@@ -373,14 +370,7 @@ def test_files_without_a_decoder_are_refused_before_training(write_recipe, data,
 
 @pytest.mark.parametrize("name", ["llava_onevision", "smolvlm"])
 def test_packed_videos_compute_what_padded_ones_do(name, records):
-    processor = portable(name)
-    encoder = Encoder(processor)
-    items = [encoder(record) for record in records]
-    dense = tiny_model(name, processor).train()
-    sparse = upcycle(dense, num_experts=4, num_experts_per_tok=1, capacity_factor=1.0).train()
-    for model in (dense, sparse):
-        losses = [model(**Collator(encoder.nothing(), packed=packed)(items)).loss for packed in (False, True)]
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    check_packing(name, portable(name), records)
 
 
 def test_datasets_hold_problems(processor, data):
