@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def dense_family(name: str) -> Case:
     config = tiny_model(name, processor).config
     text = config.get_text_config()
     # vLLM's attention on CPUs wants heads of 32 or more. Without the field, a head is as wide as its share of the model, which is 32.
-    heads = 2 if hasattr(text, "head_dim") else 1
+    heads = 2 if "head_dim" in {f.name for f in fields(text)} else 1
     text.head_dim, text.num_attention_heads, text.num_key_value_heads = 32, heads, heads
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters["mrope_section"] = [8, 4, 4]
@@ -119,6 +120,7 @@ CASES: dict[str, Callable[[], Case]] = {
             "aya_vision",
             "cohere2_vision",
             "gemma4",
+            "glm4v",
             "idefics3",
             "internvl",
             "llava_next",
