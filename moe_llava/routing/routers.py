@@ -36,12 +36,23 @@ def routed_experts(model: PreTrainedModel) -> list[RoutedExperts]:
     stacked experts beside it.
     """
     found = []
-    for recorded, module in find_routers(model).items():
-        inside = [f"{recorded}.{name}" for name, part in module.named_modules() if name and _is_stacked(name, part)]
+    for recorded in find_routers(model):
+        inside = _experts_within(model, recorded)
         beside = f"{recorded.rpartition('.')[0]}.experts"
-        pairs = [(_router_beside(model, experts), experts) for experts in inside] or [(recorded, beside)]
-        found += [_checked(model, router, experts) for router, experts in pairs]
+        found += [_checked(model, router, experts) for router, experts in inside.items() or [(recorded, beside)]]
     return found
+
+
+def routers_within(model: PreTrainedModel, recorded: str) -> list[str]:
+    """Return the routers in a module that `find_routers` found: those beside the stacked experts that it holds, or itself."""
+    return list(_experts_within(model, recorded)) or [recorded]
+
+
+def _experts_within(model: PreTrainedModel, recorded: str) -> dict[str, str]:
+    """Return router -> the stacked experts beside it, in a module that is recorded; empty if it is a router itself."""
+    parts = model.get_submodule(recorded).named_modules()
+    inside = [f"{recorded}.{name}" for name, part in parts if name and _is_stacked(name, part)]
+    return {_router_beside(model, experts): experts for experts in inside}
 
 
 def check_routers(model: PreTrainedModel) -> None:

@@ -10,8 +10,6 @@ Shapes: B rows of a batch, S sequence, T tokens of all rows without padding, L M
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -32,28 +30,12 @@ from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
-from moe_llava.routing.routers import find_routers, layer_index
+from moe_llava.routing.recording import Parts, Recorded, recording
 from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
 
 FORMAT = "moe-llava-trace-1"
 # How far weights, divided by their sum, may be from those of a softmax: allows rounding, but no other rule with small logits.
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices, dropped
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The output of one router in one forward pass. `evidence`: the output with at least two experts, which reveals the rule. `ours`:
-    whether it reports dropped assignments, as this package's routers do."""
-
-    router: str
-    output: Parts
-    evidence: Parts
-    ours: bool
-
-
-Recorded = dict[int, list[_Pass]]
 
 
 @dataclass(frozen=True)
@@ -142,7 +124,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
     mask_BS = given.get("attention_mask", torch.ones_like(ids_BS)).bool()
     answer_BS = torch.zeros_like(mask_BS) if labels_BS is None else labels_BS != IGNORE_INDEX
     placeholders = placeholder_kinds(model.config, given)
-    with _recording(model) as recorded, torch.no_grad():
+    with recording(model) as recorded, torch.no_grad():
         if max_new_tokens is None:
             model.base_model(**given, use_cache=False)  # without the head, whose logits would take more memory than the rest
         else:
@@ -189,65 +171,6 @@ def trace_records(model: PreTrainedModel, processor: Any, records: Sequence[Reco
         if "problems" in batch:
             raise DataError("\n  ".join(batch["problems"]))
         yield trace_routing(model, batch, processor.tokenizer)
-
-
-@contextlib.contextmanager
-def _recording(model: PreTrainedModel) -> Iterator[Recorded]:
-    """Record layer -> the output of its router in each forward pass, while the context lasts."""
-    recorded: Recorded = {}
-    handles = []
-    try:
-        for name, router in find_routers(model).items():
-            passes = recorded.setdefault(layer_index(name), [])
-            handles.append(router.register_forward_hook(_appending(passes, name), with_kwargs=True))
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _appending(passes: list[_Pass], name: str) -> Any:
-    def append(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
-        router = f"{name} ({type(module).__name__})"
-        parts = _parts(router, output)
-        evidence = parts
-        if parts[1].shape[1] == 1 and parts[0].shape[1] > 1:
-            evidence = _with_two_experts(router, module, arguments, keywords)
-        passes.append(_Pass(router, parts, evidence, ours=_reports_drops(output)))
-
-    return append
-
-
-def _with_two_experts(router: str, module: nn.Module, arguments: Any, keywords: Any) -> Parts:
-    """Return the output of a top-1 router if it chooses two experts. Raise RoutingError if it cannot."""
-    twin: Any = copy.copy(module)  # shares the weights; the model's own router does not change
-    twin.top_k = 2
-    parts = _parts(router, twin.forward(*arguments, **keywords))
-    if parts[1].shape[1] != 2:
-        raise RoutingError(
-            f"the router {router} chooses one expert, and does not choose two by `top_k`, so how it weighs experts is not known"
-        )
-    return parts
-
-
-def _parts(router: str, output: Any) -> Parts:
-    """Return the four parts of a router's output. Raise RoutingError unless it begins with logits [T, E], weights [T, K] and expert indices
-    [T, K]."""
-    found = output if isinstance(output, tuple) else (output,)
-    shapes = [tuple(value.shape) if isinstance(value, Tensor) else None for value in found]
-    logits, weights, ids = [*shapes, None, None, None][:3]
-    well_formed = logits and ids and len(logits) == len(ids) == 2 and weights == ids and logits[1] >= ids[1]
-    if not well_formed or found[2].is_floating_point():
-        raise RoutingError(
-            f"the router {router} returned shapes {shapes}, but to be traced it must return logits [T, E], weights [T, K] and expert "
-            "indices [T, K]"
-        )
-    dropped = found[3] if _reports_drops(found) else torch.zeros_like(found[2], dtype=torch.bool)
-    return found[0].detach(), found[1].detach(), found[2].detach(), dropped.detach()
-
-
-def _reports_drops(output: tuple[Any, ...]) -> bool:
-    return len(output) > 3 and isinstance(output[3], Tensor) and output[3].dtype == torch.bool and output[3].shape == output[2].shape
 
 
 def _stack(recorded: Recorded, mask_BS: Tensor) -> dict[str, Tensor]:

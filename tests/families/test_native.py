@@ -19,8 +19,9 @@ from moe_llava.data.records import Record
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.routing.routers import check_routers, find_routers, layer_index, routed_experts
+from moe_llava.routing.statistics import RoutingStatistics
 from moe_llava.routing.tokens import RoutingError
-from moe_llava.routing.trace import trace_answer
+from moe_llava.routing.trace import trace_answer, trace_routing
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.engine.requests import Request
@@ -36,9 +37,6 @@ from tests.training.test_distributed import read_log
 
 QUIET = Console(quiet=True)
 FAMILIES = sorted(CONFIGS)
-UNTRACED = {
-    "ernie4_5_vl_moe": r"layers.1.mlp \(Ernie4_5_VLMoeMoeBlock\) returned shapes .* must return logits",
-}
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +94,43 @@ def test_it_is_served_and_evaluated(family, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_router_per_sparse_layer_is_traced(family, checkpoints):
-    """Or the routers are refused by name, with what was found."""
     model, processor = load_checkpoint(checkpoints(family))
     assert tuple(layer_index(name) for name in find_routers(model)) == SPARSE[family]
     prompt, _ = prompt_of(processor)
-    if family in UNTRACED:
-        with pytest.raises(RoutingError, match=UNTRACED[family]):
-            trace_answer(model, processor.tokenizer, prompt.input_ids, [5, 6], prompt.inputs)
-        return
     trace = trace_answer(model, processor.tokenizer, prompt.input_ids, [5, 6], prompt.inputs)
     assert trace.layers == SPARSE[family]
     assert trace.answer_T.sum() == 2
     assert trace.places_T3[:, 0].max() == 0
     # The projector of Aria sends queries to the whole image: its features have no place in it.
     assert (trace.places_T3[:, 1].max() >= 0) == (family != "aria")
+
+
+def test_routers_of_text_and_of_images_are_traced_as_one(checkpoints):
+    """The experts of text come first. Compared with the logits that transformers records, in a batch with padding and in an answer, whose
+    tokens are text."""
+    model, processor = load_checkpoint(checkpoints("ernie4_5_vl_moe"))
+    image = Image.new("RGB", (40, 30), (200, 90, 20))
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in (ask, [{"role": "user", "content": "Hi"}])]
+    inputs = processor(text=texts, images=[[image], []], padding=True, padding_side="left", return_tensors="pt")
+    kept = inputs["attention_mask"].bool()
+    is_image = inputs["moe_mm_token_type_ids"][kept] != 0
+    with torch.no_grad():
+        recorded = model(**inputs, output_router_logits=True, use_cache=False).router_logits
+    for answer_length in (None, 4):
+        trace = trace_routing(model, inputs, max_new_tokens=answer_length)
+        prompt = ~trace.answer_T
+        assert (answer_length is None) == bool(prompt.all())
+        for probs_TE, ids_TK, logits in zip(trace.probs_LTE, trace.ids_LTK, recorded, strict=True):
+            expected = logits.view(*kept.shape, 4)[kept].softmax(-1)
+            own = torch.where(is_image[:, None], probs_TE[prompt, 4:], probs_TE[prompt, :4])
+            assert torch.allclose(own, expected, atol=1e-6)
+            assert torch.equal(ids_TK[prompt] >= 4, is_image[:, None].expand(-1, 2))
+            assert (ids_TK[~prompt] < 4).all()
+            assert torch.allclose(probs_TE.sum(-1), torch.ones(len(probs_TE)))
+    statistics = RoutingStatistics()
+    statistics.add(trace)
+    assert json.dumps(statistics.summary(), allow_nan=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
