@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,14 +15,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from moe_llava import __version__
 from moe_llava.checkpoints.files import EXPORT_FIELD, SPARSE, read_config, read_json
 from moe_llava.common.errors import CheckpointError
-from moe_llava.common.files import write_whole
+from moe_llava.common.files import read_object, write_whole
+from moe_llava.evaluation.ask.answers import SETTINGS
+from moe_llava.evaluation.ask.contents import checkpoint_digests
 from moe_llava.evaluation.score.tables import Cell, Column, find_results, read_result
 from moe_llava.model.options import MoeOptions
 from moe_llava.training.checks import RECORDS
 from moe_llava.training.recipe import Recipe, read_recipe
 
 CARD = "README.md"
-MARK = "<!-- written by moe-llava card -->"
+# With a digest of the rest of the file, which shows whether it was edited since.
+MARK = re.compile(r"<!-- written by moe-llava card, digest (\w+) -->")
 HUB_ID = r"[\w.-]+/[\w.-]+"
 TAGS = ["moe-llava", "mixture-of-experts"]
 
@@ -31,21 +35,24 @@ def write_card(folder: Path, results: Sequence[Path] = (), base: str | None = No
 
     Args:
         results: result.json files of `moe-llava evaluate`, or folders that hold BENCHMARK/result.json.
-        base: the model that it was made from; default: as the recipe of a stage says.
+        base: the model that it was made from; default: as the recipe of a stage says. The metadata name it if it is a hub id.
         licence: its licence, as the hub names it; default: the base's, if its card is in its folder or in the hub's cache.
 
-    Raises CheckpointError if `folder` is no checkpoint or has a card of somebody else, BenchmarkError if results cannot be read.
+    Raises CheckpointError if `folder` is no checkpoint, has a card that somebody else wrote or edited, or did not give the results;
+    BenchmarkError if results cannot be read.
     """
     config = read_config(folder)
     file = folder / CARD
-    if file.exists() and MARK not in file.read_text(encoding="utf-8"):
-        raise CheckpointError(f"{file} was not written by this command: move it, or add its text to the new card afterwards")
+    if file.exists() and not _is_own(file.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{file} was not written by this command, or edited since: move it, and add its text to the new card afterwards"
+        )
     recipe = read_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
     bases = _origins(base, recipe)
     licence = licence or _licence_of(bases)
-    measured = [read_result(file) for file in find_results(list(results))]
+    measured = [_result_of(folder, result) for result in find_results(list(results))]
     data = ModelCardData(
-        base_model=bases or None,
+        base_model=[base for base in bases if _is_hub_id(base)] or None,
         license=licence,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -55,7 +62,6 @@ def write_card(folder: Path, results: Sequence[Path] = (), base: str | None = No
     )
     sections = [
         f"# {folder.resolve().name}",
-        MARK,
         _about(config, bases, licence),
         _options(config),
         _training(folder, recipe),
@@ -63,8 +69,34 @@ def write_card(folder: Path, results: Sequence[Path] = (), base: str | None = No
         _loading(config),
         f"Written with moe-llava {__version__}, transformers {config.get('transformers_version', 'unknown')}.",
     ]
-    write_whole(file, f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    write_whole(file, f"{text}\n<!-- written by moe-llava card, digest {_digest(text)} -->\n")
     return file
+
+
+def _is_own(text: str) -> bool:
+    """Return whether this module wrote the whole card."""
+    mark = MARK.search(text)
+    return mark is not None and _digest(text[: mark.start()].removesuffix("\n")) == mark[1] and not text[mark.end() :].strip()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _result_of(folder: Path, file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
+    """Return the scores in a result file. Raise CheckpointError unless the model in `folder` gave the answers, to the questions as they
+    are."""
+    settings = read_object(file.parent / SETTINGS)
+    if settings.get("checkpoint_files") != checkpoint_digests(str(folder)):
+        raise CheckpointError(f"{file} holds results of {settings.get('checkpoint')}, whose files differ from those in {folder}")
+    if "perturbation" in settings:
+        raise CheckpointError(f"{file} holds results of perturbed questions, and a card has only those of the questions as they are")
+    return read_result(file)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(HUB_ID, name) is not None and not Path(name).exists()
 
 
 def _origins(base: str | None, recipe: Recipe | None) -> list[str]:
@@ -81,7 +113,7 @@ def _licence_of(bases: Sequence[str]) -> str | None:
         return None
     local = Path(bases[0])
     found: Any = local / CARD if local.is_dir() else None
-    if found is None and re.fullmatch(HUB_ID, bases[0]):
+    if found is None and _is_hub_id(bases[0]):
         found = huggingface_hub.try_to_load_from_cache(bases[0], CARD)
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
@@ -89,7 +121,10 @@ def _licence_of(bases: Sequence[str]) -> str | None:
 
 
 def _about(config: dict[str, Any], bases: Sequence[str], licence: str | None) -> str:
-    kind, origin = config["architectures"][0], " and ".join(f"`{base}`" for base in bases) or "a dense model"
+    kind, origin = (
+        config["architectures"][0],
+        " and ".join(f"`{base if _is_hub_id(base) else Path(base).name}`" for base in bases) or "a dense model",
+    )
     if EXPORT_FIELD in config:
         text = f"A sparse vision-language model, upcycled from {origin} and exported to `{kind}` of transformers."
     elif config["model_type"].startswith(SPARSE):

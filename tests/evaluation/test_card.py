@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.checkpoints.processors import sparse_processor
+from moe_llava.evaluation.ask.contents import checkpoint_digests
 from moe_llava.evaluation.score.benchmark import find_benchmark
 from tests.conftest import refused, run_here
 from tests.evaluation.hub import hub
@@ -45,8 +46,10 @@ def test_a_card_of_an_upcycled_model(folder, tmp_path):
     done = run_here("card", folder, "--base", base)
     assert done.exit_code == 0, done.output
     card = ModelCard.load(folder / "README.md")
-    assert (card.data.license, card.data.base_model, card.data.library_name) == ("apache-2.0", [str(base)], "transformers")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == ("apache-2.0", None, "transformers")
     assert card.data.pipeline_tag == "image-text-to-text"
+    assert "upcycled from `base`" in card.text
+    assert str(tmp_path) not in (folder / "README.md").read_text()
     assert "| `num_experts` | 4 |" in card.text
     assert "trust_remote_code=True" in card.text
     assert run_here("card", folder).exit_code == 0  # it replaces its own
@@ -63,6 +66,8 @@ def test_a_card_of_a_stage_with_results(folder, tmp_path):
     found = {"benchmark": "pope", "model": str(stage), "questions": 300, "missing": []}
     scores = dict.fromkeys(find_benchmark("pope").headline, 0.8125)
     (results / "result.json").write_text(json.dumps(found | {"scores": scores, "intervals": {name: [0.7, 0.9] for name in scores}}))
+    settings = {"checkpoint": str(stage), "checkpoint_files": checkpoint_digests(str(stage))}
+    (results / "settings.json").write_text(json.dumps(settings))
     done = run_here("card", stage, "--results", results.parent)
     assert done.exit_code == 0, done.output
     card = ModelCard.load(stage / "README.md")
@@ -71,11 +76,22 @@ def test_a_card_of_a_stage_with_results(folder, tmp_path):
     assert "- `instructions.json`" in card.text
     assert any(result.dataset_type == "pope" for result in card.data.eval_results)
     assert "0.7000 to 0.9000 | 300 |" in card.text
+    (results / "settings.json").write_text(json.dumps(settings | {"perturbation": {"name": "noise", "strength": 1}}))
+    assert "holds results of perturbed questions" in refused("card", stage, "--results", results.parent)
+    (results / "settings.json").write_text(json.dumps(settings | {"checkpoint_files": {"model.safetensors": "0"}}))
+    assert "whose files differ from those in" in refused("card", stage, "--results", results / "result.json")
 
 
 def test_mistakes_are_reported(folder, tmp_path):
     (folder / "README.md").write_text("# By hand\n")
     assert "was not written by this command" in refused("card", folder)
+    (folder / "README.md").unlink()
+    assert run_here("card", folder).exit_code == 0
+    card = (folder / "README.md").read_text()
+    for edited in (card.replace("# model", "# My model"), card + "More.\n"):
+        (folder / "README.md").write_text(edited)
+        assert "or edited since" in refused("card", folder)
+        assert (folder / "README.md").read_text() == edited
     (folder / "README.md").unlink()
     assert "has no BENCHMARK/result.json" in refused("card", folder, "--results", tmp_path)
     assert not (folder / "README.md").exists()
