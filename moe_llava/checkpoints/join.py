@@ -36,11 +36,11 @@ from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.families import FAMILIES, Family
 from moe_llava.checkpoints.files import quantisation_method, read_config, read_json, resolve
 from moe_llava.checkpoints.load import load_strictly
-from moe_llava.checkpoints.processors import image_processor, make_processor, pixel_size, set_token_ids
+from moe_llava.checkpoints.processors import image_processor, make_processor, pixel_size, resize_images, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, prefixed
 from moe_llava.checkpoints.settings import build_config, describes_llava, find_tower, llava_settings, text_config
 from moe_llava.checkpoints.tokenization import load_tokenizer
-from moe_llava.checkpoints.towers import check_tower, extra_tokens
+from moe_llava.checkpoints.towers import check_tower, extra_tokens, resize_positions
 from moe_llava.checkpoints.weights import find_weights, read_tables
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line
@@ -52,15 +52,21 @@ TEXT_LENGTH = 2048  # tokens after which text alone is cut, unless the tokenizer
 _BACKBONE, _HEAD = "model.language_model.", "lm_head."
 
 
-def joined_config(language_model: str, vision_tower: str) -> LlavaConfig:
+def joined_config(language_model: str, vision_tower: str, image_size: int | None = None) -> LlavaConfig:
     """Return the configuration of a LLaVA from two folders or hub ids, whose config.json is all that is read. Its placeholder has the id
-    after the vocabulary; the right one depends on the tokenizer.
+    after the vocabulary; the right one depends on the tokenizer. `image_size`: that of the tower, in pixels; None for its own.
 
     Raises CheckpointError if one is not found, or is no language model or vision tower.
     """
     text, _ = language_config(language_model)
     _, vision = find_tower(vision_tower, None)
     _check(vision_tower, vision)
+    if image_size is not None:
+        if image_size % vision.patch_size:
+            raise CheckpointError(
+                f"image_size is {image_size}, but must be a multiple of {vision.patch_size}, the patch size of the tower {vision_tower}"
+            )
+        vision.image_size = image_size
     settings = {
         "image_projector_type": "mlp2x_gelu",
         "mm_vision_select_feature": "patch" if extra_tokens(vision) else "cls_patch",
@@ -71,17 +77,19 @@ def joined_config(language_model: str, vision_tower: str) -> LlavaConfig:
     return build_config(LlavaConfig, arguments, Path(language_model, "config.json"))
 
 
-def joined_processor(language_model: str, vision_tower: str, template: str | None) -> LlavaProcessor:
+def joined_processor(language_model: str, vision_tower: str, template: str | None, image_size: int | None = None) -> LlavaProcessor:
     """Return the processor of that LLaVA. `template`: its chat template, a key of TEMPLATES; None for the tokenizer's own. Images are
-    preprocessed as the tower's own file says, without padding.
+    preprocessed as the tower's own file says, without padding, but for another `image_size`.
 
     Raises CheckpointError as `joined_config` does, and if there is no tokenizer, or one that does not fit the template.
     """
-    config = joined_config(language_model, vision_tower)
+    config = joined_config(language_model, vision_tower, image_size)
     vocab_size = config.text_config.vocab_size
     tokenizer = _load_tokenizer(resolve(language_model, with_weights=False), vocab_size, f"the language model {language_model}")
     config.image_token_id = free_row({"vocab_size": vocab_size}, tokenizer)
     images = image_processor(vision_tower, pad=False)
+    if image_size is not None:
+        resize_images(images, image_size, vision_tower)
     _check(vision_tower, config.vision_config, pixel_size(images, vision_tower))
     return make_processor(config, images, tokenizer, template, language_model)
 
@@ -117,7 +125,13 @@ def _load_tokenizer(folder: Path, vocab_size: int, name: str) -> PreTrainedToken
 
 
 def join(
-    language_model: str, vision_tower: str, template: str | None, seed: int, dtype: torch.dtype = torch.float32, **settings: Any
+    language_model: str,
+    vision_tower: str,
+    template: str | None,
+    seed: int,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return (dense LLaVA in evaluation mode, processor), with the weights of both parts and a projector that is initialised like torch's
     linear layers, from `seed`. It needs the memory of the weights in `dtype`, which are not copied.
@@ -126,8 +140,8 @@ def join(
 
     Raises CheckpointError as `joined_processor` does, or if weights are missing.
     """
-    processor = joined_processor(language_model, vision_tower, template)
-    config = joined_config(language_model, vision_tower)
+    processor = joined_processor(language_model, vision_tower, template, image_size)
+    config = joined_config(language_model, vision_tower, image_size)
     config.image_token_id = processor.image_token_id
     height, width = pixel_size(processor.image_processor, vision_tower)
     config.image_seq_length = (height // processor.patch_size) * (width // processor.patch_size)
@@ -136,7 +150,11 @@ def join(
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config).to(dtype)
     state = _language_weights(language_model, config, dtype)
-    state |= prefixed("model.vision_tower.", load_tower(vision_tower, config.vision_config, dtype))
+    _, own = find_tower(vision_tower, None)
+    tower = load_tower(vision_tower, own, dtype)
+    if image_size is not None:
+        resize_positions(tower, image_size)
+    state |= prefixed("model.vision_tower.", tower)
     state |= prefixed("model.multi_modal_projector.", projector)
     model = assemble(LlavaForConditionalGeneration, config, state, dtype, **settings)
     model.generation_config = GenerationConfig(bos_token_id=processor.tokenizer.bos_token_id)

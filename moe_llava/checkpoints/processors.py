@@ -45,6 +45,21 @@ def pixel_size(images: LlavaImageProcessorPil, tower: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def resize_images(images: LlavaImageProcessorPil, side: int, tower: str) -> None:
+    """Make `images` return squares of `side` pixels: what is cropped is resized in the same proportion as before.
+
+    Raises CheckpointError if the size of what it returns depends on the image, or is no square.
+    """
+    height, width = pixel_size(images, tower)
+    if height != width:
+        raise CheckpointError(
+            f"the preprocessing of the vision tower {tower} makes images of {height} x {width} pixels: no square to resize"
+        )
+    for name in ("size", "crop_size"):
+        if numbers := getattr(images, name, None):
+            setattr(images, name, {key: round(number * side / height) for key, number in dict(numbers).items() if number})
+
+
 def make_processor(
     config: LlavaConfig,
     images: LlavaImageProcessorPil,

@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from moe_llava.common.errors import CheckpointError
@@ -53,6 +54,32 @@ def extra_tokens(config: PreTrainedConfig, size: tuple[int, int] | None = None) 
             f"each of {patches} patches"
         )
     return shape[1] - patches
+
+
+def resize_positions(tower: PreTrainedModel, side: int) -> None:
+    """Interpolate the position embeddings of a tower for images of `side` pixels, as transformers' `interpolate_pos_encoding` does:
+    bicubic, and without the class token.
+
+    Raises CheckpointError unless the tower has one table with a row for each patch of its own images.
+    """
+    config, name = tower.config, type(tower).__name__
+    old, new, extra = config.image_size // config.patch_size, side // config.patch_size, extra_tokens(config)
+    tables = [
+        parameter
+        for key, parameter in tower.named_parameters()
+        if "position_embedding" in key and parameter.shape[-2:] == (extra + old**2, config.hidden_size)
+    ]
+    if len(tables) != 1:
+        raise CheckpointError(
+            f"{name} has {len(tables)} tables of {old} x {old} positions, not one for another image size"
+        )
+    (table,) = tables
+    rows_PD = table.data.reshape(-1, config.hidden_size)
+    grid = rows_PD[extra:].T.reshape(1, -1, old, old)
+    resized = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False).to(table.dtype)
+    rows_PD = torch.cat([rows_PD[:extra], resized.reshape(-1, new * new).T])
+    table.data = rows_PD.reshape(*table.shape[:-2], *rows_PD.shape)
+    config.image_size = side
 
 
 def _kind(config: PreTrainedConfig) -> Any:

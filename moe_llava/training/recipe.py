@@ -68,12 +68,16 @@ class Adapter:
 
 @dataclass
 class Parts:
-    """The parts that a dense LLaVA is joined from, each a folder or hub id. `template`: its chat template, a key of TEMPLATES in
-    data/templates.py; None keeps the tokenizer's own."""
+    """The parts that a dense LLaVA is joined from, each a folder or hub id; the language model may also be a GGUF file.
+
+    template: its chat template, a key of TEMPLATES in data/templates.py; None keeps the tokenizer's own.
+    image_size: of the square image that the tower sees, in pixels; None is the tower's own. The position embeddings are interpolated.
+    """
 
     language_model: str
     vision_tower: str
     template: Template | None = None
+    image_size: PositiveInt | None = None
 
 
 @dataclass

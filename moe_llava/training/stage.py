@@ -150,7 +150,7 @@ def load_structure(start: str | Parts) -> PreTrainedModel:
         check_made(start)
         return load_on_meta(start)
     with torch.device("meta"):
-        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower))
+        return LlavaForConditionalGeneration._from_config(joined_config(start.language_model, start.vision_tower, start.image_size))
 
 
 def on_meta(config: SparseConfig) -> PreTrainedModel:

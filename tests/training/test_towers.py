@@ -113,7 +113,7 @@ def joined(parts, tmp_path):  # noqa: F811
     def make(make, preprocessing, **settings):
         tower = write_tower(tmp_path / "tower", make, preprocessing)
         chosen = {"language_model": str(parts / "phi"), "vision_tower": str(tmp_path / "tower"), "template": "phi"}
-        return tower, *join(**chosen, seed=1), chosen
+        return tower, *join(**chosen, seed=1, **settings), chosen
 
     return make
 
@@ -221,3 +221,27 @@ def test_an_older_processor_takes_what_it_lacks_from_the_tower(joined, tmp_path)
     file.write_text(json.dumps(content))
     found = load_processor(tmp_path / "saved")
     assert (found.patch_size, found.num_additional_image_tokens, found.vision_feature_select_strategy) == (8, 1, "default")
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "dinov2", "dinov2-larger"])
+def test_another_image_size_is_what_transformers_interpolates(name, joined, record, tmp_path):
+    """The crop grows with the image, and the features are those of the tower with `interpolate_pos_encoding`, which DINOv2 always does."""
+    make, preprocessing = TOWERS[name]
+    tower, model, processor, chosen = joined(make, preprocessing, image_size=48)
+    pixels = Encoder(processor)(record)["pixel_values"]
+    assert pixels.shape[-2:] == (48, 48)
+    images = processor.image_processor
+    if preprocessing is CROP:
+        assert (images.size["shortest_edge"], images.crop_size["height"]) == (54, 48)
+    interpolated = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True, **interpolated).hidden_states[-2]
+        found = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.allclose(found, expected, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again, processor = load_checkpoint(tmp_path / "saved")
+    ids = Encoder(processor)(record)["input_ids"]
+    assert (ids == processor.image_token_id).sum() == 36 == again.config.image_seq_length
+    with pytest.raises(CheckpointError, match=r"image_size is 50, but must be a multiple of 8, the patch size of the tower"):
+        joined_config(chosen["language_model"], chosen["vision_tower"], 50)
