@@ -4,6 +4,7 @@ The features are those of the tower's second-last layer, without a class token, 
 (paper, section 3.1).
 
 Unusual here:
+- A language model may be a GGUF file (gguf.py).
 - Any tower of transformers will do that returns a token for each patch, and at most a class token before them (towers.py).
 - All patches of a SigLIP tower are features. The published 384-pixel models leave the first one out; see docs/checkpoints.md.
 - The bias of a language model's head, which Phi has, is left out, as in the original code: no LLaVA has one.
@@ -35,6 +36,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from moe_llava.checkpoints import layout
 from moe_llava.checkpoints.families import FAMILIES, Family
 from moe_llava.checkpoints.files import quantisation_method, read_config, read_json, resolve
+from moe_llava.checkpoints.gguf import language_folder
 from moe_llava.checkpoints.load import load_strictly
 from moe_llava.checkpoints.processors import image_processor, make_processor, pixel_size, resize_images, set_token_ids
 from moe_llava.checkpoints.published import assemble, free_row, load_tower, prefixed
@@ -85,7 +87,9 @@ def joined_processor(language_model: str, vision_tower: str, template: str | Non
     """
     config = joined_config(language_model, vision_tower, image_size)
     vocab_size = config.text_config.vocab_size
-    tokenizer = _load_tokenizer(resolve(language_model, with_weights=False), vocab_size, f"the language model {language_model}")
+    tokenizer = _load_tokenizer(
+        resolve(language_folder(language_model), with_weights=False), vocab_size, f"the language model {language_model}"
+    )
     config.image_token_id = free_row({"vocab_size": vocab_size}, tokenizer)
     images = image_processor(vision_tower, pad=False)
     if image_size is not None:
@@ -108,7 +112,7 @@ def language_tokenizer(name: str, own_template: bool) -> PreTrainedTokenizerFast
 
     Raises CheckpointError if there is no tokenizer, DataError if its own chat template is wanted and there is none.
     """
-    folder = resolve(name, with_weights=False)
+    folder = resolve(language_folder(name), with_weights=False)
     vocab_size = read_json(folder / "config.json").get("vocab_size") if (folder / "config.json").is_file() else None
     tokenizer = _load_tokenizer(folder, vocab_size or sys.maxsize, name)
     if own_template:
@@ -165,6 +169,7 @@ def join(
 def language_config(name: str) -> tuple[PreTrainedConfig, Family | None]:
     """Return (configuration, family) of a language model. The family is None unless transformers lacks the layout, as of the Qwen of
     2023."""
+    name = language_folder(name)
     try:
         content = read_config(name)
     except CheckpointError as error:
@@ -192,6 +197,7 @@ def language_config(name: str) -> tuple[PreTrainedConfig, Family | None]:
 
 def _language_weights(name: str, config: LlavaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of a language model's backbone and head, by their names in the LLaVA."""
+    name = language_folder(name)
     text, family = language_config(name)
     if family is None:
         model = load_strictly(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], name, text, f"the language model {name}", dtype=dtype)

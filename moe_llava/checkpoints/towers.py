@@ -70,9 +70,7 @@ def resize_positions(tower: PreTrainedModel, side: int) -> None:
         if "position_embedding" in key and parameter.shape[-2:] == (extra + old**2, config.hidden_size)
     ]
     if len(tables) != 1:
-        raise CheckpointError(
-            f"{name} has {len(tables)} tables of {old} x {old} positions, not one for another image size"
-        )
+        raise CheckpointError(f"{name} has {len(tables)} tables of {old} x {old} positions, not one for another image size")
     (table,) = tables
     rows_PD = table.data.reshape(-1, config.hidden_size)
     grid = rows_PD[extra:].T.reshape(1, -1, old, old)
