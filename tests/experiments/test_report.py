@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from moe_llava.experiments.report import CHECKPOINTS, LABELS, write_report
+from moe_llava.experiments.report import CHECKPOINTS, write_report
 from tests.browser import open_browser
 
 FAMILIES = ("all", "existence", "count", "colour", "digit", "position", "relation", "comparison", "sum", "caption")
@@ -24,10 +24,10 @@ def report(tmp_path_factory):
     scores = {family: {"mean": 1.0, "low": 0.9951, "high": 1.0, "n": 5232} for family in FAMILIES}
     f1 = {kind: {"f1": 0.95} for kind in KINDS}
     results = {
-        "accuracy": dict.fromkeys(LABELS, scores),
+        "accuracy": dict.fromkeys(CHECKPOINTS, scores),
         "sparse_minus_dense": {"mean": -0.0012, "low": -0.0042, "high": 0.0018, "n": 5232},
-        "existence": dict.fromkeys(LABELS, f1),
-        "seconds": dict.fromkeys(LABELS, 123.4),
+        "existence": dict.fromkeys(CHECKPOINTS, f1),
+        "seconds": dict.fromkeys(CHECKPOINTS, 123.4),
         "parameters": {"total": 3_214_567, "active": 2_345_678, "dense": 1_987_654},
         "test_images": 500,
         "threads": 2,
@@ -51,7 +51,7 @@ def test_nothing_is_cut_off_and_labels_can_be_read(report, tmp_path, width):
         tables = browser.run("[...document.querySelectorAll('.scroll')].map(box => [box.scrollWidth, box.clientWidth])")
         assert len(tables) == 2
         assert all(needed <= there for needed, there in tables), tables
-        assert browser.run("document.querySelectorAll('table')[0].rows[0].cells.length") == 1 + len(LABELS)
+        assert browser.run("document.querySelectorAll('table')[0].rows[0].cells.length") == 1 + len(CHECKPOINTS)
         scales = browser.run("[...document.querySelectorAll('figure img')].map(image => image.clientWidth / image.naturalWidth)")
         assert len(scales) == 4
         assert min(scales) * LABEL_PIXELS >= READABLE, scales

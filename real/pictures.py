@@ -1,0 +1,200 @@
+"""A data set in LLaVA's format from Tux Paint's stamps: captions, names, categories, colours, and yes/no questions.
+
+The subject of a picture is the last word of its name ("apple" of "a Fuji apple"). Subjects are either trained on or tested, never both.
+
+The text that a caption gives away is not asked for afterwards: a record that asks "is this a bull?" and answers yes does not ask for the
+name any more.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+# The folder of a picture -> its category. Folders that mix kinds of things have none.
+CATEGORIES = {
+    "animals": "animal",
+    "food": "food",
+    "plants": "plant",
+    "vehicles": "vehicle",
+    "clothes": "clothing",
+    "household": "household object",
+    "town/houses": "building",
+}
+CAPTION = re.compile(r"(An?) ([^.!?;:,—(]+)[.!]")
+MOST_WORDS = 5  # of a name; longer captions are sentences about the thing
+COLOURS = ("red", "green", "blue", "yellow", "orange", "white", "black", "brown", "pink", "purple", "grey", "gray", "silver", "gold")
+DESCRIBE = ("Describe the picture.", "What does the picture show?", "Write a caption for the picture.")
+CATEGORY_QUESTION = f"What kind of thing is this: {', '.join(sorted(CATEGORIES.values()))}? Answer with one of these."
+NAME_QUESTION = "What is this? Answer with its name."
+KINDS = ("random", "popular", "adversarial")  # of negatives, as in POPE (arXiv 2305.10355, section 4)
+TESTED = 0.2  # share of the subjects
+SIDE = 224  # pixels
+VARIANTS = 4  # of a picture that is trained on
+SHARED_FOLDERS = 2  # parts of a folder that two pictures share if they are alike, as in animals/birds
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with a name, such as "Fuji apple", and its article, in lower case. `folder`: where it was found."""
+
+    file: Path
+    folder: str
+    article: str
+    name: str
+
+    @property
+    def subject(self) -> str:
+        return re.split(r" (?:of|with|in|on|from|for|to|at|and|that|which) ", self.name)[0].split()[-1].lower()
+
+    @property
+    def category(self) -> str | None:
+        return next((category for folder, category in CATEGORIES.items() if f"{self.folder}/".startswith(f"{folder}/")), None)
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.article} {self.name}"
+
+    @property
+    def is_tested(self) -> bool:
+        return int(sha256(self.subject.encode()).hexdigest(), 16) % 1000 < TESTED * 1000
+
+
+def find_pictures(stamps: Path) -> list[Picture]:
+    """Return the pictures whose caption is a name with an article, such as "A Fuji apple.", without letters and traffic signs."""
+    found = []
+    for text in sorted(stamps.rglob("*.txt")):
+        folder, file = text.parent.relative_to(stamps).as_posix(), text.with_suffix(".png")
+        caption = CAPTION.match(text.read_text(encoding="utf-8"))
+        if caption and file.is_file() and not folder.startswith("symbols") and len(caption[2].split()) <= MOST_WORDS:
+            name = caption[2].strip(" “”")
+            found.append(Picture(file, folder, caption[1].lower(), name.replace("“", "").replace("”", "")))
+    return found
+
+
+def write_dataset(stamps: Path, out: Path) -> dict[str, int]:
+    """Write captions.json, train.json and test.json with their images, and test-without-images.json; return the numbers of pictures."""
+    pictures = find_pictures(stamps)
+    trained, tested = [[each for each in pictures if each.is_tested == flag] for flag in (False, True)]
+    (out / "images").mkdir()
+    captions, train = [], []
+    for variant in range(VARIANTS):
+        for number, picture in enumerate(trained):
+            draw = random.Random(f"train {variant} {number}")
+            image = _write_image(out, f"train-{number:03}-{variant}.png", picture.file, draw)
+            turns = [[draw.choice(DESCRIBE), f"{picture.phrase[0].upper()}{picture.phrase[1:]}."]]
+            captions.append(_record(f"caption-{number}-{variant}", image, turns))
+            train += _train_records(f"{number}-{variant}", image, picture, trained, draw)
+    test = []
+    for number, picture in enumerate(tested):
+        image = _write_image(out, f"test-{number:03}.png", picture.file, None)
+        test += _test_records(str(number), image, picture, tested)
+    without = [{key: _blind(value) for key, value in record.items() if key != "image"} for record in test]
+    files = {"captions": captions, "train": train, "test": test, "test-without-images": without}
+    for name, records in files.items():
+        (out / f"{name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {"trained": len(trained), "tested": len(tested), "train_records": len(train), "questions": len(test)}
+
+
+def _write_image(out: Path, name: str, file: Path, draw: random.Random | None) -> str:
+    """Write a picture on a square background, white in tests; in training mirrored, moved, and on a light colour, at random."""
+    stamp = Image.open(file).convert("RGBA")
+    colour = (255, 255, 255) if draw is None else tuple(draw.randint(200, 255) for _ in range(3))
+    if draw is not None and draw.random() < 0.5:
+        stamp = ImageOps.mirror(stamp)
+    side = round(SIDE * (0.9 if draw is None else draw.uniform(0.65, 1)))
+    stamp = ImageOps.contain(stamp, (side, side), Image.Resampling.BICUBIC)
+    free = (SIDE - stamp.width, SIDE - stamp.height)
+    place = [room // 2 if draw is None else draw.randint(0, room) for room in free]
+    canvas = Image.new("RGBA", (SIDE, SIDE), (*colour, 255))
+    canvas.alpha_composite(stamp, tuple(place))
+    canvas.convert("RGB").save(out / "images" / name)
+    return name
+
+
+def _train_records(number: str, image: str, picture: Picture, known: Sequence[Picture], draw: random.Random) -> list[dict[str, Any]]:
+    """Return a record with a yes, and one with a no and what else is asked."""
+    other = NEGATIVES[draw.choice(KINDS)](picture, known, draw)
+    turns = [[_existence(other), "no"]]
+    if picture.category is not None:
+        turns.append([CATEGORY_QUESTION, picture.category])
+    turns.append([NAME_QUESTION, picture.name])
+    if colour := _colour(picture):
+        turns.append(list(colour))
+    return [_record(f"yes-{number}", image, [[_existence(picture), "yes"]]), _record(f"no-{number}", image, turns)]
+
+
+def _test_records(number: str, image: str, picture: Picture, known: Sequence[Picture]) -> list[dict[str, Any]]:
+    """Return one question in each record, with its family. The negatives are names of other tested pictures: whether a name was trained on
+    would give the answer away."""
+    asked = [("name", NAME_QUESTION, picture.name)]
+    if picture.category is not None:
+        asked.append(("category", CATEGORY_QUESTION, picture.category))
+    if colour := _colour(picture):
+        asked.append(("colour", *colour))
+    for kind in KINDS:
+        draw = random.Random(f"test {number} {kind}")
+        asked += [(kind, _existence(picture), "yes"), (kind, _existence(NEGATIVES[kind](picture, known, draw)), "no")]
+    metrics = {"name": "contains", **dict.fromkeys(KINDS, "yes_no")}
+    return [
+        _record(f"{family}-{number}-{place}", image, [[question, answer]]) | {"family": family, "metric": metrics.get(family, "exact")}
+        for place, (family, question, answer) in enumerate(asked)
+    ]
+
+
+def _existence(picture: Picture) -> str:
+    return f"Is this {picture.phrase}? Answer yes or no."
+
+
+def _colour(picture: Picture) -> tuple[str, str] | None:
+    """Return a question about a colour that the name contains, and its answer."""
+    words = picture.name.split()
+    if len(words) < 2 or words[0].lower() not in COLOURS:
+        return None
+    return f"What colour is the {' '.join(words[1:])}? Answer with one word.", words[0].lower()
+
+
+def _random(picture: Picture, known: Sequence[Picture], draw: random.Random) -> Picture:
+    return draw.choice([each for each in known if each.subject != picture.subject])
+
+
+def _popular(picture: Picture, known: Sequence[Picture], draw: random.Random) -> Picture:
+    """Draw from the pictures with the twenty most frequent subjects."""
+    common = {subject for subject, _ in Counter(each.subject for each in known).most_common(20)}
+    return draw.choice([each for each in known if each.subject in common - {picture.subject}])
+
+
+def _adversarial(picture: Picture, known: Sequence[Picture], draw: random.Random) -> Picture:
+    """Draw from the pictures of the same kind, by their folders; from all if there is none."""
+    kind = picture.folder.split("/")[:SHARED_FOLDERS]
+    alike = [each for each in known if each.folder.split("/")[:SHARED_FOLDERS] == kind and each.subject != picture.subject]
+    return draw.choice(alike) if alike else _random(picture, known, draw)
+
+
+NEGATIVES: dict[str, Callable[[Picture, Sequence[Picture], random.Random], Picture]] = dict(
+    zip(KINDS, (_random, _popular, _adversarial), strict=True)
+)
+
+
+def _record(number: str, image: str, turns: Sequence[Sequence[str]]) -> dict[str, Any]:
+    conversations = []
+    for place, (question, answer) in enumerate(turns):
+        conversations.append({"from": "human", "value": ("<image>\n" if place == 0 else "") + question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": number, "image": image, "conversations": conversations}
+
+
+def _blind(value: Any) -> Any:
+    """Return the conversations without their image."""
+    if not isinstance(value, list):
+        return value
+    return [turn | {"value": turn["value"].removeprefix("<image>\n")} for turn in value]
