@@ -113,8 +113,8 @@ def test_a_missing_answer_is_wrong_either_way():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": None}, "record 1 of .*test.json has no 'family'"),
-        ({"image": None}, "record 1 of .*test.json has no image, but must have one"),
+        ({"family": None}, "record 0 of .*test.json has no 'family'"),
+        ({"image": None}, "record 0 of .*test.json has no image, but must have one"),
     ],
 )
 def test_damaged_questions_are_named(tiny_base, tmp_path, change, message):  # noqa: F811

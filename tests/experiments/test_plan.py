@@ -200,7 +200,7 @@ def test_an_ablation_is_not_continued_on_other_questions(own_copy, write_experim
 def test_the_benchmark_is_checked_before_the_first_run(own_copy, write_experiment):
     setup, inputs = own_copy
     (inputs / "data" / "images" / "test" / "000002.png").unlink()
-    with pytest.raises(BenchmarkError, match=r"needs the image .*000002.png, which does not exist"):
+    with pytest.raises(BenchmarkError, match=r"names the image .*000002.png, which does not exist"):
         make_plan(load_experiment(write_experiment()), setup)
     questions = json.loads((inputs / "data" / "test.json").read_text())
     (inputs / "data" / "test.json").write_text(json.dumps([*questions, questions[0]]))

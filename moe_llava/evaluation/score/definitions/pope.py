@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Columns, Scored, share
 from moe_llava.evaluation.score.means import yes_or_no
-from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, first_image, llava_questions, plain
+from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, image_name, llava_questions, plain
 from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json_lines, take, take_text
 
 QUESTIONS = "llava_pope_test.jsonl"
@@ -44,7 +44,7 @@ def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     for question, text in zip(questions, answers, strict=True):
         where = f"question {question.id} of {folder / QUESTIONS}"
         category = take(question.extra, "category", where)
-        key = (first_image(question, where).name, plain(question.prompt.removesuffix(SINGLE_WORD)))
+        key = (image_name(question, where), plain(question.prompt.removesuffix(SINGLE_WORD)))
         if category not in labels or key not in labels[category]:
             raise BenchmarkError(f"{where} has no label in coco_pope_{category}.json")
         truth = labels[category][key]
