@@ -204,7 +204,7 @@ def test_the_benchmark_is_checked_before_the_first_run(own_copy, write_experimen
         make_plan(load_experiment(write_experiment()), setup)
     questions = json.loads((inputs / "data" / "test.json").read_text())
     (inputs / "data" / "test.json").write_text(json.dumps([*questions, questions[0]]))
-    with pytest.raises(BenchmarkError, match=r"record \d+ of .*test.json has the id .* once more, after record 1 of"):
+    with pytest.raises(BenchmarkError, match=r"record \d+ of .*test.json has the id and question .* once more, after record 0 of"):
         make_plan(load_experiment(write_experiment()), setup)
 
 

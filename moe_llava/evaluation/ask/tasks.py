@@ -16,7 +16,16 @@ from moe_llava.common.videos import missing_video
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN
 from moe_llava.evaluation.ask.answers import check_settings
 from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
-from moe_llava.evaluation.score.benchmark import Benchmark, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.score.benchmark import (
+    NO_OPTIONS,
+    Benchmark,
+    Options,
+    check_truth,
+    configured,
+    find_benchmark,
+    find_folder,
+    split_in,
+)
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation
@@ -47,7 +56,13 @@ class Task:
 
 
 def plan_tasks(
-    checkpoint: str, names: Sequence[str], data: Path, out: Path, limit: int | None, perturbations: Sequence[Perturbation]
+    checkpoint: str,
+    names: Sequence[str],
+    data: Path,
+    out: Path,
+    limit: int | None,
+    perturbations: Sequence[Perturbation],
+    options: Options = NO_OPTIONS,
 ) -> list[list[Task]]:
     """Return for each benchmark its task without perturbation, and one under each.
 
@@ -60,7 +75,7 @@ def plan_tasks(
     plans, problems = [], []
     for name in dict.fromkeys(names):
         try:
-            benchmark = find_benchmark(name)
+            benchmark = configured(find_benchmark(name), options)
             _check_scored(benchmark, perturbations)
             benchmark, folder, questions = prepare(benchmark, data, limit)
             _check_scored(benchmark, perturbations)
