@@ -72,7 +72,8 @@ NO_OPTIONS = Options()
 @dataclass(frozen=True)
 class Benchmark:
     """`folder`: its name in LLaVA's evaluation folder; empty for a user's own file, which takes the place of the folder. `files`: path ->
-    purpose of each file needed there; of "a | b" one is enough. `questions`: read them from the folder. `headline`: the scores to show in a table.
+    purpose of each file needed there; of "a | b" one is enough. `questions`: read them from the folder. `headline`: the scores to show in a
+    table.
 
     `score`: from folder, questions and answers; None if only a server or a judge can score.
     `judge`: the same, by the opinion of a language model; items have "read", which is None if the opinion could not be read.
