@@ -208,6 +208,19 @@ def test_the_benchmark_is_checked_before_the_first_run(own_copy, write_experimen
         make_plan(load_experiment(write_experiment()), setup)
 
 
+def test_a_plan_on_own_questions(own_copy, write_experiment):
+    setup, inputs = own_copy
+    file = inputs / "data" / "images" / "held-out.json"
+    shutil.copyfile(inputs / "data" / "test.json", file)
+    plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(setup, benchmark="questions", data=file))
+    assert plan.data == file
+    write_plan(plan)
+    write_plan(plan)
+    change(file)
+    with pytest.raises(ExperimentError, match=r"the content of .*held-out.json is not what it was"):
+        write_plan(plan)
+
+
 def test_conditions_say_which_cells_have_an_order_of_their_own(setup, write_experiment):
     shared = conditions(make_plan(load_experiment(write_experiment()), setup))
     assert "cells of one seed share it, and" in shared
