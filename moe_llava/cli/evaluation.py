@@ -22,24 +22,38 @@ def benchmarks(as_json: Annotated[bool, typer.Option("--json", help="print one J
         print(json.dumps({benchmark.name: {"folder": benchmark.folder, "files": benchmark.files} for benchmark in found}))
         return
     for benchmark in found:
-        print(f"{benchmark.name}: {benchmark.title}, in a folder {benchmark.folder}")
+        place = f"in a folder {benchmark.folder}" if benchmark.folder else "in a file of conversations with the expected answers"
+        print(f"{benchmark.name}: {benchmark.title}, {place}")
         for name, purpose in benchmark.files.items():
             print(f"  {name}: {purpose}")
+
+
+OWN = "for the benchmark questions: "
+Metric = Annotated[
+    str | None,
+    typer.Option(help=f"{OWN}exact (the default), contains, yes_no, choice, number or word_f1; a record's key metric overrides it"),
+]
+GroupBy = Annotated[str | None, typer.Option(help=f"{OWN}a key of the records whose value groups them, such as family")]
 
 
 @verb("Evaluate")
 def score(
     name: Annotated[str, typer.Argument(help="a benchmark; `moe-llava benchmarks` lists them")],
-    data: Annotated[Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it")],
+    data: Annotated[
+        Path, typer.Option(help="the folder with its files, or the one of LLaVA's evaluation that holds it; or your own questions")
+    ],
     answers: Annotated[Path, typer.Option(help="JSON lines of question_id and text")],
+    metric: Metric = None,
+    group_by: GroupBy = None,
     model: Annotated[str | None, typer.Option(help="who answered; default: what the answers name as model_id")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Score answers to a benchmark as its published script does, with 95% intervals."""
     with user_errors():
+        from moe_llava.evaluation.score.benchmark import Options
         from moe_llava.evaluation.score.scoring import score_answers
 
-        found = score_answers(name, data, answers) | ({} if model is None else {"model": model})
+        found = score_answers(name, data, answers, Options(None, metric, group_by)) | ({} if model is None else {"model": model})
     if as_json:
         print(json.dumps(found))
     else:
@@ -92,8 +106,17 @@ def table(
 def evaluate(
     checkpoint: Checkpoint,
     benchmark: Annotated[str, typer.Option(help="a benchmark, or several with commas between; `moe-llava benchmarks` lists them")],
-    data: Annotated[Path, typer.Option(help="the folder with the benchmark's files, or the one of LLaVA's evaluation that holds it")],
+    data: Annotated[
+        Path,
+        typer.Option(help="the folder with the benchmark's files, or the one of LLaVA's evaluation that holds it; or your own questions"),
+    ],
     out: Annotated[Path, typer.Option(help="folder for answers, results and uploads; a run resumes from the answers in it")],
+    metric: Metric = None,
+    group_by: GroupBy = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help=f"{OWN}folder that the data's image names are relative to; default: that of the file"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions per batch, in each process")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="evaluate only the first LIMIT questions of each benchmark")] = None,
     perturb: Annotated[
@@ -109,19 +132,20 @@ def evaluate(
         from rich.console import Console
 
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.evaluation.score.benchmark import find_benchmark
+        from moe_llava.evaluation.score.benchmark import Options, configured, find_benchmark
         from moe_llava.evaluation.stress.perturb import parse_perturbations
 
         perturbations = [] if perturb is None else parse_perturbations(perturb)
         names = [name.strip() for name in benchmark.split(",")]
+        options = Options(images, metric, group_by)
         for name in names:
-            find_benchmark(name)
+            configured(find_benchmark(name), options)
         check_checkpoint(checkpoint, keep_experts)
 
         with heavy_imports():
             from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is reported first
 
-        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts):
+        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts, options):
             _print_scores(found)
             if "robustness" in found:
                 _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")

@@ -61,6 +61,12 @@ class Record:
         video = self.video if isinstance(self.video, tuple) else () if self.video is None else (self.video,)
         return [file for file in (*self.images, *video) if isinstance(file, Path)]
 
+    def group(self, key: str) -> str:
+        """Return the value of a key that is not LLaVA's own, as text. Raises DataError if the record has no such key."""
+        if key not in self.extra:
+            raise DataError(f"{self.source} has no {key!r} to group it by, only {', '.join(self.extra) or 'its conversation'}")
+        return str(self.extra[key])
+
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation as transformers' chat templates take it."""
         messages: list[dict[str, Any]] = []

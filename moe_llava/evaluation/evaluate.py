@@ -28,7 +28,7 @@ from moe_llava.common.progress import show_progress
 from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, line, merge, read_answers, writing
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.ask.tasks import GREEDY, Task, plan_tasks
-from moe_llava.evaluation.score.benchmark import Scored, result
+from moe_llava.evaluation.score.benchmark import NO_OPTIONS, Options, Scored, result
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_command
@@ -48,6 +48,7 @@ def evaluate(
     console: Console,
     perturbations: Sequence[Perturbation] = (),
     keep_experts: float | None = None,
+    options: Options = NO_OPTIONS,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each benchmark the content of its result.json and, as "robustness", that of its robustness.json; nothing in processes other
     than the first.
@@ -56,6 +57,7 @@ def evaluate(
         limit: evaluate only so many questions of each benchmark.
         perturbations: repeat the evaluation under each of them, after the one without.
         keep_experts: the share of the experts to keep in memory; None: all.
+        options: of the benchmark `questions`.
 
     Raises CheckpointError or BenchmarkError, with everything wrong with files and folders, before the model is loaded; later for an image
     or a score, after everything has been evaluated.
@@ -63,7 +65,7 @@ def evaluate(
     attacks = sorted({perturbation.name for perturbation in perturbations} & set(ADVERSARIAL))
     if attacks and keep_experts is not None:
         raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, and so all experts in memory: leave out --keep-experts")
-    plans = plan_tasks(checkpoint, names, data, out, limit, perturbations)
+    plans = plan_tasks(checkpoint, names, data, out, limit, perturbations, options)
     problems: list[str] = []
     with _processes() as (process, processes), contextlib.ExitStack() as stack:
         console = console if process == 0 else Console(quiet=True)

@@ -244,8 +244,7 @@ def _images(file: Path, folder: Path) -> Iterator[Path]:
 def benchmark_digests(benchmark: Benchmark, folder: Path, questions: list[Question]) -> dict[str, str | None]:
     """Return the digest of each file of a benchmark, of a folder among them as a whole, and of the pictures of its questions together."""
     found: dict[str, str | None] = {}
-    for name in benchmark.files:
-        path = find_file(folder, name)
+    for path in [find_file(folder, name) for name in benchmark.files] or [folder]:
         found[str(path)] = joint_digest(visible(path.rglob("*")), path) if path.is_dir() else content_digest(path)
-    pictures = [image for question in questions for image in question.images if isinstance(image, Path)]
+    pictures = [image for question in questions for image in question.media if isinstance(image, Path)]
     return found | {f"pictures of {benchmark.title}": joint_digest(pictures, folder)}

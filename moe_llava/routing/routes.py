@@ -46,18 +46,18 @@ def write_routes(
             raise DataError(f"{record.source} has a video, and where its patches are is not shown: leave it out")
     if group_by is not None:
         for record in records:
-            _group(record, group_by)
+            record.group(group_by)
     chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
     statistics, examples, encoder = RoutingStatistics(), [], Encoder(processor)
     batches = trace_records(model, processor, records, batch_size)
     starts = range(0, len(records), batch_size)
     for start, trace in zip(with_bar(starts, "tracing routes"), batches, strict=True):
         members = records[start : start + batch_size]
-        statistics.add(trace, None if group_by is None else [_group(record, group_by) for record in members])
+        statistics.add(trace, None if group_by is None else [record.group(group_by) for record in members])
         for row, record in enumerate(members):
             if start + row in chosen:
                 pictures = as_seen(encoder(record), processor, model.config)
-                group = "" if group_by is None else _group(record, group_by)
+                group = "" if group_by is None else record.group(group_by)
                 examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
     summary = statistics.summary()
     (out / "statistics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -70,12 +70,6 @@ def write_routes(
         _write_example(out / "examples" / f"{number:02}", example, summary["experts"])
     write_page(out / "index.html", name, len(records), group_by, summary, examples, charts)
     return summary
-
-
-def _group(record: Record, key: str) -> str:
-    if key not in record.extra:
-        raise DataError(f"{record.source} has no {key!r} to group it by, only {', '.join(record.extra) or 'its conversation'}")
-    return str(record.extra[key])
 
 
 def _write_example(path: Path, example: Example, experts: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.evaluation.score.benchmark import find_benchmark, result
+from moe_llava.evaluation.score.benchmark import Options, configured, find_benchmark, result
 from moe_llava.evaluation.score.definitions.digits_world import accuracy, compare, existence, judge
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
@@ -92,6 +92,20 @@ def test_the_benchmark_says_what_the_report_says(tiny_base):  # noqa: F811
     assert {value for name, value in everything.items() if not name.endswith("yes_share")} == {1.0}
 
 
+def test_as_own_questions_they_have_the_same_score_by_family(tiny_base):  # noqa: F811
+    digits, own = (
+        find_benchmark("digits"),
+        configured(find_benchmark("questions"), Options(tiny_base / "data" / "images", group_by="family")),
+    )
+    asked, same = digits.questions(tiny_base / "data"), own.questions(tiny_base / "data" / "test.json")
+    given = [text if index % 3 else "nothing" for index, text in enumerate(question.extra["answer"] for question in asked)]
+    scores = result(digits, digits.score(tiny_base / "data", asked, given), asked, given)
+    found = result(own, own.score(tiny_base / "data" / "test.json", same, given), same, given)
+    for family in {question.extra["family"] for question in asked}:
+        assert found["scores"][f"family/{family}"] == pytest.approx(100 * scores["scores"][f"{family}/accuracy"])
+    assert found["intervals"]["accuracy"] == pytest.approx([100 * value for value in scores["intervals"]["accuracy"]])
+
+
 def test_the_interval_of_a_family_is_of_resamples_that_have_it(tiny_base):  # noqa: F811
     """All answers are right, so all resamples are; only the family of the one question has scores."""
     folder, benchmark = tiny_base / "data", find_benchmark("digits")
@@ -113,8 +127,8 @@ def test_a_missing_answer_is_wrong_either_way():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": None}, "record 1 of .*test.json has no 'family'"),
-        ({"image": None}, "record 1 of .*test.json has no image, but must have one"),
+        ({"family": None}, "record 0 of .*test.json has no 'family'"),
+        ({"image": None}, "record 0 of .*test.json has no image, but must have one"),
     ],
 )
 def test_damaged_questions_are_named(tiny_base, tmp_path, change, message):  # noqa: F811

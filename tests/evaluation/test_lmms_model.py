@@ -246,7 +246,7 @@ def test_wishes_that_are_refused(asked, monkeypatch, settings, message):
         ([{"role": "user", "content": [video("a.mp4"), video("b.mp4")]}], "comes with 0 images and 2 videos"),
         ([{"role": "user", "content": [{"type": "audio"}, video("a.mp4")]}], "comes with audio; this model takes text and images, or"),
         ([{"role": "user", "content": [part({})]}], "question 0 of task some must have pictures or files as its images, but has {}"),
-        ([{"role": "user", "content": [part("a.png")]}], "lmms-eval needs the image a.png, which does not exist"),
+        ([{"role": "user", "content": [part("a.png")]}], "lmms-eval names the image a.png, which does not exist"),
         ([{"role": "user", "content": [text("<image> ?")]}], "question 0 of task some of lmms-eval has 1 <image> and 0 images"),
     ],
     ids=["system", "missing video", "no file", "both", "two videos", "audio", "image", "file", "placeholder"],

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from moe_llava.evaluation.score.benchmark import find_benchmark, find_folder, result
-from moe_llava.evaluation.score.definitions.pope import says_yes, says_yes_leniently
+from moe_llava.evaluation.score.definitions.pope import says_yes
+from moe_llava.evaluation.score.metrics import says_yes_leniently
 from moe_llava.evaluation.score.questions import pair
 from moe_llava.evaluation.score.reading import read_json_lines
 

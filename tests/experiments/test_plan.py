@@ -200,12 +200,25 @@ def test_an_ablation_is_not_continued_on_other_questions(own_copy, write_experim
 def test_the_benchmark_is_checked_before_the_first_run(own_copy, write_experiment):
     setup, inputs = own_copy
     (inputs / "data" / "images" / "test" / "000002.png").unlink()
-    with pytest.raises(BenchmarkError, match=r"needs the image .*000002.png, which does not exist"):
+    with pytest.raises(BenchmarkError, match=r"names the image .*000002.png, which does not exist"):
         make_plan(load_experiment(write_experiment()), setup)
     questions = json.loads((inputs / "data" / "test.json").read_text())
     (inputs / "data" / "test.json").write_text(json.dumps([*questions, questions[0]]))
-    with pytest.raises(BenchmarkError, match=r"record \d+ of .*test.json has the id .* once more, after record 1 of"):
+    with pytest.raises(BenchmarkError, match=r"record \d+ of .*test.json has the id and question .* once more, after record 0 of"):
         make_plan(load_experiment(write_experiment()), setup)
+
+
+def test_a_plan_on_own_questions(own_copy, write_experiment):
+    setup, inputs = own_copy
+    file = inputs / "data" / "images" / "held-out.json"
+    shutil.copyfile(inputs / "data" / "test.json", file)
+    plan = make_plan(load_experiment(write_experiment()), dataclasses.replace(setup, benchmark="questions", data=file))
+    assert plan.data == file
+    write_plan(plan)
+    write_plan(plan)
+    change(file)
+    with pytest.raises(ExperimentError, match=r"the content of .*held-out.json is not what it was"):
+        write_plan(plan)
 
 
 def test_conditions_say_which_cells_have_an_order_of_their_own(setup, write_experiment):

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import file_digest
-from moe_llava.common.images import InlineImage
 from moe_llava.common.messages import first_line
 from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 
 LENGTH = 16  # hexadecimal digits: enough to tell files apart, and short enough to list many
 # Weights, configurations, tokenizer, chat template. Logs and plots of a training stage do not affect answers.
@@ -39,13 +39,18 @@ def checkpoint_digests(checkpoint: str) -> dict[str, str | None]:
 
 
 def picture_digests(questions: Iterable[Question], folder: Path) -> dict[str, str]:
-    """Return name -> digest for each picture of the questions. The name of a file in the benchmark's `folder` is its path there."""
+    """Return name -> digest for each picture, video or frame of the questions. The name of a file in the benchmark's `folder` is
+    its path there. Raises BenchmarkError if an image in a row cannot be read."""
     digests = {}
-    for image in dict.fromkeys(image for question in questions for image in question.images):
-        if isinstance(image, InlineImage):
-            digests[image.name] = hashlib.sha256(image.data).hexdigest()[:LENGTH]
-        else:
+    for image in dict.fromkeys(image for question in questions for image in question.media):
+        if isinstance(image, Path):
             digests[_name(image, folder)] = content_digest(image)
+        else:
+            try:
+                with image.open() as file:
+                    digests[str(image)] = hashlib.sha256(file.read()).hexdigest()[:LENGTH]
+            except OSError as error:  # a row may name a file
+                raise BenchmarkError(f"the image {image} cannot be read: {error}") from error
     return digests
 
 

@@ -261,11 +261,8 @@ def prompt_text(processor: Any, question: Question) -> str:
     """Return the question in the model's chat template. Raises BenchmarkError if the template refuses it, or if the result has more or
     fewer images or videos than the question."""
     token, number = (VIDEO_TOKEN, 1) if question.video is not None else (IMAGE_TOKEN, len(question.images))
-    parts = content_parts(question.prompt, token)
-    if token not in question.prompt:
-        parts = [{"type": PART_TYPES[token]}] * number + [{"type": "text", "text": question.prompt}]
     try:
-        text = processor.apply_chat_template([{"role": "user", "content": parts}], own_template(processor), add_generation_prompt=True)
+        text = processor.apply_chat_template(_messages(question, token, number), own_template(processor), add_generation_prompt=True)
     except REFUSALS as error:
         raise BenchmarkError(f"the model's chat template refuses question {question.id}: {error}") from error
     placeholder = processor.image_token if token == IMAGE_TOKEN else processor.video_token
@@ -273,6 +270,20 @@ def prompt_text(processor: Any, question: Question) -> str:
     if found != number:
         raise BenchmarkError(f"question {question.id} has {found} {placeholder} in its prompt and {number} {PART_TYPES[token]}s")
     return text
+
+
+def _messages(question: Question, token: str, number: int) -> list[dict[str, Any]]:
+    """Return the conversation up to the prompt. Without a placeholder, images or video come first."""
+    placed = any(token in text for text in question.texts)
+    contents = [content_parts(text, token if placed else None) for text in question.texts]
+    if not placed:
+        contents[0] = [{"type": PART_TYPES[token]}] * number + contents[0]
+    messages: list[dict[str, Any]] = []
+    if question.system:
+        messages.append({"role": "system", "content": content_parts(question.system, None)})
+    for content, (_, answer) in zip(contents, question.history, strict=False):
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": content_parts(answer, None)}]
+    return [*messages, {"role": "user", "content": contents[-1]}]
 
 
 def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:

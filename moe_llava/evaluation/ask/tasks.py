@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.checkpoints.load import load_config
+from moe_llava.common.images import missing_image
 from moe_llava.common.messages import listed
 from moe_llava.common.videos import missing_video
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN
 from moe_llava.evaluation.ask.answers import check_settings
 from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
-from moe_llava.evaluation.score.benchmark import Benchmark, check_truth, find_benchmark, find_folder, split_in
+from moe_llava.evaluation.score.benchmark import (
+    NO_OPTIONS,
+    Benchmark,
+    Options,
+    check_truth,
+    configured,
+    find_benchmark,
+    find_folder,
+    split_in,
+)
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation
@@ -46,7 +56,13 @@ class Task:
 
 
 def plan_tasks(
-    checkpoint: str, names: Sequence[str], data: Path, out: Path, limit: int | None, perturbations: Sequence[Perturbation]
+    checkpoint: str,
+    names: Sequence[str],
+    data: Path,
+    out: Path,
+    limit: int | None,
+    perturbations: Sequence[Perturbation],
+    options: Options = NO_OPTIONS,
 ) -> list[list[Task]]:
     """Return for each benchmark its task without perturbation, and one under each.
 
@@ -59,7 +75,7 @@ def plan_tasks(
     plans, problems = [], []
     for name in dict.fromkeys(names):
         try:
-            benchmark = find_benchmark(name)
+            benchmark = configured(find_benchmark(name), options)
             _check_scored(benchmark, perturbations)
             benchmark, folder, questions = prepare(benchmark, data, limit)
             _check_scored(benchmark, perturbations)
@@ -102,19 +118,30 @@ def check_questions(title: str, questions: Sequence[Question]) -> None:
     """Raise BenchmarkError if there are none, if a prompt and its question differ in the number of images or videos, or if a file is
     missing."""
     problems = [] if questions else [f"{title} has no questions"]
+    files: dict[Path, Question] = {}  # with the first question about each
     for question in questions:
         token, number = (VIDEO_TOKEN, 1) if question.video is not None else (IMAGE_TOKEN, len(question.images))
-        found = question.prompt.count(token)
+        found = sum(text.count(token) for text in question.texts)
         if found and found != number:
             problems.append(f"question {question.id} of {title} has {found} {token} and {number} {PART_TYPES[token]}s")
-        if question.video is not None and not question.video.is_file():
-            problems.append(str(missing_video(f"question {question.id} of {title}", question.video)))
-    images = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
-    problems += [f"{title} needs the image {image}, which does not exist" for image in images if not image.is_file()]
+        for medium in question.media:
+            if isinstance(medium, Path):
+                files.setdefault(medium, question)
+    for file, question in files.items():
+        if not file.is_file():
+            missing = missing_video if file == question.video else missing_image
+            problems.append(str(missing(f"question {question.id} of {title}", file)))
     if problems:
         raise BenchmarkError(listed(problems))
 
 
 def _digest(questions: Sequence[Question]) -> str:
-    text = json.dumps([[question.id, question.prompt, [Path(str(image)).name for image in question.images]] for question in questions])
+    # Without a conversation before the prompts, the digest is that of answers from before there were any.
+    text = json.dumps(
+        [
+            [question.id, question.prompt, [Path(str(image)).name for image in question.images]]
+            + [part for part in (question.history, question.system) if part]
+            for question in questions
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

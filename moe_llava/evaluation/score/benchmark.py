@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from moe_llava.evaluation.score.judge import Judge
 
 # Name -> module in definitions/, where the two differ.
-_MODULES = {"digits": "digits_world"}
+_MODULES = {"digits": "digits_world", "questions": "own_questions"}
 NAMES = (
     *("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench-cn", "seed-bench"),
-    *("llava-bench", "mm-vet", "mmmu", "digits"),
+    *("llava-bench", "mm-vet", "mmmu", "digits", "questions"),
 )
 
 LENIENT = " (lenient)"
@@ -57,15 +57,30 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Options:
+    """Settings for a user's own questions; None stands for the default. `images`: the folder of their images. `metric`: see metrics.py.
+    `group_by`: a key of the records whose values have scores of their own."""
+
+    images: Path | None = None
+    metric: str | None = None
+    group_by: str | None = None
+
+
+NO_OPTIONS = Options()
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """`folder`: its name in LLaVA's evaluation folder. `files`: path -> purpose of each file needed there; of "a | b" one is enough.
-    `questions`: read them from the folder. `headline`: the scores to show in a table.
+    """`folder`: its name in LLaVA's evaluation folder; empty for a user's own file, which takes the place of the folder. `files`: path ->
+    purpose of each file needed there; of "a | b" one is enough. `questions`: read them from the folder. `headline`: the scores to show in a
+    table.
 
     `score`: from folder, questions and answers; None if only a server or a judge can score.
     `judge`: the same, by the opinion of a language model; items have "read", which is None if the opinion could not be read.
     `upload`: write what the benchmark's server takes into the last argument, and return the files.
     `check`: raise BenchmarkError for whatever `judge` and `upload` would find wrong with the files.
-    `split`: see `split_in`."""
+    `split`: see `split_in`. `configure`: return the benchmark with options; None if it has none. `about`: what its results state beside
+    the scores."""
 
     name: str
     title: str
@@ -79,6 +94,8 @@ class Benchmark:
     check: Callable[[Path, list[Question]], object] | None = None
     headline: tuple[str, ...] = ("accuracy",)
     split: Callable[[Benchmark, Path], Benchmark] | None = None
+    configure: Callable[[Benchmark, Options], Benchmark] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -89,11 +106,23 @@ def find_benchmark(name: str) -> Benchmark:
     return importlib.import_module(f"moe_llava.evaluation.score.definitions.{module}").BENCHMARK
 
 
+def configured(benchmark: Benchmark, options: Options) -> Benchmark:
+    """Return the benchmark with options. Raises BenchmarkError if it has none, or for a wrong one."""
+    if benchmark.configure is not None:
+        return benchmark.configure(benchmark, options)
+    given = [f"--{name.replace('_', '-')}" for name, value in asdict(options).items() if value is not None]
+    if given:
+        raise BenchmarkError(f"{' and '.join(given)} may be given for the benchmark questions only, but not for {benchmark.name}")
+    return benchmark
+
+
 def find_folder(benchmark: Benchmark, data: Path) -> Path:
     """Return the benchmark's own folder: `data`, or the one inside it with the name from LLaVA's evaluation.
 
     Raises BenchmarkError, naming every missing file.
     """
+    if not benchmark.folder:
+        return data
     missing = {folder: _missing(benchmark, folder) for folder in (data, data / benchmark.folder)}
     folder = min(missing, key=lambda each: len(missing[each]))
     if missing[folder]:
@@ -171,6 +200,7 @@ def result(benchmark: Benchmark, scored: Scored, questions: Sequence[Question], 
     same = {name for name in values if name.endswith(LENIENT) and values[name] == values[name.removesuffix(LENIENT)]}
     return {
         "benchmark": benchmark.name,
+        **benchmark.about,
         "scores": {name: value for name, value in values.items() if name not in same},
         "intervals": {name: interval for name, interval in intervals.items() if name not in same},
         "questions": len(questions),

@@ -38,12 +38,14 @@ def lettered(options: Sequence[str]) -> dict[str, str]:
 
 
 def options_in(prompt: str) -> dict[str, str]:
-    """Return letter -> text from the lines "A. text", "B. text" and so on."""
+    """Return letter -> text from the lines "A. text", "B. text" and so on, or "(A) text", "A) text", "A: text"."""
     options: dict[str, str] = {}
+    letters = iter(LETTERS)
+    letter = next(letters)
     for line in prompt.split("\n"):
-        letter = LETTERS[len(options)]
-        if line.startswith(f"{letter}."):
-            options[letter] = line[2:].strip()
+        if found := re.match(rf"(?:{letter}[.):]|\({letter}\))(.*)", line):
+            options[letter] = found[1].strip()
+            letter = next(letters, "\0")  # no line begins with it
     return options
 
 
@@ -81,10 +83,15 @@ def _mentioned(text: str, options: Mapping[str, str]) -> list[str]:
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
         if not option or re.fullmatch("[a-z]", option):  # "a" is an article
             continue
-        # Not \b: Chinese has no blanks between words, and 2.5 does not mention 5.
-        text, count = re.subn(rf"(?<![a-z0-9.-]){re.escape(option)}(?!\.?[a-z0-9])", "\0", text)
+        text, count = re.subn(whole_words(option), "\0", text)
         letters += [letter] * bool(count)
     return letters
+
+
+def whole_words(phrase: str) -> str:
+    """Return a pattern of a phrase, in lower case, among other words. \\b would not do: Chinese has no blanks between words, and 2.5 does
+    not mention 5."""
+    return rf"(?<![a-z0-9.-]){re.escape(phrase)}(?!\.?[a-z0-9])"
 
 
 def judged(question: Question, text: str | None, read: Reader, options: Mapping[str, str], expected: str, file: Path) -> dict[str, Any]:

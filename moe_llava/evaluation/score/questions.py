@@ -6,13 +6,18 @@ Answers are paired with questions by id, never by order. A question without an a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_llava.common.images import InlineImage
-from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, take, take_text
+from moe_llava.common.errors import DataError
+from moe_llava.common.images import ImageSource
+from moe_llava.common.messages import listed
+from moe_llava.common.videos import Video
+from moe_llava.data.files import read_items
+from moe_llava.data.records import Record, parse_record
+from moe_llava.evaluation.score.reading import BenchmarkError, numbered, once, read_json_lines, take, take_text
 
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -23,14 +28,27 @@ Answers = list[str | None]  # one per question; None: there is none
 @dataclass(frozen=True)
 class Question:
     """`id` is the benchmark's own; several questions may share it if their prompts differ. `prompt` is the whole text for the model; images
-    go before it, or where it has `<image>`. `video`: a file, which goes before the prompt or where it has `<video>`; such a question has
-    no images. `extra` holds what scoring needs."""
+    go before it, or where it has `<image>`. `video`: goes before the prompt or where it has `<video>`; such a question has no images.
+    `extra` holds what scoring needs. `history`: (question, answer) of the earlier turns of a conversation, whose texts may hold the
+    placeholders, too. `system`: the system prompt, empty for that of the chat template."""
 
     id: str
     prompt: str
-    images: tuple[Path | InlineImage, ...] = ()
+    images: tuple[Path | ImageSource, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
-    video: Path | None = None
+    video: Video | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the user, the prompt last."""
+        return [*(text for text, _ in self.history), self.prompt]
+
+    @property
+    def media(self) -> tuple[Path | ImageSource, ...]:
+        """The images, the video, or the frames of the video."""
+        return self.images if self.video is None else self.video if isinstance(self.video, tuple) else (self.video,)
 
     @property
     def unit(self) -> str:
@@ -38,11 +56,11 @@ class Question:
         return str(self.images[0]) if self.images else str(self.video or self.id)
 
 
-def first_image(question: Question, where: str) -> Path | InlineImage:
-    """Return a question's first image. Raises BenchmarkError if it has none."""
+def image_name(question: Question, where: str) -> str:
+    """Return the file name of a question's first image. Raises BenchmarkError if it has none."""
     if not question.images:
         raise BenchmarkError(f"{where} has no image, but must have one")
-    return question.images[0]
+    return Path(str(question.images[0])).name
 
 
 def llava_questions(name: str, images: str, folder: Path, unique: tuple[str, ...] = ("question_id",)) -> list[Question]:
@@ -58,6 +76,39 @@ def llava_questions(name: str, images: str, folder: Path, unique: tuple[str, ...
         identity, text = str(take(record, "question_id", where)), take_text(record, "text", where)
         questions.append(Question(identity, text, (folder / images / image,) if image else (), extra))
     return questions
+
+
+def conversation_questions(file: Path, images: Path, extra: Callable[[Record, Question], dict[str, Any]]) -> list[Question]:
+    """Read a question from each record of a file, or folder, of conversations, as `read_items` takes them: the last question, with all
+    before it as its history. `images`: the folder of the images. `extra`: returns what scoring needs beside "answer", the last answer.
+
+    Raises BenchmarkError, naming every record that breaks a rule of the format, that has no `id` or no answer, that has the id and the
+    question of another, or that `extra` refuses by a DataError or a BenchmarkError.
+    """
+    questions, problems = [], []
+    seen: dict[str, str] = {}
+    try:
+        for where, item in read_items(file):
+            try:
+                record = parse_record(where, item, images)
+                question = _last_question(record)
+                once(seen, "id and question", f"{question.id}, {question.prompt}", where)
+                questions.append(replace(question, extra=question.extra | extra(record, question)))
+            except (DataError, BenchmarkError) as error:
+                problems.append(str(error))
+    except DataError as error:
+        raise BenchmarkError(str(error)) from error
+    if problems:
+        raise BenchmarkError(listed(problems))
+    return questions
+
+
+def _last_question(record: Record) -> Question:
+    *history, (prompt, answer) = record.turns
+    if not answer.strip():
+        raise BenchmarkError(f"{record.source} has no answer to its last question, but must have the expected one")
+    identity = str(take(record.extra, "id", record.source))
+    return Question(identity, prompt, record.images, {"answer": answer}, record.video, tuple(history), record.system)
 
 
 def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], file: Path) -> tuple[Answers, list[str]]:

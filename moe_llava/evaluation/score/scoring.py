@@ -8,20 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moe_llava.evaluation.score.benchmark import Benchmark, find_benchmark, find_folder, result, split_in
+from moe_llava.evaluation.score.benchmark import NO_OPTIONS, Benchmark, Options, configured, find_benchmark, find_folder, result, split_in
 from moe_llava.evaluation.score.judge import Judge
 from moe_llava.evaluation.score.questions import Question, answer_id, pair, plain
 from moe_llava.evaluation.score.reading import BenchmarkError, read_json_lines
 
 
-def score_answers(name: str, data: Path, answers: Path) -> dict[str, Any]:
+def score_answers(name: str, data: Path, answers: Path, options: Options = NO_OPTIONS) -> dict[str, Any]:
     """Return `benchmark`, `scores`, `intervals`, `questions`, `missing` (ids without an answer), `end_tokens` (how many answers end with
     one), `unknown` (ids of answers to unknown questions), and `model` if the answers name one (`model_id`).
 
     Raises BenchmarkError if files are missing or damaged, if the answers belong to other questions, or if only a server or a judge can
     score the benchmark.
     """
-    benchmark = find_benchmark(name)
+    benchmark = configured(find_benchmark(name), options)
     if benchmark.judge is not None and benchmark.score is None:
         raise BenchmarkError(f"{benchmark.title} is scored by a language model as judge: {judge_command(benchmark, data, answers)}")
     folder = find_folder(benchmark, data)

@@ -129,17 +129,19 @@ def read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
     if "perturbation" in record:
         kind, strength = (take(record["perturbation"], key, f"perturbation of {file}") for key in ("name", "strength"))
         model = f"{model} under {kind}:{strength}"
-    cells = {}
+    cells, title = {}, benchmark.title
+    if not benchmark.folder:  # different files, or metrics, are different columns
+        title = f"{take(record, 'data', str(file))} by {take(record, 'metric', str(file))}"
     for score in benchmark.headline:
         if isinstance(scores, dict) and score not in scores:
-            few = f"too few questions of {benchmark.title} were evaluated: evaluate without --limit, or leave it out"
+            few = f"too few questions of {title} were evaluated: evaluate without --limit, or leave it out"
             raise BenchmarkError(f"{file} has no score {score!r}, because {few}")
         numbers = [take(scores, score, f"scores of {file}"), *take_list(intervals, score, f"intervals of {file}")]
         if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
         value, low, high = numbers
-        cells[Column(benchmark.name, benchmark.title, score, judge)] = Cell(value, low, high, questions, len(missing))
-    return str(model), cells, [f"{benchmark.title}: {remark}" for remark in _remarks(record, questions, missing)]
+        cells[Column(benchmark.name, title, score, judge)] = Cell(value, low, high, questions, len(missing))
+    return str(model), cells, [f"{title}: {remark}" for remark in _remarks(record, questions, missing)]
 
 
 def _remarks(record: dict[str, Any], questions: int, missing: list[Any]) -> Iterator[str]:
@@ -156,7 +158,7 @@ def _remarks(record: dict[str, Any], questions: int, missing: list[Any]) -> Iter
 
 def _place(column: Column) -> tuple[Any, ...]:
     headline = find_benchmark(column.benchmark).headline
-    return list(NAMES).index(column.benchmark), headline.index(column.score), column.judge
+    return list(NAMES).index(column.benchmark), headline.index(column.score), column.judge, column.title
 
 
 def _published() -> Block:

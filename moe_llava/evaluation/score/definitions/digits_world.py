@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_llava.common.errors import DataError
-from moe_llava.data.records import parse_record
+from moe_llava.data.records import Record
 from moe_llava.evaluation.score.benchmark import Benchmark, Columns, Scored, share
 from moe_llava.evaluation.score.means import yes_or_no
-from moe_llava.evaluation.score.questions import Answers, Question, first_image
-from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_list, take
+from moe_llava.evaluation.score.questions import Answers, Question, conversation_questions, image_name
+from moe_llava.evaluation.score.reading import take
 from moe_llava.evaluation.score.statistics import bootstrap_mean
 
 QUESTIONS = "test.json"
@@ -25,18 +24,12 @@ Items = Sequence[dict[str, Any]]
 
 
 def questions(folder: Path) -> list[Question]:
-    found = []
-    for where, item in numbered(read_list(folder / QUESTIONS), "record", folder / QUESTIONS, "id"):
-        try:
-            record = parse_record(where, item, folder / "images")
-        except DataError as error:
-            raise BenchmarkError(str(error)) from error
-        prompt, expected = record.turns[0]
-        extra = {key: take(record.extra, key, where) for key in ("family", "kind")} | {"answer": expected}
-        images = tuple(image for image in record.images if isinstance(image, Path))
-        found.append(Question(str(record.extra["id"]), prompt, images, extra))
-        first_image(found[-1], where)
-    return found
+    return conversation_questions(folder / QUESTIONS, folder / "images", _extra)
+
+
+def _extra(record: Record, question: Question) -> dict[str, Any]:
+    image_name(question, record.source)
+    return {key: take(record.extra, key, record.source) for key in ("family", "kind")}
 
 
 def judge(question: Question, text: str | None) -> dict[str, Any]:

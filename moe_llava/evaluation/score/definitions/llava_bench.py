@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_llava.evaluation.score.benchmark import Benchmark, Columns, Scored, share
 from moe_llava.evaluation.score.judge import Judge
-from moe_llava.evaluation.score.questions import Answers, Question, llava_questions
+from moe_llava.evaluation.score.questions import Answers, Question, image_name, llava_questions
 from moe_llava.evaluation.score.reading import BenchmarkError, numbered, read_json_lines, take, take_text
 
 QUESTIONS = "questions.jsonl"
@@ -63,7 +63,7 @@ def check(folder: Path, questions: list[Question]) -> tuple[dict[str, str], dict
         category = take(question.extra, "category", where)
         if category not in CATEGORIES:
             raise BenchmarkError(f"{where} has the category {category!r}, but must have one of {', '.join(CATEGORIES)}")
-        if not question.images or question.images[0].name not in descriptions:
+        if not question.images or image_name(question, where) not in descriptions:
             raise BenchmarkError(f"{where} has no picture that context.jsonl describes")
         if question.id not in references:
             raise BenchmarkError(f"{where} has no answer in answers_gpt4.jsonl")
@@ -85,7 +85,10 @@ def judge(folder: Path, questions: list[Question], answers: Answers, by: Judge) 
         None
         if text is None
         else FORM.format(
-            description=descriptions[question.images[0].name], question=question.prompt, reference=references[question.id], ours=text
+            description=descriptions[image_name(question, question.id)],
+            question=question.prompt,
+            reference=references[question.id],
+            ours=text,
         )
         for question, text in zip(questions, answers, strict=True)
     ]

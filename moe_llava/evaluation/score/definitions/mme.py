@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Columns, Scored, share
-from moe_llava.evaluation.score.definitions.pope import says_yes_leniently
+from moe_llava.evaluation.score.metrics import says_yes_leniently
 from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, llava_questions, plain
 from moe_llava.evaluation.score.reading import BenchmarkError, once, read_text
 

@@ -7,7 +7,6 @@ yes, so "NO" does, too. Lenient reading: the first word that says yes or no, in 
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 
 from moe_llava.evaluation.score.benchmark import LENIENT, Benchmark, Columns, Scored, share
 from moe_llava.evaluation.score.means import yes_or_no
-from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, first_image, llava_questions, plain
+from moe_llava.evaluation.score.metrics import says_yes_leniently
+from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, image_name, llava_questions, plain
 from moe_llava.evaluation.score.reading import BenchmarkError, once, read_json_lines, take, take_text
 
 QUESTIONS = "llava_pope_test.jsonl"
@@ -28,23 +28,13 @@ def says_yes(text: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def says_yes_leniently(text: str) -> bool | None:
-    """Read an answer leniently; None if it says neither."""
-    for word in re.findall(r"[a-z']+", text.lower()):
-        if word in ("yes", "yeah", "yep"):
-            return True
-        if word in ("no", "not", "none", "nope") or word.endswith("n't"):
-            return False
-    return None
-
-
 def score(folder: Path, questions: list[Question], answers: Answers) -> Scored:
     labels = {category: _labels(folder / "coco" / f"coco_pope_{category}.json") for category in CATEGORIES}
     items = []
     for question, text in zip(questions, answers, strict=True):
         where = f"question {question.id} of {folder / QUESTIONS}"
         category = take(question.extra, "category", where)
-        key = (first_image(question, where).name, plain(question.prompt.removesuffix(SINGLE_WORD)))
+        key = (image_name(question, where), plain(question.prompt.removesuffix(SINGLE_WORD)))
         if category not in labels or key not in labels[category]:
             raise BenchmarkError(f"{where} has no label in coco_pope_{category}.json")
         truth = labels[category][key]

@@ -16,7 +16,7 @@ import numpy as np
 from moe_llava.evaluation.score.benchmark import Benchmark, Columns, Scored, find_file, upload_each
 from moe_llava.evaluation.score.means import mean_by, yes_or_no
 from moe_llava.evaluation.score.normalise import annotators, evalai, vqa, vqa_item
-from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, first_image, llava_questions
+from moe_llava.evaluation.score.questions import SINGLE_WORD, Answers, Question, image_name, llava_questions
 from moe_llava.evaluation.score.reading import numbered, once, read_list, take, take_text
 
 TEST = "llava_test.jsonl"
@@ -65,7 +65,7 @@ def _item(record: dict[str, Any], text: str | None, where: str) -> dict[str, Any
 
 
 def _image(question: Question) -> str:
-    return Path(str(first_image(question, f"question {question.id} of VizWiz, whose answers are identified by their images,"))).name
+    return image_name(question, f"question {question.id} of VizWiz, whose answers are identified by their images,")
 
 
 def check_images(folder: Path, questions: list[Question]) -> None:
