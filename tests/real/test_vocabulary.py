@@ -69,6 +69,6 @@ def test_what_cannot_be_cut_exactly_is_refused(folder, tmp_path):
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
     model.save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="the head of .* is not its embedding"):
+    with pytest.raises(CheckpointError, match=r"the head of .* is not its embedding"):
         cut_vocabulary(folder, tmp_path / "cut", TEXTS)
     assert not (tmp_path / "cut").exists()
