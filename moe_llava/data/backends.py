@@ -1,7 +1,8 @@
 """Copies of a tokenizer that share its vocabulary.
 
-Copying a tokenizer of the tokenizers library writes it as JSON and parses it again: of 260,000 words, this takes longer than loading them.
-The model of a tokenizer, its vocabulary and merges, never changes here, so copies share it. Each copy has its own added tokens and settings.
+Copying a tokenizer of the tokenizers library writes it as JSON and parses it again, which takes longer than loading it from its file.
+The model of a tokenizer, which is its vocabulary and merges, never changes here, so copies share it. Each copy has added tokens and
+settings of its own.
 """
 
 from __future__ import annotations
