@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from moe_llava.checkpoints.families import published_family
+from moe_llava.checkpoints.families import FAMILIES, Family, published_family
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import did_you_mean, first_line
 
@@ -71,6 +71,25 @@ def _has_model(model_type: Any) -> bool:
 def _models() -> Path:
     spec: Any = find_spec("transformers")
     return Path(spec.origin).parent / "models"
+
+
+def check_published(settings: dict[str, Any], file: Path, path: str | Path) -> tuple[Family, bool]:
+    """Return (family, whether it is sparse) of a config.json. Raises CheckpointError if it is not that of a published checkpoint."""
+    check_no_other_llava(settings, path)
+    check_quantisation(settings, path)
+    model_type = settings.get("model_type")
+    found = published_family(model_type)
+    if model_type == f"{SPARSE}llava" or (model_type == "llava" and "vision_config" in settings):
+        raise CheckpointError(f"{path} is no published checkpoint: it loads as it is")
+    if found is None:
+        known = ", ".join(f"[moe_]llava_{name}" for name in FAMILIES)
+        raise CheckpointError(f"{file} has model_type {model_type!r}, but a published checkpoint has one of {known}")
+    if found[1] and not isinstance(settings.get("moe"), dict):
+        raise CheckpointError(f"{file} has model_type {model_type!r}, but no settings `moe`, which describe the experts")
+    name = settings.get("mm_image_tower")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{file} has mm_image_tower {name!r}, but must name the vision tower")
+    return found
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -144,6 +163,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if folder.is_dir():
         return read_json(folder / "config.json")
     return read_json(hub_file(path, "config.json"))
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of an adapter folder. Raises CheckpointError if it is not one."""
+    if (Path(folder) / "non_lora_trainables.bin").is_file():
+        check_no_adapter(Path(folder))  # raises, and says what to do with an adapter of the original code
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"adapter {folder} is not a folder with {ADAPTER_CONFIG}")
+    return read_json(Path(folder) / ADAPTER_CONFIG)
 
 
 def resolve(path: str | Path, with_weights: bool) -> Path:

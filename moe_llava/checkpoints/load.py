@@ -24,6 +24,7 @@ from transformers import (
 from moe_llava.checkpoints.families import UNUSED
 from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
 from moe_llava.checkpoints.processors import complete_processor
+from moe_llava.checkpoints.tokenization import stated_tokens
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line, listed
@@ -179,7 +180,7 @@ def load_processor(path: str | Path) -> Any:
             raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
         check_pointers(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt"))
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **(stated_tokens(folder) if folder.is_dir() else {}))
         complete_processor(processor, config, path)
         return processor
     except (OSError, ValueError, ImportError) as error:  # some need torchvision or another package

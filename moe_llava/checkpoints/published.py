@@ -28,12 +28,11 @@ from transformers import (
 )
 
 from moe_llava.checkpoints import layout
-from moe_llava.checkpoints.families import FAMILIES, POOLER, TOWERS, Family, published_family
+from moe_llava.checkpoints.families import POOLER, TOWERS, Family
 from moe_llava.checkpoints.files import (
     PROJECTOR_FILE,
     check_no_adapter,
-    check_no_other_llava,
-    check_quantisation,
+    check_published,
     read_json,
     resolve,
 )
@@ -146,7 +145,7 @@ def inspect_published(
     language_folder = folder if projector is None else None if language_model is None else resolve(language_model, with_weights)
     file = folder / "config.json"
     settings = read_json(file)
-    family, sparse = _check_settings(settings, file, path)
+    family, sparse = check_published(settings, file, path)
     tower, vision_config = find_tower(settings["mm_image_tower"], vision_towers)
     if vision_config.model_type not in TOWERS:
         found = f"has model_type {vision_config.model_type!r}, but must have one of {', '.join(TOWERS)}"
@@ -163,25 +162,6 @@ def inspect_published(
         arguments["image_token_id"] = free_row(settings, tokenizer)
     config = build_config(MoeLlavaConfig if sparse else LlavaConfig, arguments, file)
     return Published(folder, settings, family, config, tower, projector, language_folder)
-
-
-def _check_settings(settings: dict[str, Any], file: Path, path: str | Path) -> tuple[Family, bool]:
-    """Return (family, whether it is sparse) of a config.json. Raises CheckpointError if it is not that of a published checkpoint."""
-    check_no_other_llava(settings, path)
-    check_quantisation(settings, path)
-    model_type = settings.get("model_type")
-    found = published_family(model_type)
-    if model_type == MoeLlavaConfig.model_type or (model_type == "llava" and "vision_config" in settings):
-        raise CheckpointError(f"{path} is no published checkpoint: it loads as it is")
-    if found is None:
-        known = ", ".join(f"[moe_]llava_{name}" for name in FAMILIES)
-        raise CheckpointError(f"{file} has model_type {model_type!r}, but a published checkpoint has one of {known}")
-    if found[1] and not isinstance(settings.get("moe"), dict):
-        raise CheckpointError(f"{file} has model_type {model_type!r}, but no settings `moe`, which describe the experts")
-    name = settings.get("mm_image_tower")
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{file} has mm_image_tower {name!r}, but must name the vision tower")
-    return found
 
 
 def free_row(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -91,6 +92,22 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast | N
     return None
 
 
+def stated_tokens(folder: Path) -> dict[str, Any]:
+    """Return a setting for `from_pretrained` that spares it reading the whole tokenizer.json of `folder` as Python objects: it wants only
+    the added tokens, unless it is given them. Empty if other files name them, as older versions wrote them."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or any((folder / name).is_file() for name in ("special_tokens_map.json", "added_tokens.json")):
+        return {}
+    settings = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings or isinstance(settings.get("extra_special_tokens"), dict):
+        return {}
+    head, _, rest = file.read_text(encoding="utf-8").partition('"added_tokens":')
+    if not rest or '"model":' in head:
+        return {}
+    tokens, _ = json.JSONDecoder().raw_decode(rest.lstrip())
+    return {"added_tokens_decoder": {str(token.pop("id")): token for token in tokens}}
+
+
 def add_placeholder(tokenizer: PreTrainedTokenizerFast, token_id: int, chat_template: str) -> PreTrainedTokenizerFast:
     """Return a copy of `tokenizer` that has `<image>` as `token_id`, unless it has that token already, and that pads on the left.
 
@@ -103,13 +120,12 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast, token_id: int, chat_temp
     vocab = state["model"]["vocab"]
     vocab.update({added["content"]: added["id"] for added in state["added_tokens"]})
     vocab.setdefault(IMAGE_TOKEN, token_id)
-    backend = Tokenizer.from_str(json.dumps(state))
-    backend.add_special_tokens([_special(IMAGE_TOKEN)])
+    _add_special(state, IMAGE_TOKEN)
     names = {name: getattr(tokenizer, name) for name in SPECIAL_NAMES}
     # The original code pads with the unknown token, which its tokenizers return for no text.
     names["pad_token"] = names["pad_token"] or names["unk_token"] or names["eos_token"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return _from_state(
+        state,
         **names,
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         chat_template=chat_template,
@@ -146,11 +162,11 @@ def _from_tiktoken(file: Path, specials: Specials, vocab_size: int) -> PreTraine
     fits = specials.first_id + len(specials.tokens) <= vocab_size
     first_id = specials.first_id if fits else max(vocab.values()) + 1 + specials.gap
     vocab.update({token: token_id for token_id, token in enumerate(specials.tokens, start=first_id)})
-    backend = Tokenizer.from_str(json.dumps(state))
-    backend.normalizer = normalizers.NFC()
-    backend.add_special_tokens([_special(token) for token in specials.tokens])
+    state["normalizer"] = {"type": "NFC"}
+    for token in specials.tokens:
+        _add_special(state, token)
     names = {"eos_token": _END, "unk_token": specials.unknown, "pad_token": specials.unknown} | _named_tokens(file.parent)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return _from_state(state, **names)
 
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
@@ -176,5 +192,16 @@ def _named_tokens(folder: Path) -> dict[str, Any]:
     return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
 
 
-def _special(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=True)
+def _add_special(state: dict[str, Any], token: str) -> None:
+    """Add a word of the vocabulary to the special tokens of a tokenizer.json, unless it is one of its added tokens."""
+    if all(added["content"] != token for added in state["added_tokens"]):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        state["added_tokens"].append({"id": state["model"]["vocab"][token], "content": token} | flags)
+
+
+def _from_state(state: dict[str, Any], **settings: Any) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a tokenizer.json. It is passed as a file, because the class would copy an object, which takes as long."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tokenizer.json")
+        file.write_text(json.dumps(state), encoding="utf-8")
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)

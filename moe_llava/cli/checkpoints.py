@@ -98,8 +98,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the original MoE-LLaVA code, or an export of `moe-llava export`, to one that transformers loads."""
     with user_errors():
-        from moe_llava.checkpoints.files import is_export
-        from moe_llava.common.files import new_folder
+        from moe_llava.checkpoints.files import PROJECTOR_FILE, check_published, is_export, read_config
+        from moe_llava.common.files import check_new, new_folder
 
         if is_export(published):
             with heavy_imports():
@@ -108,6 +108,9 @@ def convert(
             with new_folder(out) as folder:
                 lines = convert_back(published, folder)
         else:
+            check_new(out)
+            settings = Path(published).parent if Path(published).name == PROJECTOR_FILE else Path(published)
+            check_published(read_config(settings), settings / "config.json", published)
             with heavy_imports():
                 from moe_llava.checkpoints.published import convert as run
 
@@ -124,8 +127,10 @@ def merge(
 ) -> None:
     """Merge an adapter (LoRA) into the weights of its base."""
     with user_errors():
+        from moe_llava.checkpoints.files import read_adapter
         from moe_llava.common.files import new_folder
 
+        read_adapter(adapter)
         with new_folder(out) as folder:
             with heavy_imports():
                 from moe_llava.training.adapters import merge as run  # takes seconds, and a mistake is reported first
@@ -146,9 +151,13 @@ def card(
     """Write the model card of a checkpoint, README.md in its folder: origin, MoE options, training data, results, how to load it."""
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
-        from moe_llava.evaluation.card import write_card
+        from moe_llava.evaluation.score.tables import find_results
 
         check_checkpoint(str(checkpoint))
+        find_results(results or [])
+        with heavy_imports():
+            from moe_llava.evaluation.card import write_card
+
         print(f"written to {write_card(checkpoint, results or [], base, licence)}")
 
 

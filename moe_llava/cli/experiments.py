@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import stops, user_errors, verb
+from moe_llava.cli.common import heavy_imports, stops, user_errors, verb
 from moe_llava.digits import RECIPE
 
 ABLATIONS = "strategy, tuned, experts, topk, placement, capacity, size"
@@ -19,9 +19,18 @@ BenchmarkData = Annotated[
     Path | None,
     typer.Option(help="folder with the benchmark's files; default: the digits world is generated, and the recipe trains on it"),
 ]
-TrainImages = Annotated[int | None, typer.Option(help="number of training pictures of the digits world")]
-TestImages = Annotated[int | None, typer.Option(help="number of test pictures, of unseen handwriting")]
+TrainImages = Annotated[int | None, typer.Option(min=1, help="number of training pictures of the digits world")]
+TestImages = Annotated[int | None, typer.Option(min=1, help="number of test pictures, of unseen handwriting")]
 BatchSize = Annotated[int, typer.Option(min=1, help="questions per batch")]
+
+
+def _check(recipe: Path | None, settings: list[str] | None, benchmark: str) -> None:
+    """Raise RecipeError or BenchmarkError for a base recipe or a benchmark that cannot be used."""
+    from moe_llava.evaluation.score.benchmark import find_benchmark
+    from moe_llava.training.recipe import load_recipe
+
+    load_recipe(recipe or RECIPE, settings)
+    find_benchmark(benchmark)
 
 
 @verb("Evaluate", "moe-llava ablate topk --seeds 2")
@@ -39,10 +48,13 @@ def ablate(
 ) -> None:
     """Train the cells of an ablation with several seeds and compare them. The same command resumes a run that was stopped."""
     with user_errors(), stops():
-        from rich.console import Console
+        _check(recipe, settings, benchmark)
+        # These take seconds, and a mistake is reported first.
+        with heavy_imports():
+            from rich.console import Console
 
-        from moe_llava.experiments.ablate import run_ablation
-        from moe_llava.experiments.plan import Setup
+            from moe_llava.experiments.ablate import run_ablation
+            from moe_llava.experiments.plan import Setup
 
         folder = out or Path("runs/ablations") / Path(name).stem
         setup = Setup(folder, recipe or RECIPE, settings or [], seeds, benchmark, data, (train_images, test_images), batch_size)
@@ -64,10 +76,13 @@ def trial(
 ) -> None:
     """Test the paper's claim: is sparse no worse than dense? The same command resumes a run that was stopped."""
     with user_errors(), stops():
-        from rich.console import Console
+        _check(recipe, settings, benchmark)
+        # These take seconds, and a mistake is reported first.
+        with heavy_imports():
+            from rich.console import Console
 
-        from moe_llava.experiments.plan import Setup
-        from moe_llava.experiments.trial import run_trial
+            from moe_llava.experiments.plan import Setup
+            from moe_llava.experiments.trial import run_trial
 
         setup = Setup(out, recipe or RECIPE, settings or [], seeds, benchmark, data, (train_images, test_images), batch_size)
         print(run_trial(setup, margin, Console()))

@@ -22,8 +22,12 @@ def routes(
 ) -> None:
     """Show which experts each token used: statistics, pictures, and a page to explore."""
     with user_errors():
+        from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.files import new_folder
+        from moe_llava.data.files import read_items
 
+        check_checkpoint(checkpoint)
+        next(read_items(data), None)  # raises if there is no such file
         with new_folder(out) as folder:
             with heavy_imports():
                 from moe_llava.checkpoints.load import best_device, load_checkpoint

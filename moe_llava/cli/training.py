@@ -19,8 +19,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
     recipe: Annotated[Path | None, typer.Option(help="a recipe instead of the shipped recipes/digits.yaml")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
-    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
-    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+    train_images: Annotated[int | None, typer.Option(min=1, help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(min=1, help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
     """Train the three stages on scenes of handwritten digits, evaluate them, and write a report with pictures."""
     with user_errors(), stops():
@@ -38,8 +38,8 @@ def demo(
 @verb("Train", "moe-llava digits runs/digits")
 def digits(
     out: Annotated[Path, typer.Argument(help="folder to write `data` and `base` into")] = Path("runs/digits"),
-    train_images: Annotated[int | None, typer.Option(help="pictures to train on")] = None,
-    test_images: Annotated[int | None, typer.Option(help="pictures of unseen handwriting to test on")] = None,
+    train_images: Annotated[int | None, typer.Option(min=1, help="pictures to train on")] = None,
+    test_images: Annotated[int | None, typer.Option(min=1, help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
     """Write the digits data set (LLaVA files) and the dense model to start from."""
     with user_errors():

@@ -25,14 +25,19 @@ _NO_ROOM = {
 _CUT_SHORT = re.compile(r"inline_container\.cc|PytorchStreamWriter failed|iostream error|file write failed")
 
 
+def check_new(out: Path) -> None:
+    """Raise FileExistsError if `out` exists."""
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists already: choose another folder")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into. It is renamed to `out` at the end, or removed after an error.
 
     Raises FileExistsError if `out` exists.
     """
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists already: choose another folder")
+    check_new(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from moe_llava.common.errors import DataError
 from moe_llava.data.answers import placeholder, render
+from moe_llava.data.backends import report_spaces, share_vocabulary
 from moe_llava.data.records import (
     IMAGE_TOKEN,
     PART_TYPES,
@@ -228,16 +229,26 @@ def _encode_text(text: str, start: int, answers: list[Span], images: list[Span],
 def _with_true_offsets(tokenizer: Any, reserved: tuple[str, ...]) -> Tokenizer:
     """Return a tokenizer that reports tokens with their white space, which byte-level ones leave out, and for which `reserved` tokens are
     text. These keep their ids, because others may be counted from them, under names that are in no text."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
+    backend: Tokenizer = tokenizer.backend_tokenizer
     names = {token: MARK + token for token in reserved}
+    if any(backend.model.token_to_id(token) is not None for token in reserved):
+        backend = _rename_words(backend, names)
+    else:
+        backend = share_vocabulary(backend, names)
+    report_spaces(backend)
+    return backend
+
+
+def _rename_words(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
+    """Return a copy whose vocabulary and added tokens have other names: a model may look up a whole word, which renaming alone prevents."""
+    state = json.loads(backend.to_str())
+    state["truncation"] = state["padding"] = None
     for added in state["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
     vocab = state["model"]["vocab"]
     if isinstance(vocab, dict):
         vocab |= {name: vocab.pop(token) for token, name in names.items() if token in vocab}
-    text = json.dumps(state["post_processor"]).replace('"trim_offsets": true', '"trim_offsets": false')
-    return Tokenizer.from_str(json.dumps({**state, "post_processor": json.loads(text)}))
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _messages(record: Record | Mapping[str, Any], template: str | None) -> tuple[list[Message], str | None]:

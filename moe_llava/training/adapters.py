@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_no_adapter, check_pointers, read_json
+from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_pointers, read_adapter, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config, load_on_meta
 from moe_llava.checkpoints.published import resolve
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
@@ -56,7 +56,7 @@ def check_adapter(adapter: Adapter, stage: str, model: PreTrainedModel) -> None:
         require("bitsandbytes", f"{stage}.adapter.quantisation")
     wanted = lora_config(model, adapter, stage)
     if adapter.continue_from:
-        before = read_config(adapter.continue_from)
+        before = read_adapter(adapter.continue_from)
         names = ("r", "lora_alpha", "lora_dropout", "use_dora", "target_modules", "target_parameters", "modules_to_save")
         changed = [
             f"{name} {before.get(name)}, but the recipe makes it {getattr(wanted, name)}"
@@ -73,18 +73,9 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (list, set, tuple)) and value else value or None
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the settings of an adapter folder. Raises CheckpointError if it is not one."""
-    if (Path(folder) / "non_lora_trainables.bin").is_file():
-        check_no_adapter(Path(folder))  # raises, and says what to do with an adapter of the original code
-    if not (Path(folder) / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"adapter {folder} is not a folder with {ADAPTER_CONFIG}")
-    return read_json(Path(folder) / ADAPTER_CONFIG)
-
-
 def base_of(folder: str | Path) -> str:
     """Return the checkpoint that an adapter belongs to. Raises CheckpointError if the folder is no adapter, or names none."""
-    base = read_config(folder).get("base_model_name_or_path")
+    base = read_adapter(folder).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"the {ADAPTER_CONFIG} of {folder} has no base_model_name_or_path: name its base checkpoint (--base)")
     return str(base)
@@ -294,7 +285,7 @@ def write_adapter(adapted: Any, folder: Path, base: str, later: str) -> PreTrain
     """Write the adapter of a PeftModel into `folder`, and return it merged into `base`, in float32. `later`: the path of `base` when the
     stage is finished."""
     adapted.save_pretrained(folder)
-    config = read_config(folder) | {"base_model_name_or_path": later}
+    config = read_adapter(folder) | {"base_model_name_or_path": later}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / BASE).write_text(json.dumps(describe_weights(base), indent=2), encoding="utf-8")
     return _merged(folder, base, torch.float32)[0]
@@ -312,7 +303,7 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
     """
     require("peft", f"adapter {folder}")
     path = str(base or base_of(folder))
-    read_config(folder)
+    read_adapter(folder)
     check_base(folder, path)
     return _merged(folder, path, dtype)
 

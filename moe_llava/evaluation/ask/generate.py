@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from moe_llava.common.images import open_image
+from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN, content_parts
@@ -79,7 +80,7 @@ def answer(
         return
     groups = _group_by_head(questions, texts, processor.image_token, batch_size, alone=attack is not None)
     # The processor is used in the background thread, and a tokenizer in one thread only.
-    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer = copy_tokenizer(processor.tokenizer)
     for group in in_background(lambda group: _group_inputs(processor, questions, texts, group, batch_size, perturbation), groups):
         if attack is not None and group.heads is not None:
             _attack_heads(model, processor, group, attack, max_new_tokens)
@@ -108,7 +109,7 @@ def _answer_whole(
     attack = perturbation if perturbation is not None and perturbation.kind == "adversarial" else None
     order = sorted(range(len(questions)), key=lambda index: (len(questions[index].images), len(texts[index]), texts[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer = copy_tokenizer(processor.tokenizer)
 
     def prepared(batch: list[int]) -> Any:
         return _process_all(processor, [questions[index] for index in batch], [texts[index] for index in batch], perturbation)

@@ -11,7 +11,6 @@ Shapes: B rows of the batch, S columns of the cache, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
 from moe_llava.serving.engine.cache import preallocated_cache
@@ -104,7 +104,7 @@ class Engine(CompletionEngine):
         self.time_limit = time_limit
         text = model.config.get_text_config()
         self.context = text.max_position_embeddings
-        self._tokenizer = copy.deepcopy(tokenizer)  # it is not thread-safe
+        self._tokenizer = copy_tokenizer(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._placeholders = frozenset(placeholder_ids(model.config))
         suppressed = [token for token in never_written(model) if token < self._vocabulary]
