@@ -129,7 +129,8 @@ def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
         f"layers: {budget.layers}{sparse}",
         f"forward pass of the language model: {budget.flops / 1e9:,.3f} GFLOPs per token, at {CONTEXT:,} tokens of context",
         f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
-        f"weights in bfloat16: {_megabytes(budget.weight_bytes)}; with the cache of {CONTEXT:,} tokens: {_megabytes(budget.generation_bytes)}",
+        f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
+        f"generation: {_megabytes(budget.generation_bytes)} for weights and the cache of {CONTEXT:,} tokens",
         *(_training_line(stage, cost) for stage, cost in training.items()),
     ]
     for line in lines:

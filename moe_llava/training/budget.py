@@ -61,13 +61,8 @@ class Budget:
 
     def as_dict(self) -> dict[str, Any]:
         total, active = self.language_model
-        derived = {
-            "language_model": {"total": total, "active": active},
-            "weight_bytes": self.weight_bytes,
-            "generation_bytes": self.generation_bytes,
-            "context": CONTEXT,
-        }
-        return dataclasses.asdict(self) | derived
+        sizes = {"weight_bytes": self.weight_bytes, "generation_bytes": self.generation_bytes, "context": CONTEXT}
+        return dataclasses.asdict(self) | {"language_model": {"total": total, "active": active}} | sizes
 
 
 @dataclass(frozen=True)
@@ -175,7 +170,7 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
             stage.settings.optimisation.gradient_checkpointing,
             context,
             stage_batch(stage),
-            bf16=recipe.precision == "bf16",
+            bf16=stage.bf16,
             eager=recipe.attention == "eager",
         )
         costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
@@ -203,7 +198,7 @@ def stage_cost(
     bf16: bool = False,
     eager: bool = False,
 ) -> StageCost:
-    """Return the cost of training the whole model, sharded or not; with `batch`, also its activations, in `bf16` and with `eager` attention.
+    """Return the cost of training the whole model, sharded or not; with `batch`, also its activations, in `bf16`, with `eager` attention.
 
     Args: `stage` and `moe_layers` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing`
     repeats the forward pass; `context` as in `count`.
