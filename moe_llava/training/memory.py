@@ -112,6 +112,7 @@ def _layer_numbers(model: PreTrainedModel, context: int, below: bool) -> list[in
 def _ffn_numbers(layer: nn.Module, columns: int, trained: bool) -> int:
     """Return what an FFN keeps for a token. `columns`: of its matrices, side by side; of those of a token's experts if it is sparse."""
     ffn: Any = getattr(layer, "mlp", None)
+    activation: Any
     if isinstance(ffn, SparseMlp):
         plain, activation = isinstance(ffn.experts, PlainExperts), ffn.experts.act_fn
     else:
