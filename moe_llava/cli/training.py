@@ -97,6 +97,7 @@ def params(
         if as_json:
             costs = {
                 "training_bytes": {stage: cost.memory for stage, cost in training.items()},
+                "training_peak_bytes": {stage: cost.peak for stage, cost in training.items() if cost.peak is not None},
                 "training_flops": {stage: cost.flops for stage, cost in training.items()},
             }
             print(json.dumps(budget.as_dict() | costs))
@@ -129,14 +130,20 @@ def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
         f"forward pass of the language model: {budget.flops / 1e9:,.3f} GFLOPs per token, at {CONTEXT:,} tokens of context",
         f"cache of keys and values in bfloat16: {budget.cache_bytes:,} bytes per token",
         f"weights in bfloat16: {_megabytes(budget.weight_bytes)}",
-        *(
-            f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, without activations; "
-            f"{cost.flops / 1e9:,.3f} GFLOPs per token"
-            for stage, cost in training.items()
-        ),
+        f"generation: {_megabytes(budget.generation_bytes)} for weights and the cache of {CONTEXT:,} tokens",
+        *(_training_line(stage, cost) for stage, cost in training.items()),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _training_line(stage: str, cost: StageCost) -> str:
+    if cost.activations is None or cost.peak is None:
+        more = "without activations"
+    else:
+        more = f"{_megabytes(cost.activations)} for activations of a micro batch, together {_megabytes(cost.peak)}"
+    line = f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, {more}"
+    return f"{line}; {cost.flops / 1e9:,.3f} GFLOPs per token"
 
 
 def _megabytes(size: int) -> str:

@@ -20,7 +20,8 @@ from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.adapters import attach, quantisation_saves
+from moe_llava.training.adapters import attach, quantisation_saves, without_adapter
+from moe_llava.training.memory import Batch, activations
 from moe_llava.training.parts import PARTS, attention_layers, is_native, moe_layers, native_experts, parts_of
 from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
@@ -53,19 +54,30 @@ class Budget:
         """The size of the weights in bfloat16."""
         return 2 * sum(self.total.values())
 
+    @property
+    def generation_bytes(self) -> int:
+        """The memory to generate with one prompt: weights, and keys and values of CONTEXT tokens, in bfloat16."""
+        return self.weight_bytes + CONTEXT * self.cache_bytes
+
     def as_dict(self) -> dict[str, Any]:
         total, active = self.language_model
-        derived = {"language_model": {"total": total, "active": active}, "weight_bytes": self.weight_bytes, "context": CONTEXT}
-        return dataclasses.asdict(self) | derived
+        sizes = {"weight_bytes": self.weight_bytes, "generation_bytes": self.generation_bytes, "context": CONTEXT}
+        return dataclasses.asdict(self) | {"language_model": {"total": total, "active": active}} | sizes
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; activations come on top. `flops`: forward
-    and backward pass of the language model for one token at CONTEXT."""
+    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; `activations`: bytes of a micro batch, which
+    come on top, if its size is known (`memory.py`). `flops`: forward and backward pass of the language model for one token at CONTEXT."""
 
     memory: int
     flops: int
+    activations: int | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """The largest memory of a training step on each device: all of it, as with gradient accumulation."""
+        return None if self.activations is None else self.memory + self.activations
 
 
 def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
@@ -157,6 +169,9 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
             stage.settings.adapter,
             stage.settings.optimisation.gradient_checkpointing,
             context,
+            stage_batch(stage),
+            bf16=stage.bf16,
+            eager=recipe.attention == "eager",
         )
         costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
     return count(final, context), costs
@@ -179,22 +194,33 @@ def stage_cost(
     adapter: Adapter | None = None,
     checkpointing: bool = False,
     context: int = CONTEXT,
+    batch: Batch | None = None,
+    bf16: bool = False,
+    eager: bool = False,
 ) -> StageCost:
-    """Return the cost of training the whole model, sharded or not.
+    """Return the cost of training the whole model, sharded or not; with `batch`, also its activations, in `bf16`, with `eager` attention.
 
     Args: `stage` and `moe_layers` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing`
     repeats the forward pass; `context` as in `count`.
     """
     if adapter is None:
-        counts, saved = choose_parameters(model, stage, moe_layers), 0
+        trained, counts, saved = model, choose_parameters(model, stage, moe_layers), 0
     else:
         saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
-        counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")[1]
+        trained, counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     forward, scores = count(model, context).flops, _score_flops(model, context)
     # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
     weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
-    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights))
+    kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
+    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights), kept)
+
+
+def stage_batch(stage: Stage) -> Batch:
+    """Return the largest micro batch of a stage: rows of `max_length` tokens, or of CONTEXT if nothing is cut, all with labels."""
+    settings = stage.settings
+    rows, length = settings.optimisation.per_device_batch_size, settings.max_length or CONTEXT
+    return Batch(rows, length, rows * length)
 
 
 def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:

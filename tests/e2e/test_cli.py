@@ -61,7 +61,7 @@ def sparse(tiny_base, tmp_path_factory):  # noqa: F811
         (["vllm", "{folder}"], 2, "has no config.json"),
         (["judge", "pope", "--data", ".", "--answers", "none", "--endpoint", "http://x", "--judge-model", "x"], 2, "pope"),
         (["table", "{folder}/none"], 2, "does not exist"),
-        (["pope-questions", "{folder}/none", "{folder}/out"], 2, "none does not exist"),
+        (["pope-questions", "{folder}/none", "{folder}/out"], 2, "none cannot be read"),
     ],
 )
 def test_help_and_mistakes_are_told_before_anything_heavy_is_loaded(arguments, status, told, tmp_path):
