@@ -138,10 +138,11 @@ def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
 
 
 def _training_line(stage: str, cost: StageCost) -> str:
-    if cost.activations is None or cost.peak is None:
+    if cost.activations is None or cost.peak is None or cost.batch is None:
         more = "without activations"
     else:
-        more = f"{_megabytes(cost.activations)} for activations of a micro batch, together {_megabytes(cost.peak)}"
+        batch = f"a micro batch of {cost.batch.rows:,} rows of {cost.batch.length:,} tokens, all with labels"
+        more = f"at most {_megabytes(cost.activations)} for activations of {batch}, together {_megabytes(cost.peak)}"
     line = f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, {more}"
     return f"{line}; {cost.flops / 1e9:,.3f} GFLOPs per token"
 

@@ -68,11 +68,12 @@ class Budget:
 @dataclass(frozen=True)
 class StageCost:
     """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; `activations`: bytes of a micro batch, which
-    come on top, if its size is known (`memory.py`). `flops`: forward and backward pass of the language model for one token at CONTEXT."""
+    come on top, if the `batch` is known (`memory.py`). `flops`: forward and backward pass of the language model for one token at CONTEXT."""
 
     memory: int
     flops: int
     activations: int | None = None
+    batch: Batch | None = None
 
     @property
     def peak(self) -> int | None:
@@ -213,7 +214,7 @@ def stage_cost(
     # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
     weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
     kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
-    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights), kept)
+    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights), kept, batch)
 
 
 def stage_batch(stage: Stage) -> Batch:
