@@ -68,7 +68,8 @@ class Budget:
 @dataclass(frozen=True)
 class StageCost:
     """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; `activations`: bytes of a micro batch, which
-    come on top, if the `batch` is known (`memory.py`). `flops`: forward and backward pass of the language model for one token at CONTEXT."""
+    come on top, if the `batch` is known (`memory.py`). `flops`: of the language model's forward and backward pass, for one token at
+    CONTEXT."""
 
     memory: int
     flops: int
