@@ -53,7 +53,7 @@ def _read(file: Path) -> tuple[Any, Any]:
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     except ImportError as error:
-        raise CheckpointError(f"{file} cannot be read without the gguf package: pip install 'moe-llava[gguf]'") from error
+        raise CheckpointError(f"{file} needs gguf, which is not installed: pip install -e '.[gguf]'") from error
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot read {file}: {first_line(error)}") from error
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in report.items() if kind.endswith("_keys") for key in keys]
