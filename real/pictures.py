@@ -2,8 +2,8 @@
 
 The subject of a picture is the last word of its name ("apple" of "a Fuji apple"). Subjects are either trained on or tested, never both.
 
-The text that a caption gives away is not asked for afterwards: a record that asks "is this a bull?" and answers yes does not ask for the
-name any more.
+Each question of training is a record of its own. A conversation about a picture would give answers away (after "is this a bull?" yes),
+and a model that is trained for minutes would learn from the text before it looks.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ CATEGORIES = {
 CAPTION = re.compile(r"(An?) ([^.!?;:,—(]+)[.!]")
 MOST_WORDS = 5  # of a name; longer captions are sentences about the thing
 COLOURS = ("red", "green", "blue", "yellow", "orange", "white", "black", "brown", "pink", "purple", "grey", "gray", "silver", "gold")
-DESCRIBE = ("Describe the picture.", "What does the picture show?", "Write a caption for the picture.")
-CATEGORY_QUESTION = f"What kind of thing is this: {', '.join(sorted(CATEGORIES.values()))}? Answer with one of these."
-NAME_QUESTION = "What is this? Answer with its name."
+CAPTION_REQUEST = "Describe the picture."
+CATEGORY_QUESTION = "What kind of thing is this?"
+NAME_QUESTION = "What is this?"
 KINDS = ("random", "popular", "adversarial")  # of negatives, as in POPE (arXiv 2305.10355, section 4)
 TESTED = 0.2  # share of the subjects
 SIDE = 224  # pixels
-VARIANTS = 4  # of a picture that is trained on
+# Variants of the pictures of a category that are trained on, about as many in each: the most frequent answer is then no good answer.
+CATEGORY_SIZE = 200
+FEWEST_VARIANTS = 2
 SHARED_FOLDERS = 2  # parts of a folder that two pictures share if they are alike, as in animals/birds
 
 
@@ -82,24 +84,26 @@ def find_pictures(stamps: Path) -> list[Picture]:
 
 
 def write_dataset(stamps: Path, out: Path) -> dict[str, int]:
-    """Write captions.json, train.json and test.json with their images, and test-without-images.json; return the numbers of pictures."""
+    """Write train.json and test.json with their images, align.json, which has captions besides, and test-without-images.json; return the
+    numbers of pictures."""
     pictures = find_pictures(stamps)
     trained, tested = [[each for each in pictures if each.is_tested == flag] for flag in (False, True)]
     (out / "images").mkdir()
-    captions, train = [], []
-    for variant in range(VARIANTS):
-        for number, picture in enumerate(trained):
+    sizes = Counter(picture.category for picture in trained)
+    captions, train, test = [], [], []
+    for number, picture in enumerate(trained):
+        wanted = round(CATEGORY_SIZE / sizes[picture.category]) if picture.category else 0
+        for variant in range(max(wanted, FEWEST_VARIANTS)):
             draw = random.Random(f"train {variant} {number}")
             image = _write_image(out, f"train-{number:03}-{variant}.png", picture.file, draw)
-            turns = [[draw.choice(DESCRIBE), f"{picture.phrase[0].upper()}{picture.phrase[1:]}."]]
-            captions.append(_record(f"caption-{number}-{variant}", image, turns))
+            caption = f"{picture.phrase[0].upper()}{picture.phrase[1:]}."
+            captions.append(_record(f"caption-{number}-{variant}", image, CAPTION_REQUEST, caption))
             train += _train_records(f"{number}-{variant}", image, picture, trained, draw)
-    test = []
     for number, picture in enumerate(tested):
         image = _write_image(out, f"test-{number:03}.png", picture.file, None)
         test += _test_records(str(number), image, picture, tested)
     without = [{key: _blind(value) for key, value in record.items() if key != "image"} for record in test]
-    files = {"captions": captions, "train": train, "test": test, "test-without-images": without}
+    files = {"align": captions + train, "train": train, "test": test, "test-without-images": without}
     for name, records in files.items():
         (out / f"{name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"trained": len(trained), "tested": len(tested), "train_records": len(train), "questions": len(test)}
@@ -122,45 +126,38 @@ def _write_image(out: Path, name: str, file: Path, draw: random.Random | None) -
 
 
 def _train_records(number: str, image: str, picture: Picture, known: Sequence[Picture], draw: random.Random) -> list[dict[str, Any]]:
-    """Return a record with a yes, and one with a no and what else is asked."""
     other = NEGATIVES[draw.choice(KINDS)](picture, known, draw)
-    turns = [[_existence(other), "no"]]
-    if picture.category is not None:
-        turns.append([CATEGORY_QUESTION, picture.category])
-    turns.append([NAME_QUESTION, picture.name])
-    if colour := _colour(picture):
-        turns.append(list(colour))
-    return [_record(f"yes-{number}", image, [[_existence(picture), "yes"]]), _record(f"no-{number}", image, turns)]
+    asked = [*_questions(picture), ("yes", _existence(picture), "yes"), ("no", _existence(other), "no")]
+    return [_record(f"{family}-{number}", image, question, answer) for family, question, answer in asked]
 
 
 def _test_records(number: str, image: str, picture: Picture, known: Sequence[Picture]) -> list[dict[str, Any]]:
     """Return one question in each record, with its family. The negatives are names of other tested pictures: whether a name was trained on
     would give the answer away."""
-    asked = [("name", NAME_QUESTION, picture.name)]
-    if picture.category is not None:
-        asked.append(("category", CATEGORY_QUESTION, picture.category))
-    if colour := _colour(picture):
-        asked.append(("colour", *colour))
+    asked = _questions(picture)
     for kind in KINDS:
         draw = random.Random(f"test {number} {kind}")
         asked += [(kind, _existence(picture), "yes"), (kind, _existence(NEGATIVES[kind](picture, known, draw)), "no")]
     metrics = {"name": "contains", **dict.fromkeys(KINDS, "yes_no")}
     return [
-        _record(f"{family}-{number}-{place}", image, [[question, answer]]) | {"family": family, "metric": metrics.get(family, "exact")}
+        _record(f"{family}-{number}-{place}", image, question, answer) | {"family": family, "metric": metrics.get(family, "exact")}
         for place, (family, question, answer) in enumerate(asked)
     ]
 
 
 def _existence(picture: Picture) -> str:
-    return f"Is this {picture.phrase}? Answer yes or no."
+    return f"Is this {picture.phrase}?"
 
 
-def _colour(picture: Picture) -> tuple[str, str] | None:
-    """Return a question about a colour that the name contains, and its answer."""
-    words = picture.name.split()
-    if len(words) < 2 or words[0].lower() not in COLOURS:
-        return None
-    return f"What colour is the {' '.join(words[1:])}? Answer with one word.", words[0].lower()
+def _questions(picture: Picture) -> list[tuple[str, str, str]]:
+    """Return (family, question, answer) for the name, the category if there is one, and the colour if the name begins with one."""
+    asked = [("name", NAME_QUESTION, picture.name)]
+    if picture.category is not None:
+        asked.append(("category", CATEGORY_QUESTION, picture.category))
+    colour, *rest = picture.name.split()
+    if rest and colour.lower() in COLOURS:
+        asked.append(("colour", f"What colour is the {' '.join(rest)}?", colour.lower()))
+    return asked
 
 
 def _random(picture: Picture, known: Sequence[Picture], draw: random.Random) -> Picture:
@@ -185,12 +182,9 @@ NEGATIVES: dict[str, Callable[[Picture, Sequence[Picture], random.Random], Pictu
 )
 
 
-def _record(number: str, image: str, turns: Sequence[Sequence[str]]) -> dict[str, Any]:
-    conversations = []
-    for place, (question, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": ("<image>\n" if place == 0 else "") + question})
-        conversations.append({"from": "gpt", "value": answer})
-    return {"id": number, "image": image, "conversations": conversations}
+def _record(number: str, image: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": number, "image": image, "conversations": turns}
 
 
 def _blind(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_llava.common.files import read_lines, write_whole
+from moe_llava.data.records import IMAGE_TOKEN
+from moe_llava.evaluation.score.questions import Question
 from moe_llava.experiments.report import BLIND, CHECKPOINTS, LABELS, MAJORITY, chart, pages, plot_accuracy, plot_losses
 from moe_llava.routing.plots import data_url, plot_expert_load
 
@@ -23,9 +25,10 @@ FAMILY_TITLES = {
 ORDER = (MAJORITY, BLIND, "stage2", "dense", "sparse")
 
 
-def write_report(out: Path, results: dict[str, Any]) -> Path:
-    """Write `out`/report.html and return its path."""
-    routing = json.loads((out / "routes" / "statistics.json").read_text(encoding="utf-8"))
+def write_report(
+    out: Path, results: dict[str, Any], routing: dict[str, Any], questions: Sequence[Question], items: Sequence[dict[str, Any]]
+) -> Path:
+    """Write `out`/report.html and return its path. `items`: the sparse model's answers to the questions, scored."""
     logs = {name: read_lines(out / folder / "log.jsonl") for name, folder in CHECKPOINTS.items()}
     page = (
         pages(Path(__file__).parent)
@@ -40,7 +43,7 @@ def write_report(out: Path, results: dict[str, Any]) -> Path:
                 "losses": chart(plot_losses, logs),
                 "load": chart(plot_expert_load, routing),
             },
-            sheet=_sheet(out),
+            sheet=_sheet(questions, items),
             patches=[data_url(file.read_bytes(), "png") for file in sorted((out / "routes" / "examples").glob("*-patches.png"))[:6]],
         )
     )
@@ -50,29 +53,20 @@ def write_report(out: Path, results: dict[str, Any]) -> Path:
 
 
 def _drawn(scores: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return shares of 1, in the order of the figure. The most frequent answer has no interval."""
-    return {
-        name: {
-            family: {key: score.get(key, score["mean"]) / 100 for key in ("mean", "low", "high")} for family, score in scores[name].items()
-        }
-        for name in ORDER
-    }
+    """Return shares of 1, in the order of the figure."""
+    return {name: {family: {key: value / 100 for key, value in score.items()} for family, score in scores[name].items()} for name in ORDER}
 
 
-def _sheet(out: Path) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return tested pictures, as data URLs, evenly spread, with each question once and the sparse model's answer."""
-    answers = {str(line["question_id"]): line["text"] for line in read_lines(out / "answers" / "sparse" / "questions" / "answers.jsonl")}
-    by_image: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in json.loads((out / "data" / "test.json").read_text(encoding="utf-8")):
-        question, expected = (turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
-        given = answers[record["id"]].strip()
-        right = expected.lower() in given.lower() if record["family"] == "name" else given.lower().rstrip(".") == expected.lower()
-        item = {"question": _shortened(question), "given": given, "expected": expected, "right": right}
-        by_image.setdefault(record["image"], {})[question] = item
+def _sheet(questions: Sequence[Question], items: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return tested pictures, as data URLs, evenly spread, with each question once and the answer that `items` have."""
+    by_image: dict[Any, dict[str, dict[str, Any]]] = {}
+    for question, item in zip(questions, items, strict=True):
+        shown = {"question": _shortened(question.prompt), "given": item["given"], "expected": question.extra["answer"]}
+        by_image.setdefault(question.images[0], {})[question.prompt] = shown | {"right": item["right"] == 1}
     chosen = list(by_image)[:: max(len(by_image) // SHEET_PICTURES, 1)][:SHEET_PICTURES]
-    return [(data_url((out / "data" / "images" / image).read_bytes(), "png"), list(by_image[image].values())) for image in chosen]
+    return [(data_url(image.read_bytes(), "png"), list(by_image[image].values())) for image in chosen]
 
 
 def _shortened(question: str) -> str:
-    """Leave out what the answer has to look like."""
-    return question.split(":")[0].split("?")[0] + "?"
+    """Leave out the placeholder, and what the answer has to look like."""
+    return question.removeprefix(f"{IMAGE_TOKEN}\n").split(":")[0].split("?")[0] + "?"

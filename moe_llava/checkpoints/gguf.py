@@ -58,7 +58,7 @@ def _read(file: Path) -> tuple[Any, Any]:
         raise CheckpointError(f"transformers cannot read {file}: {first_line(error)}") from error
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in report.items() if kind.endswith("_keys") for key in keys]
     if problems:
-        raise CheckpointError(f"{file} does not hold the weights of a {type(model).__name__}: {', '.join(map(str, problems[:5]))}")
+        raise CheckpointError(f"{file} does not hold the weights of a {type(model).__name__}: {', '.join(problems[:5])}")
     model.hf_quantizer = None  # the weights are plain now
     del model.config.quantization_config
     return model, tokenizer

@@ -47,11 +47,7 @@ def run_demo(out: Path, recipe: Recipe, train_images: int | None, test_images: i
     console = Console()
     recipe = demo_recipe(out, recipe)
     prepare(out, train_images, test_images, console)
-    train(recipe, [1, 2, 3], resume=True, console=console)
-    baseline = copy.deepcopy(recipe)
-    baseline.stage3.dense = True
-    train(baseline, [3], resume=True, console=console)
-
+    train_with_baseline(recipe, console)
     answered = {name: evaluate_checkpoint(out, name, console) for name in CHECKPOINTS}
     routing = trace_routes(out)
     results = collect_results(out, answered)
@@ -60,6 +56,14 @@ def run_demo(out: Path, recipe: Recipe, train_images: int | None, test_images: i
     report = write_report(out, results, answered, routing, chat)
     print_summary(results, console)
     print(f"\nreport: {report}\nroutes: {out / 'routes' / 'index.html'}\nchat:   {chat}")
+
+
+def train_with_baseline(recipe: Recipe, console: Console) -> None:
+    """Train the three stages and the dense baseline of the last one, or what of them is not finished yet."""
+    train(recipe, [1, 2, 3], resume=True, console=console)
+    baseline = copy.deepcopy(recipe)
+    baseline.stage3.dense = True
+    train(baseline, [3], resume=True, console=console)
 
 
 def demo_recipe(out: Path, recipe: Recipe) -> Recipe:
@@ -121,32 +125,35 @@ def evaluate_checkpoint(out: Path, name: str, console: Console) -> list[dict[str
     return digits_world.score(data, questions, read_answers(folder / "digits", questions)).items
 
 
-def trace_routes(out: Path) -> dict[str, Any]:
+def trace_routes(out: Path, batch_size: int = BATCH) -> dict[str, Any]:
     """Write `out`/routes, unless it exists, from the test questions and their answers; return the routing statistics."""
     if not (out / "routes").exists():
         model, processor = load_checkpoint(out / "stage3", dtype=torch.float32)
         records = load_records(out / "data" / "test.json", out / "data" / "images")
         with new_folder(out / "routes") as folder:
-            write_routes(folder, str(out / "stage3"), model.to(best_device()), processor, records, BATCH, "family")
+            write_routes(folder, str(out / "stage3"), model.to(best_device()), processor, records, batch_size, "family")
     return json.loads((out / "routes" / "statistics.json").read_text(encoding="utf-8"))
 
 
 def collect_results(out: Path, answered: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what results.json holds."""
-    sparse, _ = load_checkpoint(out / "stage3")
-    dense, _ = load_checkpoint(out / "dense")
     return {
         "accuracy": {name: _ordered(digits_world.accuracy(items), ("all", *FAMILIES)) for name, items in answered.items()},
         "sparse_minus_dense": digits_world.compare(answered["sparse"], answered["dense"]),
         "existence": {name: _ordered(digits_world.existence(items), NEGATIVE_KINDS) for name, items in answered.items()},
-        "seconds": {name: training_seconds(out / folder) for name, folder in CHECKPOINTS.items()},
-        "parameters": {
-            "total": sparse.num_parameters(),
-            "active": active_parameters(sparse),
-            "dense": dense.num_parameters(),
-        },
+        **costs(out),
         "test_images": len({item["image"] for item in answered["sparse"]}),
         "threads": torch.get_num_threads(),
+    }
+
+
+def costs(out: Path) -> dict[str, Any]:
+    """Return the seconds of training of each checkpoint, and the numbers of parameters."""
+    sparse, _ = load_checkpoint(out / "stage3")
+    dense, _ = load_checkpoint(out / "dense")
+    return {
+        "seconds": {name: training_seconds(out / folder) for name, folder in CHECKPOINTS.items()},
+        "parameters": {"total": sparse.num_parameters(), "active": active_parameters(sparse), "dense": dense.num_parameters()},
     }
 
 

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_llava.data.encoder import EXPERT_TYPES
-from moe_llava.routing.routers import find_routers, layer_index, routers_within
+from moe_llava.routing.routers import find_routers, layer_index, routers_within, vision_routers
 from moe_llava.routing.tokens import RoutingError
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, weights, expert indices, dropped
@@ -54,11 +55,30 @@ def recording(model: PreTrainedModel) -> Iterator[Recorded]:
             for router, own in zip(routers, found, strict=True):
                 handles.append(model.get_submodule(router).register_forward_hook(_appending(own, router), with_kwargs=True))
             if len(routers) > 1:
-                handles.append(block.register_forward_hook(_merging(passes, found, name), with_kwargs=True))
+                handles.append(block.register_forward_hook(_merging(passes, found, name, block), with_kwargs=True))
         yield recorded
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def counting_patches(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Count for each router outside the language model, by its label, the assignments [E] of patches while the context lasts."""
+    counts, handles = {}, []
+    try:
+        for label, name in vision_routers(model).items():
+            router: Any = model.get_submodule(name)
+            counts[label] = torch.zeros(router.num_experts, dtype=torch.long)
+            handles.append(router.register_forward_hook(partial(_count, counts[label])))
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count(counts_E: Tensor, module: nn.Module, arguments: Any, output: Parts) -> None:
+    counts_E += torch.bincount(output[2].flatten().cpu(), minlength=len(counts_E))
 
 
 def _appending(passes: list[Pass], name: str) -> Any:
@@ -105,13 +125,14 @@ def _reports_drops(output: tuple[Any, ...]) -> bool:
     return len(output) > 3 and isinstance(output[3], Tensor) and output[3].dtype == torch.bool and output[3].shape == output[2].shape
 
 
-def _merging(passes: list[Pass], found: Sequence[list[Pass]], name: str) -> Any:
-    """Return a hook of the block `name` that joins what its two routers found in a pass, by the types of tokens that the block is given."""
+def _merging(passes: list[Pass], found: Sequence[list[Pass]], name: str, module: nn.Module) -> Any:
+    """Return a hook of the block `module`, called `name`, that joins what its two routers found in a pass, by the types of tokens that the
+    block is given. Raise RoutingError if it has other routers, or is given no types."""
+    block, signature = f"{name} ({type(module).__name__})", inspect.signature(module.forward)
+    if len(found) != 2 or EXPERT_TYPES not in signature.parameters:
+        raise RoutingError(f"{block} has {len(found)} routers, and does not say which tokens each of them sees")
 
     def merge(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
-        block, signature = f"{name} ({type(module).__name__})", inspect.signature(module.forward)
-        if len(found) != 2 or EXPERT_TYPES not in signature.parameters:
-            raise RoutingError(f"{block} has {len(found)} routers, and does not say which tokens each of them sees")
         given = signature.bind(*arguments, **keywords).arguments
         tokens, types_BS = given["hidden_states"].shape[:-1], given.get(EXPERT_TYPES)
         is_image_T = (torch.zeros(tokens) if types_BS is None else types_BS).reshape(-1) != 0
