@@ -73,6 +73,14 @@ def tiny_dense(family: str, seed: int = 0, layers: int = 4) -> LlavaForCondition
     return LlavaForConditionalGeneration(tiny_config(family, layers)).eval()
 
 
+def wide_dense(family: str) -> LlavaForConditionalGeneration:
+    """The same with widths that are multiples of 64, as 4 bits need on a CPU."""
+    config = tiny_config(family)
+    config.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 32})
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
 def tiny_inputs(batch: int = 2, text: int = 8, seed: int = 1, image_token_id: int = 98) -> dict[str, torch.Tensor]:
     """Rows of one token, an image, and `text` tokens."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ also of layers that are quantised or sharded, which the load itself does not com
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from moe_llava.checkpoints.families import UNUSED
-from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json
+from moe_llava.checkpoints.files import check_checkpoint, check_pointers, quantisation_method, read_json, resolve
 from moe_llava.checkpoints.processors import complete_processor
+from moe_llava.checkpoints.separate import check_widths, restore_scales, separated
 from moe_llava.checkpoints.tokenization import stated_tokens
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line, listed
-from moe_llava.model.modeling import FRESH
+from moe_llava.model.backbone import FRESH
 
 # Settings of `from_pretrained` that change neither the names nor the shapes of weights.
 _PLACEMENT = ("dtype", "device_map", "quantization_config", "distributed_config")
@@ -51,8 +56,17 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
     Raises CheckpointError as `check_checkpoint` and `load_strictly` do.
     """
     model_class, config, others = _parts_of(path, settings)
-    fresh = FRESH if settings.get("routing") == "smoes" and load_config(path).routing != "smoes" else None
+    if getattr(config, "separate_experts", False):
+        path = resolve(path, with_weights=True)
+    fresh = _new_buffers(load_config(path), config) if settings.keys() & {"routing", "router_bias_rate"} else ()
     return load_strictly(model_class, path, config, f"checkpoint {path}", fresh, dtype=dtype, **others)
+
+
+def _new_buffers(stored: Any, wanted: Any) -> tuple[str, ...]:
+    """Return parts of the names of the buffers that a checkpoint gets only now, by other options: they start at zero."""
+    statistics, bias = FRESH
+    new = {statistics: stored.routing != "smoes" == wanted.routing, bias: not stored.router_bias_rate and wanted.router_bias_rate}
+    return tuple(part for part, found in new.items() if found)
 
 
 def check_weights(path: str | Path) -> None:
@@ -89,30 +103,50 @@ def _read_config(path: str | Path, **settings: Any) -> Any:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
 
 
-def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: str | None = None, **settings: Any) -> Any:
+def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: tuple[str, ...] = (), **settings: Any) -> Any:
     """Return a model of `model_class`, with `config`, in evaluation mode, with all its weights from a folder or hub id.
 
     Args:
         name: that of the checkpoint, for errors.
-        fresh: part of the names of weights that need not be stored.
+        fresh: parts of the names of weights that need not be stored.
         settings: for `from_pretrained`.
 
-    Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, and if a file is missing or damaged.
+    Raises CheckpointError, listing names and shapes, if a weight is missing, unexpected or misshapen, if a file is missing or damaged, and
+    as `check_widths` does.
     """
     try:
         if Path(path).is_dir():
             others = {key: settings[key] for key in settings.keys() - set(_PLACEMENT)}
             _check_without_data(model_class, Path(path), config, name, others, fresh)
-        model, report = model_class.from_pretrained(path, config=config, **_REPORT, **settings)
+        model, report = _from_pretrained(model_class, path, config, settings)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
     check_report(model, report, name, {}, fresh)
     if "distributed_config" not in settings:
         _check_tied(model, name)
+    if getattr(model.config, "quantization_config", None):
+        check_widths(model, name)
+        model.register_state_dict_pre_hook(restore_scales)
     return model
 
 
-def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: str | None = None) -> None:
+def _from_pretrained(model_class: Any, path: str | Path, config: Any, settings: dict[str, Any]) -> Any:
+    """Return (model, report). Where the configuration has separate experts, stacks in the files are separated."""
+    if not getattr(config, "separate_experts", False):
+        return model_class.from_pretrained(path, config=config, **_REPORT, **settings)
+    stored: dict[str, torch.Tensor] = {}
+    for file in find_weights(Path(path)):
+        stored |= load_state_dict(str(file))  # maps the file, and reads nothing
+    if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+        settings = settings | {"generation_config": GenerationConfig.from_pretrained(path)}
+    model, report = model_class.from_pretrained(None, config=config, state_dict=separated(stored), **_REPORT, **settings)
+    model.config.name_or_path = model.name_or_path = str(path)
+    return model, report
+
+
+def _check_without_data(
+    model_class: Any, folder: Path, config: Any, name: str, settings: dict[str, Any], fresh: tuple[str, ...] = ()
+) -> None:
     """Raise CheckpointError unless the weights in `folder` are those of the model. Quantised weights have other shapes, so of these only
     the missing ones are found."""
     try:
@@ -120,6 +154,8 @@ def _check_without_data(model_class: Any, folder: Path, config: Any, name: str, 
     except CheckpointError as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     stored = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tables.items()}
+    if getattr(config, "separate_experts", False):
+        stored = separated(stored)
     packed, config = quantisation_method(config.to_dict()) is not None, copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
@@ -139,10 +175,10 @@ def _missing_scales(tables: dict[str, StoredTensor]) -> set[str]:
     return (four_bits | eight_bits) - tables.keys()
 
 
-def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: str | None = None) -> None:
+def check_report(model: Any, report: dict[str, Any], name: str, stored: dict[str, torch.Tensor], fresh: tuple[str, ...] = ()) -> None:
     """Raise CheckpointError unless every weight of `model` that is not `fresh` came from the checkpoint `name`, and every weight of the
     checkpoint was used. `report`: from loading with `output_loading_info`. `stored`: stored tensors, for their shapes."""
-    missing = sorted(key for key in report["missing_keys"] if not (fresh and fresh in key))
+    missing = sorted(key for key in report["missing_keys"] if not any(part in key for part in fresh))
     unexpected = [key for key in report["unexpected_keys"] if not any(pattern.fullmatch(key) for pattern in UNUSED.values())]
     if not (missing or unexpected or report["mismatched_keys"]):
         return
@@ -185,6 +221,25 @@ def load_processor(path: str | Path) -> Any:
         return processor
     except (OSError, ValueError, ImportError) as error:  # some need torchvision or another package
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
+
+
+def load_origins(paths: Sequence[str], processor: Any, dense: str) -> list[PreTrainedModel]:
+    """Return the models that give the experts of `dense`, whose processor is given. Raises CheckpointError as `load_checkpoint` does, or if
+    a model has other tokens: its experts would have learnt to read other ids."""
+    models, vocabulary = [], processor.tokenizer.get_vocab()
+    for path in paths:
+        model, other = load_checkpoint(path)
+        found = other.tokenizer.get_vocab()
+        check_vocabulary(path, found, dense, vocabulary, vocabulary.keys() | found.keys())
+        models.append(model)
+    return models
+
+
+def check_vocabulary(path: str, found: dict[str, int], other: str, vocabulary: dict[str, int], tokens: Iterable[str]) -> None:
+    """Raise CheckpointError if one of `tokens` has another id in the vocabulary of `path` than in that of `other`, or none."""
+    if differing := sorted(token for token in tokens if vocabulary.get(token) != found.get(token)):
+        problems = [f"{token!r} is {found.get(token)}, but {vocabulary.get(token)} in {other}" for token in differing]
+        raise CheckpointError(f"{path} has another vocabulary:\n  {listed(problems)}")
 
 
 def best_device() -> torch.device:

@@ -1,7 +1,8 @@
 """Export sparse models to MoE architectures that transformers and serving engines provide, and read such exports back.
 
 A native architecture has the same attention, norms and embeddings as the dense origin, and MoE layers that compute the same as a SparseMlp.
-What an architecture has besides (a shared expert, biases) is zero. TARGETS is the table of them; no family is named elsewhere.
+What an architecture has besides (biases, a shared expert if the model has none) is zero. TARGETS is the table of them; no family is named
+elsewhere.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.checkpoints.processors import dense_processor, sparse_processor
 from moe_llava.common.errors import CheckpointError
 from moe_llava.model.ffn import as_expert, form_of, set_parameter
-from moe_llava.model.modeling import SparseLanguageModel, find_backbone, sparse_class
+from moe_llava.model.modeling import SparseLanguageModel, sparse_class
 from moe_llava.model.moe import Experts, GatedExperts, SparseMlp
 from moe_llava.model.options import MoeOptions
+from moe_llava.model.places import find_backbone
 from moe_llava.model.upcycling import share_tensors, sparse_config
 
 SHARED_WIDTH = 128  # of a shared expert of zeros: engines divide it among devices, and their kernels need multiples of 8
@@ -59,7 +61,8 @@ class Target:
     """A native text architecture.
 
     `text`, `wrapper`: model types; the wrapper is None where it stays the model's own. `every_layer`: each layer has a router.
-    `normalised`: the weights of the chosen experts always sum to 1. `zeros`: modules of an MoE layer, or of attention, that are zero here.
+    `normalised`: the weights of the chosen experts always sum to 1. `zeros`: modules of an MoE layer, or of attention, that are zero here,
+    but for a shared expert that the model has.
     `lost`: fields of the dense configuration that say nothing about an export.
     """
 
@@ -71,6 +74,7 @@ class Target:
     lost: tuple[str, ...] = ()
 
 
+CLOSED_GATE = 0.5  # what the gate of a shared expert computes from weights of zero
 SHARED_EXPERT = ("mlp.shared_expert.", "mlp.shared_expert_gate.")
 ATTENTION_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
 TARGETS = {  # the model type of a wrapper with a text model of its own, or of any wrapper's text model -> targets, the best one first
@@ -118,6 +122,8 @@ def export_native(sparse: SparseLanguageModel, every_layer: bool = False) -> Pre
         elif hasattr(layer.mlp, "experts"):
             _fill_equal_experts(layer.mlp, origin.mlp)
         _fill_zeros(layer, target.zeros, next(origin.parameters()))
+        if isinstance(origin.mlp, SparseMlp) and origin.mlp.shared_experts is not None:
+            _copy_shared(origin.mlp.shared_experts, layer.mlp.shared_expert, 1 / CLOSED_GATE)
     native.tie_weights()
     native.generation_config = copy.deepcopy(sparse.generation_config)
     _save_as_published(native)
@@ -130,7 +136,9 @@ def find_target(sparse: SparseLanguageModel, every_layer: bool = False) -> Targe
         raise CheckpointError(f"{type(sparse).__name__} is not a sparse model of this package: there is nothing to export")
     config, text = sparse.config, sparse.config.get_text_config()
     for problem, found in {
+        f"experts in {' and '.join(config.moe_in)}": config.moe_in != ["language_model"],
         "a residual MLP": config.use_residual,
+        "a bias of the selection": any(mlp.router.load_bias is not None for mlp in sparse.sparse_mlps().values()),
         f"capacity_factor {config.capacity_factor}": config.capacity_factor is not None,
         f"routing {config.routing}": config.routing == "modality_split",
         "experts without a gate, or with biases": not all(isinstance(experts, GatedExperts) for experts in _experts_of(sparse)),
@@ -150,6 +158,10 @@ def find_target(sparse: SparseLanguageModel, every_layer: bool = False) -> Targe
             reasons.append(f"the expert weights of {target.text} sum to 1, but norm_topk_prob is false")
         elif every_layer and not config.norm_topk_prob:
             reasons.append("equal experts compute a dense layer only if their weights sum to 1, but norm_topk_prob is false")
+        elif every_layer and config.granularity > 1 and len(config.moe_layer_indices) < text.num_hidden_layers:
+            reasons.append(f"equal experts are as wide as a dense FFN, but granularity is {config.granularity}")
+        elif config.num_shared_experts and SHARED_EXPERT[0] not in target.zeros:
+            reasons.append(f"{target.text} has no shared expert")
         elif lost := _lost(text, target):
             reasons.append(f"{target.text} cannot express {', '.join(f'{name} {value!r}' for name, value in lost.items())}")
         else:
@@ -164,19 +176,19 @@ def native_config(sparse: SparseLanguageModel, target: Target, every_layer: bool
     text_class = CONFIG_MAPPING[target.text]
     names = {f.name for f in fields(text_class)}
     experts = {
-        "num_experts_per_tok": sparse.config.num_experts_per_tok,
+        "num_experts_per_tok": sparse.config.experts_per_token,
         "router_aux_loss_coef": sparse.config.router_aux_loss_coef,
         "norm_topk_prob": sparse.config.norm_topk_prob,
         "moe_intermediate_size": _experts_of(sparse)[0].intermediate_dim,
-        "shared_expert_intermediate_size": SHARED_WIDTH,
+        "shared_expert_intermediate_size": _experts_of(sparse)[0].intermediate_dim * sparse.config.num_shared_experts or SHARED_WIDTH,
         "mlp_only_layers": [] if every_layer else [n for n in range(text.num_hidden_layers) if n not in moe_layers],
         "decoder_sparse_step": 1,
     }
     # Engines read the last two even where transformers' class has no such field.
     settings = {name: value for name, value in (text.to_dict() | experts).items() if name in names | {"head_dim", "norm_topk_prob"}}
-    native_text = text_class(**settings, num_experts=sparse.config.num_experts)
+    native_text = text_class(**settings, num_experts=sparse.config.experts_per_layer)
     # transformers writes num_local_experts; engines read the name of the published checkpoints.
-    native_text.__dict__["num_experts"] = sparse.config.num_experts
+    native_text.__dict__["num_experts"] = sparse.config.experts_per_layer
     # vLLM finds the class of a wrapper's language model by this field.
     native_text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[target.text]] if target.wrapper is None else None
     wrapper = dense.to_dict()
@@ -209,6 +221,9 @@ def import_native(native: PreTrainedModel) -> SparseLanguageModel:
     for layer, exported in zip(find_backbone(sparse)[1].layers, find_backbone(native)[1].layers, strict=True):
         if isinstance(layer.mlp, SparseMlp):
             layer.mlp.router.weight = exported.mlp.gate.weight
+            if layer.mlp.shared_experts is not None:
+                layer.mlp.shared_experts.to_empty(device=native.device)
+                _copy_shared(exported.mlp.shared_expert, layer.mlp.shared_experts, CLOSED_GATE)
         elif hasattr(exported.mlp, "experts"):
             _take_first_expert(layer.mlp, exported.mlp.experts)
     sparse.tie_weights()
@@ -292,6 +307,12 @@ def _take_first_expert(ffn: nn.Module, experts: Any) -> None:
     for name, parts in form_of(ffn).stacked.items():
         for part, weight in zip(parts, getattr(experts, name)[0].chunk(len(parts)), strict=True):
             set_parameter(ffn, part, weight.clone())
+
+
+def _copy_shared(origin: nn.Module, copied: nn.Module, factor: float) -> None:
+    """Copy a shared expert with its outputs multiplied by `factor`."""
+    for name, parameter in origin.named_parameters():
+        set_parameter(copied, name, parameter * factor if name == "down_proj.weight" else parameter.clone())
 
 
 def _fill_zeros(layer: nn.Module, names: tuple[str, ...], like: Tensor) -> None:

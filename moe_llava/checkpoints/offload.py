@@ -70,7 +70,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     checkpoint stores them in another way.
     """
     mlps = model.sparse_mlps()
-    total = len(mlps) * model.config.num_experts
+    total = len(mlps) * model.config.experts_per_layer
     kept = math.ceil(round(keep * total, 6)) if 0 < keep <= 1 else 0
     if kept < 2:
         raise ValueError(f"{keep:g} of {total} experts are to be kept, but 2 to {total} must be: one computes while the next is fetched")
@@ -87,7 +87,7 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
             _in_files(mlp.experts, prefix.format(index), tables, files) if folder else _in_memory(mlp.experts, device)
             for index, mlp in mlps.items()
         ]
-        cache = ExpertCache(stacks, kept, model.config.num_experts, model.config.num_experts_per_tok, device)
+        cache = ExpertCache(stacks, kept, model.config.experts_per_layer, model.config.experts_per_token, device)
         weakref.finalize(cache, opened.pop_all().close)
     for layer, mlp in enumerate(mlps.values()):
         mlp.experts.register_forward_pre_hook(partial(cache.expect, layer))

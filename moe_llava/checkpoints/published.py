@@ -239,7 +239,7 @@ def load_tower(tower: str, vision_config: PreTrainedConfig, dtype: torch.dtype) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = MODEL_MAPPING[type(vision_config)]
-        return load_strictly(kind, tower, vision_config, f"the vision tower {tower}", POOLER, dtype=dtype)
+        return load_strictly(kind, tower, vision_config, f"the vision tower {tower}", (POOLER,), dtype=dtype)
 
 
 def _generation_config(published: Published) -> GenerationConfig:

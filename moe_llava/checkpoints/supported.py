@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from moe_llava.common.messages import first_line
 from moe_llava.common.progress import with_bar
 from moe_llava.model.ffn import copy_into_experts, find_form
-from moe_llava.model.modeling import find_backbone
 from moe_llava.model.options import MoeOptions
+from moe_llava.model.places import find_backbone
 from moe_llava.model.upcycling import check_kind, has_experts
 
 CAN, MOE, CANNOT, UNKNOWN = "can be upcycled", "already MoE", "cannot be upcycled", "unknown"
@@ -96,7 +96,7 @@ def _experts_of(layer: Any) -> str:
     options: Any = MoeOptions(num_experts=1, num_experts_per_tok=1)
     experts = form.experts(options, width // unit, ffn_width // unit, getattr(ffn, form.activation))
     try:
-        copy_into_experts(ffn, experts)
+        copy_into_experts([ffn], experts)
     except ValueError as error:  # it names numbers, of random weights
         raise ValueError(f"{type(ffn).__name__} has the parameters of {form.experts.__name__}, but computes something else") from error
     return form.experts.__name__

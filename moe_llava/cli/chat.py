@@ -28,7 +28,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="sample from the most likely tokens whose probabilities sum to this")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="makes answers at a temperature above 0 repeatable")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose chat template has one")] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers of the language model (not experts)")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers and experts of the language model")] = None,
     keep_experts: KeepExperts = None,
 ) -> None:
     """Query a model about images or a video: once, as a conversation on the terminal, or line by line through a pipe."""
@@ -87,14 +87,18 @@ def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tupl
 
     import torch
 
-    from moe_llava.training.adapters import describe_quantised, quantisation_config, quantised_layers
+    from moe_llava.checkpoints.files import resolve
+    from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
+    from moe_llava.model import SparseConfig
+    from moe_llava.training.adapters import describe_quantised, quantisation_config, weight_bytes
 
-    kind = QUANTISATIONS[bits]
-    config = quantisation_config(checkpoint, kind, load_config(checkpoint).dtype or torch.float32)
-    model, processor = load_checkpoint(checkpoint, quantization_config=config, device_map=best_device())
-    for name, layer in quantised_layers(model).items():
-        if bits == 4 and model.device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 32):
-            shape = f"{layer.in_features} to {layer.out_features}"
-            raise ValueError(f"--bits 4 needs widths that are multiples of 64 on a CPU, but {name} is of {shape}: take --bits 8")
-    print(describe_quantised(model, kind), file=sys.stderr)
+    kind, config = QUANTISATIONS[bits], load_config(checkpoint)
+    settings: dict[str, Any] = {"quantization_config": quantisation_config(checkpoint, kind, config.dtype or torch.float32)}
+    if isinstance(config, SparseConfig):
+        settings["separate_experts"] = True
+    model, processor = load_checkpoint(checkpoint, device_map=best_device(), **settings)
+    stored = read_tables(find_weights(resolve(checkpoint, with_weights=True))).values()
+    before = sum(shape_bytes(tensor.shape, tensor.dtype) for tensor in stored)
+    sizes = f"the weights take {weight_bytes(model) / 1e6:,.1f} MB, {before / 1e6:,.1f} MB in the checkpoint"
+    print(f"{describe_quantised(model, kind)}; {sizes}", file=sys.stderr)
     return model, processor, None

@@ -29,8 +29,11 @@ def _layers(text: str) -> str | list[int]:
 def upcycle(
     dense: Annotated[str, typer.Argument(help="a dense vision-language model: a folder, or a hub id")],
     out: Annotated[Path, typer.Argument(help="folder for the sparse checkpoint; must not exist")],
-    expert_start: Annotated[str, typer.Option(help="copy, or noise: experts that differ from the start")] = "copy",
-    seed: Annotated[int, typer.Option(help="of the routers' start, and of the noise")] = 0,
+    expert_start: Annotated[str, typer.Option(help="copy; noise or drop: experts that differ from the start")] = "copy",
+    experts_from: Annotated[
+        list[str], typer.Option(help="a checkpoint that gives one expert; once for each expert. Default: copies of one FFN")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="of the routers' start, and of what is drawn")] = 0,
     native: Annotated[bool, typer.Option("--native", help="write a native MoE architecture, as `moe-llava export` does")] = False,
     every_layer: EveryLayer = False,
     **options: Any,
@@ -43,20 +46,22 @@ def upcycle(
         from moe_llava.common.files import new_folder
 
         options["moe_layers"] = _layers(options["moe_layers"])
-        check_checkpoint(dense, plain=True)
+        for name in (dense, *experts_from):
+            check_checkpoint(name, plain=True)
         with new_folder(out) as folder:
             # These take seconds, and a mistake is reported first.
             with heavy_imports():
-                from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
+                from moe_llava.checkpoints.load import load_checkpoint, load_on_meta, load_origins
                 from moe_llava.checkpoints.native import find_target, write_native
                 from moe_llava.checkpoints.processors import sparse_processor
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
-            planned = make_sparse(load_on_meta(dense), expert_start=expert_start, seed=seed, **options)  # refused before weights are read
-            if native:
+            made: dict[str, Any] = {"expert_start": expert_start, "seed": seed, **options}
+            planned = make_sparse(load_on_meta(dense), experts_from=[load_on_meta(name) for name in experts_from], **made)
+            if native:  # all is refused before weights are read
                 find_target(planned, every_layer)
             model, processor = load_checkpoint(dense)
-            sparse = make_sparse(model, expert_start=expert_start, seed=seed, **options)
+            sparse = make_sparse(model, experts_from=load_origins(experts_from, processor, dense), **made)
             if native:
                 for line in write_native(sparse, sparse_processor(processor), folder, every_layer):
                     print(line)
@@ -64,7 +69,7 @@ def upcycle(
                 sparse.save_pretrained(folder)
                 sparse_processor(processor).save_pretrained(folder)
         total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
-        print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {sparse.config.moe_layer_indices}")
+        print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {list(sparse.all_sparse_mlps())}")
 
 
 @verb("Convert", "moe-llava export runs/sparse native", "moe-llava export runs/sparse native --every-layer")

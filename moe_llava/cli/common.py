@@ -80,7 +80,7 @@ def with_options(options: type, **kinds: type) -> Callable[[Callable[..., None]]
             inspect.Parameter(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=f.default,
+                default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
                 annotation=Annotated[kinds.get(f.name, hints[f.name]), typer.Option(help=f.metadata["description"])],
             )
             for f in dataclasses.fields(options)

@@ -10,7 +10,7 @@ import typer
 from moe_llava.cli.common import heavy_imports, stops, user_errors, verb
 from moe_llava.digits import RECIPE
 
-ABLATIONS = "strategy, tuned, experts, topk, placement, capacity, size"
+ABLATIONS = "strategy, tuned, experts, topk, placement, capacity, size, granularity, balancing, initialisation"
 
 RecipeFile = Annotated[Path | None, typer.Option(help="a base recipe instead of the shipped recipes/digits.yaml")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="change the base recipe: a.b=value")]

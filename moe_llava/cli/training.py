@@ -123,8 +123,10 @@ def _print_budget(budget: Budget, training: dict[str, StageCost]) -> None:
     console.print(table)
     sparse = ""
     if budget.experts:
-        layers = ", ".join(map(str, budget.moe_layers))
-        sparse = f", {len(budget.moe_layers)} of them sparse ({layers}): {budget.experts[0]} experts, a token uses {budget.experts[1]}"
+        layers, outside = ", ".join(map(str, budget.moe_layers)), "".join(f", {label}" for label in budget.vision)
+        sparse = (
+            f", {len(budget.moe_layers)} of them sparse ({layers}){outside}: {budget.experts[0]} experts, a token uses {budget.experts[1]}"
+        )
     lines = [
         f"layers: {budget.layers}{sparse}",
         f"forward pass of the language model: {budget.flops / 1e9:,.3f} GFLOPs per token, at {CONTEXT:,} tokens of context",

@@ -16,7 +16,7 @@ from moe_llava.experiments.demo import prepare
 from moe_llava.experiments.figures import plot_comparison
 from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
 from moe_llava.experiments.running import run_cells
-from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table
+from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table, training_table
 
 
 def run_ablation(name: str, setup: Setup, console: Console) -> Path:
@@ -31,7 +31,8 @@ def run_ablation(name: str, setup: Setup, console: Console) -> Path:
         picture = "scores.png" if number == 1 else f"scores-{number}.png"
         save(plot_comparison(rows, score, plan.experiment.baseline), plan.out / picture)
         parts += [score_table(score, rows), f"![{score}]({picture})"]
-    parts += ["## Budgets", budget_table(plan, results), "## All scores: mean (SD)", all_scores(plan, results)]
+    parts += ["## Budgets", budget_table(plan, results), "## The end of training: mean (SD)", training_table(plan, results)]
+    parts += ["## All scores: mean (SD)", all_scores(plan, results)]
     write_whole(plan.out / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
     return plan.out / "table.md"
 

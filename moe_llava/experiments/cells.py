@@ -25,7 +25,7 @@ from moe_llava.common.files import new_folder
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
 from moe_llava.model import SparseConfig, evolve_experts, upcycle
-from moe_llava.model.modeling import find_backbone
+from moe_llava.model.places import find_backbone
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.checks import load_data
 from moe_llava.training.recipe import Parts, Recipe, RecipeError, SparseStageSettings, StageSettings
@@ -234,7 +234,7 @@ def evolve(recipe: Recipe, dense: str, out: Path) -> str:
     prepare_images(processor, settings)
     encoder = Encoder(processor, settings.template, settings.max_length)
     problems: list[str] = []
-    records = load_data(Stage(recipe, 3), encoder, problems)
+    records = load_data(Stage(recipe, 3), [encoder], problems)
     dataset = ConversationDataset(records, encoder)
     rows = [dataset[index] for index in range(min(settings.optimisation.batch_size, len(records)))]
     problems += [row["problem"] for row in rows if "problem" in row]

@@ -109,7 +109,7 @@ def _bars(groups: int, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray, 
 
 def _name_bars(figure: Figure, names: Sequence[str], narrow: bool) -> None:
     handles = [Patch(color=COLOURS[name], label=LABELS[name]) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2 if narrow else len(names), frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=2 if narrow else min(len(names), 4), frameon=False)
 
 
 def plot_losses(logs: dict[str, list[dict[str, Any]]], narrow: bool) -> Figure:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def run_cell(cell: Cell, plan: Plan, console: Console) -> dict[str, Any]:
         "flops": sum(number * flops for number, flops in zip(tokens, budget.flops, strict=True)),
         "parameters": {"active": budget.active, "total": budget.total},
         "seconds": [training_seconds(checkpoint) for checkpoint in saved],
+        "training": end_of_training(logs[-1]),
         "scores": found["scores"],
     }
     if plan.perturbations:
@@ -90,6 +92,17 @@ def run_cell(cell: Cell, plan: Plan, console: Console) -> dict[str, Any]:
     if plan.experiment.calibrate:
         result["calibration"] = _calibrate(saved[-1], plan, console)
     return result
+
+
+def end_of_training(log: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return what the last logged steps of a training say: the language loss, and for a sparse model the largest load of an expert, as a
+    multiple of an even one, on average over the layers."""
+    last = next(line for line in reversed(log) if "loss" in line)
+    layers = last.get("expert_shares")
+    return {
+        "language_loss": last.get("language_loss", last["loss"]),
+        "largest_load": None if layers is None else sum(max(shares) * len(shares) for shares in layers) / len(layers),
+    }
 
 
 def _calibrate(checkpoint: Path, plan: Plan, console: Console) -> dict[str, Any]:

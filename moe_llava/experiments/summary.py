@@ -110,6 +110,16 @@ def budget_table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+def training_table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of how training ended: mean and standard deviation over seeds."""
+    lines = [["cell", "language loss", "largest load of an expert"]]
+    for name in plan.cells:
+        ends = [result["training"] for result in results if result["cell"] == name]
+        columns = [[end[key] for end in ends] for key in ("language_loss", "largest_load")]
+        lines.append([name, *("" if None in found else f"{np.mean(found):.4g} ({np.std(found, ddof=1):.2g})" for found in columns)])
+    return markdown(lines)
+
+
 def all_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of every score of the benchmark: mean and standard deviation over seeds."""
     lines = [["score", *plan.cells]]

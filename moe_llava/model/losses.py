@@ -1,7 +1,7 @@
 """Auxiliary losses of the routers, from recorded logits: balance loss and z-loss. The loss of SMoES is in smoes.py. Targets of the language
 loss.
 
-Shapes: B rows, S sequence, T tokens, E experts, G groups of N experts.
+Shapes: B rows, S sequence, T tokens, E experts, L MoE layers, G groups of N experts.
 """
 
 from __future__ import annotations
@@ -12,53 +12,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .balance import sum_over_processes
+
 IGNORED = -100  # the label of a token that is no target
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None, groups: list[Tensor] | None = None) -> Tensor:
+def balance_loss(
+    router_logits: tuple[Tensor, ...],
+    token_mask_T: Tensor | None = None,
+    groups: list[Tensor] | None = None,
+    *,
+    first: int = 1,
+    rows: int = 1,
+    all_processes: bool = False,
+) -> Tensor:
     """Return the sum over the MoE layers of E * sum_i f_i * P_i (paper, equation 7).
 
     f_i is the share of tokens whose first choice is expert i, P_i the mean probability of expert i. Padding is in neither.
 
     With groups of N experts, a layer's loss is the mean over its groups of N * sum_i f_i * P_i, with f and P normalised within the group.
-    It balances the load within each group, not between groups.
+    It balances the load within each group, not between groups. A group without tokens adds 0.
 
     Args:
         router_logits: per MoE layer [T, E].
         token_mask_T: [T] bool, False for padding; None if there is none.
         groups: per MoE layer the experts of each group, [G, N]; None for one group.
+        first: choices of a token that count as its first: the parts of one FFN, if FFNs are cut.
+        rows: into which the tokens are cut; the loss is the mean over those with tokens of each row's loss.
+        all_processes: f and P are those of the tokens of all processes together.
     """
-    logits = [drop_padding(logits_TE, token_mask_T) for logits_TE in router_logits]
+    device = router_logits[0].device
+    sums_LB2E = torch.stack([_sums(logits_TE, token_mask_T, first, rows).to(device) for logits_TE in router_logits])
+    if all_processes:
+        sums_LB2E = sum_over_processes(sums_LB2E)
+    tokens_LB = sums_LB2E[:, :, 0].sum(dim=-1)
+    f_LBE, p_LBE = (sums_LB2E / tokens_LB.clamp(min=1)[..., None, None]).unbind(dim=2)
     if groups is None:
-        losses = [_layer_balance(logits_TE) for logits_TE in logits]
+        loss_LB = f_LBE.shape[-1] * (f_LBE * p_LBE).sum(dim=-1)
     else:
-        losses = [_balance_within(logits_TE, groups_GN) for logits_TE, groups_GN in zip(logits, groups, strict=True)]
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        layers = zip(f_LBE, p_LBE, groups, strict=True)
+        loss_LB = torch.stack([_balance_within(f_BE, p_BE, groups_GN.to(device)) for f_BE, p_BE, groups_GN in layers])
+    seen_LB = (tokens_LB > 0).float()
+    return ((loss_LB * seen_LB).sum(dim=-1) / seen_LB.sum(dim=-1).clamp(min=1)).sum()
 
 
 def z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None = None) -> Tensor:
-    """Return the sum over the MoE layers of the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
-    losses = [drop_padding(logits, token_mask_T).logsumexp(dim=-1).square().mean() for logits in router_logits]
+    """Return the sum over the MoE layers of the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5). A layer
+    without tokens adds 0."""
+    kept = [drop_padding(logits, token_mask_T) for logits in router_logits]
+    losses = [(logits if len(logits) else logits.new_zeros(1, 1)).logsumexp(dim=-1).square().mean() for logits in kept]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
-def _layer_balance(logits_TE: Tensor) -> Tensor:
-    first_choice_E, mean_E = _shares(logits_TE)
-    return logits_TE.shape[-1] * (first_choice_E * mean_E).sum()
-
-
-def _balance_within(logits_TE: Tensor, groups_GN: Tensor) -> Tensor:
-    """Return the loss of one layer; a group without tokens adds 0."""
-    f_GN, p_GN = (share_E[groups_GN] for share_E in _shares(logits_TE))
-    f_GN, p_GN = (share_GN / share_GN.sum(dim=-1, keepdim=True).clamp(min=1e-6) for share_GN in (f_GN, p_GN))
-    return groups_GN.shape[-1] * (f_GN * p_GN).sum(dim=-1).mean()
-
-
-def _shares(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Return per expert the share of tokens whose first choice it is, [E], and its mean probability, [E]."""
+def _sums(logits_TE: Tensor, token_mask_T: Tensor | None, first: int, rows: int) -> Tensor:
+    """Return [B, 2, E]: for each row and expert the number of tokens whose first choice it is, a `first`-th of each, and the sum of its
+    probabilities."""
+    if token_mask_T is not None:
+        token_mask_T = token_mask_T.to(logits_TE.device)
+        logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0.0)  # whatever padding computes, it gets no gradient
     probs_TE = logits_TE.float().softmax(dim=-1)
-    first_choice_E = F.one_hot(probs_TE.argmax(dim=-1), probs_TE.shape[-1]).float().mean(dim=0)
-    return first_choice_E, probs_TE.mean(dim=0)
+    chosen_TE = torch.zeros_like(probs_TE).scatter(-1, probs_TE.topk(first, dim=-1).indices, 1 / first)
+    both_T2E = torch.stack([chosen_TE, probs_TE], dim=1)
+    if token_mask_T is not None:
+        both_T2E = both_T2E * token_mask_T[:, None, None]
+    return both_T2E.unflatten(0, (rows, -1)).sum(dim=1)
+
+
+def _balance_within(f_BE: Tensor, p_BE: Tensor, groups_GN: Tensor) -> Tensor:
+    """Return the loss [B] of the rows of one layer; a group without tokens adds 0."""
+    f_BGN, p_BGN = (share_BE[:, groups_GN] for share_BE in (f_BE, p_BE))
+    f_BGN, p_BGN = (share / share.sum(dim=-1, keepdim=True).clamp(min=1e-6) for share in (f_BGN, p_BGN))
+    return groups_GN.shape[-1] * (f_BGN * p_BGN).sum(dim=-1).mean(dim=-1)
 
 
 def drop_padding(rows: Tensor, token_mask_T: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 PLACEMENTS = ("interval", "all", "first_half", "second_half")
 ROUTINGS = ("agnostic", "modality_split", "smoes")
+BALANCED = ("step", "process", "sequence")
+PARTS = ("language_model", "projector", "vision_tower")
 
 
 @dataclass
@@ -30,6 +32,29 @@ class MoeOptions:
             "second_half, or layer indices"
         },
     )
+    moe_in: list[str] = field(
+        default_factory=lambda: ["language_model"],
+        metadata={
+            "description": "parts of the model whose FFNs become experts: language_model, projector, vision_tower; the names of moe_layers "
+            "apply to the tower's layers, too (CuMo, arXiv 2405.05949)"
+        },
+    )
+    granularity: int = field(
+        default=1,
+        metadata={
+            "description": "cut each FFN along its width into G parts: E * G experts, of which a token uses k * G, for the same FLOPs "
+            "(arXiv 2410.07524)",
+            "minimum": 1,
+        },
+    )
+    num_shared_experts: int = field(
+        default=0,
+        metadata={
+            "description": "experts that every token uses beside those that the router chooses, each as wide as one of these; at most G "
+            "(DeepSeekMoE, arXiv 2401.06066)",
+            "minimum": 0,
+        },
+    )
     norm_topk_prob: bool = field(
         default=True,
         metadata={
@@ -39,6 +64,22 @@ class MoeOptions:
     )
     router_aux_loss_coef: float = field(
         default=0.01, metadata={"description": "weight alpha of the balance loss (equation 7)", "minimum": 0}
+    )
+    balance_over: str = field(
+        default="step",
+        metadata={
+            "description": "tokens over which the balance loss compares load and probability: step (the micro batches that all processes "
+            "compute at once, arXiv 2501.11873), process (each its own), or sequence (each row by itself, arXiv 2412.19437, equation 17)",
+            "choices": BALANCED,
+        },
+    )
+    router_bias_rate: float = field(
+        default=0.0,
+        metadata={
+            "description": "step u of a bias that is added to the probabilities of experts in the selection, and that moves towards an "
+            "even load after each training step (arXiv 2408.15664); 0: no bias",
+            "minimum": 0,
+        },
     )
     router_z_loss_coef: float = field(
         default=0.0,
@@ -81,12 +122,28 @@ class MoeOptions:
         found = [f"{f.name} is {getattr(self, f.name)!r}, but {rule}" for f in fields(MoeOptions) if (rule := self._broken_bound(f))]
         if 1 <= self.num_experts < self.num_experts_per_tok:
             found.append(f"num_experts_per_tok is {self.num_experts_per_tok}, but must lie in 1..num_experts={self.num_experts}")
+        if self.num_shared_experts > self.granularity >= 1:
+            rule = f"must be at most granularity={self.granularity}: shared experts begin as parts of one FFN"
+            found.append(f"num_shared_experts is {self.num_shared_experts}, but {rule}")
+        if self.num_shared_experts and self.use_residual:
+            found.append("use_residual is True, but there are shared experts, too: a layer has one of them")
         if isinstance(self.moe_layers, str):
             if self.moe_layers not in PLACEMENTS:
                 found.append(f"moe_layers is {self.moe_layers!r}, but must be one of {', '.join(PLACEMENTS)}, or a list of layer indices")
         elif not self.moe_layers or len(set(self.moe_layers)) < len(self.moe_layers):
             found.append(f"moe_layers is {self.moe_layers}, but must name at least one layer, and none twice")
-        return found or self._routing_problems()
+        return found + self._part_problems() or self._routing_problems()
+
+    def _part_problems(self) -> list[str]:
+        parts = self.moe_in
+        if not parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+            return [f"moe_in is {parts}, but must name some of {', '.join(PARTS)}, each once"]
+        if "vision_tower" in parts and not isinstance(self.moe_layers, str):
+            rule = f"indices mean layers of the language model: with vision_tower in moe_in it must be one of {', '.join(PLACEMENTS)}"
+            return [f"moe_layers is {self.moe_layers}, but {rule}"]
+        if parts != ["language_model"] and self.routing in ROUTINGS[1:]:
+            return [f"moe_in is {parts}, but must be ['language_model'] for routing {self.routing}: what a tower sees has one modality"]
+        return []
 
     def _broken_bound(self, f: Any) -> str | None:
         value, bounds = getattr(self, f.name), f.metadata
@@ -104,19 +161,30 @@ class MoeOptions:
 
     def _routing_problems(self) -> list[str]:
         experts, used, size = self.num_experts, self.num_experts_per_tok, self.expert_bin_size
+        routed = self.experts_per_layer
         if self.routing == "modality_split" and experts % 2:
             return [f"num_experts is {experts}, but must be even for routing modality_split, which gives each modality half of them"]
         if self.routing == "modality_split" and used > experts // 2:
             rule = f"must lie in 1..{experts // 2} for routing modality_split: half of num_experts={experts}"
             return [f"num_experts_per_tok is {used}, but {rule}"]
-        if self.routing == "smoes" and (experts % size or experts < 2 * size):
-            rule = f"must divide num_experts={experts} into two or more equal bins for routing smoes"
+        if self.routing == "smoes" and (routed % size or routed < 2 * size):
+            rule = f"must divide the {routed} experts of a layer into two or more equal bins for routing smoes"
             return [f"expert_bin_size is {size}, but {rule}"]
         return []
 
-    def sparse_layers(self, num_layers: int) -> list[int]:
-        """Return the sorted indices of the layers that `moe_layers` means in a language model of `num_layers`. Raise ValueError if it names
-        none, or one that is not there."""
+    @property
+    def experts_per_layer(self) -> int:
+        """Experts that the router of a layer chooses from: E * G."""
+        return self.num_experts * self.granularity
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that it chooses for a token: k * G."""
+        return self.num_experts_per_tok * self.granularity
+
+    def sparse_layers(self, num_layers: int, part: str = "language model") -> list[int]:
+        """Return the sorted indices of the layers that `moe_layers` means in a part of the model with `num_layers`. Raise ValueError if it
+        names none, or one that is not there."""
         placements = {
             "interval": range(0, num_layers, 2),
             "all": range(num_layers),
@@ -126,7 +194,7 @@ class MoeOptions:
         named = placements[self.moe_layers] if isinstance(self.moe_layers, str) else self.moe_layers
         for index in named:
             if not 0 <= index < num_layers:
-                raise ValueError(f"moe_layers names layer {index}, but the language model has layers 0..{num_layers - 1}")
+                raise ValueError(f"moe_layers names layer {index}, but the {part} has layers 0..{num_layers - 1}")
         if not named:
-            raise ValueError(f"moe_layers is {self.moe_layers!r}, which names no layer of a language model with {num_layers}")
+            raise ValueError(f"moe_layers is {self.moe_layers!r}, which names no layer of a {part} with {num_layers}")
         return sorted(named)

@@ -9,7 +9,10 @@ from transformers.utils.generic import ModelOutput
 
 from .configuration import PREFIX
 
-OUTPUTS = ("loss", "logits", "language_loss", "aux_loss", "z_loss", "mi_loss", "router_logits", "router_drops", "modality_scores")
+LOSSES = ("language_loss", "aux_loss", "z_loss", "mi_loss")
+ROUTED = ("router_logits", "router_choices", "router_drops")
+VISION = "vision_"  # begins the names of what routers outside the language model return
+OUTPUTS = ("loss", "logits", *LOSSES, *ROUTED, *(VISION + name for name in ROUTED), "modality_scores")
 SPARSE_OUTPUTS: dict[type[ModelOutput], type[ModelOutput]] = {}  # a family's outputs -> the same with the fields of sparse models
 
 

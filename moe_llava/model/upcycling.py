@@ -17,13 +17,15 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .configuration import SparseConfig, sparse_config_class
 from .ffn import copy_into_experts, find_form
-from .modeling import SparseLanguageModel, SparseModel, find_backbone, sparse_class
+from .modeling import SparseLanguageModel, SparseModel, sparse_class
 from .moe import Experts, SparseMlp
 from .options import MoeOptions
+from .places import ffn_names, find_backbone
 
 ROUTER_STD = 0.02
-EXPERT_STARTS = ("copy", "noise")
+EXPERT_STARTS = ("copy", "noise", "drop")
 NOISE_STD = 0.1  # relative to the standard deviation of the weights
+DROPPED = 0.5  # share of the columns of an expert that are drawn anew
 EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # ranges of beta_n, for the experts after the first
 
 
@@ -33,6 +35,7 @@ def upcycle(
     options: MoeOptions | None = None,
     *,
     expert_start: str = "copy",
+    experts_from: Sequence[PreTrainedModel] = (),
     seed: int = 0,
     **fields: Any,
 ) -> SparseLanguageModel:
@@ -45,9 +48,13 @@ def upcycle(
     Args:
         dense: any vision-language model of transformers whose layers have a feed-forward network of FFN_FORMS. The result shares all its
             parameters except the replaced FFNs: training one changes the other. Its mode (train or eval), dtype and device are kept.
-        expert_start: "copy", or "noise", which adds different Gaussian noise to every expert, with NOISE_STD times the standard deviation
-            of each parameter; the result then computes approximately the same. For a third way see `evolve_experts`.
-        seed: for the initial routers and the noise; the routers are the same with and without noise.
+        expert_start: "copy"; "noise", which adds different Gaussian noise to every expert, with NOISE_STD times the standard deviation of
+            each parameter; or "drop" (Drop-Upcycling, arXiv 2502.19261), which draws the share DROPPED of each expert's columns anew, from
+            a Gaussian with the mean and the standard deviation of the weights that they replace. After "noise" and "drop" the result
+            computes approximately the same, or something else. For a fourth way see `evolve_experts`.
+        experts_from: `num_experts` models that `dense` has been trained into; each gives the FFNs of one expert (Branch-Train-MiX, arXiv
+            2403.07816), and `dense` the rest. By default every expert is a copy of the FFN of `dense`.
+        seed: for the initial routers, the noise and the drawn columns; the routers are the same in any case.
         options: the options of the sparse model.
         fields: single fields of MoeOptions, such as `num_experts=4`, instead of `options` or on top of them.
 
@@ -69,7 +76,32 @@ def upcycle(
     if expert_start not in EXPERT_STARTS:
         raise ValueError(f"expert_start is {expert_start!r}, but must be one of {', '.join(EXPERT_STARTS)}")
     config = sparse_config(dense.config, replace(options or MoeOptions(), **fields))
-    return _make_sparse(dense, config, expert_start, torch.Generator().manual_seed(seed))
+    check_origins(dense, experts_from, config.num_experts)
+    sparse = _make_sparse(dense, experts_from, config, generator := torch.Generator().manual_seed(seed))
+    for mlp in sparse.all_sparse_mlps().values():
+        if expert_start == "noise":
+            _add_noise(mlp.experts, generator)
+        elif expert_start == "drop":
+            _draw_columns(mlp.experts, generator)
+    return sparse
+
+
+def check_origins(dense: PreTrainedModel, origins: Sequence[PreTrainedModel], num_experts: int) -> None:
+    """Raise ValueError unless each of the models that give experts, if there are any, has the parameters of `dense`."""
+    if not origins:
+        return
+    if len(origins) != num_experts:
+        raise ValueError(f"experts_from has {len(origins)} models, but each gives one expert, and num_experts is {num_experts}")
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    for number, origin in enumerate(origins):
+        found = {name: parameter.shape for name, parameter in origin.named_parameters()}
+        for name in shapes.keys() | found.keys():
+            if shapes.get(name) != found.get(name):
+                has, wanted = (str(list(shape[name])) if name in shape else "nothing" for shape in (found, shapes))
+                raise ValueError(f"experts_from[{number}] is of another architecture: it has {has} as {name}, the model itself {wanted}")
+        for part in ("hidden_act", "hidden_activation"):
+            if getattr(origin.config.get_text_config(), part, None) != getattr(dense.config.get_text_config(), part, None):
+                raise ValueError(f"experts_from[{number}] has another {part} than the model itself")
 
 
 def check_kind(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
@@ -85,34 +117,45 @@ def has_experts(layers: Iterable[nn.Module]) -> bool:
     return any(name.rpartition(".")[2] == "experts" for layer in layers for name, _ in layer.named_modules())
 
 
-def _make_sparse(dense: PreTrainedModel, config: SparseConfig, expert_start: str, generator: torch.Generator) -> SparseLanguageModel:
+def _make_sparse(
+    dense: PreTrainedModel, origins: Sequence[PreTrainedModel], config: SparseConfig, generator: torch.Generator
+) -> SparseLanguageModel:
     dense_layers = find_backbone(dense)[1].layers
     for index in config.moe_layer_indices:
         find_form(dense_layers[index])
+    names = ffn_names(dense, config)
 
     with torch.device("meta"):
         kind: Any = type(dense)
         sparse = sparse_class(kind)._from_config(config, dtype=dense.dtype)
     share_tensors(dense, sparse)
-    for index, mlp in sparse.sparse_mlps().items():
+    for label, mlp in sparse.all_sparse_mlps().items():
+        copied = [origin.get_submodule(names[label]) for origin in origins or [dense] * config.num_experts]
         try:
-            _fill(mlp, dense_layers[index].mlp, generator)
+            _fill(mlp, dense.get_submodule(names[label]), copied, generator)
         except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from error
-    if expert_start == "noise":
-        for mlp in sparse.sparse_mlps().values():
-            _add_noise(mlp.experts, generator)
+            raise ValueError(f"{_named(label)}: {error}") from error
     sparse.tie_weights()
     sparse.generation_config = copy.deepcopy(dense.generation_config)
     return sparse.train(dense.training)
 
 
-def _fill(mlp: SparseMlp, ffn: nn.Module, generator: torch.Generator) -> None:
-    """Initialise a SparseMlp: its experts from the dense FFN that it replaces, its router at random."""
+def _named(label: int | str) -> str:
+    """Return what an error calls the place of a SparseMlp."""
+    return f"layer {label}" if isinstance(label, int) else label
+
+
+def _fill(mlp: SparseMlp, ffn: nn.Module, copied: Sequence[nn.Module], generator: torch.Generator) -> None:
+    """Initialise a SparseMlp in the place of `ffn`: its experts from the FFNs `copied`, its router at random. The parts of an FFN have the
+    same row of the router, so that they are chosen together (arXiv 2410.07524, section 3.3)."""
     origin = next(ffn.parameters())  # device and dtype of this FFN: towers and language models may differ
     mlp.to_empty(device=origin.device).to(origin.dtype)
-    mlp.router.weight.copy_(torch.randn(mlp.router.weight.shape, generator=generator) * ROUTER_STD)
-    copy_into_experts(ffn, mlp.experts)
+    experts, width = mlp.router.weight.shape
+    rows = torch.randn(len(copied), width, generator=generator) * ROUTER_STD
+    mlp.router.weight.copy_(rows.repeat_interleave(experts // len(copied), dim=0))
+    if mlp.router.load_bias is not None:
+        mlp.router.load_bias.reset()
+    copy_into_experts(copied, mlp.experts, mlp.shared_experts)
     if mlp.coefficient is not None:
         mlp.residual_mlp = ffn
         mlp.coefficient.weight.copy_(torch.randn(mlp.coefficient.weight.shape, generator=generator) * ROUTER_STD)
@@ -128,6 +171,20 @@ def _add_noise(experts: Experts, generator: torch.Generator) -> None:
             expert.add_(torch.randn(expert.shape, generator=generator).to(expert) * std.to(expert))
 
 
+def _draw_columns(experts: Experts, generator: torch.Generator) -> None:
+    """Draw the share DROPPED of each expert's columns of the FFN anew (arXiv 2502.19261, section 3.2)."""
+    width = experts.intermediate_dim
+    for expert in range(experts.num_experts):
+        columns = torch.randperm(width, generator=generator)[: round(DROPPED * width)]
+        for name, stack in experts.named_parameters():
+            if name == "down_proj_bias":
+                continue  # it belongs to no column
+            for matrix in [stack[expert].T] if name == "down_proj" else stack[expert].unflatten(0, (-1, width)):
+                old = matrix[columns].float()
+                drawn = torch.randn(old.shape, generator=generator).to(old.device)
+                matrix[columns] = (drawn * old.std(correction=0) + old.mean()).to(matrix.dtype)
+
+
 def evolve_experts(sparse: SparseLanguageModel, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0) -> None:
     """Differentiate the experts of a freshly upcycled model by expert evolution (EvoMoE, arXiv 2505.23830).
 
@@ -141,15 +198,18 @@ def evolve_experts(sparse: SparseLanguageModel, batches: Sequence[Mapping[str, T
 
     Raises ValueError if the experts differ already, if there are more experts than ranges, or without a batch.
     """
-    mlps = sparse.sparse_mlps()
+    mlps = sparse.all_sparse_mlps()
     if sparse.config.num_experts > 1 + len(EVOLUTION_RATES):
         raise ValueError(f"num_experts is {sparse.config.num_experts}, but expert evolution has rates for {1 + len(EVOLUTION_RATES)} only")
+    if sparse.config.granularity > 1:
+        raise ValueError(f"granularity is {sparse.config.granularity}, but expert evolution starts from equal experts, not from parts")
     if not batches:
         raise ValueError("expert evolution needs at least one batch, to compute the gradient of its loss")
-    for index, mlp in mlps.items():
+    for label, mlp in mlps.items():
         for name, parameter in mlp.experts.named_parameters():
             if not all(torch.equal(expert, parameter[0]) for expert in parameter):
-                raise ValueError(f"the experts of layer {index} differ in {name} already: evolve those of a model fresh from upcycle")
+                where = f"the experts of {_named(label)} differ in {name} already"
+                raise ValueError(f"{where}: evolve those of a model fresh from upcycle")
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for mlp in mlps.values() for parameter in mlp.experts.parameters()]
     gradients = _common_gradients(sparse, parameters, batches)

@@ -24,8 +24,9 @@ from transformers import (
 from moe_llava.digits.base import WEIGHTS
 from moe_llava.model import MoeLlavaConfig
 from moe_llava.model.configuration import SparseConfig
-from moe_llava.model.ffn import form_of, set_parameter
-from moe_llava.model.modeling import find_backbone, sparse_class
+from moe_llava.model.ffn import form_of, narrowed, set_parameter
+from moe_llava.model.modeling import sparse_class
+from moe_llava.model.places import find_backbone
 from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.perf.options import BenchError
 from moe_llava.perf.running import show_cases
@@ -110,15 +111,17 @@ def _embeddable(config: Any) -> Any:
 
 
 def _widen(backbone: Any, config: SparseConfig) -> None:
-    """Make the FFN of each layer that is sparse in the partner as wide as a token's experts together. The values do not matter."""
+    """Make the FFN of each layer that is sparse in the partner as wide as a token's experts together, shared ones too. The values do not
+    matter."""
     for index in config.moe_layer_indices:
         ffn = backbone.layers[index].mlp
-        form, times = form_of(ffn), config.num_experts_per_tok
+        form, width = form_of(ffn), ffn.get_parameter(form_of(ffn).stacked["down_proj"][0]).shape[1]
+        shared = [narrowed(ffn, config.num_shared_experts * width // config.granularity)] if config.num_shared_experts else []
         for name in form.dense_names:
-            weight = ffn.get_parameter(name)
-            narrow = weight.dim() - 1 if name in form.stacked["down_proj"] else 0  # the dimension of the FFN's width
+            weights = [ffn.get_parameter(name)] * config.num_experts_per_tok + [part.get_parameter(name) for part in shared]
+            narrow = weights[0].dim() - 1 if name in form.stacked["down_proj"] else 0  # the dimension of the FFN's width
             if name not in form.stacked.get("down_proj_bias", ()):
-                set_parameter(ffn, name, torch.cat([weight] * times, narrow))
+                set_parameter(ffn, name, torch.cat(weights, narrow))
 
 
 def image_tokens(model: LlavaForConditionalGeneration) -> int:

@@ -15,8 +15,8 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.perf.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
 from moe_llava.perf.running import show_cases
+from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.trainable import choose_parameters
-from moe_llava.training.trainer import logits_at_labels
 
 ALL_LOGITS = "sparse, logits of all positions"
 MEMORY_STEPS = 2  # the first creates AdamW's moments, which the second has from its start

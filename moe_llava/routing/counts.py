@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 
-def expert_counts(router_logits: tuple[Tensor, ...], top_k: int, token_mask_T: Tensor) -> Tensor:
-    """Return [L, E]: how many of the tokens in `token_mask_T` have each expert among their top k."""
-    counts = []
-    for logits_TE in router_logits:
-        chosen_NK = logits_TE[token_mask_T].topk(top_k, dim=-1).indices
-        counts.append(torch.bincount(chosen_NK.flatten(), minlength=logits_TE.shape[-1]))
-    return torch.stack(counts)
+def expert_counts(router_choices: Sequence[Tensor], num_experts: int) -> Tensor:
+    """Return [L, E]: how many tokens use each expert. `router_choices`: per layer [T, K]; T may differ."""
+    return torch.stack([torch.bincount(ids_TK.flatten(), minlength=num_experts) for ids_TK in router_choices])
 
 
 def expert_shares(counts_LE: Tensor) -> Tensor:

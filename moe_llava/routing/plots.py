@@ -39,9 +39,12 @@ class Chart:
 
 
 def plot_expert_load(summary: dict[str, Any], narrow: bool = False) -> Figure:
-    """Draw, for all, image and text tokens, the share of each expert in every MoE layer, with dashed lines where even shares would end."""
-    layers, experts = summary["layers"], summary["experts"]
-    counts = {name: np.array(summary[name], dtype=float) for name in ("image", "text")}
+    """Draw, for all, image and text tokens, the share of each expert in every MoE layer, with dashed lines where even shares would end.
+    Below them come the experts of patches, in the vision tower and the projector."""
+    experts, patches = summary["experts"], summary.get("patches", {})
+    layers = summary["layers"] + list(patches)
+    counts = {"image": np.array(summary["image"] + list(patches.values()), dtype=float)}
+    counts["text"] = np.array(summary["text"] + [[0] * experts] * len(patches), dtype=float)
     height = 0.5 * len(layers) + 1.5
     figure = Figure(figsize=(NARROW, 2.6 * height) if narrow else (11, height), layout="constrained")
     axes = figure.subplots(*((3, 1) if narrow else (1, 3)), sharey=True)
@@ -242,8 +245,8 @@ def _plain(piece: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _name_layers(axis: Axes, layers: Sequence[int]) -> None:
-    axis.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers])
+def _name_layers(axis: Axes, layers: Sequence[int | str]) -> None:
+    axis.set_yticks(range(len(layers)), [f"layer {layer}" if isinstance(layer, int) else layer for layer in layers])
     axis.set_ylim(len(layers) - 0.5, -0.5)
 
 

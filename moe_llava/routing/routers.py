@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from moe_llava.model import SparseModel
 from moe_llava.routing.tokens import RoutingError
 
 
@@ -119,21 +120,30 @@ def _router_beside(model: PreTrainedModel, experts: str) -> str:
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return name -> router, in the order of layers. Raise RoutingError if there is none."""
+    """Return name -> router of the language model, in the order of layers. Raise RoutingError if there is none."""
     scopes = [
         (f"{prefix}." if prefix else "", recorder)
         for prefix, part in model.named_modules()
         if isinstance(part, PreTrainedModel)
         for recorder in _recorders(part)
     ]
+    outside = vision_routers(model)
     found = {
         name: module
         for name, module in model.named_modules()
-        if any(name.startswith(prefix) and _is_recorded(name, module, recorder) for prefix, recorder in scopes)
+        if name not in outside.values()
+        and any(name.startswith(prefix) and _is_recorded(name, module, recorder) for prefix, recorder in scopes)
     }
+    if not found and outside:
+        raise RoutingError(f"{type(model).__name__} has routers of patches alone, in {', '.join(outside)}: none of tokens")
     if not found:
         raise RoutingError(f"{type(model).__name__} has no routers: it is dense, or transformers does not record its router_logits")
     return found
+
+
+def vision_routers(model: PreTrainedModel) -> dict[str, str]:
+    """Return label -> name of each router outside the language model, which routes patches: of models that are made here."""
+    return {label: f"{name}.router" for label, name in model.vision_names.items()} if isinstance(model, SparseModel) else {}
 
 
 def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:

@@ -37,6 +37,7 @@ class RoutingStatistics:
         self.sample = TokenSample()
         # of text tokens only: an image precedes the question about it
         self.group_counts: dict[str, Tensor] = {}
+        self.patches: dict[str, Tensor] = {}
 
     def add(self, trace: Trace, groups: Sequence[str] | None = None) -> None:
         """Add a trace. `groups`: of each of its rows, such as the family of its question.
@@ -68,6 +69,8 @@ class RoutingStatistics:
             here_T = (trace.rows_T == row) & (modality_T == 1)
             counts_LE = self.group_counts.setdefault(group, torch.zeros_like(self.counts_MLE[0]))
             counts_LE += chosen_LTE[:, here_T].sum(1)
+        for label, counts in trace.patches.items():
+            self.patches[label] = self.patches.get(label, 0) + torch.tensor(counts)
         self.sample.add(trace.probs_LTE, modality_T)
 
     def _start(self, trace: Trace) -> None:
@@ -96,6 +99,7 @@ class RoutingStatistics:
         - `agreement` [L, L]: normalised mutual information of the first choices in two layers: 0 if they are independent, 1 if each
           determines the other. The numbering of experts does not matter.
         - `pathways`: of each modality, from `top_pathways`
+        - `patches` [E]: for each router outside the language model, by its label, assignments of patches
         """
         if not self.layers:
             raise RoutingError("there are no statistics of no tokens")
@@ -128,6 +132,7 @@ class RoutingStatistics:
                 name: top_pathways(self.sample.probabilities(number), len(self.layers), self.experts)
                 for number, name in enumerate(MODALITIES)
             },
+            "patches": {label: counts_E.tolist() for label, counts_E in self.patches.items()},
         }
 
     def _by_modality(self, values_M: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.model.greedy import as_list, end_tokens, write_greedily
-from moe_llava.routing.recording import Parts, Recorded, recording
+from moe_llava.routing.recording import Parts, Recorded, counting_patches, recording
 from moe_llava.routing.tokens import IMAGE, MEDIA, SPECIAL, TEXT, RoutingError, image_places, placeholder_kinds
 
 FORMAT = "moe-llava-trace-1"
@@ -47,7 +47,8 @@ class Trace:
     `token_ids_T`, `rows_T`: the token and its row. `kinds_T`: an index of KINDS. `answer_T`: whether the token belongs to an answer, of the
     model or of a record; the others are prompt. `places_T3`: for an image's token, the index of the image in its row, and the row and
     column of its patch; -1 for others, such as a class token or a video.
-    `layers`: indices of the MoE layers. `pieces`: each token as text, if there is a tokenizer; "" for a placeholder.
+    `layers`: indices of the MoE layers. `pieces`: each token as text, if there is a tokenizer; "" for a placeholder. `patches`: for each
+    router outside the language model, by its label, the patches that each expert took, of the images of all rows.
     """
 
     probs_LTE: Tensor
@@ -61,25 +62,27 @@ class Trace:
     places_T3: Tensor
     layers: tuple[int, ...]
     pieces: tuple[str, ...] | None = None
+    patches: dict[str, list[int]] = field(default_factory=dict)
 
     def split(self) -> list[Trace]:
         """Return a trace for each row."""
         return [self.row(number) for number in self.rows_T.unique().tolist()]
 
     def row(self, number: int) -> Trace:
-        """Return the tokens of one row."""
+        """Return the tokens of one row. `patches` is left out if there are other rows, whose patches it has, too."""
         mask_T = self.rows_T == number
         chosen: dict[str, Any] = {}
         for name in _tensor_names():
             value = getattr(self, name)
             chosen[name] = value[:, mask_T] if name.split("_")[-1].startswith("L") else value[mask_T]
         pieces = self.pieces and tuple(piece for piece, kept in zip(self.pieces, mask_T.tolist(), strict=True) if kept)
-        return replace(self, **chosen, pieces=pieces)
+        return replace(self, **chosen, pieces=pieces, patches=self.patches if mask_T.all() else {})
 
     def save(self, file: str | Path, **notes: str) -> None:
-        """Write safetensors: a tensor for each field, with layers, pieces and `notes` as metadata."""
+        """Write safetensors: a tensor for each field, with layers, pieces, patches and `notes` as metadata."""
         tensors = {name: getattr(self, name).contiguous() for name in _tensor_names()}
-        metadata = {"format": FORMAT, "layers": json.dumps(self.layers), "pieces": json.dumps(self.pieces), **notes}
+        others = {name: json.dumps(getattr(self, name)) for name in ("layers", "pieces", "patches")}
+        metadata = {"format": FORMAT, **others, **notes}
         save_file(tensors, file, metadata=metadata)
 
     @classmethod
@@ -94,11 +97,12 @@ class Trace:
         except SafetensorError as error:
             raise RoutingError(f"{file} is no trace: {error}") from error
         pieces = json.loads(metadata["pieces"])
-        return cls(**tensors, layers=tuple(json.loads(metadata["layers"])), pieces=pieces and tuple(pieces))
+        patches = json.loads(metadata.get("patches", "{}"))  # files written before models had any lack it
+        return cls(**tensors, layers=tuple(json.loads(metadata["layers"])), pieces=pieces and tuple(pieces), patches=patches)
 
 
 def _tensor_names() -> list[str]:
-    return [field.name for field in fields(Trace) if field.name not in ("layers", "pieces")]
+    return [f.name for f in fields(Trace) if f.name not in ("layers", "pieces", "patches")]
 
 
 def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: Any = None, max_new_tokens: int | None = None) -> Trace:
@@ -124,7 +128,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
     mask_BS = given.get("attention_mask", torch.ones_like(ids_BS)).bool()
     answer_BS = torch.zeros_like(mask_BS) if labels_BS is None else labels_BS != IGNORE_INDEX
     placeholders = placeholder_kinds(model.config, given)
-    with recording(model) as recorded, torch.no_grad():
+    with recording(model) as recorded, counting_patches(model) as patches, torch.no_grad():
         if max_new_tokens is None:
             model.base_model(**given, use_cache=False)  # without the head, whose logits would take more memory than the rest
         else:
@@ -146,6 +150,7 @@ def trace_routing(model: PreTrainedModel, inputs: Mapping[str, Any], tokenizer: 
         places_T3=image_places((kinds_BS == IMAGE) & mask_BS, inputs, model)[mask_BS],
         layers=tuple(sorted(recorded)),
         pieces=None if tokenizer is None else _pieces(tokenizer, token_ids_T, kinds_T),
+        patches={label: counts_E.tolist() for label, counts_E in patches.items()},
     )
 
 

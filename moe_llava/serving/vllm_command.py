@@ -74,6 +74,8 @@ def _check(config: dict[str, Any], path: str | Path) -> None:
             f"checkpoint {path} has capacity_factor {config['capacity_factor']}: the tokens of a batch share it, and vLLM batches requests "
             "as they come"
         )
+    if config.get("moe_in", ["language_model"]) != ["language_model"]:
+        raise CheckpointError(f"checkpoint {path} has moe_in {config['moe_in']}: vLLM serves experts in the language model alone")
 
 
 def device_bytes(budget: Budget, layout: Layout, dtype_bytes: int = 2) -> tuple[int, int]:

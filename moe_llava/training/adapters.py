@@ -8,6 +8,7 @@ Unusual here:
 - Stacked experts are named by `target_parameters`. PEFT adds the product of both factors to the weights before they are used, so neither
   dropout nor DoRA can apply to them; the rules of a recipe say so.
 - Routers, and the projector in stage II, are small: they are trained in full, as copies that the adapter holds (`modules_to_save`).
+- Quantised experts are linear layers, each with LoRA of its own. They are stacked again when the adapter is merged.
 - The adapter is merged into the base as it is stored: not quantised, even if the adapter was trained on a quantised one.
 """
 
@@ -31,29 +32,43 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from moe_llava.checkpoints.files import ADAPTER_CONFIG, check_pointers, read_adapter, read_json
 from moe_llava.checkpoints.load import load_checkpoint, load_config, load_on_meta
 from moe_llava.checkpoints.published import resolve
+from moe_llava.checkpoints.separate import keep_unpacked, separate_experts, stack_experts
 from moe_llava.checkpoints.weights import find_weights, read_tables, weights_digest
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import first_line, listed
 from moe_llava.model import Experts, Router, SparseConfig
 from moe_llava.training.parsing import require
-from moe_llava.training.parts import backbone_name, decoder_layers, projector_modules
+from moe_llava.training.parts import backbone_name, decoder_layers, moe_layers, projector_modules
 from moe_llava.training.recipe import ADAPTER_TARGETS, Adapter, RecipeError
 from moe_llava.training.trainable import TRAINABLE, ParameterCount
 
 BASE = "base.json"  # in an adapter's folder: what identifies its base
 # Fields of a sparse base's configuration that change its outputs.
-MOE = ("num_experts", "num_experts_per_tok", "moe_layer_indices", "norm_topk_prob", "capacity_factor", "use_residual", "routing")
+MOE = (
+    "num_experts",
+    "num_experts_per_tok",
+    "granularity",
+    "num_shared_experts",
+    "moe_layer_indices",
+    "norm_topk_prob",
+    "capacity_factor",
+    "use_residual",
+    "routing",
+)
+_OF_EXPERT = re.compile(r"\.mlp\.experts\.\w+\.\d+\.")  # in the names of tensors: LoRA of a single expert's matrix
 logger = logging.getLogger(__name__)
-UNQUANTISED = ["lm_head", "mlp.coefficient"]  # nor all that is outside the language model, nor stacked experts
+UNQUANTISED = ["lm_head", "mlp.coefficient"]  # nor all that is outside the language model, nor stacks
 
 
 def check_adapter(adapter: Adapter, stage: str, model: PreTrainedModel) -> None:
-    """Raise RecipeError if `adapter` does not fit `model`, which `stage` starts from and which may be on the meta device, if the adapter to
+    """Raise RecipeError if `adapter` does not fit `model`, which `stage` starts from and which is on the meta device, if the adapter to
     continue from has other settings, or if a package is missing."""
     if stage == "dense":
         raise RecipeError("stage3.adapter is set, but the dense baseline trains its FFNs in full: leave the adapter out")
     if adapter.quantisation:
         require("bitsandbytes", f"{stage}.adapter.quantisation")
+    if adapter.quantise_experts:
+        separate_experts(model)
     wanted = lora_config(model, adapter, stage)
     if adapter.continue_from:
         before = read_adapter(adapter.continue_from)
@@ -94,7 +109,8 @@ def lora_config(model: PreTrainedModel, adapter: Adapter, stage: str) -> Any:
         if not found[target]:
             raise RecipeError(f"{stage}.adapter.targets names {target}, but the language model of this stage has none")
     chosen = {target: sorted(found[target]) if target in adapter.targets else [] for target in ADAPTER_TARGETS}
-    linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"]]
+    stacks = [name for name in chosen["experts"] if name.startswith(_layers(model))]
+    linear = [re.escape(name) for name in chosen["attention"] + chosen["FFN"] + chosen["experts"] if name not in stacks]
     whole = projector_modules(model) if "projector" in TRAINABLE[stage] else []
     return LoraConfig(
         r=adapter.rank,
@@ -102,7 +118,7 @@ def lora_config(model: PreTrainedModel, adapter: Adapter, stage: str) -> Any:
         lora_dropout=adapter.dropout,
         use_dora=adapter.use_dora,
         target_modules=rf"{re.escape(_layers(model))}\.\d+\.({'|'.join(linear)})" if linear else [],
-        target_parameters=chosen["experts"] or None,
+        target_parameters=stacks or None,
         modules_to_save=whole + chosen["routers"] or None,
     )
 
@@ -113,12 +129,16 @@ def _layers(model: PreTrainedModel) -> str:
 
 
 def _find_targets(model: PreTrainedModel) -> dict[str, set[str]]:
-    """Return target -> names of modules: linear layers by name within a decoder layer, experts' matrices and routers by full name."""
+    """Return target -> names of modules: linear layers by name within a decoder layer, stacks of experts and routers by full name."""
     found: dict[str, set[str]] = {target: set() for target in ADAPTER_TARGETS}
     layers = _layers(model)
     for index, layer in enumerate(decoder_layers(model)):
         for name, module in layer.named_modules():
             if isinstance(module, Experts):
+                if module.separated:
+                    linear = [key for key, part in module.named_modules() if isinstance(part, nn.Linear)]
+                    found["experts"] |= {f"{name}.{key}" for key in linear}
+                    continue
                 if is_parametrized(module) or not all(parameter.is_floating_point() for parameter in module.parameters()):
                     raise RecipeError(f"{layers}.{index}.{name} is quantised: LoRA over them would leave matrices without a gradient")
                 matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
@@ -127,21 +147,25 @@ def _find_targets(model: PreTrainedModel) -> dict[str, set[str]]:
                 found["routers"].add(f"{layers}.{index}.{name}")
             elif isinstance(module, nn.Linear) and name.startswith(("self_attn.", "linear_attn.")):
                 found["attention"].add(name)
-            elif isinstance(module, nn.Linear) and name.startswith("mlp."):
+            elif isinstance(module, nn.Linear) and name.startswith("mlp.") and not name.startswith("mlp.experts."):
                 found["FFN"].add(name)
     return found
 
 
 def load_base(base: str, adapter: Adapter, dtype: torch.dtype, attention: str | None) -> tuple[PreTrainedModel, Any]:
-    """Return (model, processor) of `base` in float32, with the linear layers of its language model quantised if `adapter` says so; those of
-    4 bits compute in `dtype`. Raises CheckpointError as `load_checkpoint` does."""
-    settings = {"quantization_config": quantisation_config(base, adapter.quantisation, dtype)} if adapter.quantisation else {}
-    return load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
+    """Return (model, processor) of `base` in float32, with the linear layers of its language model, and its experts, quantised if `adapter`
+    says so; those of 4 bits compute in `dtype`. Raises CheckpointError as `load_checkpoint` does."""
+    settings: dict[str, Any] = {"separate_experts": True} if adapter.quantise_experts else {}
+    if adapter.quantisation:
+        settings["quantization_config"] = quantisation_config(base, adapter.quantisation, dtype)
+    model, processor = load_checkpoint(base, dtype=torch.float32, attn_implementation=attention, **settings)
+    keep_unpacked(model)
+    return model, processor
 
 
 def quantisation_config(checkpoint: str | Path, kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the configuration that quantises the linear layers of a checkpoint's language model as it is loaded; those of "nf4" compute in
-    `dtype`."""
+    """Return the configuration that quantises the linear layers of a checkpoint's language model as it is loaded, and with
+    `separate_experts` its experts, too; those of "nf4" compute in `dtype`."""
     model = load_on_meta(checkpoint)
     parent, _, own = backbone_name(model).rpartition(".")
     skipped = UNQUANTISED + [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children() if name != own]
@@ -169,8 +193,18 @@ def describe_base(model: PreTrainedModel, adapter: Adapter) -> str:
 
 
 def describe_quantised(model: PreTrainedModel, kind: str) -> str:
-    rest = "experts, routers, embeddings" if any(isinstance(module, Router) for module in model.modules()) else "embeddings"
-    return f"{len(quantised_layers(model))} linear layers of the language model in {kind}; {rest} and the rest are not"
+    """Return a line that says which layers are quantised."""
+    experts = sum(module.num_experts for module in model.modules() if isinstance(module, Experts) and module.separated)
+    linear = sum(".mlp.experts." not in name for name in quantised_layers(model))
+    done = f"{linear} linear layers of the language model" + (f" and {experts} experts" if experts else "")
+    rest = "embeddings" if not moe_layers(model) else "routers, embeddings" if experts else "experts, routers, embeddings"
+    return f"{done} in {kind}; {rest} and the rest are not"
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's weights and buffers, and of the scales of what is quantised."""
+    tensors = model.state_dict().values()
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -309,12 +343,16 @@ def merge(folder: str | Path, base: str | Path | None = None, dtype: torch.dtype
 
 
 def _merged(folder: str | Path, base: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    model, processor = load_checkpoint(base, dtype=dtype)
+    separate = any(_OF_EXPERT.search(name) for name in stored_tensors(folder))
+    model, processor = load_checkpoint(base, dtype=dtype, **({"separate_experts": True} if separate else {}))
     if getattr(model.config, "quantization_config", None):
         raise CheckpointError(f"the weights of {base} are quantised, but an adapter is merged into plain ones: use the unquantised model")
     try:
-        return load_adapter(model, folder, base).merge_and_unload(safe_merge=True), processor
+        merged = load_adapter(model, folder, base).merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"adapter {folder} cannot be merged into {base}: {first_line(error)}") from error
+    if separate:
+        stack_experts(merged)
+    return merged, processor

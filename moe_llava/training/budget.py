@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,28 @@ from moe_llava.checkpoints.families import published_family
 from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
+from moe_llava.checkpoints.separate import separate_experts
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves, without_adapter
 from moe_llava.training.memory import Batch, activations
-from moe_llava.training.parts import PARTS, attention_layers, is_native, moe_layers, native_experts, parts_of
+from moe_llava.training.parts import PARTS, attention_layers, is_native, moe_layers, native_experts, parts_of, vision_names
 from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
-from moe_llava.training.trainable import choose_parameters
+from moe_llava.training.trainable import VISION, choose_parameters
 
 CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`total`, `active`: parameters by part. `flops`: the language model's forward pass for one token, at CONTEXT. `cache_bytes`: keys and
-    values of one token, in bfloat16. `moe_layers`: indices; `experts`: (in a layer, used by a token), or None for a dense model."""
+    """`total`, `active`: parameters by part; a patch uses the active ones of tower and projector. `flops`: the language model's forward
+    pass for one token, at CONTEXT. `cache_bytes`: keys and values of one token, in bfloat16. `moe_layers`: indices; `vision`: labels of
+    sparse FFNs outside the language model; `experts`: (in a layer, used by a token), or None for a dense model."""
 
     layers: int
     moe_layers: list[int]
+    vision: list[str]
     experts: tuple[int, int] | None
     total: dict[str, int]
     active: dict[str, int]
@@ -46,8 +50,8 @@ class Budget:
     @property
     def language_model(self) -> tuple[int, int]:
         """Return (total, active) without tower and projector, as the paper counts."""
-        seen = self.total["tower"] + self.total["projector"]
-        return sum(self.total.values()) - seen, sum(self.active.values()) - seen
+        total, active = (sum(counted.values()) - counted["tower"] - counted["projector"] for counted in (self.total, self.active))
+        return total, active
 
     @property
     def weight_bytes(self) -> int:
@@ -92,6 +96,10 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     active = dict(total)
     if experts is not None:
         active["experts"] = _seen_experts(model, total["experts"]) * experts[1] // experts[0]
+    for name in vision_names(model):
+        number = sum(parameter.numel() for parameter in model.get_submodule(f"{name}.experts").parameters())
+        assert experts is not None
+        active[parts[f"{name}.router.weight"]] -= number - number * experts[1] // experts[0]
     text: Any = model.config.get_text_config()
     # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
     head = model.get_output_embeddings().weight.numel()
@@ -99,6 +107,7 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     return Budget(
         layers=text.num_hidden_layers,
         moe_layers=moe_layers(model),
+        vision=list(vision_names(model).values()),
         experts=experts,
         total=total,
         active=active,
@@ -110,7 +119,7 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
 def _experts_of(model: PreTrainedModel) -> tuple[int, int] | None:
     """Return (experts in a layer, experts that a token uses), or None for a dense model."""
     if isinstance(model, SparseModel):
-        return model.config.num_experts, model.config.num_experts_per_tok
+        return model.config.experts_per_layer, model.config.experts_per_token
     return next(((group.num_experts, group.top_k) for group in native_experts(model)), None)
 
 
@@ -149,7 +158,7 @@ def survey(target: Recipe | str | Path, vision_towers: str | Path | None = None)
     else:
         model = load_on_meta(target)
     if is_sparse(model):
-        return count(model), {"stage3": stage_cost(model, "stage3", moe_layers(model))}
+        return count(model), {"stage3": stage_cost(model, "stage3", moe_layers(model), vision=list(vision_names(model)))}
     return count(model), {stage: stage_cost(model, stage, []) for stage in ("stage1", "stage2")}
 
 
@@ -174,6 +183,7 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
             stage_batch(stage),
             bf16=stage.bf16,
             eager=recipe.attention == "eager",
+            vision=stage.vision_ffns(final if stage.number == 3 else start),
         )
         costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
     return count(final, context), costs
@@ -199,17 +209,21 @@ def stage_cost(
     batch: Batch | None = None,
     bf16: bool = False,
     eager: bool = False,
+    vision: Sequence[str] = (),
 ) -> StageCost:
     """Return the cost of training the whole model, sharded or not; with `batch`, also its activations, in `bf16`, with `eager` attention.
 
-    Args: `stage` and `moe_layers` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing`
-    repeats the forward pass; `context` as in `count`.
+    Args: `stage`, `moe_layers` and `vision` as in `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise;
+    `checkpointing` repeats the forward pass; `context` as in `count`.
     """
     if adapter is None:
-        trained, counts, saved = model, choose_parameters(model, stage, moe_layers), 0
+        trained, counts, saved = model, choose_parameters(model, stage, moe_layers, vision), 0
     else:
-        saved = quantisation_saves(model, adapter.quantisation) if adapter.quantisation else 0
-        trained, counts = attach(copy.deepcopy(model), dataclasses.replace(adapter, continue_from=None), stage, "")
+        trained = copy.deepcopy(model)
+        if adapter.quantise_experts:
+            separate_experts(trained)
+        saved = quantisation_saves(trained, adapter.quantisation) if adapter.quantisation else 0
+        trained, counts = attach(trained, dataclasses.replace(adapter, continue_from=None), stage, "")
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     forward, scores = count(model, context).flops, _score_flops(model, context)
     # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
@@ -227,7 +241,7 @@ def stage_batch(stage: Stage) -> Batch:
 
 def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:
     """Return how many of the `number` trainable parameters of a part a text token is multiplied with."""
-    if part == "projector":
+    if part == "projector" or part.startswith(VISION):
         return 0
     if part == "language model":
         return count(model, context=0).flops / 2

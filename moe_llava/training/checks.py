@@ -11,16 +11,17 @@ import numpy as np
 from rich.console import Console
 
 from moe_llava.checkpoints.files import check_checkpoint
-from moe_llava.checkpoints.load import check_weights
+from moe_llava.checkpoints.load import check_weights, load_on_meta
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.common.files import read_object, write_whole
 from moe_llava.common.messages import changes
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
 from moe_llava.model import SparseModel
-from moe_llava.model.upcycling import check_kind, sparse_config
+from moe_llava.model.upcycling import check_kind, check_origins, sparse_config
 from moe_llava.routing.routers import check_routers
 from moe_llava.training.adapters import check_adapter
+from moe_llava.training.distil import check_teacher
 from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
 from moe_llava.training.parts import is_native
@@ -62,7 +63,8 @@ def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
 
 def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
     """Return the records of each stage. Raises what `train` promises, for all of them."""
-    encoders, numbers = [], {stage.number for stage in todo}
+    encoders: list[list[Encoder]] = []  # of each stage, and of its teacher if it has one
+    numbers = {stage.number for stage in todo}
     for stage in todo:
         adapter = stage.settings.adapter
         if stage.before not in numbers or (adapter and adapter.continue_from):
@@ -78,9 +80,11 @@ def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
         encoder.check_processor()
         check_packing(stage, processor)
         check_zero(training_arguments(stage))
-        encoders.append(encoder)
+        encoders.append([encoder])
+        if stage.distillation:
+            encoders[-1].append(check_teacher(stage, stage.distillation, stage.structure(path), encoder))
     problems: list[str] = []
-    data = {stage: load_data(stage, encoder, problems) for stage, encoder in zip(todo, encoders, strict=True)}
+    data = {stage: load_data(stage, found, problems) for stage, found in zip(todo, encoders, strict=True)}
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # stages may share a file
     return data
@@ -111,14 +115,17 @@ def check_start(stage: Stage) -> None:
             check_native(stage, model)
         else:
             on_meta(sparse_config(model.config, settings.options))
+            for name in settings.experts_from:
+                check_checkpoint(name, plain=True)
+            check_origins(model, [load_on_meta(name) for name in settings.experts_from], settings.options.num_experts)
         return
     if stage.number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")
     if settings.dense:
         raise RecipeError(f"{path} is sparse already, but stage3.dense asks for the dense baseline, which starts from a dense model")
-    if settings.expert_start != "copy":
-        rule = "which is for experts that are made here"
-        raise RecipeError(f"{path} is sparse already, but stage3.expert_start is {settings.expert_start}, {rule}")
+    for name, value, default in (("expert_start", settings.expert_start, "copy"), ("experts_from", settings.experts_from, [])):
+        if value != default:
+            raise RecipeError(f"{path} is sparse already, but stage3.{name} is {value}, which is for experts that are made here")
     wanted = type(model.config)(**model.config.to_dict() | dataclasses.asdict(settings.options))
     for name in STRUCTURE:
         attribute = "moe_layer_indices" if name == "moe_layers" else name
@@ -138,6 +145,7 @@ def check_native(stage: Stage, model: Any) -> None:
     wrong |= {
         "stage3.dense": settings.dense,
         "stage3.expert_start": settings.expert_start != "copy",
+        "stage3.experts_from": settings.experts_from,
         "stage3.adapter": settings.adapter,
         "sharding": stage.recipe.sharding,  # transformers shards no weights that it converts on loading, as it does those of some
     }
@@ -146,13 +154,15 @@ def check_native(stage: Stage, model: Any) -> None:
     check_routers(model)
 
 
-def load_data(stage: Stage, encoder: Encoder, problems: list[str]) -> Records:
-    """Return the records of a stage, without the bad ones if these are to be skipped. Other problems go into `problems`."""
+def load_data(stage: Stage, encoders: list[Encoder], problems: list[str]) -> Records:
+    """Return the records of a stage that all of `encoders` take, without the bad ones if these are to be skipped. Other problems go into
+    `problems`."""
     parts = []
     for source in stage.settings.sources:
         try:
-            read = read_records(source.file, source.images)
-            found = sift(read, stage.number, encoder)
+            found = read_records(source.file, source.images)
+            for encoder in encoders:
+                found = sift(found, stage.number, encoder)
             if stage.recipe.on_bad_record == "stop":
                 check_problems(found, source.file)
             parts.append(weighted(found, source.weight, stage.recipe.seed))
@@ -174,6 +184,8 @@ def check_files(data: dict[Stage, Records], console: Console) -> None:
             _check_manifest(Path(stage.origin))
         if adapter and adapter.continue_from:
             _check_manifest(Path(adapter.continue_from))
+        if stage.distillation:
+            _check_manifest(Path(stage.distillation.teacher))
         _check_manifest(stage.work / "base")  # of an adapter that was begun
         check_resume(stage.work, records, console)
 

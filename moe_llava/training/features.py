@@ -82,12 +82,12 @@ class FeatureCache:
         """pixel_values: [N, channels, height, width]. Each of `layers` is [N, P, width] among the hidden states; the others are None."""
         files = self._files(pixel_values)
         missing = [index for index, file in enumerate(files) if not file.is_file()]
-        entries = [{} if index in missing else _read(file, pixel_values.device) for index, file in enumerate(files)]
+        entries = [{} if index in missing else read_entry(file, pixel_values.device) for index, file in enumerate(files)]
         if missing:
             computed = self.compute(pixel_values[missing], **settings).hidden_states
             for row, index in enumerate(missing):
                 entries[index] = {str(layer): computed[layer][row].contiguous() for layer in self.layers}
-                _write(files[index], entries[index])
+                write_entry(files[index], entries[index])
         states: list[Any] = [None] * self.states
         for layer in self.layers:
             states[layer] = torch.stack([entry[str(layer)] for entry in entries])
@@ -110,14 +110,16 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _read(file: Path, device: torch.device) -> dict[str, Tensor]:
+def read_entry(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of an entry of a cache. Raises ValueError if it is damaged."""
     try:
         return load_file(file, device=str(device))
     except SafetensorError as error:
-        raise ValueError(f"{file} holds no features, though its name says so ({error}): remove it") from error
+        raise ValueError(f"{file} is no whole entry of a cache, though its name says so ({error}): remove it") from error
 
 
-def _write(file: Path, entry: dict[str, Tensor]) -> None:
+def write_entry(file: Path, entry: dict[str, Tensor]) -> None:
+    """Write an entry of a cache under another name and rename it. Raises SaveError if there is no room."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{uuid.uuid4().hex}")  # of this process alone
     try:

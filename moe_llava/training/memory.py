@@ -16,8 +16,9 @@ and the first one only its FFN. With gradient checkpointing, a layer keeps its i
 Then come the final norm, D + 2 t D, and for each position with a label three rows of the vocabulary in float32: logits, their logarithmic
 softmax, and its gradient. In bf16 the layers' numbers have two bytes, and autocast keeps a copy of the weights that it multiplies with.
 
-Not modelled: the tower, which is frozen, so that only its largest layer counts for a moment; the projector; attention masks; the temporary
-tensors of one operation; what families compute besides, such as state-space layers, which count as attention.
+Not modelled: the tower, which is frozen, so that only its largest layer counts for a moment, unless it has experts; the projector;
+attention masks; the temporary tensors of one operation; what families compute besides, such as state-space layers, which count as
+attention.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def activations(model: PreTrainedModel, batch: Batch, checkpointing: bool = Fals
     text: Any = model.config.get_text_config()
     size, width, parts = 2 if bf16 else 4, text.hidden_size, parts_of(model)
     trained = {parts[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    layers = _layer_numbers(model, batch.length if eager else 0, bool(trained & {"projector", "embeddings"}))
+    layers = _layer_numbers(model, batch.length if eager else 0, bool(trained & {"tower", "projector", "embeddings"}))
     kept = [number * batch.tokens * size for number in layers]
     inputs = sum(number > 0 for number in layers) * width * batch.tokens * size
     head = model.get_output_embeddings().weight
@@ -94,7 +95,7 @@ def _layer_numbers(model: PreTrainedModel, context: int, below: bool) -> list[in
             trained |= {part} if parameter.requires_grad else set()
         t, f = bool(trained & {"attention", "norms"}), bool(trained & {"FFN", "experts", "router"})
         if isinstance(model, SparseModel) and sizes["experts"]:
-            chosen[index] = model.config.num_experts_per_tok, model.config.num_experts
+            chosen[index] = model.config.experts_per_token, model.config.experts_per_layer
         experts, of = chosen.get(index, (0, 1))
         norms = {name: parameter.numel() for name, parameter in layer.named_parameters() if parts[names[id(parameter)]] == "norms"}
         wide = [name.removesuffix(".weight") for name, size in norms.items() if size == width and name.endswith(".weight")]

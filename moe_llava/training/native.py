@@ -73,7 +73,7 @@ def numbers(routed: Routed, groups: Sequence[RoutedExperts], device: torch.devic
     return {"counts_LE": counts_LE, "balance_loss": (balance * len(groups) / max(len(routed), 1)).to(device)}
 
 
-def without_auxiliary(loss: Tensor, outputs: Any, model: PreTrainedModel) -> Tensor:
-    """Return a family's loss without the auxiliary loss that its forward pass added."""
+def without_auxiliary(loss: Tensor, outputs: Any, model: PreTrainedModel, factor: Tensor | float) -> Tensor:
+    """Return `factor` times a family's loss, which is given, without the auxiliary loss that its forward pass added."""
     auxiliary = getattr(outputs, "aux_loss", None)
-    return loss if auxiliary is None else loss - model.config.get_text_config().router_aux_loss_coef * auxiliary.to(loss.device)
+    return loss if auxiliary is None else loss - factor * model.config.get_text_config().router_aux_loss_coef * auxiliary.to(loss.device)

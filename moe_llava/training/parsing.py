@@ -34,6 +34,7 @@ RULES = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
     "too_short": "a list that is not empty",
 }
 

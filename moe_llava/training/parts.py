@@ -1,6 +1,7 @@
 """The parts of a vision-language model of any family, by the names of its parameters.
 
-Everything outside the text backbone and the head sees images: the projector is what PROJECTORS names, and the tower is the rest.
+Everything outside the text backbone and the head sees images: the projector is what PROJECTORS names, and the tower is the rest. Their
+experts and routers are parts of them.
 """
 
 from __future__ import annotations
@@ -11,21 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_llava.model import SparseMlp, SparseModel
-from moe_llava.model.modeling import find_backbone
+from moe_llava.model.places import PROJECTORS, find_backbone
 from moe_llava.model.upcycling import has_experts
 from moe_llava.routing.routers import RoutedExperts, routed_experts
 
 PARTS = ("tower", "projector", "embeddings", "attention", "FFN", "experts", "router", "norms")
-# What families call the modules between tower and language model.
-PROJECTORS = (
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "deepstack_merger_list",
-    "embed_vision",
-    "visual_embeddings_table",
-    "resampler_model",
-)
 _MIXERS = ("self_attn", "linear_attn")  # what families call the attention of a decoder layer
 
 
@@ -55,6 +46,11 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     return sorted({group.layer for group in native_experts(model)})
 
 
+def vision_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return name -> label of the sparse FFNs outside the language model; none for a model that was not made here."""
+    return {name: label for label, name in model.vision_names.items()} if isinstance(model, SparseModel) else {}
+
+
 def parts_of(model: PreTrainedModel) -> dict[str, str]:
     """Return which of PARTS each parameter belongs to, by its name. `model` may be on the meta device."""
     backbone, head = backbone_name(model), model.get_output_embeddings()
@@ -74,7 +70,7 @@ def _part(model: PreTrainedModel, name: str, backbone: str) -> str:
         return "norms" if "norm" in inside[0] else "embeddings"
     if inside[2] == "mlp":
         mlp = model.get_submodule(".".join([backbone, *inside[:3]]))
-        if isinstance(mlp, SparseMlp) and inside[3] != "residual_mlp":
+        if isinstance(mlp, SparseMlp) and inside[3] not in ("shared_experts", "residual_mlp"):
             return "experts" if inside[3] == "experts" else "router"
         return "FFN"
     return "attention" if inside[2] in _MIXERS else "norms"

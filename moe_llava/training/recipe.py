@@ -54,8 +54,8 @@ class Optimisation:
 @dataclass
 class Adapter:
     """LoRA on parts of the language model (ADAPTER_TARGETS; routers are trained in full); the rest is frozen. `quantisation` applies to the
-    frozen linear layers. `continue_from`: an adapter folder to continue from; the stage then starts from that adapter's base, and not from
-    the stage before."""
+    frozen linear layers, and with `quantise_experts` to the experts. `continue_from`: an adapter folder to continue from; the stage then
+    starts from that adapter's base, and not from the stage before."""
 
     targets: list[str]
     rank: PositiveInt = 8
@@ -63,6 +63,7 @@ class Adapter:
     dropout: Share = 0.0
     use_dora: bool = False
     quantisation: Literal["nf4", "int8"] | None = None
+    quantise_experts: bool = False
     continue_from: str | None = None
 
 
@@ -110,20 +111,40 @@ class StageSettings:
 
 
 @dataclass
+class Distillation:
+    """The loss is (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || model), with the logits of both divided by
+    `temperature` in the KL.
+
+    teacher: a folder or hub id of a vision-language model with the same vocabulary.
+    top_k: cache the teacher's `top_k` most probable tokens of each label in `output` before training; None keeps the teacher in memory,
+        and compares all tokens.
+    """
+
+    teacher: str
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None
+
+
+@dataclass
 class SparseStageSettings(StageSettings):
     """Stage III.
 
     moe: the options of experts that are made here; those that are not given take their defaults. For a model with experts of its own, those
         that its configuration has: `router_aux_loss_coef`.
     tuned: train experts and routers, or all that stage II trains, too.
-    expert_start: experts begin as copies of their FFN, or as copies with noise; see `upcycle`.
+    expert_start: experts begin as copies of their FFN, as copies with noise, or with columns drawn anew; see `upcycle`.
+    experts_from: checkpoints that each give one expert, instead of copies of one FFN; see `upcycle`.
     dense: train the FFNs that would have become experts as they are, the baseline, with the same steps and data.
+    distillation: learn from the probabilities of a teacher, too.
     """
 
     moe: MoeSection | None = None
     tuned: Literal["experts", "all"] = "experts"
-    expert_start: Literal["copy", "noise"] = "copy"
+    expert_start: Literal["copy", "noise", "drop"] = "copy"
+    experts_from: list[str] = field(default_factory=list)
     dense: bool = False
+    distillation: Distillation | None = None
 
     @property
     def options(self) -> MoeOptions:
@@ -232,6 +253,8 @@ def _conflicts(recipe: Recipe) -> list[str]:
     if isinstance(recipe.model, Parts) and recipe.stage1 is None:
         problems.append("model is joined from parts, whose projector is untrained, but stage1, which trains it, is missing")
     problems += [f"stage3.moe.{problem}" for problem in recipe.stage3.options.moe_problems()]
+    if recipe.feature_cache is not None and "vision_tower" in recipe.stage3.options.moe_in:
+        problems.append("feature_cache is set, but stage3.moe.moe_in has vision_tower, whose features change in training: leave it out")
     if recipe.report_to:
         from transformers.integrations import get_available_reporting_integrations  # takes seconds, and few recipes name any
 
@@ -241,15 +264,19 @@ def _conflicts(recipe: Recipe) -> list[str]:
 
 
 def _sharding_conflicts(recipe: Recipe, sharding: Sharding) -> list[str]:
-    problems, num_experts = [], recipe.stage3.options.num_experts
+    problems, num_experts = [], recipe.stage3.options.experts_per_layer
     if recipe.feature_cache is not None:
         problems.append("sharding is set, but so is feature_cache, for which one process needs the whole tower: leave one of them out")
     if any(settings.adapter for settings in recipe.stages.values()):
         problems.append("sharding is set, but so is an adapter, whose frozen base every process keeps as a whole: leave one of them out")
+    if recipe.stage3.options.moe_in != ["language_model"]:
+        problems.append(
+            f"sharding is set, but stage3.moe.moe_in is {recipe.stage3.options.moe_in}: only experts of the language model are sharded"
+        )
     if sharding.fsdp_size % sharding.ep_size:
         problems.append(f"sharding.ep_size is {sharding.ep_size}, but must divide fsdp_size={sharding.fsdp_size}")
     elif num_experts % sharding.ep_size:
-        problems.append(f"sharding.ep_size is {sharding.ep_size}, but must divide stage3.moe.num_experts={num_experts}")
+        problems.append(f"sharding.ep_size is {sharding.ep_size}, but must divide the {num_experts} experts of a layer")
     return problems
 
 
@@ -270,11 +297,16 @@ def _adapter_conflicts(settings: StageSettings, adapter: Adapter, number: int) -
         )
     if "experts" in adapter.targets and adapter.use_dora:
         problems.append(".use_dora is true, but must be false with experts among the targets: PEFT has no DoRA for stacked weights")
+    if adapter.quantise_experts and not (sparse and adapter.quantisation):
+        rule = "needs quantisation, nf4 or int8" if sparse else "only stage III has experts"
+        problems.append(f".quantise_experts is true, but {rule}")
     if isinstance(settings, SparseStageSettings):
         if settings.dense:
             problems.append(" is set, but stage3.dense is true, and the dense baseline trains its FFNs in full")
         if settings.tuned == "all":
             problems.append(" is set, but stage3.tuned is all, and an adapter's targets say what is trained: leave one of them out")
+        if settings.options.moe_in != ["language_model"]:
+            problems.append(f" is set, but stage3.moe.moe_in is {settings.options.moe_in}: adapters are for the language model alone")
         if settings.options.routing == "smoes":
             problems.append(" is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out")
     return problems

@@ -27,6 +27,7 @@ from moe_llava.data.store import Records
 from moe_llava.training.adapters import attach, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checks import check_files, check_folder, check_stages, write_records
+from moe_llava.training.distil import TaughtCollator, TaughtDataset, prepare_teacher, vocabulary_size
 from moe_llava.training.features import cached_features
 from moe_llava.training.parts import moe_layers, native_experts
 from moe_llava.training.process import StopWhenAsked, lock_file, lock_stages
@@ -110,25 +111,26 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
     set_seed(recipe.seed)
     arguments = training_arguments(stage)
     model, processor = start(stage)
+    encoder = Encoder(processor, settings.template, settings.max_length)
+    teach, teacher = None, None
+    if stage.distillation:
+        teach, teacher = prepare_teacher(stage, stage.distillation, records, vocabulary_size(model.config))
     set_seed(recipe.seed)  # again, as making the model may have drawn numbers, and a resumed run may find it made
     if settings.adapter:
         console.print(describe_base(model, settings.adapter), highlight=False, soft_wrap=True)
     model, counts = prepare_parameters(stage, model)
     console.print(f"[bold]{TITLES[stage.name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(stage.name, console)
-    encoder = Encoder(processor, settings.template, settings.max_length)
+    collator = Collator(encoder.nothing(), encoder.empty_image() if needs_images(stage, model) else None, settings.optimisation.packing)
     cache = cached_features(without_adapter(model), recipe.feature_cache) if recipe.feature_cache else contextlib.nullcontext()
     with StopWhenAsked() as stop, cache:
         trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
             stage,
             model=model,
             args=arguments,
-            train_dataset=ConversationDataset(records, encoder),
-            data_collator=Collator(
-                encoder.nothing(),
-                encoder.empty_image() if needs_images(stage, model) else None,
-                settings.optimisation.packing,
-            ),
+            train_dataset=TaughtDataset(records, encoder, teach) if teach else ConversationDataset(records, encoder),
+            data_collator=TaughtCollator(collator, teach) if teach else collator,
+            teacher=teacher,
             callbacks=[stop],
             display=display,
             sampler=make_sampler(stage, records, encoder, arguments.world_size),
@@ -156,7 +158,11 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
 def needs_images(stage: Stage, model: Any) -> bool:
     """Return whether a stage trains modules that only images go through: the projector, or experts that are for images alone."""
     plain = without_adapter(model)
-    return "projector" in TRAINABLE[stage.trainable] or len(native_experts(plain)) > len(moe_layers(plain)) > 0
+    return (
+        "projector" in TRAINABLE[stage.trainable]
+        or bool(stage.vision_ffns(plain))
+        or len(native_experts(plain)) > len(moe_layers(plain)) > 0
+    )
 
 
 def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, ParameterCount]:
@@ -165,7 +171,7 @@ def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, Param
     if settings.adapter:
         model, counts = attach(model, settings.adapter, stage.name, stage.adapter_base(stage.work))
     else:
-        counts = choose_parameters(model, stage.trainable, stage.moe_layers(model))
+        counts = choose_parameters(model, stage.trainable, stage.moe_layers(model), stage.vision_ffns(model))
     if settings.optimisation.gradient_checkpointing:
         checkpoint_layers(without_adapter(model))
     return model, counts

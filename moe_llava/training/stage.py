@@ -18,14 +18,16 @@ from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import write_whole
 from moe_llava.model import SparseConfig, SparseModel
 from moe_llava.model.modeling import sparse_class
+from moe_llava.model.places import vision_ffns
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import base_of
 from moe_llava.training.parts import is_native, moe_layers
-from moe_llava.training.recipe import Parts, Recipe, StageSettings
+from moe_llava.training.recipe import Distillation, Parts, Recipe, StageSettings
 
 COEFFICIENT = "router_aux_loss_coef"  # the option that a family with experts of its own may have, too
 DIGITS_BASE = "runs/digits/base"  # the model of recipes/digits.yaml
-STRUCTURE = ("num_experts", "moe_layers", "use_residual")  # options that a sparse checkpoint's weights fix; others may change between runs
+# Options that a sparse checkpoint's weights fix; others may change between runs.
+STRUCTURE = ("num_experts", "granularity", "num_shared_experts", "moe_layers", "moe_in", "use_residual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,10 @@ class Stage:
     def trainable(self) -> str:
         """The key of TRAINABLE with the parts of the model that the stage trains, if it has no adapter."""
         return "stage2" if self.number == 3 and self.recipe.stage3.tuned == "all" else self.name
+
+    @property
+    def distillation(self) -> Distillation | None:
+        return self.recipe.stage3.distillation if self.number == 3 else None
 
     @property
     def bf16(self) -> bool:
@@ -126,7 +132,14 @@ class Stage:
 
     def moe_layers(self, model: PreTrainedModel) -> list[int]:
         """Return the layers of `model` that are, or would be, sparse."""
+        if isinstance(model, SparseModel):
+            return moe_layers(model)
         return moe_layers(model) or sparse_config(model.config, self.recipe.stage3.options).moe_layer_indices
+
+    def vision_ffns(self, model: PreTrainedModel) -> list[str]:
+        """Return the names of the FFNs of `model` outside the language model that are, or in stage III would be, sparse."""
+        options = model.config if isinstance(model, SparseModel) else self.recipe.stage3.options
+        return list(vision_ffns(model, options).values()) if self.number == 3 else []
 
     def write_recipe(self) -> None:
         """Write the recipe into the stage's folder, which a resumed run compares its own with."""

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.join import join, joined_processor
-from moe_llava.checkpoints.load import load_checkpoint, load_processor
+from moe_llava.checkpoints.load import load_checkpoint, load_origins, load_processor
 from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.files import new_folder
 from moe_llava.common.messages import did_you_mean
@@ -77,7 +77,9 @@ def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
         return join(**dataclasses.asdict(path), seed=recipe.seed, attn_implementation=recipe.attention)
     model, processor = load_checkpoint(path, **stage.load_settings(path))
     if stage.upcycles(path):
-        model = upcycle(model, recipe.stage3.options, expert_start=recipe.stage3.expert_start, seed=recipe.seed)
+        settings = recipe.stage3
+        origins = load_origins(settings.experts_from, processor, str(path))
+        model = upcycle(model, settings.options, expert_start=settings.expert_start, experts_from=origins, seed=recipe.seed)
         processor = sparse_processor(processor)
     return model, processor
 

@@ -4,14 +4,17 @@
 |---|---|
 | I | the projector |
 | II | the projector and the whole language model |
-| III | the experts and their routers, also those of a MoE family (with `use_residual` the mixing coefficients, too, but no dense FFN) |
-| III, dense baseline | the FFNs of the layers that would have become sparse |
-| III, either, with `tuned: all` | what is trained in stage II, including the experts and routers that are there |
+| III | experts, also shared ones, and routers, also those of a MoE family (with `use_residual` the mixing coefficients, but no dense FFN) |
+| III, dense baseline | the FFNs that would have become sparse |
+| III, either, with `tuned: all` | what is trained in stage II, and what stage III trains in the tower |
+
+With `moe_in`, stage III trains experts, routers or FFNs outside the language model, too; they are counted apart, as "vision experts" etc.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_llava.model.modeling import find_backbone
-from moe_llava.training.parts import PROJECTORS, decoder_layers, is_native, native_experts, projector_modules
+from moe_llava.model import SparseModel
+from moe_llava.model.places import PROJECTORS, find_backbone
+from moe_llava.training.parts import decoder_layers, is_native, native_experts, projector_modules
 
 TRAINABLE = {
     "stage1": ("projector",),
@@ -28,6 +32,7 @@ TRAINABLE = {
     "stage3": ("experts", "routers"),
     "dense": ("FFN",),
 }
+VISION = "vision "  # begins the names of the parts outside the language model
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,19 @@ class ParameterCount:
         return f"trains {parts}: {trained:,} of {self.total:,} parameters ({trained / self.total:.1%})"
 
 
-def choose_parameters(model: PreTrainedModel, stage: str, moe_layers: list[int]) -> ParameterCount:
-    """Set `requires_grad` of every parameter for `stage`, a key of TRAINABLE. `moe_layers` are the layers that are or would be sparse.
+def choose_parameters(model: PreTrainedModel, stage: str, moe_layers: Sequence[int], vision: Sequence[str] = ()) -> ParameterCount:
+    """Set `requires_grad` of every parameter for `stage`, a key of TRAINABLE. `moe_layers` are the layers that are or would be sparse,
+    `vision` the names of the FFNs outside the language model that are or would be.
 
     Parameters that a family with experts of its own keeps frozen stay so, such as a bias that only decides which experts are chosen.
     """
     fixed = _fixed(model) if is_native(model) else set()
     model.requires_grad_(False)
-    counts = dict.fromkeys(TRAINABLE[stage], 0)
+    inside = TRAINABLE[stage] if moe_layers or stage in ("stage1", "stage2") else ()
+    outside = (("experts", "routers") if isinstance(model, SparseModel) else ("FFN",)) if vision else ()
+    counts = dict.fromkeys([*inside, *(VISION + part for part in outside)], 0)
     for part in counts:
-        for parameter in _parameters_of(model, part, moe_layers):
+        for parameter in _parameters_of(model, part, moe_layers, vision):
             if id(parameter) not in fixed and not parameter.requires_grad:
                 counts[part] += parameter.numel()
                 parameter.requires_grad_(True)
@@ -76,7 +84,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-def _parameters_of(model: PreTrainedModel, part: str, moe_layers: list[int]) -> list[nn.Parameter]:
+def _parameters_of(model: PreTrainedModel, part: str, moe_layers: Sequence[int], vision: Sequence[str]) -> list[nn.Parameter]:
     """Raise ValueError if no module of the model is known as its projector."""
     if part == "language model":
         return list(find_backbone(model)[1].parameters()) + list(model.get_output_embeddings().parameters())
@@ -93,9 +101,11 @@ def _parameters_of(model: PreTrainedModel, part: str, moe_layers: list[int]) -> 
         return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
     layers = decoder_layers(model)
     mlps: list[Any] = [layers[index].mlp for index in moe_layers]
-    match part:
+    if part.startswith(VISION):
+        mlps = [model.get_submodule(name) for name in vision]
+    match part.removeprefix(VISION):
         case "experts":
-            modules = [mlp.experts for mlp in mlps]
+            modules = [mlp.experts for mlp in mlps] + [mlp.shared_experts for mlp in mlps if mlp.shared_experts is not None]
         case "routers":
             modules = [mlp.router for mlp in mlps] + [mlp.coefficient for mlp in mlps if mlp.coefficient is not None]
         case "FFN":

@@ -21,6 +21,8 @@ from moe_llava.model import SparseModel
 from moe_llava.model.losses import IGNORED, next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
+from moe_llava.training.distil import Teacher, divergence
+from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.native import numbers, recorded, without_auxiliary
 from moe_llava.training.parts import native_experts
 from moe_llava.training.recipe import RecipeError
@@ -38,19 +40,24 @@ class StageTrainer(Trainer):
     `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, in all processes, without padding; since the previous line:
     `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
     also, averaged since the previous line: `language_loss`, `balance_loss` (summed over layers; 1 per layer is perfect balance),
-    `expert_shares` (layers x experts), with SMoES `mi_loss` (summed over layers), and with a capacity `dropped_share` of the assignments.
+    `expert_shares` (layers x experts; after the language model's layers those of the tower, then the projector), with SMoES `mi_loss`
+    (summed over layers), and with a capacity `dropped_share` of the assignments. With a teacher also `language_loss`, the cross entropy,
+    and `distillation_loss`, temperature^2 * KL, unweighted.
     Services in `report_to` get all of it as single numbers.
 
     A record that cannot be read stops the run; with `on_bad_record: skip` it is left out and written to `skipped.jsonl`, up to MOST_SKIPPED
     of all records that the run uses.
     """
 
-    def __init__(self, stage: Stage, display: ProgressDisplay, sampler: GroupedSampler | None, **settings: Any):
+    def __init__(
+        self, stage: Stage, display: ProgressDisplay, sampler: GroupedSampler | None, teacher: Teacher | None = None, **settings: Any
+    ):
         super().__init__(**settings)
         self.remove_callback(PrinterCallback)
         self.stage, self.work = stage, stage.work
         self.display = display
         self.sampler = sampler
+        self.teacher = teacher  # if the teacher is live
         self.native = native_experts(without_adapter(self.model))
         self._noted = False  # that the family has no auxiliary loss
         # Some families return the mean over a batch's labels. It is weighted here, by the batch's share of the labels of a step.
@@ -157,6 +164,8 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        inputs, distillation = dict(inputs), self.stage.distillation
+        taught = self._taught(inputs) if distillation else {}
         sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), SparseModel)
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
         mask_T = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool()
@@ -168,21 +177,47 @@ class StageTrainer(Trainer):
         with recorded(self.accelerator.unwrap_model(model), self.native, inputs, mask_T) as routed:
             items = None if self._returns_mean else num_items_in_batch
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
-        share = self._share(inputs, num_items_in_batch)
+        factor = self._share(inputs, num_items_in_batch) if self._returns_mean else self._processes
+        loss = loss * factor if self._returns_mean else loss  # Trainer has multiplied the loss of others by the processes
         if sparse:
             self._watch(outputs, mask_T)
-        elif self.native:
-            self._watch_native(outputs, loss.detach(), share, numbers(routed, self.native, loss.device))
-        loss = loss * share
+            language = outputs.language_loss * factor
+        else:
+            language = without_auxiliary(loss, outputs, without_adapter(self.accelerator.unwrap_model(model)), factor)
+            if distillation or self.native:
+                self._add("language_loss", language / self.args.world_size)
+        if self.native:
+            self._watch_native(outputs, numbers(routed, self.native, loss.device))
+        if distillation:
+            logits_NV = outputs.logits if sparse else outputs.logits[inputs["shift_labels"] != IGNORED]
+            taught_loss = self._distillation_loss(logits_NV, taught, distillation.temperature, num_items_in_batch)
+            loss = loss + distillation.weight * (taught_loss - language)
         return (loss, outputs) if return_outputs else loss
 
+    def _taught(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Take the teacher's part out of the inputs, and return its probabilities of the labels, as `divergence` takes them."""
+        part = inputs.pop("teacher")
+        return part if self.teacher is None else {"log_probs": self.teacher(part)}
+
+    def _distillation_loss(self, logits_NV: Tensor, taught: dict[str, Tensor], temperature: float, items: Tensor | int | None) -> Tensor:
+        """Return a batch's part of the distillation loss of a step. It is scaled as the cross entropy is: a sum over the batch's labels,
+        divided by the `items` labels of the step, times the processes, over which gradients are averaged."""
+        assert items is not None, "Trainer counts the labels of a step"
+        loss = temperature**2 * divergence(logits_NV, taught, temperature) * (self._processes / items)
+        self._add("distillation_loss", loss / self.args.world_size)
+        return loss
+
+    @property
+    def _processes(self) -> int:
+        """The number of processes whose labels a step counts together."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
     def _share(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """Return the factor that makes the loss of a model that returns means the batch's part of the loss of a step; 1 for others."""
-        if not self._returns_mean or num_items_in_batch is None:
+        """Return the factor that makes the mean over a batch's labels the batch's part of the loss of a step."""
+        if num_items_in_batch is None:
             return 1.0
         labels = inputs["shift_labels"] if "shift_labels" in inputs else next_labels(inputs["labels"])
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return (labels != IGNORED).sum() * processes / num_items_in_batch
+        return (labels != IGNORED).sum() * self._processes / num_items_in_batch
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **settings)
@@ -197,18 +232,19 @@ class StageTrainer(Trainer):
         if outputs.mi_loss is not None:
             self._add("mi_loss", outputs.mi_loss)
         self._add("batches", torch.ones_like(outputs.aux_loss))
-        self._add("counts_LE", expert_counts(outputs.router_logits, config.num_experts_per_tok, token_mask_T))
+        choices = [ids_TK[token_mask_T] for ids_TK in outputs.router_choices or ()] + list(outputs.vision_router_choices or ())
+        self._add("counts_LE", expert_counts(choices, config.experts_per_layer))
         if config.capacity_factor is not None:
-            self._add("dropped", torch.stack([drops_TK[token_mask_T].sum() for drops_TK in outputs.router_drops]).sum())
+            drops = [drops_TK[token_mask_T] for drops_TK in outputs.router_drops or ()] + list(outputs.vision_router_drops or ())
+            self._add("dropped", torch.stack([drops_TK.sum() for drops_TK in drops]).sum())
 
-    def _watch_native(self, outputs: Any, loss: Tensor, share: Tensor | float, found: dict[str, Tensor]) -> None:
+    def _watch_native(self, outputs: Any, found: dict[str, Tensor]) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if not self._noted and getattr(outputs, "aux_loss", None) is None:
             note = f"{type(model).__name__} returns no auxiliary loss: nothing balances the load of its experts"
             self.display.console.print(note, highlight=False, soft_wrap=True)
         self._noted = True
-        self._add("language_loss", without_auxiliary(loss, outputs, model) * share / self.args.world_size)
-        self._add("batches", torch.ones_like(loss))
+        self._add("batches", torch.ones((), device=self.args.device))
         for name, value in found.items():
             self._add(name, value)
 
@@ -262,9 +298,9 @@ class StageTrainer(Trainer):
             "padding": round(1 - (sums["tokens"] / sums["places"]).item(), 4),
             "peak_memory": peak_memory(),
         }
+        # A batch's part of these is its share of the step's loss, so their sum is divided by steps, not by batches.
+        numbers |= {name: sums[name].item() / steps for name in ("language_loss", "distillation_loss") if name in sums}
         if "counts_LE" in sums:
-            # A batch's language loss is its share of the step's loss, so their sum is divided by steps, not by batches.
-            numbers["language_loss"] = sums["language_loss"].item() / steps
             numbers |= {name: (sums[name] / sums["batches"]).item() for name in ("balance_loss", "mi_loss") if name in sums}
             numbers["expert_shares"] = [[round(share, 4) for share in layer] for layer in expert_shares(sums["counts_LE"]).tolist()]
         if "dropped" in sums:
@@ -321,14 +357,6 @@ def training_arguments(stage: Stage) -> TrainingArguments:
     return arguments
 
 
-def logits_at_labels(labels_BS: Tensor) -> dict[str, Tensor]:
-    """Return arguments with which transformers' own LLaVA computes logits only at positions where any row has a label, for the same loss. A
-    sparse LLaVA does so by itself, row by row."""
-    targets_BS = next_labels(labels_BS)
-    labelled = (targets_BS != -100).any(dim=0).nonzero().squeeze(1)
-    return {"logits_to_keep": labelled, "shift_labels": targets_BS.index_select(1, labelled)}
-
-
 def peak_memory() -> int:
     """Return the most bytes that were allocated on the accelerator, or without one, the most that the process used."""
     if torch.accelerator.is_available():
@@ -337,13 +365,19 @@ def peak_memory() -> int:
 
 
 class _Moments(TrainerCallback):
-    """Report the first step of a run to the trainer, and the epoch to the sampler, which several processes hide from it."""
+    """Report the first step of a run to the trainer, the epoch to the sampler, which several processes hide from it, and each step of the
+    optimizer to the routers."""
 
     def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.begin(state.global_step)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = without_adapter(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        if isinstance(model, SparseModel):
+            model.update_router_bias()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:

@@ -67,10 +67,11 @@ class ProgressDisplay(TrainerCallback):
 def summarise(entry: dict[str, Any]) -> str:
     """Return the numbers of one logged step in a few words. Of a sparse model: the balance loss, averaged over layers, and the smallest and
     largest share of a layer's assignments that an expert gets."""
-    words = [f"loss {float(entry['loss']):.3f}"]
+    words = [f"loss {entry.get('language_loss', entry['loss']):.3f}"]
+    if "distillation_loss" in entry:
+        words.append(f"distillation loss {entry['distillation_loss']:.3f}")
     if "expert_shares" in entry:
         layers = entry["expert_shares"]
-        words = [f"loss {entry['language_loss']:.3f}"]
         if "balance_loss" in entry:
             words.append(f"balance loss {entry['balance_loss'] / len(layers):.3f}")
         words.append(f"expert load {100 * min(map(min, layers)):.0f}-{max(map(max, layers)):.0%}")
@@ -85,11 +86,19 @@ def summarise(entry: dict[str, Any]) -> str:
 def plot_run(entries: list[dict[str, Any]]) -> Figure:
     """Plot the logged steps of a stage: losses, gradient norm and learning rate, and for a sparse model the load of each expert."""
     layers = len(entries[0].get("expert_shares", []))
-    panels = {"language_loss" if layers else "loss": "language loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
-    optional = {"balance_loss": "balance loss, mean over layers", "dropped_share": "share of assignments dropped"}
+    panels = {
+        "language_loss" if "language_loss" in entries[0] else "loss": "language loss",
+        "grad_norm": "gradient norm",
+        "learning_rate": "learning rate",
+    }
+    optional = {
+        "distillation_loss": "distillation loss",
+        "balance_loss": "balance loss, mean over layers",
+        "dropped_share": "share of assignments dropped",
+    }
     panels |= {"padding": "share of padding"} if layers else {}
     panels |= {name: title for name, title in optional.items() if name in entries[0]}
-    above = 2 if layers else 1  # rows of panels; the experts follow
+    above = (len(panels) + 2) // 3  # rows of panels; the experts follow
     rows = above + (layers + 2) // 3
     figure, axes = plt.subplots(rows, 3, figsize=(11, 2.7 * rows), squeeze=False)
     figure.set_layout_engine("constrained")

@@ -64,10 +64,21 @@ def test_the_page_has_the_table():
     assert PAGE.read_text() == page, "UPDATE_ENGINES=1 pytest tests/checkpoints/test_native.py writes it"
 
 
-@pytest.mark.parametrize(("family", "every_layer"), EXPORTS, ids=str)
+CUT, SHARED = {"granularity": 2, "num_shared_experts": 1}, {"num_shared_experts": 1}
+CASES = [
+    *((*names, {}) for names in EXPORTS),
+    ("internvl", False, {"granularity": 3}),
+    ("qwen3_vl", True, {"granularity": 2, "moe_layers": "all"}),
+    ("llava", False, CUT),
+    ("qwen3_5", True, CUT | {"moe_layers": "all"}),
+    ("llava_onevision", True, SHARED),
+]
+
+
+@pytest.mark.parametrize(("family", "every_layer", "options"), CASES, ids=str)
 @torch.no_grad()
-def test_an_export_computes_the_same_and_is_read_back(family, every_layer, tmp_path):
-    sparse, inputs = upcycle(tiny_vlm(family), num_experts=4, expert_start="noise"), vlm_inputs(family)
+def test_an_export_computes_the_same_and_is_read_back(family, every_layer, options, tmp_path):
+    sparse, inputs = upcycle(tiny_vlm(family), num_experts=4, expert_start="noise", **options), vlm_inputs(family)
     real, expected = inputs["attention_mask"].bool(), sparse(**inputs).logits
     export_native(sparse, every_layer).save_pretrained(tmp_path)
     native = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -117,6 +128,9 @@ def test_files_have_the_published_layout(family, every_layer, tmp_path):
         ("qwen3_vl", {"norm_topk_prob": False}, False, "the expert weights of qwen3_vl_moe_text sum to 1, but norm_topk_prob is false"),
         ("internvl", {"norm_topk_prob": False}, True, "equal experts compute a dense layer only if their weights sum to 1"),
         ("llava", {"use_residual": True}, False, "no native architecture can express a residual MLP"),
+        ("qwen3_vl", SHARED, False, "qwen3_vl_moe_text has no shared expert"),
+        ("qwen3_vl", {"granularity": 2}, True, "equal experts are as wide as a dense FFN, but granularity is 2"),
+        ("llava", {"router_bias_rate": 0.1}, False, "no native architecture can express a bias of the selection"),
         ("llava", {"capacity_factor": 1.5}, False, "no native architecture can express capacity_factor 1.5"),
         ("llava", {"routing": "modality_split", "num_experts": 4}, False, "no native architecture can express routing modality_split"),
     ],

@@ -15,7 +15,7 @@ from moe_llava.common.messages import MOST_LISTED
 from moe_llava.model import upcycle
 from moe_llava.training.adapters import quantisation_config
 from tests.conftest import refused
-from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
+from tests.training.conftest import tiny_base, wide_base, write_recipe  # noqa: F401
 
 PROJECTOR, HEAD = "multi_modal_projector.linear_1.weight", "lm_head.weight"
 POINTER = (
@@ -170,13 +170,16 @@ def test_quantised_while_loading(damaged, sparse, kind):
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("nf4", "weight.absmax"), ("int8", "SCB")])
-def test_stored_quantised(sparse, tmp_path, kind, scale):
-    settings = {"quantization_config": quantisation_config(sparse, kind, torch.float32), "device_map": "cpu"}
-    load_model(sparse, **settings).save_pretrained(tmp_path / "packed")
+@pytest.mark.parametrize("separate", [False, True], ids=["stacked", "separate"])
+def test_stored_quantised(wide_base, tmp_path, kind, scale, separate):  # noqa: F811
+    upcycle(load_model(wide_base), num_experts=4).save_pretrained(tmp_path / "plain")
+    settings = {"quantization_config": quantisation_config(tmp_path / "plain", kind, torch.float32), "device_map": "cpu"}
+    load_model(tmp_path / "plain", separate_experts=separate, **settings).save_pretrained(tmp_path / "packed")
     assert load_model(tmp_path / "packed").config.quantization_config
     file = tmp_path / "packed" / "model.safetensors"
     whole = load_file(file)
-    for end in (f"layers.1.self_attn.q_proj.{scale}", "layers.1.self_attn.q_proj.weight", "layers.0.mlp.experts.down_proj"):
+    expert = [f"layers.0.mlp.experts.down_proj.3.{part}" for part in ("weight", scale)] if separate else ["layers.0.mlp.experts.down_proj"]
+    for end in (f"layers.1.self_attn.q_proj.{scale}", "layers.1.self_attn.q_proj.weight", *expert):
         save_file({name: tensor for name, tensor in whole.items() if name != stored(whole, end)}, file, {"format": "pt"})
         with pytest.raises(CheckpointError, match=rf"missing: \S+{end}"):
             load_model(tmp_path / "packed")

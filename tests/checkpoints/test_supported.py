@@ -90,7 +90,7 @@ def test_gemma3n_is_refused_with_weights_too(rows):
     for parameter in ffn.parameters():
         nn.init.normal_(parameter)
     with pytest.raises(ValueError, match="computes something else"):
-        copy_into_experts(ffn, GatedExperts(MoeOptions(), 16, 32, getattr(ffn, GATED.activation)))
+        copy_into_experts([ffn], GatedExperts(MoeOptions(), 16, 32, getattr(ffn, GATED.activation)))
     assert {row.model_type: row.status for row in rows}["gemma3n"] == CANNOT
 
 

@@ -16,13 +16,12 @@ import termios
 import time
 
 import pytest
-from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from moe_llava.checkpoints.load import load_checkpoint, load_processor
+from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.store import load_records
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import refused, run_here
-from tests.training.conftest import tiny_base  # noqa: F401
+from tests.training.conftest import tiny_base, wide_base  # noqa: F401
 
 ASKED = "where is the red 7 ?"
 WITHOUT_SERVE = """
@@ -200,20 +199,21 @@ def test_experts_that_wait_on_disk(sparse, image, tiny_base):  # noqa: F811
 
 
 @pytest.mark.parametrize(("bits", "kind"), [("4", "nf4"), ("8", "int8")])
-def test_bits(tiny_base, image, tmp_path, bits, kind):  # noqa: F811
+def test_bits(wide_base, image, tmp_path, bits, kind):  # noqa: F811
     """What bitsandbytes quantises is said."""
-    config = AutoConfig.from_pretrained(tiny_base / "base")
-    config.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 32})
-    upcycle(LlavaForConditionalGeneration(config), num_experts=3, moe_layers=[1, 3]).save_pretrained(tmp_path)
-    load_processor(tiny_base / "base").save_pretrained(tmp_path)
+    model, processor = load_checkpoint(wide_base)
+    upcycle(model, num_experts=3, moe_layers=[1, 3]).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     done = run_here("chat", tmp_path, "--image", image, ASKED, "--max-new-tokens", "3", "--bits", bits, "--json")
     assert done.exit_code == 0, done.output
-    assert told(done) == f"22 linear layers of the language model in {kind}; experts, routers, embeddings and the rest are not\n"
+    what, _, sizes = told(done).partition("; the weights take ")
+    assert what == f"22 linear layers of the language model and 6 experts in {kind}; routers, embeddings and the rest are not"
+    assert re.fullmatch(r"0\.\d MB, 0\.\d MB in the checkpoint\n", sizes)
     assert objects(done)[0]["completion_tokens"] > 0
 
 
 def test_four_bits_need_wide_layers(sparse):
-    message = r"needs widths that are multiples of 64 on a CPU, but model\S*layers.0.self_attn.q_proj is of 32 to 32: take --bits 8"
+    message = r"4 bits needs layers from multiples of 64 to multiples of 32 on a CPU, but model\S*layers.0.self_attn.q_proj is of 32 to 32"
     assert re.search(message, refused("chat", sparse, ASKED, "--bits", "4"))
 
 

@@ -24,7 +24,7 @@ README = "README.md"
 COMMANDS = "docs/commands.md"
 EXTRAS = set(metadata("moe-llava").get_all("Provides-Extra")) - {"dev", "docs"}
 PARTS = {
-    "training": ("tutorial", "training", "data", "adapters", "digits", "checkpoints", "variants"),
+    "training": ("tutorial", "training", "data", "adapters", "preferences", "digits", "checkpoints", "variants"),
     "evaluation": ("evaluation", "robustness", "routing", "experiments", "serving", "performance", "customising"),
 }
 # What makes each command small enough for a test; "make" targets stand for the command behind them.

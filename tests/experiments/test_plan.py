@@ -27,15 +27,18 @@ from tests.experiments.conftest import QUIET
 SIX_LAYERS = {"dense6", "sparse6"}  # the tiny base has four
 
 
+LATER = {"granularity", "balancing", "initialisation"}  # options that the paper does not have
+
+
 def test_the_paper_is_covered():
-    assert set(ABLATIONS) == {"strategy", "tuned", "experts", "topk", "placement", "capacity", "size"}
+    assert set(ABLATIONS) == {"strategy", "tuned", "experts", "topk", "placement", "capacity", "size"} | LATER
 
 
 @pytest.mark.parametrize("name", [*ABLATIONS, "trial"])
 def test_shipped_experiments_are_valid_and_their_budgets_known_before_training(setup, name):
     experiment = load_experiment(TRIAL if name == "trial" else find_experiment(name))
     plan = make_plan(experiment, setup, 0.02 if name == "trial" else None)
-    assert experiment.paper.startswith(("Paper", "The paper"))
+    assert experiment.paper.startswith("Not in the paper" if name in LATER else ("Paper", "The paper"))
     assert len(plan.cells) >= 3
     for cell in plan.cells.keys() - SIX_LAYERS:
         budget = plan.cells[cell].budget()

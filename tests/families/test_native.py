@@ -297,3 +297,14 @@ def test_two_processes_train_batches_without_images(family, write_native, data, 
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_log(tmp_path / "run" / "stage3")] == [1, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_with_the_same_weights_has_nothing_to_teach_at_first(family, checkpoints, write_native):
+    recipe = load_recipe(write_native(family, stage3__distillation={"teacher": str(checkpoints(family)), "weight": 0.5}))
+    (plain,) = train(load_recipe(write_native(family), ["output=" + recipe.output + "-plain"]), [3], False, QUIET)
+    (folder,) = train(recipe, [3], False, QUIET)
+    first, before = read_log(folder)[0], read_log(plain)[0]
+    assert abs(first["distillation_loss"]) < 1e-5
+    assert first["language_loss"] == pytest.approx(before["language_loss"], rel=1e-5)
+    assert first["loss"] == pytest.approx(before["loss"] - 0.5 * before["language_loss"], rel=1e-5)

@@ -198,3 +198,16 @@ def test_gradient_accumulation_weighs_the_dense_baseline_by_labels(family, write
     assert other == pytest.approx(loss, rel=1e-5)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, atol=2e-4, rtol=0)  # a step of AdamW changes weights by 1e-2
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_a_teacher_with_the_same_weights_has_nothing_to_teach_at_first(family, write_recipe, tmp_path):
+    """The dense model teaches itself made sparse: in the first step its predictions of every label are those of the model. Records have
+    images of several sizes, several images, and none."""
+    taught = {"teacher": str(tmp_path / "base"), "weight": 0.5}
+    (live,) = train(load_recipe(write_recipe(family, stage3__distillation=taught)), [3], False, QUIET)
+    (cached,) = train(load_recipe(write_recipe(family, stage3__dense=True, stage3__distillation=taught | {"top_k": 5})), [3], False, QUIET)
+    for folder in (live, cached):
+        first, second = read_log(folder)
+        assert abs(first["distillation_loss"]) < 1e-5
+        assert second["distillation_loss"] > 1e-4

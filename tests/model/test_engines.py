@@ -200,6 +200,7 @@ def test_sonicmoe_refuses_what_it_would_compute_otherwise(family, what, tmp_path
     ("options", "message"),
     [
         ({"capacity_factor": 1.5}, r"capacity_factor is 1\.5, but the tokens of a batch share the capacity"),
+        ({"moe_in": ["projector"]}, r"moe_in is \['projector'\], but vLLM serves experts in the language model alone"),
         ({"routing": "modality_split"}, "routing is modality_split, which vLLM supports by a plugin"),
     ],
 )
@@ -209,6 +210,6 @@ def test_options_that_an_engine_cannot_honour_are_refused_when_it_starts(options
     config.text_config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         AutoModel.from_config(config)
-    config.engine_passes_image_mask, config.capacity_factor = True, None
+    config.engine_passes_image_mask, config.capacity_factor, config.moe_in = True, None, ["language_model"]
     with torch.device("meta"):
         AutoModel.from_config(config)

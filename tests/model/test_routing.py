@@ -127,7 +127,7 @@ def test_smoes_routes_embeddings_alone():
         ({"routing": "split"}, "routing is 'split', but must be one of agnostic, modality_split, smoes"),
         ({"routing": "modality_split", "num_experts": 3, "num_experts_per_tok": 1}, "num_experts is 3, but must be even"),
         ({"routing": "modality_split", "num_experts_per_tok": 3}, r"num_experts_per_tok is 3, but must lie in 1\.\.2 for routing"),
-        ({"routing": "smoes", "expert_bin_size": 3}, "expert_bin_size is 3, but must divide num_experts=4 into two or more"),
+        ({"routing": "smoes", "expert_bin_size": 3}, "expert_bin_size is 3, but must divide the 4 experts of a layer into two or more"),
         ({"routing": "smoes", "expert_bin_size": 4}, "expert_bin_size is 4"),
         ({"routing": "smoes", "expert_bin_size": 0}, "expert_bin_size is 0"),
         ({"router_mi_loss_coef": -1.0}, r"router_mi_loss_coef is -1\.0"),

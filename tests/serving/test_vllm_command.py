@@ -46,6 +46,9 @@ def test_what_vllm_computes_otherwise_is_refused(saved, tmp_path):
         "vllm", saved("gemma3")
     )
     assert "has capacity_factor 1.5: the tokens of a batch share it" in refused("vllm", saved("llava", capacity_factor=1.5))
+    assert "has moe_in ['projector']: vLLM serves experts in the language model alone" in refused(
+        "vllm", saved("llava", moe_in=["projector"])
+    )
     assert "--nodes is 3, but must divide 4 devices" in refused("vllm", saved("internvl"), "--tensor-parallel", "4", "--nodes", "3")
     tiny_vlm("llava").save_pretrained(tmp_path / "dense")
     assert "is neither sparse nor an export" in refused("vllm", tmp_path / "dense")

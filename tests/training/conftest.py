@@ -37,6 +37,19 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def wide_base(tiny_base, tmp_path_factory):
+    """A folder like the tiny dense LLaVA, whose widths are multiples of 64, as 4 bits need."""
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("wide")
+    config = LlavaForConditionalGeneration.config_class.from_pretrained(tiny_base / "base")
+    config.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 32})
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor.from_pretrained(tiny_base / "base").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def write_recipe(tiny_base, tmp_path):
     """Writes recipe.yaml into tmp_path: the shipped digits recipe over the tiny base, a few steps a stage; `settings` change it."""
@@ -64,10 +77,10 @@ def write_recipe(tiny_base, tmp_path):
 def put_stage(tiny_base, tmp_path):
     """Puts the tiny base in the place of a finished stage, by its number, for tests of the stage after it."""
 
-    def put(number, output=tmp_path / "run"):
+    def put(number, output=tmp_path / "run", base=tiny_base / "base"):
         if number > 0:
             output.mkdir(exist_ok=True)
-            (output / f"stage{number}").symlink_to(tiny_base / "base")
+            (output / f"stage{number}").symlink_to(base)
 
     return put
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import upcycle
+from moe_llava.checkpoints import load
 from moe_llava.common.errors import CheckpointError
 from moe_llava.experiments.demo import demo_recipe
 from moe_llava.training import adapters, run
 from moe_llava.training.recipe import Adapter, RecipeError, load_recipe
 from moe_llava.training.run import train
-from tests.conftest import tiny_dense, tiny_inputs
+from tests.conftest import tiny_dense, tiny_inputs, wide_dense
 from tests.training.test_run import QUIET, log, parameters
 
 ALL = ["attention", "FFN", "experts", "routers"]
@@ -172,11 +173,17 @@ def test_what_stages_with_adapters_leave(write_recipe, tmp_path):
     assert "adapter on a base that is not quantised" in text
 
 
-@pytest.mark.parametrize(("number", "settings"), [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {})], ids=["nf4", "experts"])
-def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_stage, tmp_path, stopping, number, settings):
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [(2, {"dropout": 0.1, "quantisation": "nf4"}), (3, {}), (3, {"quantisation": "nf4", "quantise_experts": True})],
+    ids=["nf4", "experts", "experts-nf4"],
+)
+def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(
+    write_recipe, put_stage, wide_base, tmp_path, stopping, number, settings
+):
     targets = ALL if number == 3 else ["attention", "FFN"]
     recipe = with_adapter(write_recipe, number, targets, [f"stage{number}.optimisation.max_steps=5"], **settings)
-    put_stage(number - 1)
+    put_stage(number - 1, base=wide_base)
     (whole,) = train(recipe, [number], resume=False, console=QUIET)
     kept = whole.rename(tmp_path / "whole")
 
@@ -220,8 +227,9 @@ def test_going_on_from_an_adapter(write_recipe, put_stage, tmp_path):
 
 @pytest.mark.parametrize(("kind", "linear"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_quantised_base(write_recipe, put_stage, monkeypatch, kind, linear, precision):
-    """Just the linear layers of the language model are quantised; all targets learn; what is left is not quantised."""
+@pytest.mark.parametrize("experts", [False, True], ids=["stacked", "quantised"])
+def test_a_quantised_base(write_recipe, put_stage, wide_base, monkeypatch, kind, linear, precision, experts):
+    """The linear layers of the language model are quantised, and experts if asked; all targets learn; what is left is not quantised."""
     seen = []
     attach = adapters.attach
 
@@ -229,13 +237,13 @@ def test_a_quantised_base(write_recipe, put_stage, monkeypatch, kind, linear, pr
         seen.append(model)
         return attach(model, *arguments)
 
-    recipe = with_adapter(write_recipe, quantisation=kind)
+    recipe = with_adapter(write_recipe, quantisation=kind, quantise_experts=experts)
     recipe.stage2.adapter = Adapter(["attention"], quantisation=kind)
     recipe.stage3.optimisation.gradient_checkpointing = True
     recipe.precision = precision
     monkeypatch.setattr(run, "attach", spy)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=300)
-    put_stage(1)
+    put_stage(1, base=wide_base)
     two, three = train(recipe, [2, 3], resume=False, console=console)
     for model in seen:
         for name, module in model.named_modules():
@@ -244,7 +252,8 @@ def test_a_quantised_base(write_recipe, put_stage, monkeypatch, kind, linear, pr
                 assert isinstance(module, linear) == quantised, name
     text = console.export_text()
     assert f"adapter on a base with 28 linear layers of the language model in {kind}; embeddings and the rest are not" in text
-    assert f"adapter on a base with 22 linear layers of the language model in {kind}; experts, routers, embeddings and the rest" in text
+    done, rest = (" and 8 experts", "routers") if experts else ("", "experts, routers")
+    assert f"adapter on a base with 22 linear layers of the language model{done} in {kind}; {rest}, embeddings and the rest" in text
     assert all(torch.isfinite(torch.tensor(line["loss"])) for folder in (two, three) for line in log(folder) if "loss" in line)
     small = load_file(three / "adapter" / "adapter_model.safetensors")
     assert all(value.any() for name, value in small.items() if "lora_B" in name)
@@ -253,6 +262,36 @@ def test_a_quantised_base(write_recipe, put_stage, monkeypatch, kind, linear, pr
     assert {value.dtype for value in end.values()} == {torch.float32}
     assert start.keys() == end.keys()
     assert changed(start, end)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_lora_on_quantised_experts(family, kind, tmp_path, monkeypatch):
+    """Both factors of each expert learn, also after an evaluation; merged, the base with its stacks computes what the unquantised base
+    computes with the adapter."""
+    monkeypatch.setattr(load, "load_processor", lambda path: None)
+    upcycle(wide_dense(family), num_experts=2).save_pretrained(tmp_path / "base")
+    settings = Adapter(ALL, rank=2, alpha=4, quantisation=kind, quantise_experts=True)
+    model, _ = adapters.load_base(str(tmp_path / "base"), settings, torch.float32, None)
+    model, counts = adapters.attach(model, settings, "stage3", "base")
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        model.eval()(**inputs)
+    step(model.train(), inputs)
+    chosen = learning(model)
+    assert {name for name, value in chosen.items() if value.grad is None or not value.grad.any()} == set()
+    assert sum(".experts." in name for name in chosen) == 2 * 2 * 2 * 2  # layers, experts, matrices, factors
+    assert {part.split()[0] for part in counts.trained} == set(ALL)
+    model.save_pretrained(tmp_path / "adapter")
+
+    plain = load.load_model(tmp_path / "base", separate_experts=True)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**inputs).logits
+        merged, _ = adapters.merge(tmp_path / "adapter", tmp_path / "base")
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=2e-5, rtol=0)
+    base = load.load_model(tmp_path / "base")
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert merged.config.to_dict() == base.config.to_dict()
 
 
 def test_merge_on_the_command_line(write_recipe, put_stage, tmp_path):
@@ -308,6 +347,8 @@ def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatc
         (3, {"targets": ["routers"]}, r"targets is \['routers'\], but must name attention, FFN or experts"),
         (3, {"dropout": 0.1}, "dropout is 0.1, but must be 0 with experts among the targets: LoRA is added to the stacked weights"),
         (3, {"use_dora": True}, "use_dora is true, but must be false with experts among the targets: PEFT has no DoRA"),
+        (2, {"targets": ["FFN"], "quantise_experts": True}, "stage2.adapter.quantise_experts is true, but only stage III has experts"),
+        (3, {"quantise_experts": True}, "quantise_experts is true, but needs quantisation, nf4 or int8"),
         (3, {"rank": 0}, "rank is 0, but must be above 0"),
         (3, {"alpha": 0}, "alpha is 0, but must be above 0"),
         (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must be below 1"),

@@ -142,7 +142,7 @@ def test_what_is_killed_leaves_nothing_half_written(model, tmp_path, monkeypatch
     assert torch.equal(look(model, pixels, tmp_path), look(model, pixels, tmp_path))
     (entry,) = entries(tmp_path)
     entry.write_bytes(entry.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=f"{entry} holds no features, though its name says so .* remove it"):
+    with pytest.raises(ValueError, match=f"{entry} is no whole entry of a cache, though its name says so .* remove it"):
         look(model, pixels, tmp_path)
 
 

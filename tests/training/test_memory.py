@@ -6,9 +6,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from moe_llava import upcycle
 from moe_llava.model import SparseModel
+from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.memory import Batch, activations
 from moe_llava.training.trainable import checkpoint_layers, choose_parameters
-from moe_llava.training.trainer import logits_at_labels
 
 BATCH = Batch(rows=4, length=200, labelled=160)
 TEXT = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 8}

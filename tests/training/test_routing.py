@@ -71,8 +71,9 @@ def test_stage_3_of_each_kind(make_recipe, settings):
         assert all(found[name].sum(-1).tolist() == pytest.approx([1, 1]) for name in found if name.endswith("statistics.load"))
 
 
-def test_a_run_with_smoes_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, stopping):
-    file = make_recipe(moe=SMOES, optimisation__max_steps=5, optimisation__gradient_checkpointing=True)
+@pytest.mark.parametrize("moe", [SMOES, {"router_bias_rate": 0.01, "granularity": 2, "num_shared_experts": 1}], ids=["smoes", "bias"])
+def test_a_run_with_buffers_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, stopping, moe):
+    file = make_recipe(moe=moe, optimisation__max_steps=5, optimisation__gradient_checkpointing=True)
     (whole,) = train(load_recipe(file), [3], resume=False, console=QUIET)
     expected = parameters(whole)
     shutil.rmtree(whole)
@@ -82,14 +83,14 @@ def test_a_run_with_smoes_that_was_stopped_ends_like_one_that_was_not(make_recip
     assert not whole.exists()
     train(load_recipe(file), [3], resume=True, console=QUIET)
     found = parameters(whole)
-    assert any(".statistics." in name for name in found)
+    assert any(".statistics." in name or found[name].any() for name in found if ".statistics." in name or name.endswith("load_bias.bias"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_two_processes_keep_the_statistics_of_one(make_recipe, tmp_path):
-    """The losses multiply means over what a process sees, so they are switched off here; the statistics are of all processes together."""
-    quiet = SMOES | {"router_aux_loss_coef": 0.0, "router_mi_loss_coef": 0.0}
+    """The mutual information loss is of what a process sees, so it is switched off here; the statistics are of all processes together."""
+    quiet = SMOES | {"router_mi_loss_coef": 0.0}
     train(load_recipe(make_recipe("one", moe=quiet, optimisation__max_steps=2)), [3], resume=False, console=QUIET)
     two = make_recipe("two", moe=quiet, optimisation__max_steps=2, optimisation__per_device_batch_size=2)
     torchrun("train", two, "--stage", "3")
@@ -121,9 +122,9 @@ def test_going_on_from_a_sparse_model_routing_may_change(make_recipe, write_reci
             {"moe": {"routing": "modality_split", "num_experts_per_tok": 3}},
             "stage3.moe.num_experts_per_tok is 3, but must lie in 1..2 for routing modality_split: half of num_experts=4",
         ),
-        ({"moe": {"routing": "smoes", "expert_bin_size": 3}}, "stage3.moe.expert_bin_size is 3, but must divide num_experts=4"),
+        ({"moe": {"routing": "smoes", "expert_bin_size": 3}}, "stage3.moe.expert_bin_size is 3, but must divide the 4 experts of a layer"),
         ({"moe": {"router_mi_loss_coef": -1.0}}, "stage3.moe.router_mi_loss_coef is -1.0, but must be at least 0"),
-        ({"expert_start": "nois"}, "stage3.expert_start is 'nois', but must be one of copy, noise"),
+        ({"expert_start": "nois"}, "stage3.expert_start is 'nois', but must be one of copy, noise, drop"),
         ({"moe": SMOES, "adapter": {"targets": ["attention"]}}, "stage3.adapter is set, but stage3.moe.routing is smoes"),
     ],
 )

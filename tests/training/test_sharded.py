@@ -69,9 +69,10 @@ def with_sharding(file, **changes):
 @pytest.mark.slow
 def test_three_stages_in_parts(make_recipe, tmp_path):  # noqa: F811
     """FSDP2 in stages I and II, expert parallelism in III, two batches a step; also where a process has images and its neighbour none."""
-    one = run_command("train", make_recipe("one", 4, checkpointing=True))
+    # The balance loss is that of the batches computed at once, not of all batches of a step, so it is switched off.
+    one = run_command("train", make_recipe("one", 4, checkpointing=True, coefficient=0.0))
     assert one.returncode == 0, one.stderr
-    printed = torchrun("train", with_sharding(make_recipe("two", 1, checkpointing=True)))
+    printed = torchrun("train", with_sharding(make_recipe("two", 1, checkpointing=True, coefficient=0.0)))
     assert printed.count("stage3 3/3 loss") == 1
     kinds = {"stage1": LlavaForConditionalGeneration, "stage2": LlavaForConditionalGeneration, "stage3": MoeLlavaForConditionalGeneration}
     for stage, kind in kinds.items():
@@ -118,7 +119,7 @@ def test_a_run_in_parts_that_died_ends_like_one_that_did_not(write_recipe, tiny_
     [
         ({"fsdp_size": 1}, r"sharding.fsdp_size is 1, but must be at least 2"),
         ({"fsdp_size": 4, "ep_size": 3}, r"sharding.ep_size is 3, but must divide fsdp_size=4"),
-        ({"fsdp_size": 6, "ep_size": 3}, r"sharding.ep_size is 3, but must divide stage3.moe.num_experts=4"),
+        ({"fsdp_size": 6, "ep_size": 3}, r"sharding.ep_size is 3, but must divide the 4 experts of a layer"),
         ({"fsdp_sise": 2}, r"unknown key sharding.fsdp_sise; did you mean sharding.fsdp_size\?"),
     ],
 )
