@@ -54,11 +54,11 @@ def main(out: Path) -> None:
     train_with_baseline(recipe_in(out), console)
     found = {name: answer(out, name, CHECKPOINTS[name], "test", console) for name in ASKED}
     found[BLIND] = answer(out, BLIND, CHECKPOINTS["sparse"], "test-without-images", console)
-    found[MAJORITY] = guess(out)
+    questions = tested(out)
+    found[MAJORITY] = guess(out, questions)
     routing = trace_routes(out, BATCH)
     results = collect(out, found)
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    questions = tested(out)
     items = own_questions.score(out, questions, read_answers(out / "answers" / "sparse" / "questions", questions)).items
     console.print(f"report: {write_report(out, results, routing, questions, items)}", soft_wrap=True)
 
@@ -114,14 +114,13 @@ def tested(out: Path) -> list[Question]:
     return own_questions.questions(options(out), out / "data" / "test.json")
 
 
-def guess(out: Path) -> dict[str, Any]:
+def guess(out: Path, questions: list[Question]) -> dict[str, Any]:
     """Return the result of giving each question the most frequent answer to its kind about the trained pictures; to yes/no questions,
     yes."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in filter(is_first, load_records(out / "data" / "train.json", out / "data" / "images")):
         for question, reply in record.turns:
             counts[kind_of(question)][reply] += 1
-    questions = tested(out)
     kinds = [kind_of(question.prompt) for question in questions]
     guesses: list[str | None] = ["yes" if kind == "Is" else counts[kind].most_common(1)[0][0] for kind in kinds]
     return result(own_questions.BENCHMARK, own_questions.score(out, questions, guesses), questions, guesses)

@@ -1,7 +1,6 @@
 """Stage III with experts in the projector and the vision tower."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from moe_llava.training.run import train
 from moe_llava.training.trainable import choose_parameters
 from tests.conftest import run_here, tiny_dense
 from tests.training.test_distributed import torchrun
-from tests.training.test_routing import logged, make_recipe, parameters  # noqa: F401
+from tests.training.test_routing import logged, make_recipe, parameters, undisturbed_and_stopped  # noqa: F401
 
 QUIET = Console(quiet=True)
 PARTS = ["language_model", "projector", "vision_tower"]
@@ -60,16 +59,7 @@ def test_the_dense_baseline_trains_the_same_ffns(make_recipe, tiny_base):  # noq
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(make_recipe, stopping):  # noqa: F811
     moe = EVERYWHERE | {"router_bias_rate": 0.01, "granularity": 2, "num_shared_experts": 1}
-    file = make_recipe(moe=moe, optimisation__max_steps=5, optimisation__gradient_checkpointing=True)
-    (whole,) = train(load_recipe(file), [3], resume=False, console=QUIET)
-    expected = parameters(whole)
-    shutil.rmtree(whole)
-
-    with stopping(3):
-        train(load_recipe(file), [3], resume=False, console=QUIET)
-    assert not whole.exists()
-    train(load_recipe(file), [3], resume=True, console=QUIET)
-    found = parameters(whole)
+    expected, found = undisturbed_and_stopped(make_recipe, stopping, moe)
     assert expected["model.multi_modal_projector.router.load_bias.bias"].any()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -71,8 +71,8 @@ def test_stage_3_of_each_kind(make_recipe, settings):
         assert all(found[name].sum(-1).tolist() == pytest.approx([1, 1]) for name in found if name.endswith("statistics.load"))
 
 
-@pytest.mark.parametrize("moe", [SMOES, {"router_bias_rate": 0.01, "granularity": 2, "num_shared_experts": 1}], ids=["smoes", "bias"])
-def test_a_run_with_buffers_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, stopping, moe):
+def undisturbed_and_stopped(make_recipe, stopping, moe):
+    """The parameters of stage III after five steps in one go, and after three steps, a stop and two more."""
     file = make_recipe(moe=moe, optimisation__max_steps=5, optimisation__gradient_checkpointing=True)
     (whole,) = train(load_recipe(file), [3], resume=False, console=QUIET)
     expected = parameters(whole)
@@ -82,7 +82,12 @@ def test_a_run_with_buffers_that_was_stopped_ends_like_one_that_was_not(make_rec
         train(load_recipe(file), [3], resume=False, console=QUIET)
     assert not whole.exists()
     train(load_recipe(file), [3], resume=True, console=QUIET)
-    found = parameters(whole)
+    return expected, parameters(whole)
+
+
+@pytest.mark.parametrize("moe", [SMOES, {"router_bias_rate": 0.01, "granularity": 2, "num_shared_experts": 1}], ids=["smoes", "bias"])
+def test_a_run_with_buffers_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path, stopping, moe):
+    expected, found = undisturbed_and_stopped(make_recipe, stopping, moe)
     assert any(".statistics." in name or found[name].any() for name in found if ".statistics." in name or name.endswith("load_bias.bias"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
