@@ -42,6 +42,7 @@ from real.vocabulary import cut_vocabulary
 from real.weights import write_language_model, write_tower
 
 TEMPLATE = "gemma"  # as the recipe says
+ASKED_IN_TRAINING = ("kinds", "names")  # files of questions
 BATCH = 16
 FAMILY = "family"
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -118,12 +119,17 @@ def guess(out: Path, questions: list[Question]) -> dict[str, Any]:
     """Return the result of giving each question the most frequent answer to its kind about the trained pictures; to yes/no questions,
     yes."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in filter(is_first, load_records(out / "data" / "train.json", out / "data" / "images")):
+    for record in filter(is_first, trained_on(out)):
         for question, reply in record.turns:
             counts[kind_of(question)][reply] += 1
     kinds = [kind_of(question.prompt) for question in questions]
     guesses: list[str | None] = ["yes" if kind == "Is" else counts[kind].most_common(1)[0][0] for kind in kinds]
     return result(own_questions.BENCHMARK, own_questions.score(out, questions, guesses), questions, guesses)
+
+
+def trained_on(out: Path) -> list[Record]:
+    """Return the records with the questions that were trained on."""
+    return [record for name in ASKED_IN_TRAINING for record in load_records(out / "data" / f"{name}.json", out / "data" / "images")]
 
 
 def is_first(record: Record) -> bool:
@@ -139,7 +145,7 @@ def kind_of(question: str) -> str:
 
 def collect(out: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what results.json holds; scores are in percent."""
-    test, trained = (load_records(out / "data" / f"{name}.json", out / "data" / "images") for name in ("test", "train"))
+    test, trained = load_records(out / "data" / "test.json", out / "data" / "images"), trained_on(out)
     families = Counter(record.group(FAMILY) for record in test)
     return {
         "scores": {name: {family: score_of(each, family) for family in ("all", *families)} for name, each in found.items()},

@@ -1,4 +1,4 @@
-"""A data set in LLaVA's format from Tux Paint's stamps: captions, names, categories, colours, and yes/no questions.
+"""A data set in LLaVA's format from Tux Paint's stamps: captions, names, categories, colours, and yes/no questions about them.
 
 The subject of a picture is the last word of its name ("apple" of "a Fuji apple"). Subjects are either trained on or tested, never both.
 
@@ -35,6 +35,7 @@ MOST_WORDS = 5  # of a name; longer captions are sentences about the thing
 COLOURS = ("red", "green", "blue", "yellow", "orange", "white", "black", "brown", "pink", "purple", "grey", "gray", "silver", "gold")
 CAPTION_REQUEST = "Describe the picture."
 CATEGORY_QUESTION = "What kind of thing is this?"
+WITHOUT_ARTICLE = ("food", "clothing")
 NAME_QUESTION = "What is this?"
 KINDS = ("random", "popular", "adversarial")  # of negatives, as in POPE (arXiv 2305.10355, section 4)
 TESTED = 0.2  # share of the subjects
@@ -84,29 +85,27 @@ def find_pictures(stamps: Path) -> list[Picture]:
 
 
 def write_dataset(stamps: Path, out: Path) -> dict[str, int]:
-    """Write train.json and test.json with their images, align.json, which has captions besides, and test-without-images.json; return the
-    numbers of pictures."""
+    """Write the images, captions.json, kinds.json and names.json to train on, test.json, and test-without-images.json; return the numbers of
+    pictures and records."""
     pictures = find_pictures(stamps)
     trained, tested = [[each for each in pictures if each.is_tested == flag] for flag in (False, True)]
     (out / "images").mkdir()
     sizes = Counter(picture.category for picture in trained)
-    captions, train, test = [], [], []
+    files: dict[str, list[dict[str, Any]]] = {"captions": [], "kinds": [], "names": [], "test": []}
     for number, picture in enumerate(trained):
         wanted = round(CATEGORY_SIZE / sizes[picture.category]) if picture.category else 0
         for variant in range(max(wanted, FEWEST_VARIANTS)):
             draw = random.Random(f"train {variant} {number}")
             image = _write_image(out, f"train-{number:03}-{variant}.png", picture.file, draw)
-            caption = f"{picture.phrase[0].upper()}{picture.phrase[1:]}."
-            captions.append(_record(f"caption-{number}-{variant}", image, CAPTION_REQUEST, caption))
-            train += _train_records(f"{number}-{variant}", image, picture, trained, draw)
+            for name, family, question, answer in _train_questions(picture, trained, draw):
+                files[name].append(_record(f"{family}-{number}-{variant}", image, question, answer))
     for number, picture in enumerate(tested):
         image = _write_image(out, f"test-{number:03}.png", picture.file, None)
-        test += _test_records(str(number), image, picture, tested)
-    without = [{key: _blind(value) for key, value in record.items() if key != "image"} for record in test]
-    files = {"align": captions + train, "train": train, "test": test, "test-without-images": without}
+        files["test"] += _test_records(str(number), image, picture, tested)
+    files["test-without-images"] = [{key: _blind(value) for key, value in each.items() if key != "image"} for each in files["test"]]
     for name, records in files.items():
         (out / f"{name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return {"trained": len(trained), "tested": len(tested), "train_records": len(train), "questions": len(test)}
+    return {"trained": len(trained), "tested": len(tested)} | {name: len(records) for name, records in files.items()}
 
 
 def _write_image(out: Path, name: str, file: Path, draw: random.Random | None) -> str:
@@ -125,24 +124,44 @@ def _write_image(out: Path, name: str, file: Path, draw: random.Random | None) -
     return name
 
 
-def _train_records(number: str, image: str, picture: Picture, known: Sequence[Picture], draw: random.Random) -> list[dict[str, Any]]:
+def _train_questions(picture: Picture, known: Sequence[Picture], draw: random.Random) -> list[tuple[str, str, str, str]]:
+    """Return (file, family, question, answer). One yes/no question about the name and one about the category, each with a random answer: of
+    both answers together, a model could learn that one of two questions about a picture is answered with no."""
     other = NEGATIVES[draw.choice(KINDS)](picture, known, draw)
-    asked = [*_questions(picture), ("yes", _existence(picture), "yes"), ("no", _existence(other), "no")]
-    return [_record(f"{family}-{number}", image, question, answer) for family, question, answer in asked]
+    asked = [("captions", "caption", CAPTION_REQUEST, f"{picture.phrase[0].upper()}{picture.phrase[1:]}.")]
+    asked += [("kinds" if each[0] == "category" else "names", *each) for each in _questions(picture)]
+    asked.append(("names", "existence", *draw.choice([(_existence(picture), "yes"), (_existence(other), "no")])))
+    if picture.category is not None:
+        asked.append(("kinds", "kind", *draw.choice(_kind_questions(picture.category, list(CATEGORIES.values()), draw))))
+    return asked
 
 
 def _test_records(number: str, image: str, picture: Picture, known: Sequence[Picture]) -> list[dict[str, Any]]:
     """Return one question in each record, with its family. The negatives are names of other tested pictures: whether a name was trained on
     would give the answer away."""
     asked = _questions(picture)
+    if picture.category is not None:
+        categories = [each.category for each in known if each.category is not None]  # asked about as often with no as with yes
+        asked += [("kind", *each) for each in _kind_questions(picture.category, categories, random.Random(f"test {number} kind"))]
     for kind in KINDS:
         draw = random.Random(f"test {number} {kind}")
         asked += [(kind, _existence(picture), "yes"), (kind, _existence(NEGATIVES[kind](picture, known, draw)), "no")]
-    metrics = {"name": "contains", **dict.fromkeys(KINDS, "yes_no")}
+    metrics = {"name": "contains", "kind": "yes_no", **dict.fromkeys(KINDS, "yes_no")}
     return [
         _record(f"{family}-{number}-{place}", image, question, answer) | {"family": family, "metric": metrics.get(family, "exact")}
         for place, (family, question, answer) in enumerate(asked)
     ]
+
+
+def _kind_questions(category: str, categories: Sequence[str], draw: random.Random) -> list[tuple[str, str]]:
+    """Return (question, answer): one with yes, and one with no, about another category, drawn from `categories`."""
+    other = draw.choice([each for each in categories if each != category])
+    return [(_is_it(category), "yes"), (_is_it(other), "no")]
+
+
+def _is_it(category: str) -> str:
+    article = "" if category in WITHOUT_ARTICLE else "an " if category[0] in "aeiou" else "a "
+    return f"Is this {article}{category}?"
 
 
 def _existence(picture: Picture) -> str:

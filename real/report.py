@@ -17,6 +17,7 @@ FAMILY_TITLES = {
     "all": "all questions",
     "name": "what is this?",
     "category": "what kind of thing?",
+    "kind": "is this a kind of ...?",
     "colour": "what colour?",
     "random": "is this a ...? (any other)",
     "popular": "is this a ...? (frequent)",

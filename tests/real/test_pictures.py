@@ -41,23 +41,27 @@ def test_names_are_read_from_captions(stamps):
 def test_the_data_set_is_sound(stamps, tmp_path):
     counts = write_dataset(stamps, tmp_path)
     read = {
-        name: load_records(tmp_path / f"{name}.json", tmp_path / "images") for name in ("align", "train", "test", "test-without-images")
+        name: load_records(tmp_path / f"{name}.json", tmp_path / "images")
+        for name in ("captions", "kinds", "names", "test", "test-without-images")
     }
-    assert counts["questions"] == len(read["test"]) == len(read["test-without-images"])
+    assert counts["test"] == len(read["test"]) == len(read["test-without-images"])
     assert counts["trained"] + counts["tested"] == 18
     assert counts["tested"] > 0
     of = {picture.phrase: picture.subject for picture in find_pictures(stamps)}
-    trained = {of[record.turns[0][1][0].lower() + record.turns[0][1][1:-1]] for record in read["align"] if "Describe" in record.turns[0][0]}
+    trained = {of[record.turns[0][1][0].lower() + record.turns[0][1][1:-1]] for record in read["captions"]}
     records = json.loads((tmp_path / "test.json").read_text())
     tested = {record["conversations"][1]["value"].split()[-1].lower() for record in records if record["family"] == "name"}
     assert not trained & tested
     for kind in ("random", "popular", "adversarial"):
         replies = Counter(record["conversations"][1]["value"] for record in records if record["family"] == kind)
         assert replies["yes"] == replies["no"] == counts["tested"]
-    replies = Counter(answer for record in read["train"] for _, answer in record.turns)
-    assert replies["yes"] == replies["no"] == len(read["align"]) - len(read["train"])
-    assert abs(replies["animal"] - replies["food"]) < 50  # as many of each, though the pictures are not
-    assert {len(record.turns) for record in read["train"]} == {1}
+    for name in ("kinds", "names"):
+        replies = Counter(answer for record in read[name] for _, answer in record.turns)
+        assert 0.8 < replies["yes"] / replies["no"] < 1.25  # drawn at random
+        assert {len(record.turns) for record in read[name]} == {1}
+    of_kinds = Counter(record.turns[0][1] for record in read["kinds"])
+    assert abs(of_kinds["animal"] - of_kinds["food"]) < 50  # as many of each, though the pictures are not
+    assert {record["family"]: record["metric"] for record in records}["kind"] == "yes_no"
     assert all(not record.images for record in read["test-without-images"])
     assert len(find_benchmark("questions").questions(tmp_path / "test-without-images.json")) == len(records)
     sizes = {Image.open(file).size for file in (tmp_path / "images").iterdir()}
