@@ -85,8 +85,8 @@ def find_pictures(stamps: Path) -> list[Picture]:
 
 
 def write_dataset(stamps: Path, out: Path) -> dict[str, int]:
-    """Write the images, captions.json, kinds.json and names.json to train on, test.json, and test-without-images.json; return the numbers of
-    pictures and records."""
+    """Write the images, captions.json, kinds.json and names.json to train on, test.json and test-without-images.json; return the numbers
+    of pictures and records."""
     pictures = find_pictures(stamps)
     trained, tested = [[each for each in pictures if each.is_tested == flag] for flag in (False, True)]
     (out / "images").mkdir()

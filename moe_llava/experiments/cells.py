@@ -165,7 +165,7 @@ def _merged(first: StageSettings, second: SparseStageSettings) -> SparseStageSet
     one, two = first.optimisation, second.optimisation
     if one.batch_size != two.batch_size or (one.max_steps > 0) != (two.max_steps > 0):
         raise RecipeError("the strategy merged needs stages II and III with one batch_size, both by max_steps or both by epochs")
-    for name in ("template", "max_length", "image_aspect_ratio"):
+    for name in ("template", "max_length", "image_aspect_ratio", "image_processor", "video_processor"):
         if getattr(first, name) != getattr(second, name):
             raise RecipeError(f"the strategy merged needs stages II and III with one {name}")
     if one.max_steps > 0:

@@ -141,6 +141,14 @@ def test_the_client_may_be_missing(kept, monkeypatch):
         Judge("http://localhost/v1", "m", kept)
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "gopher://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(kept, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(JudgeError, match="the proxy that the environment names, such as in ALL_PROXY"):
+        Judge("http://127.0.0.1:1/v1", "m", kept)
+
+
 def test_a_key_with_blanks_is_not_shown(kept, monkeypatch):
     monkeypatch.setenv(module.KEY_VARIABLE, "sk secret")
     with pytest.raises(JudgeError, match=module.KEY_VARIABLE) as error:

@@ -84,6 +84,8 @@ def test_strategies(setup):
 
     with pytest.raises(RecipeError, match="one batch_size"):
         sequence(load_recipe(setup.recipe, ["stage2.optimisation.batch_size=8"]), "merged")
+    with pytest.raises(RecipeError, match="one image_processor"):
+        sequence(load_recipe(setup.recipe, ["stage2.image_processor={max_pixels: 100}"]), "merged")
     recipe.stage2 = None
     with pytest.raises(RecipeError, match="has no stage2"):
         sequence(recipe, "merged")

@@ -200,7 +200,10 @@ def _client(url: str, secret: str) -> Any:
             request.headers["Authorization"] = f"Bearer {secret}"
 
     # A redirect would take the key elsewhere.
-    http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [send_only_our_key]})
+    try:
+        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [send_only_our_key]})
+    except (ImportError, ValueError) as error:
+        raise JudgeError(f"the proxy that the environment names, such as in ALL_PROXY, cannot be used: {error}") from error
     return openai.OpenAI(api_key=secret or "none", base_url=url, timeout=TIMEOUT, max_retries=0, http_client=http)
 
 
