@@ -46,9 +46,7 @@ def test_who_asks_nothing_is_left(url):
     with connect(url) as silent, connect(url) as content:
         content.sendall(head(None, "/health", "GET"))
         assert told(content)[0] == 200
-        start = time.monotonic()
-        assert silent.recv(1) == content.recv(1) == b""
-        assert time.monotonic() - start < 4
+        assert silent.recv(1) == content.recv(1) == b""  # within the timeout of `connect`
 
 
 @pytest.mark.parametrize("first", [b"", head(None, "/health", "GET")])

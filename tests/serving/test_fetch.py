@@ -140,11 +140,9 @@ def test_an_image_of_a_host_that_was_named_is_as_good_as_one_that_is_sent(url, p
 def test_what_cannot_be_taken_is_told(url, place, path, why):
     at, asked = place
     asked.clear()
-    start = time.monotonic()
     status, _, told = show(url, at + path)
     assert_told(status, 400, told)
     assert why in told.decode()
-    assert time.monotonic() - start < 4
     assert [path for path, _ in asked] == [path]
 
 
