@@ -42,7 +42,7 @@ from real.vocabulary import cut_vocabulary
 from real.weights import write_language_model, write_tower
 
 TEMPLATE = "gemma"  # as the recipe says
-ASKED_IN_TRAINING = ("kinds", "names")  # files of questions
+ASKED_IN_TRAINING = ("names", "kinds", "existence")  # files of questions
 BATCH = 16
 FAMILY = "family"
 RECIPE = Path(__file__).parent / "recipe.yaml"

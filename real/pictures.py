@@ -85,13 +85,13 @@ def find_pictures(stamps: Path) -> list[Picture]:
 
 
 def write_dataset(stamps: Path, out: Path) -> dict[str, int]:
-    """Write the images, captions.json, kinds.json and names.json to train on, test.json and test-without-images.json; return the numbers
-    of pictures and records."""
+    """Write the images, captions.json, names.json, kinds.json and existence.json to train on, test.json and test-without-images.json;
+    return the numbers of pictures and records."""
     pictures = find_pictures(stamps)
     trained, tested = [[each for each in pictures if each.is_tested == flag] for flag in (False, True)]
     (out / "images").mkdir()
     sizes = Counter(picture.category for picture in trained)
-    files: dict[str, list[dict[str, Any]]] = {"captions": [], "kinds": [], "names": [], "test": []}
+    files: dict[str, list[dict[str, Any]]] = {"captions": [], "names": [], "kinds": [], "existence": [], "test": []}
     for number, picture in enumerate(trained):
         wanted = round(CATEGORY_SIZE / sizes[picture.category]) if picture.category else 0
         for variant in range(max(wanted, FEWEST_VARIANTS)):
@@ -130,9 +130,9 @@ def _train_questions(picture: Picture, known: Sequence[Picture], draw: random.Ra
     other = NEGATIVES[draw.choice(KINDS)](picture, known, draw)
     asked = [("captions", "caption", CAPTION_REQUEST, f"{picture.phrase[0].upper()}{picture.phrase[1:]}.")]
     asked += [("kinds" if each[0] == "category" else "names", *each) for each in _questions(picture)]
-    asked.append(("names", "existence", *draw.choice([(_existence(picture), "yes"), (_existence(other), "no")])))
+    asked.append(("existence", "name", *draw.choice([(_existence(picture), "yes"), (_existence(other), "no")])))
     if picture.category is not None:
-        asked.append(("kinds", "kind", *draw.choice(_kind_questions(picture.category, list(CATEGORIES.values()), draw))))
+        asked.append(("existence", "kind", *draw.choice(_kind_questions(picture.category, list(CATEGORIES.values()), draw))))
     return asked
 
 

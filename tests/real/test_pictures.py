@@ -42,7 +42,7 @@ def test_the_data_set_is_sound(stamps, tmp_path):
     counts = write_dataset(stamps, tmp_path)
     read = {
         name: load_records(tmp_path / f"{name}.json", tmp_path / "images")
-        for name in ("captions", "kinds", "names", "test", "test-without-images")
+        for name in ("captions", "names", "kinds", "existence", "test", "test-without-images")
     }
     assert counts["test"] == len(read["test"]) == len(read["test-without-images"])
     assert counts["trained"] + counts["tested"] == 18
@@ -55,10 +55,9 @@ def test_the_data_set_is_sound(stamps, tmp_path):
     for kind in ("random", "popular", "adversarial"):
         replies = Counter(record["conversations"][1]["value"] for record in records if record["family"] == kind)
         assert replies["yes"] == replies["no"] == counts["tested"]
-    for name in ("kinds", "names"):
-        replies = Counter(answer for record in read[name] for _, answer in record.turns)
-        assert 0.8 < replies["yes"] / replies["no"] < 1.25  # drawn at random
-        assert {len(record.turns) for record in read[name]} == {1}
+    replies = Counter(record.turns[0][1] for record in read["existence"])
+    assert 0.8 < replies["yes"] / replies["no"] < 1.25  # drawn at random
+    assert {len(record.turns) for name in ("names", "kinds", "existence") for record in read[name]} == {1}
     of_kinds = Counter(record.turns[0][1] for record in read["kinds"])
     assert abs(of_kinds["animal"] - of_kinds["food"]) < 50  # as many of each, though the pictures are not
     assert {record["family"]: record["metric"] for record in records}["kind"] == "yes_no"
