@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe_llava.common.errors import CheckpointError
@@ -38,9 +39,15 @@ def separate_experts(model: Any) -> None:
 
 
 def stack_experts(model: Any) -> None:
-    """Undo `separate_experts`."""
+    """Undo `separate_experts`: replace the linear layers, which must not be quantised, by stacks."""
     for mlp in model.sparse_mlps().values():
-        mlp.experts.stack()
+        experts = mlp.experts
+        for name in experts.matrices:
+            layers = getattr(experts, name)
+            delattr(experts, name)
+            setattr(experts, name, nn.Parameter(torch.stack([layer.weight.detach() for layer in layers])))
+            if layers[0].bias is not None:
+                setattr(experts, f"{name}_bias", nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])))
     model.config.separate_experts = False
 
 
