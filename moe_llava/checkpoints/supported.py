@@ -15,10 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from moe_llava.common.messages import first_line
 from moe_llava.common.progress import with_bar
-from moe_llava.model.ffn import copy_into_experts, find_form
+from moe_llava.model.ffn import find_form
 from moe_llava.model.options import MoeOptions
 from moe_llava.model.places import find_backbone
-from moe_llava.model.upcycling import check_kind, has_experts
+from moe_llava.model.upcycling import check_kind, copy_into_experts, has_experts
 
 CAN, MOE, CANNOT, UNKNOWN = "can be upcycled", "already MoE", "cannot be upcycled", "unknown"
 NARROW = 16  # the least width of the FFNs that are compared with experts

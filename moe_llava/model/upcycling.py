@@ -1,7 +1,7 @@
 """Sparse upcycling: convert a dense vision-language model to a sparse one that computes the same (paper, section 3.3, stage III; arXiv
 2212.05055), and initialise its experts differently, if requested.
 
-Shapes: E experts.
+Shapes: N rows, D model width, E experts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .configuration import SparseConfig, sparse_config_class
-from .ffn import copy_into_experts, find_form
+from .ffn import as_expert, between, find_form, form_of, narrowed
+from .grouped import linear
 from .modeling import SparseLanguageModel, SparseModel, sparse_class
 from .moe import Experts, SparseMlp
 from .options import MoeOptions
@@ -26,6 +28,8 @@ ROUTER_STD = 0.02
 EXPERT_STARTS = ("copy", "noise", "drop")
 NOISE_STD = 0.1  # relative to the standard deviation of the weights
 DROPPED = 0.5  # share of the columns of an expert that are drawn anew
+MAX_DIFFERENCE = 0.02  # relative difference of an expert from its FFN; rounding in half precision stays below
+PROBE_SCALES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # input magnitudes of the comparison: a clamp shows only for large ones
 EVOLUTION_RATES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))  # ranges of beta_n, for the experts after the first
 
 
@@ -162,6 +166,71 @@ def _fill(mlp: SparseMlp, ffn: nn.Module, copied: Sequence[nn.Module], generator
         mlp.coefficient.bias.zero_()
     if mlp.statistics is not None:
         mlp.statistics.reset()
+
+
+@torch.no_grad()
+def copy_into_experts(ffns: Sequence[nn.Module], experts: Experts, shared: nn.Module | None = None) -> None:
+    """Copy the weights of dense FFNs into the experts of a layer, and compare the outputs: its expert c is the FFN c, cut into G parts.
+
+    The weights of a token's experts sum to 1, and each FFN has G of them, so the outputs of a part are multiplied by G. Where shared
+    experts have the same part, both compute half of it. So a token gets what the FFN computes (arXiv 2410.07524, sections 3.3 and 3.4).
+
+    Raise ValueError if no row of FFN_FORMS describes an FFN, or if the outputs differ: two families may give their parameters the same
+    names and use them differently.
+    """
+    part, first = experts.intermediate_dim, as_expert(ffns[0])
+    parts = first["down_proj"].shape[1] // part
+    halved = 0 if shared is None else as_expert(shared)["down_proj"].shape[1] // part
+    for copied, ffn in enumerate(ffns):
+        for name, weight in (first if copied == 0 else as_expert(ffn)).items():
+            stack = experts.get_parameter(name)
+            for index in range(parts):
+                scale = _scale(name, parts, index < halved, halved > 0)
+                stack[copied * parts + index].copy_(between(name, weight, parts * part, index * part, (index + 1) * part)).mul_(scale)
+    if shared is not None:
+        _fill_shared(shared, ffns[0], halved * part)
+    if not experts.get_parameter("down_proj").is_meta:
+        for copied, ffn in enumerate(ffns):
+            _compare(ffn, experts, range(copied * parts, (copied + 1) * parts), shared)
+
+
+def _scale(name: str, parts: int, halved: bool, shared: bool) -> float:
+    """Return the factor of an expert's parameter. The weighted sum of equal biases is the bias itself, however many there are."""
+    if name == "down_proj":
+        return parts * (0.5 if halved else 1.0)
+    return 0.5 if name == "down_proj_bias" and shared else 1.0
+
+
+def _fill_shared(shared: nn.Module, ffn: nn.Module, ffn_width: int) -> None:
+    part = narrowed(ffn, ffn_width)
+    for stacked, names in form_of(ffn).stacked.items():
+        for name in names:
+            shared.get_parameter(name).copy_(part.get_parameter(name)).mul_(0.5 if stacked.startswith("down_proj") else 1.0)
+
+
+def _compare(ffn: nn.Module, experts: Experts, parts: range, shared: nn.Module | None) -> None:
+    """Raise ValueError if the experts `parts` with equal weights, and the shared ones, compute another output than `ffn` for inputs of any
+    scale in PROBE_SCALES."""
+    down = experts.get_parameter("down_proj")
+    probe_ND = torch.linspace(-2, 2, 3 * experts.hidden_dim, device=down.device).sin().view(3, -1)
+    probes = {scale: (scale * probe_ND).to(down.dtype) for scale in PROBE_SCALES}
+    training = ffn.training
+    ffn.eval()
+    expected = {scale: ffn(x_ND) for scale, x_ND in probes.items()}
+    ffn.train(training)
+    weights_of = experts.each()
+    for scale, x_ND in probes.items():
+        if scale > 1 and not expected[scale].isfinite().all():
+            continue  # beyond the range of float16
+        found_ND = 0 if shared is None else shared(x_ND)
+        for expert in parts:
+            found_ND = found_ND + experts.ffn(x_ND, partial(linear, weights_of(expert))) / len(parts)
+        difference = (found_ND - expected[scale]).float().norm() / expected[scale].float().norm().clamp(min=1e-12)
+        if not difference <= MAX_DIFFERENCE:
+            raise ValueError(
+                f"{type(ffn).__name__} has the parameters of a row of FFN_FORMS in moe_llava/model/ffn.py, but computes something else "
+                f"(expert {parts[0]}, inputs up to {scale:g}: {difference:.1%} off): it needs a row of its own, docs/customising.md"
+            )
 
 
 def _add_noise(experts: Experts, generator: torch.Generator) -> None:

@@ -14,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_llava import upcycle
 from moe_llava.checkpoints.supported import CAN, CANNOT, MOE, UNKNOWN, list_support, summary, support_of
-from moe_llava.model.ffn import GATED, copy_into_experts
+from moe_llava.model.ffn import GATED
 from moe_llava.model.moe import GatedExperts
 from moe_llava.model.options import MoeOptions
+from moe_llava.model.upcycling import copy_into_experts
 from tests.conftest import REPOSITORY, refused, run_here
 from tests.vlm import FAMILIES
 
