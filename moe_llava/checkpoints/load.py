@@ -223,16 +223,13 @@ def load_processor(path: str | Path) -> Any:
         raise CheckpointError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
 
 
-def load_origins(paths: Sequence[str], processor: Any, dense: str) -> list[PreTrainedModel]:
-    """Return the models that give the experts of `dense`, whose processor is given. Raises CheckpointError as `load_checkpoint` does, or if
-    a model has other tokens: its experts would have learnt to read other ids."""
-    models, vocabulary = [], processor.tokenizer.get_vocab()
+def check_origin_tokens(paths: Sequence[str], processor: Any, dense: str) -> None:
+    """Raise CheckpointError if a model that gives experts has other tokens than `dense`, whose processor is given: its experts would have
+    learnt to read other ids; or as `load_processor` does."""
+    vocabulary = processor.tokenizer.get_vocab()
     for path in paths:
-        model, other = load_checkpoint(path)
-        found = other.tokenizer.get_vocab()
+        found = load_processor(path).tokenizer.get_vocab()
         check_vocabulary(path, found, dense, vocabulary, vocabulary.keys() | found.keys())
-        models.append(model)
-    return models
 
 
 def check_vocabulary(path: str, found: dict[str, int], other: str, vocabulary: dict[str, int], tokens: Iterable[str]) -> None:

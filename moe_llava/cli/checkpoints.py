@@ -51,17 +51,20 @@ def upcycle(
         with new_folder(out) as folder:
             # These take seconds, and a mistake is reported first.
             with heavy_imports():
-                from moe_llava.checkpoints.load import load_checkpoint, load_on_meta, load_origins
+                from moe_llava.checkpoints.load import check_origin_tokens, load_model, load_on_meta, load_processor
                 from moe_llava.checkpoints.native import find_target, write_native
                 from moe_llava.checkpoints.processors import sparse_processor
                 from moe_llava.model.upcycling import upcycle as make_sparse
 
             made: dict[str, Any] = {"expert_start": expert_start, "seed": seed, **options}
+            # All is refused before weights are read.
             planned = make_sparse(load_on_meta(dense), experts_from=[load_on_meta(name) for name in experts_from], **made)
-            if native:  # all is refused before weights are read
+            if native:
                 find_target(planned, every_layer)
-            model, processor = load_checkpoint(dense)
-            sparse = make_sparse(model, experts_from=load_origins(experts_from, processor, dense), **made)
+            processor = load_processor(dense)
+            check_origin_tokens(experts_from, processor, dense)
+            model = load_model(dense)
+            sparse = make_sparse(model, experts_from=[load_model(name) for name in experts_from], **made)
             if native:
                 for line in write_native(sparse, sparse_processor(processor), folder, every_layer):
                     print(line)

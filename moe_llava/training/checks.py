@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from moe_llava.checkpoints.files import check_checkpoint
-from moe_llava.checkpoints.load import check_weights, load_on_meta
+from moe_llava.checkpoints.load import check_origin_tokens, check_weights, load_on_meta
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.common.files import read_object, write_whole
 from moe_llava.common.messages import changes
@@ -118,6 +118,7 @@ def check_start(stage: Stage) -> None:
             for name in settings.experts_from:
                 check_checkpoint(name, plain=True)
             check_origins(model, [load_on_meta(name) for name in settings.experts_from], settings.options.num_experts)
+            check_origin_tokens(settings.experts_from, start_processor(path), str(path))
         return
     if stage.number != 3:
         raise RecipeError(f"{path} is sparse already: only stage III can continue from it (--stage 3)")

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.join import join, joined_processor
-from moe_llava.checkpoints.load import load_checkpoint, load_origins, load_processor
+from moe_llava.checkpoints.load import load_checkpoint, load_model, load_processor
 from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.files import new_folder
 from moe_llava.common.messages import did_you_mean
@@ -78,7 +78,7 @@ def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
     model, processor = load_checkpoint(path, **stage.load_settings(path))
     if stage.upcycles(path):
         settings = recipe.stage3
-        origins = load_origins(settings.experts_from, processor, str(path))
+        origins = [load_model(name) for name in settings.experts_from]
         model = upcycle(model, settings.options, expert_start=settings.expert_start, experts_from=origins, seed=recipe.seed)
         processor = sparse_processor(processor)
     return model, processor
