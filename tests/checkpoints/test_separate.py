@@ -1,5 +1,6 @@
 """Experts as linear layers: equal to stacks, quantised by bitsandbytes, saved and loaded."""
 
+import json
 import re
 
 import pytest
@@ -70,6 +71,18 @@ def test_linear_layers_compute_what_stacks_compute(family):
     found, expected = separate.state_dict(), stacked.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_config_json_has_the_field_only_where_experts_are_separate(folder, tmp_path):
+    assert "separate_experts" not in (folder / "config.json").read_text()
+    separate = load_model(folder, separate_experts=True)
+    separate.save_pretrained(tmp_path / "separate")
+    assert json.loads((tmp_path / "separate" / "config.json").read_text())["separate_experts"] is True
+    again = load_model(tmp_path / "separate")
+    assert all(experts.separated for experts in experts_of(again))
+    stack_experts(again)
+    again.save_pretrained(tmp_path / "stacked")
+    assert "separate_experts" not in (tmp_path / "stacked" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "100KB"}], ids=["file", "shards"])
