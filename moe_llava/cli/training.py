@@ -144,6 +144,8 @@ def _training_line(stage: str, cost: StageCost) -> str:
         more = "without activations"
     else:
         batch = f"a micro batch of {cost.batch.rows:,} rows of {cost.batch.length:,} tokens, all with labels"
+        if cost.batch.patches:
+            batch += f", each with an image of {cost.batch.patches // cost.batch.rows:,} patches"
         more = f"at most {_megabytes(cost.activations)} for activations of {batch}, together {_megabytes(cost.peak)}"
     line = f"training, {stage}: {_megabytes(cost.memory)} on each device for weights, gradients and AdamW, {more}"
     return f"{line}; {cost.flops / 1e9:,.3f} GFLOPs per token"

@@ -47,8 +47,8 @@ def vision_ffns(model: PreTrainedModel, options: MoeOptions) -> dict[str, str]:
     another structure."""
     found = {}
     if "vision_tower" in options.moe_in:
-        name, layers = _tower_layers(model)
-        for index in options.sparse_layers(_used(model.config, len(layers)), "vision tower"):
+        name, layers = tower_layers(model)
+        for index in options.sparse_layers(len(layers), "vision tower"):
             if not hasattr(layers[index], "mlp"):
                 modules = ", ".join(child for child, _ in layers[index].named_children())
                 raise ValueError(
@@ -64,18 +64,14 @@ def vision_ffns(model: PreTrainedModel, options: MoeOptions) -> dict[str, str]:
     return found
 
 
-def _tower_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return (name, encoder layers) of the vision tower: the longest list of modules in it."""
+def tower_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """Return (name, encoder layers) of the vision tower: of the longest list of modules in it, those that contribute to the features.
+    Layers after `vision_feature_layer`, the index of a hidden state or of several, would get no gradient."""
     tower: Any = model.get_encoder(modality="image")
     lists = [] if tower in (model, model.base_model) else [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
     if not lists:
         raise ValueError(f"moe_in has vision_tower, but {type(model).__name__} has none whose layers are known")
     layers = max(lists, key=len)
-    return next(name for name, module in model.named_modules() if module is layers), layers
-
-
-def _used(config: Any, layers: int) -> int:
-    """Return how many of the tower's layers contribute to the features: those after `vision_feature_layer`, the index of a hidden state or
-    of several, would get no gradient."""
-    chosen = getattr(config, "vision_feature_layer", -1)
-    return max(index % (layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
+    chosen = getattr(model.config, "vision_feature_layer", -1)
+    used = max(index % (len(layers) + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
+    return next(name for name, module in model.named_modules() if module is layers), list(layers)[:used]

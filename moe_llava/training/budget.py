@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from moe_llava.checkpoints.families import published_family
@@ -23,12 +24,23 @@ from moe_llava.checkpoints.separate import separate_experts
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, quantisation_saves, without_adapter
-from moe_llava.training.memory import Batch, activations
-from moe_llava.training.parts import PARTS, attention_layers, is_native, moe_layers, native_experts, parts_of, vision_names
+from moe_llava.training.memory import Batch, activations, layout_of
+from moe_llava.training.parts import (
+    PARTS,
+    attention_of,
+    backbone_name,
+    decoder_layers,
+    is_native,
+    moe_layers,
+    native_experts,
+    parts_of,
+    vision_names,
+)
 from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
-from moe_llava.training.trainable import VISION, choose_parameters
+from moe_llava.training.trainable import choose_parameters
 
+_MULTIPLIED = ("attention", "FFN", "experts", "router")
 CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
 
 
@@ -71,9 +83,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class StageCost:
-    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device; `activations`: bytes of a micro batch, which
-    come on top, if the `batch` is known (`memory.py`). `flops`: of the language model's forward and backward pass, for one token at
-    CONTEXT."""
+    """`memory`: bytes of weights, gradients and AdamW's two moments in float32 on each device, and of the weights of a live teacher;
+    `activations`: bytes of a micro batch, which come on top, if the `batch` is known (`memory.py`). `flops`: of the language model's
+    forward and backward pass, and of a live teacher's forward pass, for one token at CONTEXT."""
 
     memory: int
     flops: int
@@ -92,18 +104,17 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
     parts = parts_of(model)
     for name, parameter in model.named_parameters():
         total[parts[name]] += parameter.numel()
-    experts = _experts_of(model)
+    experts, products = _experts_of(model), products_of(model)
     active = dict(total)
     if experts is not None:
-        active["experts"] = _seen_experts(model, total["experts"]) * experts[1] // experts[0]
+        active["experts"] = round(sum(number for name, number in products.items() if parts[name] == "experts"))
     for name in vision_names(model):
         number = sum(parameter.numel() for parameter in model.get_submodule(f"{name}.experts").parameters())
         assert experts is not None
         active[parts[f"{name}.router.weight"]] -= number - number * experts[1] // experts[0]
     text: Any = model.config.get_text_config()
-    # Looking a token up in the embedding table costs nothing; the head multiplies, and a tied one is counted with the table.
-    head = model.get_output_embeddings().weight.numel()
-    multiplied = active["attention"] + active["FFN"] + active["experts"] + active["router"] + head
+    layers = decoder_layers(model)
+    attention = sum(attention_of(layer) is not None for layer in layers)
     return Budget(
         layers=text.num_hidden_layers,
         moe_layers=moe_layers(model),
@@ -111,8 +122,8 @@ def count(model: PreTrainedModel, context: int = CONTEXT) -> Budget:
         experts=experts,
         total=total,
         active=active,
-        flops=2 * multiplied + _score_flops(model, context),
-        cache_bytes=2 * len(list(attention_layers(model))) * (_key_value_heads(text) or text.num_attention_heads) * _head_width(text) * 2,
+        flops=round(2 * sum(products.values())) + sum(_score_flops(model, layer, context) for layer in layers),
+        cache_bytes=2 * attention * (_key_value_heads(text) or text.num_attention_heads) * _head_width(text) * 2,
     )
 
 
@@ -123,10 +134,20 @@ def _experts_of(model: PreTrainedModel) -> tuple[int, int] | None:
     return next(((group.num_experts, group.top_k) for group in native_experts(model)), None)
 
 
-def _seen_experts(model: PreTrainedModel, total: int) -> int:
-    """Return how many of the `total` parameters of experts a text token may be routed to: of a layer with several routers, the first's."""
-    seen = {group.layer: group.experts for group in reversed(native_experts(model))}
-    return sum(parameter.numel() for name in seen.values() for parameter in model.get_submodule(name).parameters()) if seen else total
+def products_of(model: PreTrainedModel) -> dict[str, float]:
+    """Return with how many numbers of each parameter a text token is multiplied, by name: those of the decoder layers, without norms and
+    experts that it does not use, and of the head. Looking a token up in the embedding table costs nothing, but a tied head has its name."""
+    parts, head, experts = parts_of(model), model.get_output_embeddings().weight, _experts_of(model)
+    used = 1 if experts is None else experts[1] / experts[0]
+    groups = native_experts(model)
+    first = {group.layer: group.experts for group in reversed(groups)}  # others of a layer are for images
+    unseen = tuple(f"{group.experts}." for group in groups if group.experts not in first.values())
+    found: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parts[name] in _MULTIPLIED or parameter is head:
+            share = 1 if parts[name] != "experts" else 0 if name.startswith(unseen) else used
+            found[name] = parameter.numel() * share
+    return found
 
 
 def _head_width(text: Any) -> int:
@@ -137,11 +158,11 @@ def _key_value_heads(text: Any) -> int | None:
     return getattr(text, "num_key_value_heads", None)
 
 
-def _score_flops(model: PreTrainedModel, context: int) -> int:
-    """Return the FLOPs of products of activations in a token's forward pass: queries with keys, attention weights with values. A layer with
-    a sliding window sees no more than that of the context; layers without attention over the context are left out."""
-    text: Any = model.config.get_text_config()
-    seen = sum(min(context, getattr(layer, "sliding_window", None) or context) for layer in attention_layers(model))
+def _score_flops(model: PreTrainedModel, layer: nn.Module, context: int) -> int:
+    """Return the FLOPs of products of activations in a token's forward pass through a layer: queries with keys, attention weights with
+    values. A layer with a sliding window sees no more than that of the context; one without attention over the context has none."""
+    attention, text = attention_of(layer), model.config.get_text_config()
+    seen = 0 if attention is None else min(context, getattr(attention, "sliding_window", None) or context)
     return 4 * seen * text.num_attention_heads * _head_width(text)
 
 
@@ -173,19 +194,24 @@ def survey_recipe(recipe: Recipe, context: int = CONTEXT) -> tuple[Budget, dict[
     for stage in (Stage(recipe, number) for number in recipe.stages):
         if stage.number < 3 and is_sparse(start):
             continue
+        model = final if stage.number == 3 else start
         cost = stage_cost(
-            final if stage.number == 3 else start,
+            model,
             stage.trainable,
             sparse_layers,
             stage.settings.adapter,
             stage.settings.optimisation.gradient_checkpointing,
             context,
-            stage_batch(stage),
+            stage_batch(stage, model),
             bf16=stage.bf16,
             eager=recipe.attention == "eager",
-            vision=stage.vision_ffns(final if stage.number == 3 else start),
+            vision=stage.vision_ffns(model),
         )
-        costs[stage.name] = dataclasses.replace(cost, memory=cost.memory // processes)
+        memory, flops = cost.memory // processes, cost.flops
+        if stage.distillation and stage.distillation.top_k is None:  # a cache is filled, and its teacher gone, before the first step
+            teacher = count(load_on_meta(stage.distillation.teacher), context)
+            memory, flops = memory + teacher.weight_bytes * (1 if stage.bf16 else 2), flops + teacher.flops  # every process has all of it
+        costs[stage.name] = dataclasses.replace(cost, memory=memory, flops=flops)
     return count(final, context), costs
 
 
@@ -225,28 +251,54 @@ def stage_cost(
         saved = quantisation_saves(trained, adapter.quantisation) if adapter.quantisation else 0
         trained, counts = attach(trained, dataclasses.replace(adapter, continue_from=None), stage, "")
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
-    forward, scores = count(model, context).flops, _score_flops(model, context)
-    # In the backward pass, gradients of activations cost as much as the forward pass, those of the scores twice; then those of the weights.
-    weights = sum(2 * _multiplied(model, part, number) for part, number in counts.trained.items())
     kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
-    return StageCost(memory, (1 + checkpointing) * forward + forward + scores + round(weights), kept, batch)
+    flops = count(model, context).flops + _backward_flops(model, without_adapter(trained), checkpointing, context)
+    return StageCost(memory, flops, kept, batch)
 
 
-def stage_batch(stage: Stage) -> Batch:
-    """Return the largest micro batch of a stage: rows of `max_length` tokens, or of CONTEXT if nothing is cut, all with labels."""
+def _backward_flops(model: PreTrainedModel, trained: PreTrainedModel, checkpointing: bool, context: int) -> int:
+    """Return the FLOPs of a token's backward pass through the language model. `trained`: the same, with parameters chosen, or an adapter.
+
+    The gradient of an activation costs as much as the product that made it, those of the scores twice; below the first trained parameter
+    there are none. So if only the FFN of a layer is trained, and nothing below, only the input of its last matrix has one. The gradient
+    of a trained weight costs as much as its product. With `checkpointing`, the layers that gradients reach are computed again.
+    """
+    parts, products, trained_parts = parts_of(model), products_of(model), parts_of(trained)
+    learning = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    prefix = f"{backbone_name(model)}.layers"
+    inside = sum(number for name, number in products.items() if name.startswith(f"{prefix}."))
+    flops = 2 * (sum(products.values()) - inside)  # the head
+    reached = any(trained_parts[name] in ("tower", "projector", "embeddings") for name in learning)
+    for index, layer in enumerate(decoder_layers(model)):
+        own = {name: 2 * number for name, number in products.items() if name.startswith(f"{prefix}.{index}.")}
+        scores, whole = _score_flops(model, layer, context), sum(own.values())
+        begins = {trained_parts[name] for name in learning if name.startswith(f"{prefix}.{index}.")}
+        if reached or begins & {"attention", "norms"}:
+            flops += whole + 2 * scores
+        elif begins:
+            matrices = 2 if layout_of(getattr(layer, "mlp", None))[0] else 3
+            flops += sum(number for name, number in own.items() if parts[name] in ("FFN", "experts")) / matrices
+        reached = reached or bool(begins)
+        flops += checkpointing * reached * (whole + scores)
+    used = products_of(trained)
+    return round(flops + sum(2 * used.get(name, 0) for name in learning))
+
+
+def stage_batch(stage: Stage, model: PreTrainedModel) -> Batch:
+    """Return the largest micro batch of a stage: rows of `max_length` tokens, or of CONTEXT if nothing is cut, all with labels; for a tower
+    with experts, each with an image."""
     settings = stage.settings
     rows, length = settings.optimisation.per_device_batch_size, settings.max_length or CONTEXT
-    return Batch(rows, length, rows * length)
+    options = model.config if isinstance(model, SparseModel) else stage.recipe.stage3.options
+    sees = stage.number == 3 and "vision_tower" in options.moe_in
+    patches = rows * patches_of_image(model.config.vision_config) if sees else 0
+    return Batch(rows, length, rows * length, patches, taught=stage.distillation is not None)
 
 
-def _multiplied(model: PreTrainedModel, part: str, number: int) -> float:
-    """Return how many of the `number` trainable parameters of a part a text token is multiplied with."""
-    if part == "projector" or part.startswith(VISION):
-        return 0
-    if part == "language model":
-        return count(model, context=0).flops / 2
-    if part in ("experts", "experts adapter"):
-        experts = _experts_of(model)
-        assert experts is not None
-        return _seen_experts(model, number) * experts[1] / experts[0]
-    return number
+def patches_of_image(vision: Any) -> int:
+    """Return how many patches an image of the tower's own size has, by the configuration of the tower; one that takes any size has a table
+    of so many positions."""
+    if hasattr(vision, "num_position_embeddings"):
+        return int(vision.num_position_embeddings)
+    sides, patch = ([each] * 2 if isinstance(each, int) else each for each in (vision.image_size, vision.patch_size))
+    return (sides[0] // patch[0]) * (sides[1] // patch[1])

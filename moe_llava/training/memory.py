@@ -16,9 +16,12 @@ and the first one only its FFN. With gradient checkpointing, a layer keeps its i
 Then come the final norm, D + 2 t D, and for each position with a label three rows of the vocabulary in float32: logits, their logarithmic
 softmax, and its gradient. In bf16 the layers' numbers have two bytes, and autocast keeps a copy of the weights that it multiplies with.
 
-Not modelled: the tower, which is frozen, so that only its largest layer counts for a moment, unless it has experts; the projector;
-attention masks; the temporary tensors of one operation; what families compute besides, such as state-space layers, which count as
-attention.
+With a teacher come three more such rows: its probabilities and what their divergence keeps (measured on a CPU, live and cached).
+
+A tower whose FFNs are trained keeps the same for each patch, with two norms and attention that are frozen.
+
+Not modelled: a tower that is frozen, of which only the largest layer counts for a moment; the projector; attention masks; the temporary
+tensors of one operation; what families compute besides, such as state-space layers, which count as attention.
 """
 
 from __future__ import annotations
@@ -28,25 +31,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_llava.model import SparseModel
-from moe_llava.model.ffn import FFN_FORMS, PLAIN
+from moe_llava.model.ffn import FFN_FORMS
 from moe_llava.model.moe import PlainExperts, SparseMlp
+from moe_llava.model.places import tower_layers
 from moe_llava.training.parts import PARTS, decoder_layers, native_experts, parts_of
 
-_ROWS_OF_LOGITS = 3
-_MULTIPLIED = ("attention", "FFN", "experts")
+_ROWS_OF_LOGITS, _ROWS_OF_TEACHER = 3, 3
+_CAST = ("attention", "FFN", "experts")  # parts whose products autocast computes in bfloat16
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro batch on one device. `length`: tokens of each row, those of images included. `labelled`: positions with a label, of all."""
+    """A micro batch on one device. `length`: tokens of each row, those of images included. `labelled`: positions with a label, of all.
+    `patches`: those of all images, which count if the tower is trained. `taught`: a teacher predicts the labels, too."""
 
     rows: int
     length: int
     labelled: int
+    patches: int = 0
+    taught: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,14 +75,18 @@ def activations(model: PreTrainedModel, batch: Batch, checkpointing: bool = Fals
     size, width, parts = 2 if bf16 else 4, text.hidden_size, parts_of(model)
     trained = {parts[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = _layer_numbers(model, batch.length if eager else 0, bool(trained & {"tower", "projector", "embeddings"}))
-    kept = [number * batch.tokens * size for number in layers]
+    tower = _tower_numbers(model, batch.patches // batch.rows if eager else 0) if "tower" in trained else []
+    kept = [number * batch.tokens * size for number in layers] + [number * batch.patches * size for number in tower]
     inputs = sum(number > 0 for number in layers) * width * batch.tokens * size
+    inputs += sum(number > 0 for number in tower) * _tower_width(model) * batch.patches * size
     head = model.get_output_embeddings().weight
     final = width * batch.tokens * size * (3 if head.requires_grad else 1) + head.requires_grad * batch.labelled * width * size
     row = batch.labelled * head.shape[0] * 4
     saved = (inputs if checkpointing else sum(kept)) + final + row
-    copies = 2 * sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and parts[name] in _MULTIPLIED) if bf16 else 0
-    return Activations(saved, saved + (max(kept, default=0) if checkpointing else 0) + (_ROWS_OF_LOGITS - 1) * row + copies)
+    multiplied = [p for name, p in model.named_parameters() if parts[name] in _CAST or (parts[name] == "tower" and p.requires_grad)]
+    copies = 2 * sum(parameter.numel() for parameter in multiplied if parameter.dim() > 1) if bf16 else 0
+    rows = (_ROWS_OF_LOGITS - 1 + batch.taught * _ROWS_OF_TEACHER) * row
+    return Activations(saved, saved + (max(kept, default=0) if checkpointing else 0) + rows + copies)
 
 
 def _layer_numbers(model: PreTrainedModel, context: int, below: bool) -> list[int]:
@@ -101,7 +112,7 @@ def _layer_numbers(model: PreTrainedModel, context: int, below: bool) -> list[in
         wide = [name.removesuffix(".weight") for name, size in norms.items() if size == width and name.endswith(".weight")]
         scaled = [name for name in wide if f"{name}.bias" not in norms]
         columns = (sizes["FFN"] + sizes["experts"] * experts // of) // width
-        numbers = max(t, f) * width + _ffn_numbers(layer, columns, f) + 2 * experts * width
+        numbers = max(t, f) * width + _ffn_numbers(getattr(layer, "mlp", None), columns, f) + 2 * experts * width
         if below or t:
             outputs = t * width if len(wide) > 1 else 0  # attention and FFN side by side have one norm
             numbers += (len(wide) + t * len(scaled)) * width + outputs + (4 + t) * queries + heads * context
@@ -110,18 +121,45 @@ def _layer_numbers(model: PreTrainedModel, context: int, below: bool) -> list[in
     return found
 
 
-def _ffn_numbers(layer: nn.Module, columns: int, trained: bool) -> int:
+def _tower_width(model: PreTrainedModel) -> int:
+    return int(model.config.vision_config.hidden_size)
+
+
+def _tower_numbers(model: PreTrainedModel, context: int) -> list[int]:
+    """Return how many numbers each layer of the vision tower keeps for a patch, if only FFNs are trained in it. `context`: patches of an
+    image, for "eager" attention."""
+    width, vision, below, found = _tower_width(model), model.config.vision_config, False, []
+    heads = vision.num_attention_heads if hasattr(vision, "num_attention_heads") else vision.num_heads
+    for layer in tower_layers(model)[1]:
+        ffn: Any = layer.mlp
+        experts, used = 0, sum(parameter.numel() for parameter in ffn.parameters() if parameter.dim() > 1)
+        if isinstance(ffn, SparseMlp):
+            experts, of = ffn.router.top_k, ffn.router.num_experts
+            idle = sum(parameter.numel() for parameter in ffn.experts.parameters() if parameter.dim() > 2) * (of - experts) // of
+            used -= idle + ffn.router.weight.numel()
+        trained = any(parameter.requires_grad for parameter in ffn.parameters())
+        numbers = trained * width + _ffn_numbers(ffn, used // width, trained) + 2 * experts * width
+        numbers += below * (6 * width + heads * context)  # two norms; queries, keys, values and output
+        below = below or trained
+        found.append(numbers if below else 0)
+    return found
+
+
+def _ffn_numbers(ffn: Any, columns: int, trained: bool) -> int:
     """Return what an FFN keeps for a token. `columns`: of its matrices, side by side; of those of a token's experts if it is sparse."""
-    ffn: Any = getattr(layer, "mlp", None)
-    activation: Any
-    if isinstance(ffn, SparseMlp):
-        plain, activation = isinstance(ffn.experts, PlainExperts), ffn.experts.act_fn
-    else:
-        names = {name for name, _ in ffn.named_parameters()} if isinstance(ffn, nn.Module) else set()
-        form = next((form for form in FFN_FORMS if names == form.dense_names and hasattr(ffn, form.activation)), None)
-        plain, activation = form is PLAIN, None if form is None else getattr(ffn, form.activation)
+    plain, activation = layout_of(ffn)
     kept = 1 if activation is None else _kept_by(activation)
     return (kept + trained) * columns // 2 if plain else (kept + 2 + trained) * columns // 3
+
+
+def layout_of(ffn: Any) -> tuple[bool, Any]:
+    """Return (whether an FFN has two matrices and no gate, its activation). One that no row of FFN_FORMS describes counts as gated, and its
+    activation is None."""
+    if isinstance(ffn, SparseMlp):
+        return isinstance(ffn.experts, PlainExperts), ffn.experts.act_fn
+    names = set() if ffn is None else {name for name, _ in ffn.named_parameters()}
+    form = next((form for form in FFN_FORMS if names == form.dense_names and hasattr(ffn, form.activation)), None)
+    return (False, None) if form is None else (issubclass(form.experts, PlainExperts), getattr(ffn, form.activation))
 
 
 def _kept_by(activation: Callable[[Tensor], Tensor]) -> int:

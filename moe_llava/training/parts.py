@@ -6,7 +6,7 @@ experts and routers are parts of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -87,8 +87,6 @@ def projector_modules(model: PreTrainedModel) -> list[str]:
     return list(found)
 
 
-def attention_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the modules of the decoder layers that compute attention over the context: hybrid models have layers without."""
-    for layer in decoder_layers(model):
-        if hasattr(layer, _MIXERS[0]):
-            yield getattr(layer, _MIXERS[0])
+def attention_of(layer: nn.Module) -> Any:
+    """Return the module of a decoder layer that computes attention over the context, or None: hybrid models have layers without."""
+    return getattr(layer, _MIXERS[0], None)

@@ -117,18 +117,24 @@ def test_training_memory():
 
 
 def test_training_arithmetic_by_hand():
-    """A product of weights costs as much backward for its input as forward, and as much again if the weights learn."""
+    """A product of weights costs as much backward for its input as forward, and as much again if the weights learn. Below the first layer
+    that learns there is no gradient: in stage III, in layer 0, not of its attention, nor of the input of its FFN."""
     dense = tiny_dense("llama")
     layer, head, scores = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48, 32 * 99, 2 * 2 * 32 * 2048
     products = 2 * (4 * layer + head)
     assert stage_cost(dense, "stage1", []).flops == 2 * products + 4 * 3 * scores
     assert stage_cost(dense, "stage2", []).flops == 3 * products + 4 * 3 * scores
-    assert stage_cost(dense, "stage2", [], checkpointing=True).flops == 4 * products + 4 * 4 * scores
-    assert stage_cost(dense, "dense", [0, 2]).flops == 2 * products + 4 * 3 * scores + 2 * 2 * 3 * 32 * 48
+    assert stage_cost(dense, "stage2", [], checkpointing=True).flops == 4 * products - 2 * head + 4 * 4 * scores
+    unreached = 2 * (layer - 32 * 48) + 2 * scores  # all of layer 0 but the gradient of down_proj's input
+    assert stage_cost(dense, "dense", [0, 2]).flops == 2 * products + 4 * 3 * scores + 2 * 2 * 3 * 32 * 48 - unreached
+    below = 2 * 2 * layer + 2 * 2 * scores  # layers 0 and 1
+    within = unreached + below
+    assert stage_cost(dense, "dense", [2, 3]).flops == 2 * products + 4 * 3 * scores + 2 * 2 * 3 * 32 * 48 - within
     sparse = upcycle(dense)
     more = 2 * 2 * (3 * 32 * 48 + 4 * 32)  # in two layers a second expert for each token, and a router
     learning = 2 * 2 * (2 * 3 * 32 * 48 + 4 * 32)
-    assert stage_cost(sparse, "stage3", [0, 2]).flops == 2 * (products + more) + 4 * 3 * scores + learning
+    unreached += 2 * (2 * 32 * 48 + 4 * 32)  # gate_proj and up_proj of the second expert, and the router
+    assert stage_cost(sparse, "stage3", [0, 2]).flops == 2 * (products + more) + 4 * 3 * scores + learning - unreached
 
 
 @pytest.mark.parametrize(("kind", "linear_bytes"), [(None, 4), ("int8", 1), ("nf4", 0.5)])
@@ -166,6 +172,44 @@ def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F8
     (published / "config.json").write_text(json.dumps(settings))  # which is all that is looked at
     budget, stages = survey(published, towers)
     assert (budget.experts, budget.moe_layers, list(stages)) == ((3, 2), [1, 2], ["stage3"])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_live_teacher(write_recipe, tiny_base, dense):  # noqa: F811
+    """Each device has all of its weights, however the model is sharded, and its forward pass comes on top. A cached one is gone by then."""
+    teacher = {"teacher": str(tiny_base / "base")}
+    settings = {"stage3__dense": dense, "sharding": None if dense else {"fsdp_size": 2}}
+    budget, _ = survey(tiny_base / "base")
+    without, live, cached = (
+        survey(load_recipe(write_recipe(**settings, stage3__distillation=distillation)))[1]["dense" if dense else "stage3"]
+        for distillation in (None, teacher, teacher | {"top_k": 8})
+    )
+    assert live.memory - without.memory == 4 * sum(budget.total.values())
+    assert live.flops - without.flops == budget.flops
+    assert (cached.memory, cached.flops) == (without.memory, without.flops)
+    labelled, vocabulary = live.batch.labelled, 99
+    for cost in (live, cached):
+        assert cost.activations - without.activations == 3 * labelled * vocabulary * 4
+
+
+def test_a_teacher_in_half_precision(write_recipe, tiny_base):  # noqa: F811
+    budget, _ = survey(tiny_base / "base")
+    without, live = (
+        survey(load_recipe(write_recipe(precision="bf16", stage3__distillation=distillation)))[1]["stage3"].memory
+        for distillation in (None, {"teacher": str(tiny_base / "base")})
+    )
+    assert live - without == budget.weight_bytes
+
+
+def test_activations_of_a_tower_with_experts(write_recipe):  # noqa: F811
+    """An image in each row: 36 patches of 8 x 8 pixels."""
+    places = ["language_model", "vision_tower"]
+    plain, sparse = (survey(load_recipe(write_recipe(**changes)))[1] for changes in ({}, {"stage3__moe": {"moe_in": places}}))
+    assert (plain["stage3"].batch.patches, sparse["stage3"].batch.patches) == (0, 4 * 36)
+    assert sparse["stage1"] == plain["stage1"]
+    assert sparse["stage3"].activations > plain["stage3"].activations
+    shown = run_here("params", write_recipe(stage3__moe={"moe_in": places})).stdout
+    assert "all with labels, each with an image of 36 patches, together" in shown
 
 
 def test_the_command(tiny_base, tmp_path):  # noqa: F811
