@@ -40,7 +40,6 @@ from moe_llava.training.recipe import Adapter, Recipe
 from moe_llava.training.stage import Stage, load_structure, on_meta
 from moe_llava.training.trainable import choose_parameters
 
-_MULTIPLIED = ("attention", "FFN", "experts", "router")
 CONTEXT = 2048  # tokens that the counted token attends to; the text length of the paper
 
 
@@ -144,9 +143,10 @@ def products_of(model: PreTrainedModel) -> dict[str, float]:
     unseen = tuple(f"{group.experts}." for group in groups if group.experts not in first.values())
     found: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        if parts[name] in _MULTIPLIED or parameter is head:
-            share = 1 if parts[name] != "experts" else 0 if name.startswith(unseen) else used
-            found[name] = parameter.numel() * share
+        if parts[name] == "experts":
+            found[name] = 0 if name.startswith(unseen) else parameter.numel() * used
+        elif parts[name] in ("attention", "FFN", "router") or parameter is head:
+            found[name] = parameter.numel()
     return found
 
 
@@ -264,15 +264,15 @@ def _backward_flops(model: PreTrainedModel, trained: PreTrainedModel, checkpoint
     of a trained weight costs as much as its product. With `checkpointing`, the layers that gradients reach are computed again.
     """
     parts, products, trained_parts = parts_of(model), products_of(model), parts_of(trained)
-    learning = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    trainable = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
     prefix = f"{backbone_name(model)}.layers"
     inside = sum(number for name, number in products.items() if name.startswith(f"{prefix}."))
     flops = 2 * (sum(products.values()) - inside)  # the head
-    reached = any(trained_parts[name] in ("tower", "projector", "embeddings") for name in learning)
+    reached = any(trained_parts[name] in ("tower", "projector", "embeddings") for name in trainable)
     for index, layer in enumerate(decoder_layers(model)):
         own = {name: 2 * number for name, number in products.items() if name.startswith(f"{prefix}.{index}.")}
         scores, whole = _score_flops(model, layer, context), sum(own.values())
-        begins = {trained_parts[name] for name in learning if name.startswith(f"{prefix}.{index}.")}
+        begins = {trained_parts[name] for name in trainable if name.startswith(f"{prefix}.{index}.")}
         if reached or begins & {"attention", "norms"}:
             flops += whole + 2 * scores
         elif begins:
@@ -281,7 +281,7 @@ def _backward_flops(model: PreTrainedModel, trained: PreTrainedModel, checkpoint
         reached = reached or bool(begins)
         flops += checkpointing * reached * (whole + scores)
     used = products_of(trained)
-    return round(flops + sum(2 * used.get(name, 0) for name in learning))
+    return round(flops + sum(2 * used.get(name, 0) for name in trainable))
 
 
 def stage_batch(stage: Stage, model: PreTrainedModel) -> Batch:
