@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -35,20 +35,31 @@ def demo(
         run_demo(out, loaded, train_images, test_images)
 
 
-@verb("Train", "moe-llava digits runs/digits")
+@verb("Train", "moe-llava digits runs/digits", "moe-llava digits runs/hard --level hard")
 def digits(
     out: Annotated[Path, typer.Argument(help="folder to write `data` and `base` into")] = Path("runs/digits"),
     train_images: Annotated[int | None, typer.Option(min=1, help="pictures to train on")] = None,
     test_images: Annotated[int | None, typer.Option(min=1, help="pictures of unseen handwriting to test on")] = None,
+    level: Annotated[
+        Literal["standard", "hard"], typer.Option(help="hard: more cells, digits, colours and families; its base must be pretrained")
+    ] = "standard",
+    fresh_images: Annotated[int, typer.Option(min=0, help="pictures of other scenes for stage III, in fresh.json")] = 0,
 ) -> None:
-    """Write the digits data set (LLaVA files) and the dense model to start from."""
+    """Write the digits data set (LLaVA files) and, in the standard level, the dense model to start from."""
     with user_errors():
         from rich.console import Console
 
-        from moe_llava.experiments.demo import prepare
+        from moe_llava.digits.scenes import LEVELS
+        from moe_llava.experiments.demo import prepare_base, prepare_data
 
-        prepare(out, train_images, test_images, Console())
-        print(f"{out / 'data'}: pictures and questions; {out / 'base'}: the dense model to start from")
+        wanted = {"train": train_images, "test": test_images, "fresh": fresh_images}
+        prepare_data(out / "data", wanted, Console(), LEVELS[level])
+        print(f"{out / 'data'}: pictures and questions")
+        if level == "standard":
+            prepare_base(out / "base")
+            print(f"{out / 'base'}: the dense model to start from")
+        else:
+            print("no model to start from: pretrain its parts with python -m moe_llava.digits.pretrain --level hard")
 
 
 @verb("Train", "moe-llava train recipes/digits.yaml", "moe-llava train recipes/digits.yaml --stage 3 --set seed=1 --resume")

@@ -1,7 +1,7 @@
 """Pretrain the two components of the digits world: a CLIP tower, and a language model that knows scenes from text alone.
 
     python -m moe_llava.digits.pretrain tower OUT
-    python -m moe_llava.digits.pretrain language-model OUT
+    python -m moe_llava.digits.pretrain language-model OUT --level hard --width 96
 
 Both are deterministic for a seed, a machine and a number of threads. They compute in bfloat16, three times as fast on a CPU that supports
 it, with a float32 master copy of the weights; Muon trains hidden matrices, AdamW the others.
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from moe_llava.digits.base import pixel_values
-from moe_llava.digits.questions import FAMILIES, Question, ask_existence, sample_questions, unique_items
-from moe_llava.digits.scenes import CANVAS, COLOURS, MAX_DIGITS, Item, Scene, handwriting, render, sample_scene
+from moe_llava.digits.questions import Question, ask_existence, families, sample_questions, unique_items
+from moe_llava.digits.scenes import LEVELS, STANDARD, Item, Level, Scene, handwriting, render, sample_scene
 from moe_llava.digits.tokenizer import build_tokenizer
 
-CURRICULUM_SHARE = 0.3  # of the tower's steps: one digit first, then two, up to MAX_DIGITS
+CURRICULUM_SHARE = 0.3  # of the tower's steps: one digit first, then two, up to the most of a scene
 CARD_STEPS = 350
 CARDS = 16  # in a row
+WIDTH, HEAD = 160, 32  # of the shipped language model, and of a head of attention
 
 
 class MasterWeights:
@@ -65,9 +66,9 @@ class MasterWeights:
                 parameter.copy_(self.master[name])
 
 
-def digits_allowed(progress: float) -> int:
-    """Return how many digits a scene may hold after `progress` (0..1) of the training: the curriculum."""
-    return min(MAX_DIGITS, 1 + int(progress / CURRICULUM_SHARE * MAX_DIGITS))
+def digits_allowed(progress: float, most: int) -> int:
+    """Return how many digits a scene may hold after `progress` (0..1) of the training, of `most` in the end: the curriculum."""
+    return min(most, 1 + int(progress / CURRICULUM_SHARE * most))
 
 
 def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
@@ -79,17 +80,17 @@ def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
             print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left", flush=True)
 
 
-def _vocabulary() -> dict[str, int]:
-    tokenizer = build_tokenizer()
+def _vocabulary(level: Level) -> dict[str, int]:
+    tokenizer = build_tokenizer(level)
     return {"vocab_size": len(tokenizer)} | {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
 
 
 # --- the tower
 
 
-def tower_config() -> CLIPConfig:
+def tower_config(level: Level = STANDARD) -> CLIPConfig:
     text = {
-        **_vocabulary(),
+        **_vocabulary(level),
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_hidden_layers": 2,
@@ -101,7 +102,7 @@ def tower_config() -> CLIPConfig:
         "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": CANVAS,
+        "image_size": level.canvas,
         "patch_size": 8,
     }
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
@@ -112,22 +113,22 @@ def sibling(scene: Scene, rng: random.Random) -> Scene:
     index = rng.randrange(len(scene.items))
     while True:
         old = scene.items[index]
-        new = replace(old, digit=rng.randrange(10)) if rng.random() < 0.7 else replace(old, colour=rng.choice(list(COLOURS)))
+        new = replace(old, digit=rng.randrange(10)) if rng.random() < 0.7 else replace(old, colour=rng.choice(scene.level.colours))
         others: list[Item] = [item for item in scene.items if item is not old]
         if new != old and all((new.digit, new.colour) != (item.digit, item.colour) for item in others):
             return Scene(tuple(sorted([*others, new], key=lambda item: item.cell)))
 
 
-def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pairs: int = 96) -> CLIPModel:
+def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pairs: int = 96, level: Level = STANDARD) -> CLIPModel:
     """Pretrain a tower contrastively (CLIP, arXiv 2103.00020) on `pairs` scenes and as many siblings a step, with handwriting of the
     training split only."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = build_tokenizer()
-    model = CLIPModel(tower_config())
+    tokenizer = build_tokenizer(level)
+    model = CLIPModel(tower_config(level))
     weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
     for step, progress in steps_with_progress(steps, "tower"):
-        scenes = [sample_scene(rng, digits_allowed(progress)) for _ in range(pairs)]
+        scenes = [sample_scene(rng, level, (1, digits_allowed(progress, level.digits[1]))) for _ in range(pairs)]
         scenes += [sibling(scene, rng) for scene in scenes]
         text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, padding_side="right", return_tensors="pt")
         pixels = pixel_values([render(scene, rng, "train") for scene in scenes]).bfloat16()
@@ -141,21 +142,22 @@ def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pai
         if step % 100 == 99:
             print(f"tower: loss {loss.item():.3f}", flush=True)
         if step % 500 == 499 or step == steps - 1:
-            print(f"tower: linear probe reads {probe_tower(model):.1%} of unseen digits", flush=True)
+            print(f"tower: linear probe reads {probe_tower(model, level):.1%} of unseen digits", flush=True)
             save(model)
     return model
 
 
 @torch.no_grad()
-def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
+def probe_tower(model: CLIPModel, level: Level = STANDARD, scenes: int = 1500) -> float:
     """Return the accuracy, on unseen handwriting, of a linear classifier that predicts a digit from the four patches of its cell in the
     second-last layer."""
     from sklearn.linear_model import LogisticRegression
 
     features: dict[str, tuple[Tensor, list[int]]] = {}
+    grid = level.grid
     for split in ("train", "test"):
         rng = random.Random(7)
-        drawn = [sample_scene(rng) for _ in range(scenes)]
+        drawn = [sample_scene(rng, level) for _ in range(scenes)]
         hidden_BPD = (
             model.vision_model(
                 pixel_values=pixel_values([render(scene, rng, split) for scene in drawn]).to(model.dtype), output_hidden_states=True
@@ -163,7 +165,7 @@ def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
             .hidden_states[-2][:, 1:]
             .float()
         )
-        rows = hidden_BPD.view(len(drawn), 3, 2, 3, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(drawn), 9, -1)
+        rows = hidden_BPD.view(len(drawn), grid, 2, grid, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(len(drawn), grid * grid, -1)
         items = [(index, item) for index, scene in enumerate(drawn) for item in scene.items]
         features[split] = (torch.stack([rows[index, item.cell] for index, item in items]), [item.digit for _, item in items])
     probe = LogisticRegression(max_iter=300, C=0.1).fit(features["train"][0].numpy(), features["train"][1])
@@ -173,14 +175,15 @@ def probe_tower(model: CLIPModel, scenes: int = 1500) -> float:
 # --- the language model
 
 
-def language_model_config() -> LlamaConfig:
+def language_model_config(width: int = WIDTH, level: Level = STANDARD) -> LlamaConfig:
+    """Return the configuration of a language model whose shape is that of the shipped one, of another width: a multiple of HEAD."""
     return LlamaConfig(
-        **_vocabulary(),
-        hidden_size=160,
-        intermediate_size=432,
+        **_vocabulary(level),
+        hidden_size=width,
+        intermediate_size=16 * round(2.7 * width / 16),
         num_hidden_layers=6,
-        num_attention_heads=5,
-        initializer_range=0.08,  # about 1 / sqrt(hidden_size)
+        num_attention_heads=width // HEAD,
+        initializer_range=round(width**-0.5, 2),
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
@@ -216,8 +219,8 @@ def flash_cards(scene: Scene, rng: random.Random, number: int) -> list[tuple[str
 class TextScenes:
     """Encodes rows: a scene as text, followed by flash cards, or by questions and answers in the chat template."""
 
-    def __init__(self) -> None:
-        self.tokenizer = build_tokenizer()
+    def __init__(self, level: Level = STANDARD) -> None:
+        self.level, self.tokenizer = level, build_tokenizer(level)
 
     def encode(self, scene: Scene, questions: list[Question]) -> tuple[list[int], list[int]]:
         """Return (input_ids, labels) of one row; labels are -100 except for the answers."""
@@ -243,13 +246,14 @@ class TextScenes:
 
     def questions(self, rng: random.Random, rows: int, number: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
         """Return input_ids and labels [B, S] of `rows` scenes of any size with `number` questions each, and the questions."""
-        scenes = [sample_scene(rng) for _ in range(rows)]
+        scenes = [sample_scene(rng, self.level) for _ in range(rows)]
         questions = [sample_questions(scene, rng, number) for scene in scenes]
         return *pad([self.encode(scene, row) for scene, row in zip(scenes, questions, strict=True)]), questions
 
     def cards(self, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
         """Return input_ids and labels [B, S] of `rows` full scenes with flash cards. In small scenes, guesses are too often right."""
-        scenes = [sample_scene(rng, min_digits=MAX_DIGITS) for _ in range(rows)]
+        most = self.level.digits[1]
+        scenes = [sample_scene(rng, self.level, (most, most)) for _ in range(rows)]
         return pad([self.encode_cards(scene, rng) for scene in scenes])
 
 
@@ -261,14 +265,22 @@ def pad(encoded: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 def pretrain_language_model(
-    steps: int, seed: int, save: Callable[[LlamaForCausalLM], None], rows: int = 64, questions: int = 6
+    steps: int,
+    seed: int,
+    save: Callable[[LlamaForCausalLM], None],
+    rows: int = 64,
+    questions: int = 6,
+    width: int = WIDTH,
+    level: Level = STANDARD,
 ) -> LlamaForCausalLM:
     """Train on answers about scenes given as text: first flash cards, which teach to bind a digit to its colour and place, then `questions`
     questions about each of `rows` scenes a step."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    text = TextScenes()
-    model = LlamaForCausalLM._from_config(language_model_config(), attn_implementation="eager")  # sdpa's backward is slow on CPU
+    text = TextScenes(level)
+    model = LlamaForCausalLM._from_config(
+        language_model_config(width, level), attn_implementation="eager"
+    )  # sdpa's backward is slow on CPU
     weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
     for step, progress in steps_with_progress(steps, "language model"):
         ids_BS, labels_BS = text.cards(rng, rows) if step < CARD_STEPS else text.questions(rng, rows, questions)[:2]
@@ -281,18 +293,18 @@ def pretrain_language_model(
         if step % 100 == 99:
             print(f"language model: loss {loss.item():.3f}", flush=True)
         if step % 250 == 249 or step == steps - 1:
-            print(f"language model: {format_scores(text_accuracy(model))}", flush=True)
+            print(f"language model: {format_scores(text_accuracy(model, level))}", flush=True)
             save(model)
     return model
 
 
 @torch.no_grad()
-def text_accuracy(model: LlamaForCausalLM, rows: int = 500, seed: int = 7) -> dict[str, float]:
+def text_accuracy(model: LlamaForCausalLM, level: Level = STANDARD, rows: int = 500, seed: int = 7) -> dict[str, float]:
     """Return the accuracy from text, per family and over "all": the share of questions whose answer tokens are all predicted."""
-    text = TextScenes()
-    ids_BS, labels_BS, rows_of_questions = text.questions(random.Random(seed), rows, len(FAMILIES))
+    text, names = TextScenes(level), list(families(level))
+    ids_BS, labels_BS, rows_of_questions = text.questions(random.Random(seed), rows, len(names))
     right_BS = model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).logits[:, :-1].argmax(-1) == labels_BS[:, 1:]
-    scores: dict[str, list[bool]] = {family: [] for family in [*FAMILIES, "all"]}
+    scores: dict[str, list[bool]] = {family: [] for family in [*names, "all"]}
     for right_S, labels_S, questions in zip(right_BS, labels_BS[:, 1:], rows_of_questions, strict=True):
         # An answer starts where a label follows none; the tokens of answer number n have the id n.
         is_label_S = labels_S != -100
@@ -316,17 +328,26 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--level", choices=LEVELS, default=STANDARD.name)
+    parser.add_argument("--width", type=int, help=f"of the language model, a multiple of {HEAD}; default: {WIDTH}")
     arguments = parser.parse_args()
+    width, level = arguments.width or WIDTH, LEVELS[arguments.level]
+    if arguments.part == "tower" and arguments.width is not None:
+        parser.error("--width is for the language model; all towers have one width")
+    if width < HEAD or width % HEAD:
+        parser.error(f"--width is {width}, but must be a multiple of {HEAD}, the width of a head of attention")
     handwriting("train")
     report: dict[str, float]
     if arguments.part == "tower":
-        tower = pretrain_tower(arguments.steps or 2500, arguments.seed, lambda model: model.vision_model.save_pretrained(arguments.out))
-        report = {"linear_probe": probe_tower(tower)}
+        tower = pretrain_tower(
+            arguments.steps or 2500, arguments.seed, lambda model: model.vision_model.save_pretrained(arguments.out), level=level
+        )
+        report = {"linear_probe": probe_tower(tower, level)}
     else:
         language_model = pretrain_language_model(
-            arguments.steps or 2200, arguments.seed, lambda model: model.save_pretrained(arguments.out)
+            arguments.steps or 2200, arguments.seed, lambda model: model.save_pretrained(arguments.out), width=width, level=level
         )
-        report = text_accuracy(language_model)
+        report = text_accuracy(language_model, level)
     (arguments.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

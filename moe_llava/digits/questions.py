@@ -1,6 +1,7 @@
 """Questions about a scene, each with the one right answer.
 
-Families: existence, count, colour, digit, position, relation, comparison, sum, caption. Every question has one answer in its scene ("what
+Families: existence, count, colour, digit, position, relation, comparison, sum, caption; in the level "hard" neighbour, difference, larger
+and extreme, too. Every question has one answer in its scene ("what
 colour is the 7" needs exactly one 7). Existence questions with the answer no have the three kinds of POPE (arXiv 2305.10355): random (any
 absent digit), popular (an absent digit in its favourite colour) and adversarial (digit and colour are both present, but not together).
 """
@@ -11,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_llava.digits.scenes import COLOURS, POSITIONS, Item, Scene, favourite_colour
+from moe_llava.digits.scenes import HARD, STANDARD, Item, Level, Scene
 
 NEGATIVE_KINDS = ("random", "popular", "adversarial")
 
@@ -33,11 +34,11 @@ def ask_existence(scene: Scene, rng: random.Random, kind: str | None = None) -> 
     if kind == "positive":
         pairs = sorted(present)
     elif kind == "popular":
-        pairs = [(digit, favourite_colour(digit)) for digit in range(10)]
+        pairs = [(digit, scene.level.favourite_colour(digit)) for digit in range(10)]
     elif kind == "adversarial":
         pairs = [(a.digit, b.colour) for a in scene.items for b in scene.items]
     else:
-        pairs = [(digit, colour) for digit in range(10) for colour in COLOURS]
+        pairs = [(digit, colour) for digit in range(10) for colour in scene.level.colours]
     if kind != "positive":
         pairs = [pair for pair in pairs if pair not in present]
     if not pairs:
@@ -51,7 +52,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question:
     if what == "digits":
         return Question("count", "how many digits are there ?", str(len(scene.items)))
     # Half of the colours are in the scene: otherwise nearly every answer is 0.
-    colour = rng.choice(scene.items).colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
+    colour = rng.choice(scene.items).colour if rng.random() < 0.5 else rng.choice(scene.level.colours)
     number = sum(item.colour == colour for item in scene.items)
     return Question("count", f"how many {colour} digits are there ?", str(number))
 
@@ -64,7 +65,7 @@ def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
 def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
         anywhere = rng.choice(scene.items)
-        return Question("digit", f"which digit is at the {anywhere.position} ?", str(anywhere.digit))
+        return Question("digit", f"which digit is {anywhere.place} ?", str(anywhere.digit))
     item = _draw(unique_items(scene, "colour"), rng)
     return Question("digit", f"which digit is {item.colour} ?", str(item.digit)) if item else None
 
@@ -104,7 +105,41 @@ def ask_caption(scene: Scene, rng: random.Random) -> Question:
     return Question("caption", "describe the image .", scene.caption)
 
 
-FAMILIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+def ask_neighbour(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask for the nearest digit in the same row or column, in one direction."""
+    item = rng.choice(scene.items)
+    direction, axis, along, sign = rng.choice(
+        [("left of", "row", "column", -1), ("right of", "row", "column", 1), ("above", "column", "row", -1), ("below", "column", "row", 1)]
+    )
+    aligned = [other for other in scene.items if getattr(other, axis) == getattr(item, axis)]
+    distances = {other: sign * (getattr(other, along) - getattr(item, along)) for other in aligned}
+    nearest = min((other for other in aligned if distances[other] > 0), key=lambda other: distances[other], default=None)
+    return Question("neighbour", f"which digit is {direction} the {item.name} ?", str(nearest.digit)) if nearest else None
+
+
+def ask_difference(scene: Scene, rng: random.Random) -> Question | None:
+    pair = _draw_pair(scene, rng)
+    if pair is None:
+        return None
+    text = f"what is the difference of the {pair[0].colour} digit and the {pair[1].colour} digit ?"
+    return Question("difference", text, str(abs(pair[0].digit - pair[1].digit)))
+
+
+def ask_larger(scene: Scene, rng: random.Random) -> Question:
+    bound = rng.randrange(1, 9)
+    number = sum(item.digit > bound for item in scene.items)
+    return Question("larger", f"how many digits are larger than {bound} ?", str(number))
+
+
+def ask_extreme(scene: Scene, rng: random.Random) -> Question | None:
+    word, choose = rng.choice([("largest", max), ("smallest", min)])
+    value = choose(item.digit for item in scene.items)
+    found = [item for item in scene.items if item.digit == value]
+    return Question("extreme", f"what colour is the {word} digit ?", found[0].colour) if len(found) == 1 else None
+
+
+Ask = Callable[[Scene, random.Random], Question | None]
+FAMILIES: dict[str, Ask] = {
     "existence": ask_existence,
     "count": ask_count,
     "colour": ask_colour,
@@ -115,14 +150,26 @@ FAMILIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "sum": ask_sum,
     "caption": ask_caption,
 }
+HARD_FAMILIES = FAMILIES | {
+    "neighbour": ask_neighbour,
+    "difference": ask_difference,
+    "larger": ask_larger,
+    "extreme": ask_extreme,
+}
+
+
+def families(level: Level) -> dict[str, Ask]:
+    """Return the families of questions of a level."""
+    return HARD_FAMILIES if level == HARD else FAMILIES
 
 
 def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Question]:
     """Draw `number` different questions, equally often from each family as far as the scene allows. Return fewer only if the scene allows
     no more."""
     questions: dict[str, Question] = {}
+    asks = families(scene.level)
     for _ in range(20 * number):
-        question = FAMILIES[rng.choice(list(FAMILIES))](scene, rng)
+        question = asks[rng.choice(list(asks))](scene, rng)
         if question is not None:
             questions.setdefault(question.text, question)
         if len(questions) == number:
@@ -130,14 +177,15 @@ def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Ques
     return list(questions.values())
 
 
-def vocabulary() -> list[str]:
-    """Return every word that a scene, a question or an answer can contain, sorted."""
+def vocabulary(level: Level = STANDARD) -> list[str]:
+    """Return every word that a scene, a question or an answer of a level can contain, sorted."""
     templates = (
         "is there a ? how many digits are there ? what colour is the which digit is at the where leftmost rightmost highest lowest "
         "which is larger , the digit or the digit ? what is the sum of and describe the image . yes no"
     )
+    more = "left right above below difference than largest smallest" if level == HARD else ""
     numbers = [str(number) for number in range(19)]
-    return sorted({*templates.split(), *numbers, *COLOURS, *POSITIONS})
+    return sorted({*templates.split(), *more.split(), *numbers, *level.colours, *level.positions})
 
 
 def unique_items(scene: Scene, attribute: str) -> list[Item]:

@@ -1,7 +1,8 @@
 """Scenes of handwritten digits: content, picture, description.
 
 The handwriting is real: the 1,797 scans of 8x8 pixels that scikit-learn ships (UCI, "Optical Recognition of Handwritten Digits"). A scene
-holds at most one digit per cell of a 3x3 grid, and no two digits with equal value and colour, so that "the red 7" is unique.
+holds at most one digit per cell of a grid, and no two digits with equal value and colour, so that "the red 7" is unique. A level says how
+large the grid is, and how many digits and colours there are.
 """
 
 from __future__ import annotations
@@ -24,34 +25,65 @@ COLOURS = {
     "pink": (255, 120, 210),
     "white": (240, 240, 240),
 }
+MORE_COLOURS = {"orange": (255, 140, 30), "purple": (150, 70, 230), "cyan": (60, 220, 230)}  # of the level "hard"
+RGB = COLOURS | MORE_COLOURS
 POSITIONS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-GRID = 3
 CELL = 16  # pixels
-CANVAS = GRID * CELL
-MAX_DIGITS = 4
 FAVOURITE_SHARE = 0.3  # of the digits have their favourite colour
 TEST_SHARE = 4  # every fourth scan is kept for testing
 
 
 @dataclass(frozen=True)
+class Level:
+    """How hard scenes are. `grid`: cells per side. `digits`: the fewest and the most of a scene. `positions`: the name of each cell, in
+    reading order, one token each. `at`: the words before it."""
+
+    name: str
+    grid: int
+    digits: tuple[int, int]
+    colours: tuple[str, ...]
+    positions: tuple[str, ...]
+    at: str
+
+    @property
+    def canvas(self) -> int:
+        """The side of a picture, in pixels."""
+        return self.grid * CELL
+
+    def favourite_colour(self, digit: int) -> str:
+        """Return the most frequent colour of `digit`, which "popular" negatives ask for."""
+        return self.colours[digit % len(self.colours)]
+
+
+STANDARD = Level("standard", 3, (1, 4), tuple(COLOURS), POSITIONS, "at the")
+HARD = Level("hard", 4, (3, 6), tuple(RGB), tuple(f"{column}{row}" for row in "1234" for column in "abcd"), "at")
+LEVELS = {level.name: level for level in (STANDARD, HARD)}
+
+
+@dataclass(frozen=True)
 class Item:
-    """One digit of a scene: its value 0..9, its colour, and its cell 0..8 in reading order."""
+    """One digit of a scene: its value 0..9, its colour, and its cell in reading order, from 0."""
 
     digit: int
     colour: str
     cell: int
+    level: Level = STANDARD
 
     @property
     def row(self) -> int:
-        return self.cell // GRID
+        return self.cell // self.level.grid
 
     @property
     def column(self) -> int:
-        return self.cell % GRID
+        return self.cell % self.level.grid
 
     @property
     def position(self) -> str:
-        return POSITIONS[self.cell]
+        return self.level.positions[self.cell]
+
+    @property
+    def place(self) -> str:
+        return f"{self.level.at} {self.position}"
 
     @property
     def name(self) -> str:
@@ -60,33 +92,32 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Items in reading order (top-left to bottom-right)."""
+    """Items in reading order (top-left to bottom-right): at least one, all of one level."""
 
     items: tuple[Item, ...]
 
     @property
+    def level(self) -> Level:
+        return self.items[0].level
+
+    @property
     def caption(self) -> str:
-        return " and ".join(f"a {item.name} at the {item.position}" for item in self.items)
+        return " and ".join(f"a {item.name} {item.place}" for item in self.items)
 
 
-def favourite_colour(digit: int) -> str:
-    """Return the most frequent colour of `digit`, which "popular" negatives ask for."""
-    return list(COLOURS)[digit % len(COLOURS)]
-
-
-def sample_scene(rng: random.Random, max_digits: int = MAX_DIGITS, min_digits: int = 1) -> Scene:
-    """Draw a scene of `min_digits` to `max_digits` digits."""
-    cells = sorted(rng.sample(range(GRID * GRID), rng.randint(min_digits, max_digits)))
+def sample_scene(rng: random.Random, level: Level = STANDARD, digits: tuple[int, int] | None = None) -> Scene:
+    """Draw a scene of the fewest to the most `digits`, by default the level's."""
+    cells = sorted(rng.sample(range(level.grid**2), rng.randint(*(digits or level.digits))))
     items: list[Item] = []
     taken: set[tuple[int, str]] = set()
     for cell in cells:
         while True:
             digit = rng.randrange(10)
-            colour = favourite_colour(digit) if rng.random() < FAVOURITE_SHARE else rng.choice(list(COLOURS))
+            colour = level.favourite_colour(digit) if rng.random() < FAVOURITE_SHARE else rng.choice(level.colours)
             if (digit, colour) not in taken:
                 break
         taken.add((digit, colour))
-        items.append(Item(digit, colour, cell))
+        items.append(Item(digit, colour, cell, level))
     return Scene(tuple(items))
 
 
@@ -103,16 +134,16 @@ def handwriting(split: Split) -> dict[int, np.ndarray]:
 
 
 def render(scene: Scene, rng: random.Random, split: Split) -> Image.Image:
-    """Draw `scene` as an RGB picture of 48x48 pixels with handwriting of `split`: each digit slightly rotated, scaled and shifted, on a
-    dark background of random colour with noise."""
+    """Draw `scene` as an RGB picture with handwriting of `split`: each digit slightly rotated, scaled and shifted, on a dark background of
+    random colour with noise. Its side is the canvas of the level."""
     noise_rng = np.random.default_rng(rng.getrandbits(32))
-    canvas_HWC = np.empty((CANVAS, CANVAS, 3), np.float32)
+    canvas_HWC = np.empty((scene.level.canvas, scene.level.canvas, 3), np.float32)
     canvas_HWC[:] = [rng.uniform(0, 70) for _ in range(3)]
     for item in scene.items:
         ink_HW1 = _draw_ink(rng.choice(handwriting(split)[item.digit]), rng)[..., None]
         top, left = item.row * CELL, item.column * CELL
         patch = canvas_HWC[top : top + CELL, left : left + CELL]
-        colour = np.array(COLOURS[item.colour], np.float32) * rng.uniform(0.85, 1.0)
+        colour = np.array(RGB[item.colour], np.float32) * rng.uniform(0.85, 1.0)
         patch += ink_HW1 * (colour - patch)
     canvas_HWC += noise_rng.normal(0, 6, canvas_HWC.shape)
     return Image.fromarray(canvas_HWC.clip(0, 255).astype(np.uint8))

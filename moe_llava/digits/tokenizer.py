@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_llava.digits.questions import vocabulary
+from moe_llava.digits.scenes import STANDARD, Level
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "user:", "assistant:"
@@ -22,9 +23,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that lower-cases text and splits it at white space and around "?", "." and ","; unknown words become `<unk>`."""
-    words = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT, *vocabulary()]
+def build_tokenizer(level: Level = STANDARD) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a level. It lower-cases text and splits it at white space and around "?", "." and ","; unknown words become
+    `<unk>`."""
+    words = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT, *vocabulary(level)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[?.,]"), "isolated")])

@@ -25,11 +25,13 @@ from rich.table import Table
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder, read_lines, write_whole
+from moe_llava.common.images import open_image
 from moe_llava.common.progress import show_progress
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
 from moe_llava.digits.dataset import TEST_IMAGES, TRAIN_IMAGES, write_dataset
 from moe_llava.digits.questions import FAMILIES, NEGATIVE_KINDS
+from moe_llava.digits.scenes import STANDARD, Level
 from moe_llava.evaluation.ask.answers import read_answers
 from moe_llava.evaluation.evaluate import evaluate
 from moe_llava.evaluation.score.definitions import digits_world
@@ -96,22 +98,39 @@ def prepare(out: Path, train_images: int | None, test_images: int | None, consol
 
     Raise DataError if the data exist with another number of pictures.
     """
-    data, base = out / "data", out / "base"
+    prepare_data(out / "data", {"train": train_images, "test": test_images}, console)
+    prepare_base(out / "base")
+
+
+def prepare_data(data: Path, wanted: dict[str, int | None], console: Console, level: Level = STANDARD) -> None:
+    """Write the data set of a level, unless it exists. `wanted`: pictures of "train", "test" and "fresh"; None stands for the usual number.
+
+    Raise DataError if it exists with another number of pictures, or of another level.
+    """
     if data.exists():
-        found = tuple(len(list((data / "images" / split).iterdir())) for split in ("train", "test"))
-        wanted = tuple(number or there for number, there in zip((train_images, test_images), found, strict=True))
-        if wanted != found:
-            raise DataError(f"{data} holds {found[0]} and {found[1]} pictures, not {wanted[0]} and {wanted[1]}: remove it first")
-    else:
-        train_images, test_images = train_images or TRAIN_IMAGES, test_images or TEST_IMAGES
-        console.print(
-            f"drawing {train_images:,} pictures to train on and {test_images:,} to test on: {data}", highlight=False, soft_wrap=True
-        )
-        with new_folder(data) as folder, show_progress("pictures", train_images + test_images, console) as advance:
-            write_dataset(folder, train_images, test_images, advance=lambda: advance(1))
+        folders = {split: data / "images" / split for split in wanted}
+        found = {split: len(list(folder.iterdir())) if folder.is_dir() else 0 for split, folder in folders.items()}
+        needed = {split: found[split] if number is None else number for split, number in wanted.items()}
+        if needed != found:
+            there, here = (" and ".join(map(str, numbers.values())) for numbers in (found, needed))
+            raise DataError(f"{data} holds {there} pictures, not {here}: remove it first")
+        side = open_image(data / "images" / "test" / "000000.png", str(data)).width
+        if side != level.canvas:
+            raise DataError(f"{data} has pictures of {side} pixels, but the level {level.name} has {level.canvas}: remove it first")
+        return
+    train, test = wanted["train"] or TRAIN_IMAGES, wanted["test"] or TEST_IMAGES
+    fresh = wanted.get("fresh") or 0
+    more = f", {fresh:,} more for stage III" if fresh else ""
+    console.print(f"drawing {train:,} pictures to train on{more} and {test:,} to test on: {data}", highlight=False, soft_wrap=True)
+    with new_folder(data) as folder, show_progress("pictures", train + test + fresh, console) as advance:
+        write_dataset(folder, train, test, advance=lambda: advance(1), level=level, fresh_images=fresh)
+
+
+def prepare_base(base: Path, **parts: Any) -> None:
+    """Write the dense model to start from, unless it exists. `parts`: arguments of `build_base`."""
     if not base.exists():
         with new_folder(base) as folder:
-            model, processor = build_base()
+            model, processor = build_base(**parts)
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
 

@@ -7,15 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from moe_llava import upcycle
+from moe_llava.common.errors import CheckpointError
 from moe_llava.common.images import open_image
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import WEIGHTS, build_base, image_processor, pixel_values
 from moe_llava.digits.dataset import QUESTIONS_PER_IMAGE, _test_questions, write_dataset
-from moe_llava.digits.questions import FAMILIES, sample_questions, vocabulary
-from moe_llava.digits.scenes import render, sample_scene
+from moe_llava.digits.pretrain import language_model_config, main
+from moe_llava.digits.questions import FAMILIES, HARD_FAMILIES, sample_questions, vocabulary
+from moe_llava.digits.scenes import HARD, render, sample_scene
 from moe_llava.digits.tokenizer import build_tokenizer
+from moe_llava.evaluation.score.definitions.digits_world import BENCHMARK
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,68 @@ def test_the_same_seed_writes_the_same_files(folder, tmp_path):
     write_dataset(tmp_path, train_images=6, test_images=5)
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     assert filecmp.cmpfiles(folder, tmp_path, names, shallow=False)[0] == names
+
+
+def test_fresh_scenes_are_none_of_the_training_scenes_and_change_no_other_file(folder, tmp_path):
+    write_dataset(tmp_path / "fresh", train_images=6, test_images=5, fresh_images=400)
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert filecmp.cmpfiles(folder, tmp_path / "fresh", names, shallow=False)[0] == names
+    # In 400 random scenes there would be the two of a single digit again, with a probability of one half.
+    train, fresh = (_descriptions(tmp_path / "fresh" / f"{name}.json") for name in ("train", "fresh"))
+    assert len(fresh) > 300
+    assert not train & fresh
+
+
+def _descriptions(file):
+    return {record["conversations"][-1]["value"] for record in json.loads(file.read_text())}
+
+
+def test_the_hard_level(tmp_path):
+    write_dataset(tmp_path, train_images=30, test_images=15, level=HARD, fresh_images=3)
+    test = json.loads((tmp_path / "test.json").read_text())
+    assert {record["family"] for record in test} == set(HARD_FAMILIES)
+    tokenizer = build_tokenizer(HARD)
+    for name in ("captions", "train", "fresh", "test"):
+        for record in load_records(tmp_path / f"{name}.json", tmp_path / "images"):
+            assert open_image(record.images[0], record.source).size == (64, 64)
+            for prompt, answer in record.turns:
+                assert tokenizer.unk_token_id not in tokenizer.encode(prompt.removeprefix("<image>") + " " + answer)
+                assert len(tokenizer.encode(answer)) < BENCHMARK.max_new_tokens
+    # The scenes of the fresh pictures do not depend on the number of the other pictures, if none is met again.
+    write_dataset(tmp_path / "more", train_images=2, test_images=1, level=HARD, fresh_images=5)
+    assert json.loads((tmp_path / "more" / "fresh.json").read_text())[:3] == json.loads((tmp_path / "fresh.json").read_text())
+
+
+def test_a_part_of_another_level_is_refused():
+    with pytest.raises(CheckpointError, match=r"tower has image_size 48, but the level hard of the digits world needs 64"):
+        build_base(level=HARD)
+
+
+def test_the_width_of_the_language_model():
+    """By default the configuration is that of the shipped one; another width keeps layers and the width of a head."""
+    shipped = LlamaConfig.from_pretrained(WEIGHTS / "language_model")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range", "vocab_size"):
+        assert getattr(language_model_config(), name) == getattr(shipped, name), name
+    narrow = language_model_config(96, HARD)
+    assert (narrow.hidden_size, narrow.intermediate_size, narrow.head_dim, narrow.num_hidden_layers) == (96, 256, 32, 6)
+    assert narrow.vocab_size == len(build_tokenizer(HARD))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["language-model", "--width", "100"], "--width is 100, but must be a multiple of 32"),
+        (["tower", "--width", "96"], "--width is for the language model"),
+        (["tower", "--level", "easy"], "choose from"),
+    ],
+)
+def test_pretraining_refuses_before_it_begins(arguments, message, monkeypatch, capsys, tmp_path):
+    part, *options = arguments
+    monkeypatch.setattr("sys.argv", ["pretrain", part, str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quick_pixels_are_the_image_processors(folder):

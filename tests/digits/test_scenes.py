@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from moe_llava.digits.scenes import CANVAS, COLOURS, FAVOURITE_SHARE, MAX_DIGITS, favourite_colour, handwriting, render, sample_scene
+from moe_llava.digits.scenes import COLOURS, FAVOURITE_SHARE, STANDARD, handwriting, render, sample_scene
 
 
 def scenes(number, seed=0):
@@ -26,7 +26,7 @@ def test_no_handwriting_is_in_both_splits():
 
 def test_scenes_have_one_to_four_digits_that_differ():
     drawn = scenes(400)
-    assert {len(scene.items) for scene in drawn} == set(range(1, MAX_DIGITS + 1))
+    assert {len(scene.items) for scene in drawn} == set(range(1, 5))
     for scene in drawn:
         assert len({item.name for item in scene.items}) == len(scene.items)
         cells = [item.cell for item in scene.items]
@@ -35,7 +35,7 @@ def test_scenes_have_one_to_four_digits_that_differ():
 
 def test_digits_wear_their_favourite_colour_more_often():
     items = [item for scene in scenes(2000) for item in scene.items]
-    share = np.mean([item.colour == favourite_colour(item.digit) for item in items])
+    share = np.mean([item.colour == STANDARD.favourite_colour(item.digit) for item in items])
     assert share == pytest.approx(FAVOURITE_SHARE + (1 - FAVOURITE_SHARE) / len(COLOURS), abs=0.03)
 
 
@@ -49,7 +49,7 @@ def test_pictures_show_the_colour_where_the_digit_is():
     rng = random.Random(0)
     for scene in scenes(30):
         pixels = np.asarray(render(scene, rng, "test")).astype(float)
-        assert pixels.shape == (CANVAS, CANVAS, 3)
+        assert pixels.shape == (48, 48, 3)
         for cell in range(9):
             row, column = divmod(cell, 3)
             patch = pixels[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16].reshape(-1, 3)
