@@ -116,3 +116,25 @@ def plot_perturbed(rows: Mapping[str, Sequence[Row]]) -> Figure:
     _tidy(axis, "y")
     figure.legend(loc="outside lower center", ncols=min(len(cells), 4), frameon=False, fontsize=9)
     return figure
+
+
+def plot_headline(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, int]], dense: tuple[str, str], title: str) -> Figure:
+    """Draw each cell's accuracy against the active and the total parameters of its language model (`sizes`): seeds, mean, 95% interval. A
+    line joins the two `dense` cells."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), sharey=True, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    means = {row.cell: row.mean.mean for row in rows}
+    aside = 0.015 * max(size["total"] for size in sizes.values()) / 1e6  # seeds are drawn beside their mean
+    for axis, key in zip(axes, ("active", "total"), strict=True):
+        axis.plot([sizes[name][key] / 1e6 for name in dense], [means[name] for name in dense], color=GREY, linewidth=1, linestyle="--")
+        for place, row in enumerate(rows):
+            x, colour = sizes[row.cell][key] / 1e6, COLOURS[place]
+            axis.scatter(np.full(len(row.values), x + aside), row.values, s=14, color=colour, alpha=0.6, linewidths=0)
+            error = [[row.mean.mean - row.mean.low], [row.mean.high - row.mean.mean]]
+            axis.errorbar([x], [row.mean.mean], error, color=colour, fmt=MARKERS[place], markersize=7, elinewidth=2, label=row.cell)
+        axis.set_xlabel(f"{key} parameters of the language model, millions")
+        _tidy(axis, "y")
+    axes[0].set_ylabel("accuracy: seeds, mean, 95% interval")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Setup:
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides the results. `cells`: with the first seed. `data`: the benchmark's files. `margin`: of the trial, a share of
-    all questions; None for an ablation, which has no verdict."""
+    all questions; None for an ablation, which has no verdict. `decided`: what else plan.json holds."""
 
     out: Path
     experiment: Experiment
@@ -85,6 +85,7 @@ class Plan:
     perturbations: list[Perturbation]
     margin: float | None
     batch_size: int
+    decided: dict[str, Any] = field(default_factory=dict)
 
     def with_seed(self, seed: int) -> list[Cell]:
         return [cell.with_seed(seed) for cell in self.cells.values()]
@@ -97,6 +98,7 @@ class Plan:
             "benchmark": self.benchmark.name,
             "data": str(self.data),
             "margin": self.margin,
+            **self.decided,
         }
 
 

@@ -50,9 +50,16 @@ def run_cells(plan: Plan, console: Console) -> list[dict[str, Any]]:
     return _write_results(plan)
 
 
-def run_seed(plan: Plan, seed: int, console: Console) -> None:
+def run_job(plan: Plan, name: str, seed: int, console: Console) -> None:
+    """Train and evaluate one cell with one seed, unless it is complete. Cells of one seed share stages, so a job waits for the others of
+    its seed."""
+    with FileLock(plan.out / f"seed-{seed}.lock"):
+        run_seed(plan, seed, console, only=name)
+
+
+def run_seed(plan: Plan, seed: int, console: Console, only: str | None = None) -> None:
     for number, cell in enumerate(plan.with_seed(seed), start=1):
-        if not cell.result.is_file():
+        if only in (None, cell.name) and not cell.result.is_file():
             console.rule(f"seed {seed}, {cell.name}: {number} of {len(plan.cells)}")
             write_whole(cell.result, json.dumps(run_cell(cell, plan, console)) + "\n")
             _write_results(plan)

@@ -72,9 +72,8 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
     differences = {each.cell: each.difference for each in judged}
     drawn = [replace(row, difference=differences.get(row.cell)) for row in rows]
     save(plot_comparison(drawn, "accuracy", plan.experiment.baseline, margin, INTERVAL), plan.out / "verdict.png")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "trial.md.jinja").read_text(encoding="utf-8"))
-    report = template.render(
+    report = render(
+        "trial.md.jinja",
         plan=plan,
         claim=next(each for each in judged if each.cell == plan.experiment.claim),
         meaning=MEANING,
@@ -88,10 +87,20 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         perturbed=perturbed_part(plan, results, rows),
         signed=signed,
         command=command(setup, margin),
-        versions={module.__name__: module.__version__ for module in (moe_llava, torch, transformers)},
+        versions=versions(),
     )
     write_whole(plan.out / "report.md", report.strip() + "\n")
     return plan.out / "report.md"
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a report, by the name of its template in this folder."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(**values)
+
+
+def versions() -> dict[str, str]:
+    return {module.__name__: module.__version__ for module in (moe_llava, torch, transformers)}
 
 
 def judge(plan: Plan, answers: Mapping[str, Answers]) -> list[Judged]:
@@ -172,9 +181,9 @@ def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
-def command(setup: Setup, margin: float) -> str:
-    """Return the command that repeats the trial."""
-    words = ["moe-llava", "trial", "--margin", f"{margin:g}", "--seeds", str(setup.seeds), "--out", str(setup.out)]
+def command(setup: Setup, margin: float, options: Sequence[str] = ()) -> str:
+    """Return the command that repeats the trial, with further `options`."""
+    words = ["moe-llava", "trial", *options, "--margin", f"{margin:g}", "--seeds", str(setup.seeds), "--out", str(setup.out)]
     words += [] if setup.recipe == RECIPE else ["--recipe", str(setup.recipe)]
     words += [word for setting in setup.settings for word in ("--set", setting)]
     if setup.data is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 RESAMPLES = 2000
 MEASURED = 1000  # resamples if each needs a call of `measure`
@@ -68,6 +68,32 @@ def t_interval(values: Sequence[float]) -> Interval:
     n, mean = len(values), float(np.mean(values))
     half = _half_width(float(np.var(values, ddof=1)) / n, n - 1)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def detectable_difference(sd: float, n: int, power: float) -> float:
+    """Return the true mean of `n` differences with this standard deviation that the two-sided t-test at 5% finds with this power."""
+    critical = float(stats.t.ppf(0.975, n - 1))
+
+    def excess(shift: float) -> float:
+        """Return the power at a mean of `shift` standard errors, above the wanted one. A result on the wrong side does not count."""
+        return float(stats.nct.sf(critical, n - 1, shift)) - power
+
+    return float(optimize.brentq(excess, 0.0, 4 * critical)) * sd / n**0.5
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
+    """Return the mean of `parts` divided by that of `wholes`, which are paired runs, with Fieller's 95% interval (Journal of the Royal
+    Statistical Society B 16, 1954). Its ends are infinite if the mean of `wholes` cannot be told apart from 0.
+
+    The interval has every ratio r for which the mean of parts - r * wholes does not differ from 0 by the t-test.
+    """
+    n, a, b = len(parts), float(np.mean(parts)), float(np.mean(wholes))
+    (aa, ab), (_, bb) = np.cov(parts, wholes) / n * float(stats.t.ppf(0.975, n - 1)) ** 2
+    ratio, square = a / b if b else float("nan"), b * b - float(bb)
+    if square <= 0:
+        return Interval(ratio, -float("inf"), float("inf"), n)
+    middle, half = a * b - float(ab), max(0.0, (a * b - float(ab)) ** 2 - square * (a * a - float(aa))) ** 0.5
+    return Interval(ratio, (middle - half) / square, (middle + half) / square, n)
 
 
 def paired_p(differences: Sequence[float]) -> float:
