@@ -1,4 +1,4 @@
-"""The dense LLaVA that training on the digits world starts from: pretrained tower, pretrained language model, untrained projector."""
+"""The dense LLaVA that the digits world starts from: pretrained tower, pretrained language model, untrained projector."""
 
 from __future__ import annotations
 

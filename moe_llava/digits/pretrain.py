@@ -278,9 +278,8 @@ def pretrain_language_model(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     text = TextScenes(level)
-    model = LlamaForCausalLM._from_config(
-        language_model_config(width, level), attn_implementation="eager"
-    )  # sdpa's backward is slow on CPU
+    # The backward pass of sdpa is slow on a CPU.
+    model = LlamaForCausalLM._from_config(language_model_config(width, level), attn_implementation="eager")
     weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
     for step, progress in steps_with_progress(steps, "language model"):
         ids_BS, labels_BS = text.cards(rng, rows) if step < CARD_STEPS else text.questions(rng, rows, questions)[:2]
