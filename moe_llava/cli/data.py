@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @verb("Train", "moe-llava check train.json --images images --model runs/digits/base")
 def check(
-    data: Annotated[Path, typer.Argument(help="a JSON list, JSON lines, or a folder of `datasets`")],
-    images: Annotated[Path, typer.Option(help="folder that its image names are relative to")] = Path("."),
+    data: Annotated[str, typer.Argument(help="a JSON list, JSON lines, a folder of `datasets`, or shards, of which a sample is checked")],
+    images: Annotated[Path | None, typer.Option(help="folder that its image names are relative to; default: the current one")] = None,
     model: Annotated[str | None, typer.Option(help="a LLaVA, a language model or a tokenizer, to count tokens with")] = None,
     template: Annotated[str | None, typer.Option(help="a chat template, such as phi or plain; default: the tokenizer's own")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens beyond which a record is cut")] = None,
@@ -28,12 +28,15 @@ def check(
     """Check a data file: list the problems by record, lengths and padding. Exit status 1 if there is a problem."""
     with user_errors():
         from moe_llava.data.check import check_data
+        from moe_llava.data.files import is_stream
         from moe_llava.data.templates import TEMPLATES
 
+        if images is not None and is_stream(data):
+            raise ValueError(f"--images is {images}, but {data} names shards, which hold their images: leave it out")
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
         measure = None if model is None else _measure(model, template, max_length)
-        report = check_data(data, images, measure)
+        report = check_data(data, images or Path("."), measure)
     counts: dict[str, float] = {
         "records": report.records,
         "text_only": report.text_only,
@@ -45,7 +48,7 @@ def check(
     if measure is not None:
         counts |= {"tokens": sum(report.lengths), "targets": report.targets, "cut": report.cut, "padding": report.padding(batch_size)}
     if as_json:
-        print(json.dumps(counts | {"problems": report.problems, "lengths": report.histogram()}))
+        print(json.dumps(counts | {"sample": report.sample, "problems": report.problems, "lengths": report.histogram()}))
     else:
         _print_check(report, counts)
     if report.problems:
@@ -83,6 +86,8 @@ def _measure(model: str, template: str | None, max_length: int | None) -> Measur
 
 
 def _print_check(report: Report, counts: dict[str, float]) -> None:
+    if report.sample:
+        print(report.sample)
     for problem in report.problems:
         print(problem)
     print(

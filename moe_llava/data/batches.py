@@ -23,6 +23,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.data.encode import IGNORE_INDEX
 from moe_llava.data.encoder import EXPERT_TYPES, TOKEN_TYPES, Encoder
 from moe_llava.data.records import Record
+from moe_llava.data.stream import Stream
 
 POOL = 64  # random batches that are sorted by length together: enough for little padding, few enough to stay random
 # The inputs with a value for each token, and that of padding. All others belong to images.
@@ -35,7 +36,7 @@ class ConversationDataset(Dataset):
     """Records as the inputs that `encoder` makes of them. The labels are the answers, including their end tokens. A record that cannot be
     encoded has the key `problem` alone."""
 
-    def __init__(self, records: Sequence[Record], encoder: Encoder):
+    def __init__(self, records: Sequence[Record] | Stream, encoder: Encoder):
         self.records = records
         self.encoder = encoder
 
@@ -44,9 +45,13 @@ class ConversationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return dict(self.encoder(self.records[index]))
+            return self.encode(self.records[index])
         except DataError as error:
             return {"problem": str(error)}
+
+    def encode(self, record: Record) -> dict[str, Any]:
+        """Return the item of a record. Raises DataError as the encoder does."""
+        return dict(self.encoder(record))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from moe_llava.common.images import open_image
 from moe_llava.common.progress import with_bar
 from moe_llava.common.videos import Video, open_video, uniform
 from moe_llava.data.encode import Encoded
-from moe_llava.data.files import read_items
+from moe_llava.data.files import is_stream, read_items
 from moe_llava.data.records import IMAGE_TOKEN, Record, parse_record
+from moe_llava.data.shards import list_shards, parse_shard_record, sample
 
 Measure = Callable[[Record, list[tuple[int, int]]], tuple[Encoded, bool]]
 
@@ -24,8 +25,8 @@ class Report:
     """The result of `check_data`. Without `measure` there are no lengths, targets and cuts.
 
     `videos`: number of records with one. `image_as_text`: number of records without an image whose text has `<image>`. `problems`: a line
-    for each. `lengths`: of each valid
-    record, with its images. `targets`: number of tokens to train on. `cut`: number of records that the limit cuts.
+    for each. `lengths`: of each valid record, with its images. `targets`: number of tokens to train on. `cut`: number of records that the
+    limit cuts. `sample`: which records of a stream were read; empty if all were.
     """
 
     records: int = 0
@@ -34,6 +35,7 @@ class Report:
     text_only: int = 0
     image_as_text: int = 0
     problems: list[str] = field(default_factory=list)
+    sample: str = ""
     lengths: list[int] = field(default_factory=list)
     targets: int = 0
     cut: int = 0
@@ -55,25 +57,29 @@ def check_data(
     images: str | Path,
     measure: Measure | None = None,
 ) -> Report:
-    """Read every record, decode every image once and the video of each record, and return a Report.
+    """Read every record, or a sample of the records of shards, decode every image once and the video of each record, and return a Report.
+    Shards hold their `images`.
 
     `measure`: returns (ids and labels, whether it was cut) of a record and the sizes of its images, such as `Encoder.measure`, and decodes
     its video. None counts no tokens, and finds no records without targets.
 
-    Raises DataError only if the file itself cannot be read.
+    Raises DataError only if the file itself cannot be read, ShardError if a shard cannot.
     """
-    report, sizes = Report(), dict[Any, tuple[int, int]]()
-    for source, item in with_bar(read_items(file), "checking"):
+    report, sizes = Report(), dict[str, tuple[int, int]]()
+    items: Iterable[tuple[str, Any]] = ()
+    if streamed := is_stream(file):
+        report.sample, items = sample(list(list_shards(str(file))))
+    for source, item in with_bar(items if streamed else read_items(file), "checking"):
         report.records += 1
         try:
-            record = parse_record(source, item, Path(images))
+            record = parse_shard_record(source, item) if streamed else parse_record(source, item, Path(images))
             for path in record.images:
-                if path not in sizes:
-                    sizes[path] = open_image(path, source).size
+                if str(path) not in sizes:
+                    sizes[str(path)] = open_image(path, source).size
             if record.video is not None and measure is None:
                 _decode(record.video, source)
             if measure is not None:
-                encoded, was_cut = measure(record, [sizes[path] for path in record.images])
+                encoded, was_cut = measure(record, [sizes[str(path)] for path in record.images])
                 report.cut += was_cut
                 report.lengths.append(len(encoded["labels"]))
                 report.targets += sum(label >= 0 for label in encoded["labels"])

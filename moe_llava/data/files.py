@@ -22,7 +22,28 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20  # characters
 BOM = b"\xef\xbb\xbf"
 IMAGE_KEYS = ("image", "images")
+SHARDS = (".parquet", ".tar")  # ends of names
+WILDCARDS = frozenset("*?[")
 _SPACE = re.compile(r"\s*")
+
+
+def is_stream(file: str | Path) -> bool:
+    """Return whether `file` names shards, which are read as a stream: a URL, a tar file, or Parquet files by a name with wildcards."""
+    name = str(file)
+    return "://" in name or name.endswith(".tar") or (name.endswith(".parquet") and not WILDCARDS.isdisjoint(name))
+
+
+def load_item(source: str, text: bytes) -> Any:
+    """Return the raw record of a JSON text, or a DataError, naming `source`, if it cannot be read."""
+    try:
+        item = json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{source} is not JSON: {error}")
+    return _checked(source, item)
+
+
+def _checked(source: str, item: Any) -> Any:
+    return DataError(f"{source} has the key {str(item)!r} twice") if isinstance(item, _DuplicateKey) else item
 
 
 def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
@@ -47,7 +68,7 @@ def read_items(file: str | Path) -> Iterator[tuple[str, Any]]:
             kind = "record" if start == "[" else "line"
             for found, (number, item) in enumerate(items, start=1):  # noqa: B007
                 source = f"{kind} {number} of {file}"
-                yield source, DataError(f"{source} has the key {str(item)!r} twice") if isinstance(item, _DuplicateKey) else item
+                yield source, _checked(source, item)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is no text in UTF-8: {error}") from error
     if not found:

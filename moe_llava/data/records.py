@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_llava.common.errors import DataError
+from moe_llava.common.images import InlineImage
 from moe_llava.common.videos import Video
 from moe_llava.data.files import IMAGE_KEYS, StoredImage
 
@@ -45,7 +46,7 @@ class Record:
 
     source: str
     turns: tuple[tuple[str, str], ...]
-    images: tuple[Path | StoredImage, ...] = ()
+    images: tuple[Path | StoredImage | InlineImage, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     video: Video | None = None
@@ -106,7 +107,7 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
         raise DataError(f"{source} must have 'conversations' or 'messages', but is {str(item)[:60]}")
     check_media(source, item)
     names = image_names(item)
-    if not all(isinstance(name, (str, StoredImage)) and not _is_empty(name) for name in names):
+    if not all(isinstance(name, (str, StoredImage, InlineImage)) and not _is_empty(name) for name in names):
         found = names[0] if len(names) == 1 else names
         raise DataError(f"{source} must have a file name or a list of them as 'image', but has {str(found)[:60]}")
     has_images = bool(names) or any(item.get(key) not in (None, []) for key in IMAGE_KEYS)  # an empty name counts here
@@ -126,6 +127,10 @@ def parse_record(source: str, item: Any, images: Path) -> Record:
     files = tuple(images / name if isinstance(name, str) else name for name in names)
     known = {key for key, *_ in SCHEMAS} | {*IMAGE_KEYS, VIDEO_KEY, "system"}
     return Record(source, turns, files, {key: value for key, value in item.items() if key not in known}, system, video)
+
+
+def without_image(source: str) -> DataError:
+    return DataError(f"{source} has no image, but stage I trains the projector, which sees nothing else")
 
 
 def has_video(item: Mapping[str, Any]) -> bool:

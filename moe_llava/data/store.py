@@ -26,7 +26,7 @@ from moe_llava.common.progress import with_bar
 from moe_llava.common.videos import decoder, missing_video
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.files import read_items
-from moe_llava.data.records import Record, StoredImage, parse_record
+from moe_llava.data.records import Record, StoredImage, parse_record, without_image
 
 FORMAT = 4  # of the tables; raise it when older tables become wrong
 _COLUMNS = datasets.Features(
@@ -232,7 +232,7 @@ def sift(records: Records, stage: int, encoder: Encoder) -> Records:
         first = records[int(files[0])]
         decoder(f"{first.source} names the video {first.video}")
     for index in np.flatnonzero((images == 0) & ~records.has_video()).tolist() if stage == 1 else []:
-        problems[index] = f"{records[index].source} has no image, but stage I trains the projector, which sees nothing else"
+        problems[index] = str(without_image(records[index].source))
     for index in np.flatnonzero(images * image_tokens >= (max_length or np.inf)).tolist():
         size = images[index] * image_tokens
         problems[index] = f"{records[index].source} has images of {size} tokens, but stage{stage}.max_length is {max_length}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from rich.console import Console
 
 from moe_llava.checkpoints.files import check_checkpoint
@@ -16,7 +18,9 @@ from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.common.files import read_object, write_whole
 from moe_llava.common.messages import changes
 from moe_llava.data.encoder import Encoder
+from moe_llava.data.shards import read_shard
 from moe_llava.data.store import Records, check_problems, joined, read_records, sift, weighted
+from moe_llava.data.stream import Stream
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import check_kind, check_origins, sparse_config
 from moe_llava.routing.routers import check_routers
@@ -25,7 +29,7 @@ from moe_llava.training.distil import check_teacher
 from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
 from moe_llava.training.parts import is_native
-from moe_llava.training.recipe import Recipe, RecipeError, read_recipe
+from moe_llava.training.recipe import SHUFFLE_BUFFER, Data, Recipe, RecipeError, read_recipe
 from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
 from moe_llava.training.sharding import check_zero, sharding_of
 from moe_llava.training.stage import COEFFICIENT, STRUCTURE, Stage, check_made, load_structure, on_meta
@@ -33,6 +37,7 @@ from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
 
 RECORDS = "records.json"  # in a stage's folder: which records it is trained on
+FIRST = 10  # records of a stream that are encoded before the first step
 
 
 def check_folder(stage: Stage, resume: bool) -> None:
@@ -61,7 +66,7 @@ def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:
     return flatten({key: whole[key] for key in ("model", "seed", "precision", "attention", "torch_compile", f"stage{number}")})
 
 
-def check_stages(todo: list[Stage]) -> dict[Stage, Records]:
+def check_stages(todo: list[Stage]) -> dict[Stage, Records | Stream]:
     """Return the records of each stage. Raises what `train` promises, for all of them."""
     encoders: list[list[Encoder]] = []  # of each stage, and of its teacher if it has one
     numbers = {stage.number for stage in todo}
@@ -155,11 +160,16 @@ def check_native(stage: Stage, model: Any) -> None:
     check_routers(model)
 
 
-def load_data(stage: Stage, encoders: list[Encoder], problems: list[str]) -> Records:
+def load_data(stage: Stage, encoders: list[Encoder], problems: list[str]) -> Records | Stream:
     """Return the records of a stage that all of `encoders` take, without the bad ones if these are to be skipped. Other problems go into
-    `problems`."""
+    `problems`. The records of a stream are checked when they are read, but for the first ones."""
+    if stage.settings.stream:
+        try:
+            return open_stream(stage, stage.settings.stream, encoders)
+        except DataError as error:
+            problems.append(str(error))
     parts = []
-    for source in stage.settings.sources:
+    for source in stage.settings.sources if stage.settings.stream is None else ():
         try:
             found = read_records(source.file, source.images)
             for encoder in encoders:
@@ -177,7 +187,26 @@ def load_data(stage: Stage, encoders: list[Encoder], problems: list[str]) -> Rec
     return joined(parts) if parts else Records([], np.zeros((0, 2), np.int64))
 
 
-def check_files(data: dict[Stage, Records], console: Console) -> None:
+def open_stream(stage: Stage, source: Data, encoders: list[Encoder]) -> Stream:
+    """Return the stream of a stage. Raises DataError if its first records are bad: one of them, or all if bad ones are to be skipped."""
+    sizes, workers = stage.settings.optimisation, stage.recipe.dataloader_workers
+    length, processes = sizes.max_steps * sizes.batch_size, PartialState().num_processes
+    buffer = source.shuffle_buffer or SHUFFLE_BUFFER
+    stream = Stream(source.file, length, sizes.per_device_batch_size, processes, workers, buffer, stage.recipe.seed, stage.number)
+    problems, number = [], 0
+    for number, (_, where, item) in enumerate(islice(read_shard(stream.shards[0]), FIRST), start=1):  # noqa: B007
+        try:
+            record = stream.parse(where, item)
+            for encoder in encoders:
+                encoder(record)
+        except DataError as error:
+            problems.append(str(error))
+    if problems and (stage.recipe.on_bad_record == "stop" or len(problems) == number):
+        raise DataError("\n".join(problems))
+    return stream
+
+
+def check_files(data: dict[Stage, Records | Stream], console: Console) -> None:
     """Raise DataError if a file that a stage starts or resumes from is damaged, or if a stage that was begun had other records."""
     for stage, records in data.items():
         adapter = stage.settings.adapter
@@ -198,7 +227,7 @@ def _check_manifest(folder: Path) -> None:
         raise DataError("\n".join([*problems, way]))
 
 
-def check_resume(work: Path, records: Records, console: Console) -> None:
+def check_resume(work: Path, records: Records | Stream, console: Console) -> None:
     """Raise DataError if a stage that was begun cannot be resumed from its last save.
 
     Either it was begun on other records, so that a run would see some twice and others never; or the save is damaged, and the message names
@@ -213,6 +242,8 @@ def check_resume(work: Path, records: Records, console: Console) -> None:
             f"{work} was begun on {before['records']:,} records, and its data files now hold others ({now['records']:,}): "
             "put them back, or remove the folder and begin again"
         )
+    if isinstance(records, Stream):
+        records.read_positions(found[-1])
     old = not before.get("checksums")
     problems = _find_problems(found[-1], old)
     if not problems:
@@ -232,11 +263,11 @@ def _find_problems(save: Path, old: bool) -> list[str]:
     return find_unreadable(save) if old and not (save / MANIFEST).is_file() else find_damage(save)
 
 
-def describe(records: Records) -> dict[str, Any]:
+def describe(records: Records | Stream) -> dict[str, Any]:
     return {"records": len(records), "digest": records.digest()}
 
 
-def write_records(work: Path, records: Records) -> None:
+def write_records(work: Path, records: Records | Stream) -> None:
     """Write which records a stage is trained on, and that all of its saves have checksums, if they do."""
     checksums = not saves(work) or bool(_read_described(work).get("checksums"))
     write_whole(work / RECORDS, json.dumps(describe(records) | {"checksums": checksums}))

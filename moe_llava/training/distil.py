@@ -43,6 +43,7 @@ from moe_llava.data.encoder import Encoder
 from moe_llava.data.files import StoredImage
 from moe_llava.data.records import IMAGE_TOKEN, Record
 from moe_llava.data.store import Records
+from moe_llava.data.stream import Stream
 from moe_llava.model.losses import IGNORED
 from moe_llava.training.features import read_entry, write_entry
 from moe_llava.training.labels import count_shared, logits_at_labels, predicted
@@ -245,7 +246,7 @@ def cache_folder(stage: Stage, settings: Distillation, tokens: int) -> Path:
 
 
 def prepare_teacher(
-    stage: Stage, settings: Distillation, records: Records, tokens: int
+    stage: Stage, settings: Distillation, records: Records | Stream, tokens: int
 ) -> tuple[LiveInputs | TeacherCache, Teacher | None]:
     """Return (what makes the teacher's part of an item, the teacher if it is live). A cache is filled first."""
     encoder = teacher_encoder(stage, settings)
@@ -253,6 +254,7 @@ def prepare_teacher(
         return LiveInputs(encoder), load_teacher(stage, settings, tokens)
     theirs = min(tokens, vocabulary_size(load_config(settings.teacher)))
     cache = TeacherCache(cache_folder(stage, settings, tokens), settings.top_k, theirs)
+    assert isinstance(records, Records), "a recipe with a stream has no cache"
     cache.fill(records, encoder, lambda: load_teacher(stage, settings, tokens), stage.recipe.on_bad_record == "skip")
     return cache, None
 
@@ -260,18 +262,13 @@ def prepare_teacher(
 class TaughtDataset(ConversationDataset):
     """Records whose items also have `teacher`: what `teach` makes of a record and of its labels."""
 
-    def __init__(self, records: Sequence[Record], encoder: Encoder, teach: LiveInputs | TeacherCache):
+    def __init__(self, records: Sequence[Record] | Stream, encoder: Encoder, teach: LiveInputs | TeacherCache):
         super().__init__(records, encoder)
         self.teach = teach
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = super().__getitem__(index)
-        if "problem" in item:
-            return item
-        try:
-            return item | {"teacher": self.teach(self.records[index], item["labels"])}
-        except DataError as error:
-            return {"problem": str(error)}
+    def encode(self, record: Record) -> dict[str, Any]:
+        item = super().encode(record)
+        return item | {"teacher": self.teach(record, item["labels"])}
 
 
 @dataclass(frozen=True)

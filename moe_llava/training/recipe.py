@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from moe_llava.data.files import is_stream
 from moe_llava.data.templates import TEMPLATES
 from moe_llava.model.options import MoeOptions
 from moe_llava.training.parsing import RecipeError, apply_override, build, read
@@ -21,17 +22,22 @@ else:
     MoeSection = make_dataclass("MoeSection", [(name, kind | None, None) for name, kind in get_type_hints(MoeOptions).items()])
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+SHUFFLE_BUFFER = 1000
 ADAPTER_TARGETS = ("attention", "FFN", "experts", "routers")
 
 
 @dataclass
 class Data:
     """A data file, and the folder that its image names are relative to. `weight`: how often an epoch uses each record; 0.5 takes half of
-    them, chosen by the recipe's seed, 2 takes all of them twice."""
+    them, chosen by the recipe's seed, 2 takes all of them twice.
+
+    Or shards that hold their images, as `is_stream` knows them. `shuffle_buffer`: records that are shuffled together; None is
+    SHUFFLE_BUFFER."""
 
     file: str
-    images: str
+    images: str = ""  # missing for shards alone
     weight: PositiveFloat = 1.0
+    shuffle_buffer: PositiveInt | None = None
 
 
 @dataclass
@@ -85,7 +91,7 @@ class Parts:
 class StageSettings:
     """Settings of every stage.
 
-    data: one file, or several.
+    data: one file, or several, or a stream of shards.
     template: the chat template, a key of TEMPLATES in data/templates.py; None is the processor's own.
     max_length: tokens, those of images included, after which a record is cut; None cuts nothing.
     image_aspect_ratio: "pad" pads images to a square with the tower's mean colour, "square" resizes and crops them as the tower's
@@ -108,6 +114,11 @@ class StageSettings:
     @property
     def sources(self) -> list[Data]:
         return self.data if isinstance(self.data, list) else [self.data]
+
+    @property
+    def stream(self) -> Data | None:
+        """The shards that the stage is trained on, if it is trained on a stream."""
+        return next((source for source in self.sources if is_stream(source.file)), None)
 
 
 @dataclass
@@ -248,6 +259,7 @@ def _conflicts(recipe: Recipe) -> list[str]:
         if batch_size % at_once:
             where = f"stage{number}.optimisation.batch_size"
             problems.append(f"{where} is {batch_size}, but must be a multiple of per_device_batch_size={at_once}")
+        problems += [f"stage{number}.{problem}" for problem in _data_conflicts(recipe, settings)]
         if settings.adapter is not None:
             problems += [f"stage{number}.adapter{problem}" for problem in _adapter_conflicts(settings, settings.adapter, number)]
     if isinstance(recipe.model, Parts) and recipe.stage1 is None:
@@ -261,6 +273,33 @@ def _conflicts(recipe: Recipe) -> list[str]:
         unknown = [name for name in recipe.report_to if name not in get_available_reporting_integrations()]
         problems += [f"report_to names {name!r}, which transformers does not know or which is not installed" for name in unknown]
     return problems if recipe.sharding is None else problems + _sharding_conflicts(recipe, recipe.sharding)
+
+
+def _data_conflicts(recipe: Recipe, settings: StageSettings) -> list[str]:
+    stream, optimisation = settings.stream, settings.optimisation
+    if stream is None:
+        problems = ["data.images is missing" for source in settings.sources if not source.images]
+        if any(source.shuffle_buffer for source in settings.sources):
+            problems.append("data.shuffle_buffer is set, but only shards are shuffled in a buffer: leave it out")
+        return problems
+    has, problems = f"is set, but data names a stream, {stream.file},", []
+    if len(settings.sources) > 1:
+        problems.append(f"data names a stream, {stream.file}, which must be a stage's only data, beside others")
+    if stream.images:
+        problems.append(f"data.images {has} whose shards hold their images: leave it out")
+    if stream.weight != 1:
+        problems.append(f"data.weight {has} which is read from its beginning to its end: leave it out")
+    if optimisation.max_steps == -1:
+        problems.append(f"optimisation.max_steps is missing, but data names a stream, {stream.file}, whose length is unknown")
+    if optimisation.group_by_length:
+        problems.append(f"optimisation.group_by_length {has} whose lengths are unknown: leave it out")
+    if recipe.feature_cache is not None:
+        problems.append(
+            f"data names a stream, {stream.file}, whose features would not fit on a disk, but feature_cache is set: leave it out"
+        )
+    if isinstance(settings, SparseStageSettings) and settings.distillation and settings.distillation.top_k:
+        problems.append(f"distillation.top_k {has} whose predictions would not fit on a disk: leave it out for a live teacher")
+    return problems
 
 
 def _sharding_conflicts(recipe: Recipe, sharding: Sharding) -> list[str]:

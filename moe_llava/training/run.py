@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, set_seed
 
 from moe_llava.common.files import read_lines, write_whole
 from moe_llava.data.batches import Collator, ConversationDataset, GroupedSampler
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.store import Records
+from moe_llava.data.stream import Stream, StreamCollator, StreamDataset
 from moe_llava.training.adapters import attach, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checks import check_files, check_folder, check_stages, write_records
-from moe_llava.training.distil import TaughtCollator, TaughtDataset, prepare_teacher, vocabulary_size
+from moe_llava.training.distil import LiveInputs, TaughtCollator, TaughtDataset, TeacherCache, prepare_teacher, vocabulary_size
 from moe_llava.training.features import cached_features
 from moe_llava.training.parts import moe_layers, native_experts
 from moe_llava.training.process import StopWhenAsked, lock_file, lock_stages
@@ -105,7 +107,7 @@ def in_main_process(check: Callable[[], object]) -> None:
         raise raised[0]
 
 
-def run_stage(stage: Stage, records: Records, console: Console) -> None:
+def run_stage(stage: Stage, records: Records | Stream, console: Console) -> None:
     """Train one stage and leave its final folder: model, processor, log.jsonl, recipe.yaml."""
     recipe, settings = stage.recipe, stage.settings
     set_seed(recipe.seed)
@@ -122,14 +124,15 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
     console.print(f"[bold]{TITLES[stage.name]}[/bold]: {len(records):,} records, {counts}", highlight=False, soft_wrap=True)
     display = ProgressDisplay(stage.name, console)
     collator = Collator(encoder.nothing(), encoder.empty_image() if needs_images(stage, model) else None, settings.optimisation.packing)
+    dataset, collate = make_items(records, encoder, collator, teach)
     cache = cached_features(without_adapter(model), recipe.feature_cache) if recipe.feature_cache else contextlib.nullcontext()
     with StopWhenAsked() as stop, cache:
         trainer = (ShardedTrainer if recipe.sharding else StageTrainer)(
             stage,
             model=model,
             args=arguments,
-            train_dataset=TaughtDataset(records, encoder, teach) if teach else ConversationDataset(records, encoder),
-            data_collator=TaughtCollator(collator, teach) if teach else collator,
+            train_dataset=dataset,
+            data_collator=collate,
             teacher=teacher,
             callbacks=[stop],
             display=display,
@@ -155,6 +158,17 @@ def run_stage(stage: Stage, records: Records, console: Console) -> None:
         console.print(f"{stage.final}: {active_parameters(finished):,} active parameters", highlight=False, soft_wrap=True)
 
 
+def make_items(
+    records: Records | Stream, encoder: Encoder, collator: Collator, teach: LiveInputs | TeacherCache | None
+) -> tuple[Dataset, Callable[[list[Any]], dict[str, Any]]]:
+    """Return (the items of records, what makes a batch of them), with the teacher's part if the stage has a teacher."""
+    dataset: Dataset = TaughtDataset(records, encoder, teach) if teach else ConversationDataset(records, encoder)
+    collate = TaughtCollator(collator, teach) if teach else collator
+    if isinstance(records, Stream):
+        return StreamDataset(dataset, records), StreamCollator(collate)
+    return dataset, collate
+
+
 def needs_images(stage: Stage, model: Any) -> bool:
     """Return whether a stage trains modules that only images go through: the projector, or experts that are for images alone."""
     plain = without_adapter(model)
@@ -177,7 +191,7 @@ def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, Param
     return model, counts
 
 
-def write_skipped(work: Path, problems: list[str], console: Console) -> None:
+def write_skipped(work: Path, problems: Sequence[str], console: Console) -> None:
     """Write the records that were left out before the first step to `skipped.jsonl`, as of step 0, and print the first few."""
     if not problems:
         return
@@ -189,9 +203,11 @@ def write_skipped(work: Path, problems: list[str], console: Console) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def make_sampler(stage: Stage, records: Records, encoder: Encoder, processes: int) -> GroupedSampler | None:
-    """Return the sampler of `group_by_length`, or None for Trainer's own random order."""
+def make_sampler(stage: Stage, records: Records | Stream, encoder: Encoder, processes: int) -> Sampler | None:
+    """Return the sampler of `group_by_length`, that of a stream, which is in order, or None for Trainer's own random order."""
     settings = stage.settings
+    if isinstance(records, Stream):
+        return SequentialSampler(records)
     if not settings.optimisation.group_by_length:
         return None
     has_video = records.has_video()

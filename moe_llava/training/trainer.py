@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -17,6 +18,7 @@ from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
+from moe_llava.data.stream import Position, StreamDataset
 from moe_llava.model import SparseModel
 from moe_llava.model.losses import IGNORED, next_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
@@ -49,14 +51,14 @@ class StageTrainer(Trainer):
     of all records that the run uses.
     """
 
-    def __init__(
-        self, stage: Stage, display: ProgressDisplay, sampler: GroupedSampler | None, teacher: Teacher | None = None, **settings: Any
-    ):
+    def __init__(self, stage: Stage, display: ProgressDisplay, sampler: Sampler | None, teacher: Teacher | None = None, **settings: Any):
         super().__init__(**settings)
         self.remove_callback(PrinterCallback)
         self.stage, self.work = stage, stage.work
         self.display = display
         self.sampler = sampler
+        self.stream = self.train_dataset.stream if isinstance(self.train_dataset, StreamDataset) else None
+        self._positions: dict[int, Position] = {}  # in the stream, after the last step
         self.teacher = teacher  # if the teacher is live
         self.native = native_experts(without_adapter(self.model))
         self._noted = False  # that the family has no auxiliary loss
@@ -95,12 +97,18 @@ class StageTrainer(Trainer):
         self._began = time.monotonic()
         self._uncounted: Tensor | int = 0
         self._start_sums()
-        self._load_unlogged(self.work / f"checkpoint-{step}")
+        self._load_unlogged(save := self.work / f"checkpoint-{step}")
+        if self.stream is not None and step:
+            self.stream.positions = self.stream.read_positions(save)
+            self._positions = dict(self.stream.positions)
 
     def _save_unlogged(self, save: Path) -> None:
-        """Add to a save what this process summed since the last logged step, so that a resumed run logs the same numbers."""
+        """Add to a save what this process summed since the last logged step, so that a resumed run logs the same numbers, and where it was
+        in a stream."""
         unlogged = {"sums": self._sums, "last_step": self._last_step, "seconds": time.monotonic() - self._since}
         torch.save(unlogged, save / f"unlogged_{self.args.process_index}.pt")
+        if self.stream is not None:
+            self.stream.save(save, self.args.process_index, self._positions)
 
     def _load_unlogged(self, save: Path) -> None:
         """Continue the sums of a save, unless another number of processes made it."""
@@ -125,6 +133,8 @@ class StageTrainer(Trainer):
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         batches, labels = super().get_batch_samples(*arguments)
         problems = [problem for batch in batches for problem in batch.pop("problems", [])]
+        for batch in batches:
+            self._positions |= batch.pop("positions", {})
         if problems and not self.skip_bad_records:
             raise DataError(problems[0])
         if self.skip_bad_records:
@@ -380,5 +390,5 @@ class _Moments(TrainerCallback):
             model.update_router_bias()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.sampler is not None:
+        if isinstance(self.trainer.sampler, GroupedSampler):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
