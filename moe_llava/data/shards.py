@@ -109,7 +109,7 @@ def _images_of(column: Any, source: str) -> list[Any]:
 def _read_samples(shard: str, file: BinaryIO, start: int) -> Iterator[Item]:
     """Read a tar file. Neighbours with the same name up to the first dot are a sample."""
     number, key, files = -1, None, dict[str, bytes]()
-    with tarfile.open(fileobj=file, mode="r|") as archive:
+    with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
             stem, dot, _ = path.name.partition(".")
@@ -121,6 +121,9 @@ def _read_samples(shard: str, file: BinaryIO, start: int) -> Iterator[Item]:
                 number, key, files = number + 1, now, {}
             if number >= start:
                 files[path.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes a damaged or missing header for the end
+            raise tarfile.ReadError(f"byte {archive.offset} is neither the header of a file nor the end of the archive")
     if files:
         yield _sample_of(number, str(key), shard, files)
 

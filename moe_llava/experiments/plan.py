@@ -22,7 +22,7 @@ from typing import Any
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import write_whole
 from moe_llava.common.messages import changes, did_you_mean
-from moe_llava.data.files import read_items
+from moe_llava.data.files import is_stream, read_items
 from moe_llava.data.records import parse_record
 from moe_llava.evaluation.ask.calibration import yes_or_no
 from moe_llava.evaluation.ask.contents import checkpoint_digests, content_digest, joint_digest, visible
@@ -211,6 +211,8 @@ def recipe_digests(recipes: Collection[Recipe]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     stages = [stage for recipe in recipes for stage in recipe.stages.values()]
     for file, images in dict.fromkeys((source.file, source.images) for stage in stages for source in stage.sources):
+        if is_stream(file):
+            raise DataError(f"data file {file} is a stream of shards, whose content has no digest: experiments need data files")
         found |= _data_digests(Path(file), Path(images))
     starts = [start for recipe in recipes for start in _starts(recipe)]
     starts += [stage.adapter.continue_from for stage in stages if stage.adapter and stage.adapter.continue_from]

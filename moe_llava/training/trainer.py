@@ -18,6 +18,7 @@ from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
+from moe_llava.data.shards import ShardError
 from moe_llava.data.stream import Position, StreamDataset
 from moe_llava.model import SparseModel
 from moe_llava.model.losses import IGNORED, next_labels
@@ -131,7 +132,10 @@ class StageTrainer(Trainer):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
-        batches, labels = super().get_batch_samples(*arguments)
+        try:
+            batches, labels = super().get_batch_samples(*arguments)
+        except ShardError as error:  # that of a worker is its whole traceback, which ends with the message
+            raise ShardError(str(error).rpartition("ShardError: ")[2].strip()) from error
         problems = [problem for batch in batches for problem in batch.pop("problems", [])]
         for batch in batches:
             self._positions |= batch.pop("positions", {})
