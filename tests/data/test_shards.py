@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -50,6 +52,25 @@ def test_a_shard_holds_records_and_images(records, tmp_path, place, kind, start)
         assert record.turns == ((f"<image>\n{number} ?" if number else "0 ?", "yes"),)
         assert [open_image(image, source).getpixel((0, 0)) for image in record.images] == ([(number, 0, 0)] if number else [])
         assert str(found) in source
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("form", ["bytes", "Image", "name"])
+def test_images_in_the_columns_of_a_row(records, tmp_path, key, form):
+    """One, or a list; a name alone is no image."""
+    data, name = (tmp_path / "3.png").read_bytes(), "3.png"
+    value = {"bytes": data, "Image": {"bytes": data, "path": name}, "name": {"bytes": None, "path": name}}[form]
+    row = {"messages": [{"role": "user", "content": "<image>3 ?"}, {"role": "assistant", "content": "yes"}], "id": None}
+    table = pa.Table.from_pylist([row | {key: [value] if key == "images" else value}])
+    pq.write_table(table, tmp_path / "x.parquet")
+    ((_, source, item),) = read_shard(str(tmp_path / "x.parquet"))
+    if form == "name":
+        with pytest.raises(DataError, match=r"row 0 of .*x.parquet names the file 3.png, which is not in its shard"):
+            parse_shard_record(source, item)
+        return
+    (image,) = parse_shard_record(source, item).images
+    assert open_image(image, source).getpixel((0, 0)) == (3, 0, 0)
+    assert str(image) == f"0 of row 0 of {tmp_path / 'x.parquet'}"
 
 
 def test_a_sample_without_names_has_all_its_images(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from moe_llava.cli.experiments import ABLATIONS as cli_ablations
+from moe_llava.common.errors import DataError
 from moe_llava.evaluation.score.benchmark import BenchmarkError
 from moe_llava.experiments.ablate import conditions, run_ablation
 from moe_llava.experiments.cells import ExperimentError, sequence
@@ -17,6 +18,7 @@ from moe_llava.experiments.plan import (
     find_experiment,
     load_experiment,
     make_plan,
+    recipe_digests,
     write_plan,
 )
 from moe_llava.training.parsing import RecipeError
@@ -245,3 +247,9 @@ def test_the_help_names_the_ablations():
 def test_a_margin_is_a_share(margin, tmp_path):
     assert f"the margin is {float(margin)}, but must be a share" in refused("trial", "--margin", margin, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_of_shards_is_refused(write_recipe):
+    recipe = load_recipe(write_recipe(stage1__data={"file": "shards/*.tar"}))
+    with pytest.raises(DataError, match=r"data file shards/\*.tar is a stream of shards, whose content has no digest"):
+        recipe_digests([recipe])

@@ -71,14 +71,14 @@ def test_a_stopped_run_ends_like_another(write_recipe, put_shards, tmp_path, sto
 
 @pytest.mark.slow
 def test_two_killed_processes_end_like_others(write_recipe, put_shards, tmp_path):
-    """Each with two workers, from a shared folder. Every record comes once before one comes again."""
+    """Each with two workers, from a shared folder, with bad records that are skipped."""
     data = {"file": put_shards(f"file://{tmp_path}", bad=True), "shuffle_buffer": 3}
-    optimisation = {"stage1__optimisation__max_steps": 60, "stage1__optimisation__per_device_batch_size": 2}
+    optimisation = {"stage1__optimisation__max_steps": 30, "stage1__optimisation__per_device_batch_size": 2}
     file = write_recipe(stage1__data=data, on_bad_record="skip", dataloader_workers=2, save_steps=7, **optimisation)
     undisturbed = command(2, "train", file, "--stage", "1", "--set", f"output={tmp_path / 'whole'}")
     assert undisturbed.wait(timeout=300) == 0, undisturbed.stderr.read()
     stage = tmp_path / "run" / "stage1"
-    for step in (9, 30):
+    for step in (9, 16):
         run = command(2, "train", file, "--stage", "1", "--resume")
         wait_for(step, stage.with_name(".stage1"), run)
         os.killpg(run.pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_two_killed_processes_end_like_others(write_recipe, put_shards, tmp_path
     whole = tmp_path / "whole" / "stage1"
     assert same(load_file(whole / "model.safetensors"), load_file(stage / "model.safetensors"))
     assert recorded(whole) == recorded(stage)
-    assert recorded(stage)[0][-1]["skipped"] > 10
+    assert recorded(stage)[0][-1]["skipped"] > 5
 
 
 def test_a_bad_record_stops_a_run_by_default(write_recipe, put_shards, tmp_path):
