@@ -26,18 +26,18 @@ import numpy as np
 from filelock import FileLock
 from rich.console import Console
 
-from moe_llava.common.files import file_digest, write_whole
+from moe_llava.common.files import file_digest
 from moe_llava.common.messages import did_you_mean
 from moe_llava.digits.scenes import HARD
 from moe_llava.evaluation.score.statistics import Interval, detectable_difference, ratio_interval, t_interval
-from moe_llava.experiments.ablate import conditions, print_budgets, save
+from moe_llava.experiments.ablate import print_budgets, save
 from moe_llava.experiments.cells import CellSettings, ExperimentError
 from moe_llava.experiments.demo import prepare_base, prepare_data
 from moe_llava.experiments.figures import plot_headline
 from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, make_plan, write_plan
 from moe_llava.experiments.running import run_cells, run_job
-from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, markdown, score_table, signed
-from moe_llava.experiments.trial import MEANING, claim_part, command, judge, render, right_answers, verdict_table, versions
+from moe_llava.experiments.summary import by_cell, compare, markdown, signed
+from moe_llava.experiments.trial import command, judge, right_answers, write_page
 from moe_llava.training.budget import survey_recipe
 from moe_llava.training.recipe import Recipe, RecipeError, load_recipe
 
@@ -197,28 +197,19 @@ def write_report(plan: Plan, results: list[dict[str, Any]], repeat: str) -> Path
     gaps = [gap("accuracy", accuracy), gap("existence F1", existence_f1(plan, results))]
     title = f"Share of the gap in accuracy that experts close: {', '.join(_shares(gaps[0]))}"
     save(plot_headline(rows, plan.decided["language_model"], (SMALL, LARGE), title), plan.out / "headline.png")
-    report = render(
+    return write_page(
         "headline.md.jinja",
-        plan=plan,
+        plan,
+        results,
+        judged,
+        rows,
         digest=plan_digest(plan),
-        claim=next(each for each in judged if each.cell == SPARSE),
-        meaning=MEANING,
         gaps=gaps,
         gap_table=gap_table(gaps),
         costs=cost_table(plan, results),
-        conditions=conditions(plan),
-        verdicts=verdict_table(judged, rows),
-        shares=score_table("accuracy", rows),
-        budgets=budget_table(plan, results),
-        by_score=claim_part(plan, results),
-        scores=all_scores(plan, results),
         largest_sd=max(row.sd for row in rows),
-        signed=signed,
         command=repeat,
-        versions=versions(),
     )
-    write_whole(plan.out / "report.md", report.strip() + "\n")
-    return plan.out / "report.md"
 
 
 def gap_table(gaps: Sequence[Gap]) -> str:

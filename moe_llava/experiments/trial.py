@@ -72,8 +72,22 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
     differences = {each.cell: each.difference for each in judged}
     drawn = [replace(row, difference=differences.get(row.cell)) for row in rows]
     save(plot_comparison(drawn, "accuracy", plan.experiment.baseline, margin, INTERVAL), plan.out / "verdict.png")
-    report = render(
+    return write_page(
         "trial.md.jinja",
+        plan,
+        results,
+        judged,
+        rows,
+        calibration=calibration_part(plan, results),
+        perturbed=perturbed_part(plan, results, rows),
+        command=command(setup, margin),
+    )
+
+
+def write_page(template: str, plan: Plan, results: list[dict[str, Any]], judged: list[Judged], rows: list[Row], **own: Any) -> Path:
+    """Write report.md from a template of this folder, with what all trials report and the template's `own` values; return its path."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    report = environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(
         plan=plan,
         claim=next(each for each in judged if each.cell == plan.experiment.claim),
         meaning=MEANING,
@@ -83,24 +97,12 @@ def run_trial(setup: Setup, margin: float, console: Console, file: Path = TRIAL)
         budgets=budget_table(plan, results),
         by_score=claim_part(plan, results),
         scores=all_scores(plan, results),
-        calibration=calibration_part(plan, results),
-        perturbed=perturbed_part(plan, results, rows),
         signed=signed,
-        command=command(setup, margin),
-        versions=versions(),
+        versions={module.__name__: module.__version__ for module in (moe_llava, torch, transformers)},
+        **own,
     )
     write_whole(plan.out / "report.md", report.strip() + "\n")
     return plan.out / "report.md"
-
-
-def render(template: str, **values: Any) -> str:
-    """Return a report, by the name of its template in this folder."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((Path(__file__).parent / template).read_text(encoding="utf-8")).render(**values)
-
-
-def versions() -> dict[str, str]:
-    return {module.__name__: module.__version__ for module in (moe_llava, torch, transformers)}
 
 
 def judge(plan: Plan, answers: Mapping[str, Answers]) -> list[Judged]:

@@ -150,7 +150,7 @@ def divergence(logits_NV: Tensor, taught: dict[str, Tensor], temperature: float)
 
 
 class LiveInputs:
-    """What a live teacher gets of a record: the inputs that its own encoder makes."""
+    """Make the inputs of a live teacher from a record, with its own encoder."""
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
