@@ -7,6 +7,7 @@ dot before its name and holds what is needed to resume; it is renamed when it is
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def train_stages(stages: list[Stage], resume: bool, console: Console) -> None:
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
     for stage, records in data.items():
         run_stage(stage, records, console)
+        gc.collect()  # Trainer is in cycles of references: without this, its weights and moments stay in memory during the next stage
         state.wait_for_everyone()
 
 

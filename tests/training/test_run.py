@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from moe_llava.checkpoints.load import load_config
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
+from moe_llava.training.start import start
 from moe_llava.training.watch import summarise
 
 QUIET = Console(quiet=True)
@@ -30,9 +32,19 @@ def parameters(folder):
     return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
 
 
-def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
+def test_three_stages_and_the_dense_control(write_recipe, tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe())
+    models = []
+
+    def start_alone(stage):
+        assert [model for model in models if model() is not None] == [], "the model of an earlier stage is still in memory"
+        model, processor = start(stage)
+        models.append(weakref.ref(model))
+        return model, processor
+
+    monkeypatch.setattr("moe_llava.training.run.start", start_alone)
     stage1, stage2, stage3 = train(recipe, [1, 2, 3], resume=False, console=QUIET)
+    assert len(models) == 3
     recipe.stage3.dense = True
     (dense,) = train(recipe, [3], resume=False, console=QUIET)
     assert dense == tmp_path / "run" / "dense"
@@ -48,8 +60,8 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path):
     def changed(before, after):
         return {name for name in after if name in before and not torch.equal(before[name], after[name])}
 
-    start, one, two, control = (parameters(folder) for folder in (recipe.model, stage1, stage2, dense))
-    assert changed(start, one) == {name for name in one if "multi_modal_projector" in name}
+    first, one, two, control = (parameters(folder) for folder in (recipe.model, stage1, stage2, dense))
+    assert changed(first, one) == {name for name in one if "multi_modal_projector" in name}
     assert changed(one, two) == {name for name in two if "vision_tower" not in name}
     assert changed(two, control) == {name for name in two if "language_model.layers.0.mlp" in name or "language_model.layers.2.mlp" in name}
     sparse = parameters(stage3)
