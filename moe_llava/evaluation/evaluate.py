@@ -32,7 +32,7 @@ from moe_llava.evaluation.score.benchmark import NO_OPTIONS, Options, Scored, re
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.score.scoring import judge_command
-from moe_llava.evaluation.stress.perturb import ADVERSARIAL, KINDS, STRENGTHS, Perturbation
+from moe_llava.evaluation.stress.perturb import KINDS, PIXEL_ATTACKS, STRENGTHS, Perturbation
 from moe_llava.evaluation.stress.robustness import plot_robustness, robustness
 
 NEVER = timedelta(days=365)
@@ -62,7 +62,7 @@ def evaluate(
     Raises CheckpointError or BenchmarkError, with everything wrong with files and folders, before the model is loaded; later for an image
     or a score, after everything has been evaluated.
     """
-    attacks = sorted({perturbation.name for perturbation in perturbations} & set(ADVERSARIAL))
+    attacks = sorted({perturbation.name for perturbation in perturbations} & set(PIXEL_ATTACKS))
     if attacks and keep_experts is not None:
         raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, and so all experts in memory: leave out --keep-experts")
     plans = plan_tasks(checkpoint, names, data, out, limit, perturbations, options)

@@ -11,12 +11,13 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import InlineImage, open_image
 from moe_llava.evaluation.ask import generate
-from moe_llava.evaluation.ask.generate import answer, in_background, prompt_inputs, prompt_text
+from moe_llava.evaluation.ask.generate import _losses_of, answer, in_background, prompt_inputs, prompt_text
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import attacked_pixels
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
+from moe_llava.evaluation.stress.words import attack_words
 from moe_llava.model.upcycling import upcycle
 from tests.conftest import FAMILIES, tiny_config
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -93,6 +94,24 @@ def test_every_question_is_attacked_for_itself(asked, name):
     without = [place for place, question in enumerate(questions) if not question.images]
     assert without
     assert [found[place] for place in without] == [clean[place] for place in without]
+
+
+def test_words_that_are_attacked(asked):
+    model, processor, questions = asked
+    attack, typos = Perturbation("words", 5), Perturbation("typos", 5)
+    found = answers(model, processor, questions, 16, perturbation=attack)
+    clean = answers(model, processor, questions, 16)
+    assert found != clean
+    stronger = []
+    for number, question in enumerate(questions):
+        losses = _losses_of(model, processor, question, 16, 12)
+        attacked = attack_words(question, attack, losses)
+        assert found[number] == plainly(model, processor, attacked)
+        before, after, random = losses([question, attacked, perturb_question(question, typos)])
+        assert after >= before
+        stronger.append(after - random)
+        assert losses([question]) == pytest.approx([before], abs=1e-5)  # whatever is in the batch
+    assert sum(value > 0 for value in stronger) > len(stronger) / 2  # than typos at random
 
 
 def test_nothing_after_the_end(asked):

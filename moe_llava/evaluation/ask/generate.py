@@ -31,8 +31,9 @@ from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.data.videos import VideoReader
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
-from moe_llava.evaluation.stress.attack import attacked_pixels
-from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
+from moe_llava.evaluation.stress.attack import answer_losses, attacked_pixels, own_answers, with_answers
+from moe_llava.evaluation.stress.perturb import PIXEL_ATTACKS, WORD_ATTACK, Perturbation, perturb_image, perturb_question
+from moe_llava.evaluation.stress.words import Losses, attack_words
 from moe_llava.model.greedy import end_tokens, positions, write_greedily
 
 AHEAD = 2  # groups that are decoded and wait
@@ -68,13 +69,19 @@ def answer(
     """
     if processor.tokenizer.pad_token_id is None:
         raise BenchmarkError("the tokenizer has no pad token, which batches are padded with")
-    attack = perturbation if perturbation is not None and perturbation.kind == "adversarial" else None
+    attack = perturbation if perturbation is not None and perturbation.name in PIXEL_ATTACKS else None
     if perturbation is not None:
         questions = [perturb_question(question, perturbation) for question in questions]
     videos = [question for question in questions if question.video is not None]
     if videos:
         _check_videos(processor, videos[0], perturbation)
     texts = [prompt_text(processor, question) for question in questions]
+    if perturbation is not None and perturbation.name == WORD_ATTACK:
+        for index, question in enumerate(questions):
+            attacked = attack_words(question, perturbation, _losses_of(model, processor, question, batch_size, max_new_tokens))
+            for ((_, text),) in answer(model, processor, [attacked], batch_size, max_new_tokens):
+                yield [(index, text)]
+        return
     if videos or not shares_heads(processor):
         yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation)
         return
@@ -106,7 +113,7 @@ def _answer_whole(
     perturbation: Perturbation | None,
 ) -> Iterator[list[tuple[int, str]]]:
     """Do the same as `answer`, without sharing heads."""
-    attack = perturbation if perturbation is not None and perturbation.kind == "adversarial" else None
+    attack = perturbation if perturbation is not None and perturbation.name in PIXEL_ATTACKS else None
     order = sorted(range(len(questions)), key=lambda index: (len(questions[index].images), len(texts[index]), texts[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     tokenizer = copy_tokenizer(processor.tokenizer)
@@ -210,6 +217,27 @@ def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation
     inputs = {**group.heads, "input_ids": ids_BS, "attention_mask": mask_BS}
     inputs = {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
     group.heads["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
+
+
+def _losses_of(model: Any, processor: Any, question: Question, batch_size: int, max_new_tokens: int) -> Losses:
+    """Return a function of wordings of a question: the mean losses of the model's own answer to it as it is."""
+
+    def inputs_of(wordings: Sequence[Question]) -> Any:
+        return prompt_inputs(processor, wordings).to(model.device, dtype=model.dtype)
+
+    _, labels = own_answers(model, prompts := inputs_of([question]), max_new_tokens)
+    own_1A = labels[:, prompts["input_ids"].shape[1] :]
+
+    @torch.no_grad()
+    def losses(wordings: Sequence[Question]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(wordings), batch_size):
+            inputs = inputs_of(wordings[start : start + batch_size])
+            answers = own_1A.expand(len(inputs["input_ids"]), -1)
+            found += answer_losses(model, *with_answers(inputs, answers, torch.ones_like(answers, dtype=torch.bool))).tolist()
+        return found
+
+    return losses
 
 
 @torch.inference_mode()

@@ -116,15 +116,17 @@ def attacked_pixels(model: Any, image_processor: Any, inputs: Inputs, attack: Pe
 
 @torch.no_grad()
 def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Return (inputs continued by the model's greedy answers, labels [B, S]: the answers up to their end, -100 elsewhere)."""
-    written = write_greedily(model, dict(inputs), max_new_tokens)
-    start = inputs["input_ids"].shape[1]
-    is_end = torch.isin(written[:, start:], torch.tensor(end_tokens(model), device=written.device, dtype=torch.long))
+    """Return the inputs with the model's greedy answers, and labels, as `with_answers` does."""
+    written = write_greedily(model, dict(inputs), max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    is_end = torch.isin(written, torch.tensor(end_tokens(model), device=written.device, dtype=torch.long))
     # The end token is part of the answer; padding follows it.
-    answered = (is_end.cumsum(dim=1) - is_end.int()) == 0
+    return with_answers(inputs, written, (is_end.cumsum(dim=1) - is_end.int()) == 0)
+
+
+def with_answers(inputs: Inputs, answers: Tensor, answered: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return (inputs continued by answers [B, A], labels [B, S + A]: the answers where `answered` [B, A], -100 elsewhere)."""
+    types = {name: F.pad(inputs[name], (0, answers.shape[1])) for name in (*TOKEN_TYPES, EXPERT_TYPES) if name in inputs}
     mask = torch.cat([inputs["attention_mask"], answered.to(inputs["attention_mask"])], dim=1)
-    labels = written.clone()
-    labels[:, :start] = -100
-    labels[:, start:][~answered] = -100
-    types = {name: F.pad(inputs[name], (0, written.shape[1] - start)) for name in (*TOKEN_TYPES, EXPERT_TYPES) if name in inputs}
-    return {**inputs, **types, "input_ids": written, "attention_mask": mask}, labels
+    ids = torch.cat([inputs["input_ids"], answers], dim=1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answers.masked_fill(~answered, -100)], dim=1)
+    return {**inputs, **types, "input_ids": ids, "attention_mask": mask}, labels

@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -50,6 +50,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
         "Thank you for your help.",
     ),
     "distraction": (1, 2, 3, 4, 5),  # sentences
+    "words": (0.1, 0.2, 0.3, 0.4, 0.5),  # share of the words, rounded up: the most that the attack may change
 }
 
 # Paraphrases from strength 3 on also use other words.
@@ -112,6 +113,11 @@ class Perturbation:
         """visual, textual or adversarial"""
         return KINDS[self.name]
 
+    @property
+    def value(self) -> Any:
+        """What VALUES has for it."""
+        return VALUES[self.name][self.strength - 1]
+
 
 def parse_perturbations(text: str) -> list[Perturbation]:
     """Parse a list such as `noise:3,typos`; without a strength, all five are meant. Raises BenchmarkError, naming the wrong piece."""
@@ -133,19 +139,28 @@ def perturb_image(image: Image.Image, perturbation: Perturbation) -> Image.Image
         return image
     pixels = hashlib.sha256(image.tobytes()).hexdigest()
     random = _random(perturbation.seed, perturbation.name, pixels)
-    return VISUAL[perturbation.name](image, VALUES[perturbation.name][perturbation.strength - 1], random)
+    return VISUAL[perturbation.name](image, perturbation.value, random)
 
 
 def perturb_question(question: Question, perturbation: Perturbation) -> Question:
     """Return a question with other words under a textual perturbation, and unchanged under others."""
     if perturbation.kind != "textual":
         return question
-    kept = KEPT.search(question.prompt)
-    end = kept.start() if kept else len(question.prompt)
-    # Several questions may share an id if their prompts differ.
-    random = _random(perturbation.seed, perturbation.name, question.id, question.prompt)
-    changed = TEXTUAL[perturbation.name](question.prompt[:end], VALUES[perturbation.name][perturbation.strength - 1], random)
-    return dataclasses.replace(question, prompt=changed + question.prompt[end:])
+    text, rest = split_prompt(question.prompt)
+    changed = TEXTUAL[perturbation.name](text, perturbation.value, random_of(question, perturbation))
+    return dataclasses.replace(question, prompt=changed + rest)
+
+
+def split_prompt(prompt: str) -> tuple[str, str]:
+    """Return (what may be changed of a prompt, the rest)."""
+    kept = KEPT.search(prompt)
+    end = kept.start() if kept else len(prompt)
+    return prompt[:end], prompt[end:]
+
+
+def random_of(question: Question, perturbation: Perturbation) -> np.random.Generator:
+    """Return the source of a question's random choices. Several questions may share an id if their prompts differ."""
+    return _random(perturbation.seed, perturbation.name, question.id, question.prompt)
 
 
 def _random(*parts: object) -> np.random.Generator:
@@ -191,13 +206,18 @@ def _picture(pixels_HWC: np.ndarray) -> Image.Image:
 
 
 def _typos(text: str, share: float, random: np.random.Generator) -> str:
-    words = [match.span() for piece in _pieces(text) for match in MISTYPED.finditer(text, *piece)]
+    words = word_spans(text)
     draws = random.random((len(words), 2))
     chosen = {words[index]: draws[index] for index in _some(len(words), share, random)}
-    return _replaced(text, {span: _typo(text[slice(*span)], *draw) for span, draw in chosen.items()})
+    return replaced(text, {span: typo(text[slice(*span)], *draw) for span, draw in chosen.items()})
 
 
-def _typo(word: str, kind: float, place: float) -> str:
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Return the spans of the words that may be mistyped."""
+    return [match.span() for piece in _pieces(text) for match in MISTYPED.finditer(text, *piece)]
+
+
+def typo(word: str, kind: float, place: float) -> str:
     """Leave out a letter, double it, swap it with the one before, or replace it by its neighbour on the keyboard; never the first one."""
     if kind < 0.25:
         at = 2 + int(place * (len(word) - 2))
@@ -217,7 +237,7 @@ def _typo(word: str, kind: float, place: float) -> str:
 def _case(text: str, share: float, random: np.random.Generator) -> str:
     letters = [match.span() for piece in _pieces(text) for match in LETTER.finditer(text, *piece)]
     chosen = [letters[index] for index in _some(len(letters), share, random)]
-    return _replaced(text, {span: text[slice(*span)].swapcase() for span in chosen})
+    return replaced(text, {span: text[slice(*span)].swapcase() for span in chosen})
 
 
 def _order(text: str, share: float, random: np.random.Generator) -> str:
@@ -228,7 +248,7 @@ def _order(text: str, share: float, random: np.random.Generator) -> str:
     for index in _some(len(pairs), share, random):
         first, second = pairs[index]
         placed[first], placed[second] = placed[second], placed[first]
-    return _replaced(text, placed)
+    return replaced(text, placed)
 
 
 def _paraphrase(text: str, frame: str, random: np.random.Generator) -> str:
@@ -257,7 +277,8 @@ def _some(number: int, share: float, random: np.random.Generator) -> np.ndarray:
     return random.permutation(number)[: math.ceil(share * number)]
 
 
-def _replaced(text: str, by: dict[tuple[int, int], str]) -> str:
+def replaced(text: str, by: Mapping[tuple[int, int], str]) -> str:
+    """Return a text with other words at some spans."""
     for (start, end), words in sorted(by.items(), reverse=True):
         text = text[:start] + words + text[end:]
     return text
@@ -278,5 +299,6 @@ VISUAL: dict[str, Callable[[Image.Image, Any, np.random.Generator], Image.Image]
 VISUAL = {"noise": _noise, "blur": _blur, "jpeg": _jpeg, "brightness": _brightness, "occlusion": _occlusion}
 TEXTUAL: dict[str, Callable[[str, Any, np.random.Generator], str]]
 TEXTUAL = {"typos": _typos, "case": _case, "order": _order, "paraphrase": _paraphrase, "distraction": _distraction}
-ADVERSARIAL = ("fgsm", "pgd")  # in attack.py
+PIXEL_ATTACKS, WORD_ATTACK = ("fgsm", "pgd"), "words"  # in attack.py and words.py
+ADVERSARIAL = (*PIXEL_ATTACKS, WORD_ATTACK)
 KINDS = {**dict.fromkeys(VISUAL, "visual"), **dict.fromkeys(TEXTUAL, "textual"), **dict.fromkeys(ADVERSARIAL, "adversarial")}
