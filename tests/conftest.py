@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -135,3 +136,9 @@ def run_command(*arguments: str | Path, stdin: str = "", timeout: float = 300) -
         cwd=REPOSITORY,
         env={**os.environ, "COLUMNS": "160"},
     )
+
+
+def pytest_collection_finish():
+    """Exempt what imports leave from the garbage collector: a million objects, which every run of Trainer would go through twice."""
+    gc.collect()
+    gc.freeze()
