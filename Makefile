@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo real test test-slow lint docs engines
+.PHONY: demo real test test-slow lint docs engines rivals
 
 demo: .venv/installed
 	$(BIN)/moe-llava demo
@@ -27,6 +27,13 @@ engines: .venv/installed .engines/installed
 	$(BIN)/python -m benchmarks.engines.cases runs/engines
 	VLLM_CPU_KVCACHE_SPACE=1 .engines/bin/python benchmarks/engines/vllm_cases.py runs/engines
 
+# Compares layers, prompts and training steps with DeepSpeed's MoE, on a CPU, in an environment of its own: 2 GB, 20 minutes.
+rivals: .rivals/installed
+	mkdir -p runs/rivals
+	$(RIVALS) layer --no-growth --size 1024x512x1408 --size 1024x640x2048 --size 1024x896x4864 --rounds 5 --json runs/rivals/layer.json
+	$(RIVALS) model --size middle --size gemma --size qwen --dtype float32 --dtype bfloat16 --json runs/rivals/model.json
+	$(RIVALS) train --size middle --size gemma --size qwen --no-logits --rounds 3 --json runs/rivals/train.json
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +42,8 @@ lint: .venv/installed
 # Broken links and docstrings that cannot be parsed fail the build.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+RIVALS := .rivals/bin/moe-llava bench
 
 # Tests with torchvision, which is of another build than torch here: the plugin makes it importable, for these tests alone.
 FAMILIES := -p tests.families.operators tests/families
@@ -56,6 +65,14 @@ TRANSFORMERS_TESTS := .venv/transformers-tests
 	$(BIN)/pip freeze | grep ^transformers== > $(TRANSFORMERS_TESTS)/version
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(TRANSFORMERS_TESTS) --requirement $(TRANSFORMERS_TESTS)/version
 	tar -xzf $(TRANSFORMERS_TESTS)/transformers-*.tar.gz -C $(TRANSFORMERS_TESTS) --strip-components 1
+	touch $@
+
+# DeepSpeed compiles its kernels when they are first used: its MoE layer uses none.
+.rivals/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .rivals
+	.rivals/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
+	.rivals/bin/pip install --quiet --constraint constraints.txt --editable .
+	DS_BUILD_OPS=0 .rivals/bin/pip install --quiet --constraint constraints.txt deepspeed==0.19.8
 	touch $@
 
 # vLLM's package lacks the metadata that `vllm serve` reads. The package is installed for its plugin, without its own requirements.

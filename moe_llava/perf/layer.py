@@ -1,6 +1,6 @@
 """Compare a sparse layer with a dense one of equal active width, forward and backward, and with other implementations.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D width, F width of the dense FFN.
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from moe_llava.perf.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, output_of, random_weights
-from moe_llava.perf.measure import Timings, begin_peak, begin_report, bench_device, compare, dtype_names, peak_memory, ratios, summary
+from moe_llava.perf.layers import DENSE, OURS, dense_layer, errors, layer_variants, our_layer, random_weights
+from moe_llava.perf.measure import (
+    Timings,
+    add_notes,
+    begin_peak,
+    begin_report,
+    bench_device,
+    compare,
+    dtype_names,
+    peak_memory,
+    ratios,
+    summary,
+)
 from moe_llava.perf.options import BOTH, FORWARD, LayerSize
+from moe_llava.perf.rivals import output_of
 from moe_llava.perf.running import show_cases
 
 GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
 GROWTH_WAYS = {OURS: None, f"{OURS}, grouped_mm": "grouped_mm"}
-PRODUCT, PRODUCT_WIDTH = "a product of two large matrices", 8192  # the most that a GPU can do
+PRODUCTS = "matrix products alone"  # of the dense FFN: the most that the machine can do for these shapes
 
 
 def bench_layer(
@@ -33,19 +45,17 @@ def bench_layer(
     """
     device = bench_device()
     report = begin_report("layer", device, dtype_names(*dtypes), rounds)
-    report["notes"] = []
     cases = [(size, dtype, [phase for phase in phases if size.tokens > 1 or phase == FORWARD]) for size in sizes for dtype in dtypes]
     grown = [(dtype, phase) for dtype in dtypes for phase in phases] if growth else []
     total = sum(len(chosen) for _, _, chosen in cases) + len(grown)
     with show_cases(report, total, console) as running:
         for size, dtype, chosen in cases:
-            variants, notes = layer_variants(size, dtype, device)
-            report["notes"] += [note for note in notes if note not in report["notes"]]
+            variants = add_notes(report, layer_variants(size, dtype, device))
             found = errors(size, variants, dtype, device, backward=BOTH in chosen)
             for phase in chosen:
                 running.begin(_labels(size, dtype, phase))
                 calls = _calls(variants, size, dtype, phase, device)
-                measured = _measured(calls, size, phase, rounds, device, dtype, running)
+                measured = _measured(calls, size, phase, rounds, device, running)
                 for name, error in found.items():
                     measured[name]["error"] = error
                 running.end(DENSE, measured)
@@ -64,9 +74,30 @@ def _calls(
     variants: dict[str, nn.Module], size: LayerSize, dtype: torch.dtype, phase: str, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     x_1TD, gradient_1TD = (torch.randn(1, size.tokens, size.width, device=device, dtype=dtype) for _ in range(2))
+    products: dict[str, Callable[[], object]] = {PRODUCTS: _products(size, phase, x_1TD[0], gradient_1TD[0])}
     if phase == FORWARD:
-        return {name: partial(_forward, layer, x_1TD) for name, layer in variants.items()}
-    return {name: partial(_forward_backward, layer, x_1TD, gradient_1TD) for name, layer in variants.items()}
+        return {name: partial(_forward, layer, x_1TD) for name, layer in variants.items()} | products
+    return {name: partial(_forward_backward, layer, x_1TD, gradient_1TD) for name, layer in variants.items()} | products
+
+
+def _products(size: LayerSize, phase: str, x_TD: Tensor, gradient_TD: Tensor) -> Callable[[], object]:
+    """Return a function that computes the matrix products of the dense FFN and of its gradients into the same memory each time, without
+    activation or autograd."""
+    wide = size.top_k * size.ffn_width
+    gate_FD, up_FD, down_DF = (x_TD.new_empty(shape).normal_() for shape in ((wide, size.width), (wide, size.width), (size.width, wide)))
+    gate_TF, up_TF, hidden_TF = (x_TD.new_empty(size.tokens, wide).normal_() for _ in range(3))
+    y_TD, out_FD, out_DF = torch.empty_like(x_TD), torch.empty_like(gate_FD), torch.empty_like(down_DF)
+    products = [(x_TD, gate_FD.T, gate_TF), (x_TD, up_FD.T, up_TF), (hidden_TF, down_DF.T, y_TD)]
+    if phase == BOTH:
+        products += [(gradient_TD, down_DF, hidden_TF), (gradient_TD.T, hidden_TF, out_DF)]
+        for each_TF, each_FD in ((gate_TF, gate_FD), (up_TF, up_FD)):
+            products += [(each_TF, each_FD, y_TD), (each_TF.T, x_TD, out_FD)]
+
+    def compute() -> None:
+        for first, second, out in products:
+            torch.mm(first, second, out=out)
+
+    return compute
 
 
 @torch.no_grad()
@@ -87,21 +118,13 @@ def _measured(
     phase: str,
     rounds: int,
     device: torch.device,
-    dtype: torch.dtype,
     advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    """Return the measurements of each call; on a GPU also its FLOP/s, alone and as a share of a large product's, and its memory."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        a, b = (torch.randn(PRODUCT_WIDTH, PRODUCT_WIDTH, device=device, dtype=dtype) for _ in range(2))
-        calls = calls | {PRODUCT: lambda: a @ b}
-    timings = compare(calls, rounds, device, advance)
-    measured = summary(timings, DENSE, device)
-    if on_gpu:
-        flops = dict.fromkeys(calls, size.flops * (1 if phase == FORWARD else 3)) | {PRODUCT: 2 * PRODUCT_WIDTH**3}
+    """Return the measurements of each call; on a GPU also its FLOP/s and its memory."""
+    measured = summary(compare(calls, rounds, device, advance), DENSE, device)
+    if device.type == "cuda":
         for name, one in measured.items():
-            one["tflops"] = flops[name] / one["seconds"]["median"] / 1e12
-            one["share_of_product"] = one["tflops"] / (flops[PRODUCT] / measured[PRODUCT]["seconds"]["median"] / 1e12)
+            one["tflops"] = size.flops * (1 if phase == FORWARD else 3) / one["seconds"]["median"] / 1e12
             one["memory"] = _memory_of(calls[name], device)
     return measured
 

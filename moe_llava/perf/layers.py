@@ -6,38 +6,23 @@ Shapes: T tokens, D width, F FFN width, E experts, K experts per token.
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, MixtralConfig, MixtralModel
+from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from moe_llava.model.moe import SparseMlp
 from moe_llava.perf.options import BenchError, LayerSize
+from moe_llava.perf.rivals import DEEPSPEED, MIXTRAL, RIVALS, output_of, rivals_of, with_weights
 
-DENSE, OURS, MIXTRAL, DEEPSPEED = "dense", "ours", "transformers' Mixtral", "DeepSpeed"
+DENSE, OURS = "dense", "ours"
 BACKENDS = ("eager", "grouped_mm", "batched_mm")  # of transformers' experts interface
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
 CHECKED_TOKENS = 64
 # Its router computes in the dtype of the model: in half precision some tokens may go to other experts.
 CHECKED_IN_FLOAT32 = (MIXTRAL,)
-
-
-class FusedFfn(nn.Module):
-    """One expert as a module, as DeepSpeed needs it."""
-
-    def __init__(self, gate_up_FD: Tensor, down_DF: Tensor):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(gate_up_FD)
-        self.down_proj = nn.Parameter(down_DF)
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        gate_NF, up_NF = F.linear(x_ND, self.gate_up_proj).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NF) * up_NF, self.down_proj)
 
 
 def random_weights(size: LayerSize, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -54,16 +39,13 @@ def dense_layer(size: LayerSize, dtype: torch.dtype, device: torch.device) -> nn
         return LlamaMLP(config).to(dtype)
 
 
-def _one_layer(size: LayerSize) -> dict[str, int]:
-    sizes = {"hidden_size": size.width, "intermediate_size": size.ffn_width}
-    return {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, **sizes}
-
-
-def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> nn.Module:
+def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None) -> SparseMlp:
     """Return the SparseMlp of a model with one layer. `backend`: default that of a model."""
     config = MoeLlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
-        text_config=LlamaConfig(**_one_layer(size)),
+        text_config=LlamaConfig(
+            hidden_size=size.width, intermediate_size=size.ffn_width, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        ),
         num_experts=size.experts,
         num_experts_per_tok=size.top_k,
         moe_layers="all",
@@ -72,77 +54,27 @@ def our_layer(size: LayerSize, weights: list[Tensor], backend: str | None = None
         model = MoeLlavaForConditionalGeneration._from_config(config, dtype=weights[0].dtype)
     if backend is not None:
         model.set_experts_implementation(backend)
-    return _with_weights(model.sparse_mlps()[0], ("router.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
-
-
-def mixtral_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
-    """Return the MoE block of a Mixtral, with the backend that transformers chooses."""
-    experts = {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
-    config = MixtralConfig(**_one_layer(size), num_key_value_heads=1, **experts)
-    with torch.device("meta"):
-        model = MixtralModel._from_config(config, dtype=weights[0].dtype)
-    return _with_weights(model.layers[0].mlp, ("gate.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
-
-
-def deepspeed_layer(size: LayerSize, weights: list[Tensor]) -> nn.Module:
-    """Return DeepSpeed's MoE, in a process group of one process, without dropping or randomness."""
-    from deepspeed import comm, moe
-
-    if not torch.distributed.is_initialized():
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        comm.init_distributed("nccl" if weights[0].is_cuda else "gloo")
-    router_ED, gate_up_EFD, down_EDF = weights
-    layer: Any = moe.layer.MoE(
-        size.width,
-        FusedFfn(gate_up_EFD[0], down_EDF[0]),
-        num_experts=size.experts,
-        k=size.top_k,
-        drop_tokens=False,
-        use_rts=False,
-        top2_2nd_expert_sampling=False,
-    )
-    layer.set_deepspeed_parallelism()
-    layer.deepspeed_moe.gate.wg.weight.data = router_ED.float()
-    for expert, gate_up_FD, down_DF in zip(layer.deepspeed_moe.experts.deepspeed_experts, gate_up_EFD, down_EDF, strict=True):
-        expert.gate_up_proj.data, expert.down_proj.data = gate_up_FD, down_DF
-    return layer
-
-
-def _with_weights(module: nn.Module, names: tuple[str, ...], weights: list[Tensor]) -> nn.Module:
-    """Replace the parameters of `module` by these tensors, which variants share without sharing gradients."""
-    module.load_state_dict(dict(zip(names, weights, strict=True)), assign=True)
-    return module
+    return with_weights(model.sparse_mlps()[0], ("router.weight", "experts.gate_up_proj", "experts.down_proj"), weights)
 
 
 def layer_variants(size: LayerSize, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
     """Return (name -> layer, the limit first; notes on variants that are left out)."""
-    weights, notes = random_weights(size, dtype, device), []
-    variants = {DENSE: dense_layer(size, dtype, device), OURS: our_layer(size, weights)}
+    weights = random_weights(size, dtype, device)
+    ours = our_layer(size, weights)
+    rivals, notes = rivals_of(ours)
+    variants = {DENSE: dense_layer(size, dtype, device), OURS: ours}
     for backend in BACKENDS:
         copied, room = size.copied_by_batched_mm * dtype.itemsize, room_for_copies(device)
         if backend == "batched_mm" and copied > room:
             notes.append(f"{size}: batched_mm left out, as it would copy {copied / 1e9:,.1f} GB of weights (allowed: {room / 1e9:,.1f})")
         else:
             variants[f"{OURS}, {backend}"] = our_layer(size, weights, backend)
-    variants[MIXTRAL] = mixtral_layer(size, weights)
-    if find_spec("deepspeed") is None:
-        notes.append("DeepSpeed's MoE layer: not installed")
-    elif size.top_k > 2:
-        notes.append(f"{size}: DeepSpeed's MoE layer left out, as it has top-1 and top-2 only")
-    else:
-        variants[DEEPSPEED] = deepspeed_layer(size, weights)
-    return variants, notes
+    return variants | {name: RIVALS[name](ours) for name in rivals}, notes
 
 
 def room_for_copies(device: torch.device) -> int:
     """Return how many bytes batched_mm may copy."""
     return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 10**9
-
-
-def output_of(layer: nn.Module, x_1TD: Tensor) -> Tensor:
-    """Return the output alone: DeepSpeed returns its loss too."""
-    out = layer(x_1TD)
-    return out[0] if isinstance(out, tuple) else out
 
 
 def errors(
@@ -164,7 +96,7 @@ def errors(
         got = _outcome(layer, x_1TD, gradient_1TD if backward else None)
         # DeepSpeed's parameters are not stacked: the gradients of its weights are left out.
         compared = got[:2] if name == DEEPSPEED else got
-        found[name] = max(_relative(one, other) for one, other in zip(compared, expected, strict=name != DEEPSPEED))
+        found[name] = max(relative(one, other) for one, other in zip(compared, expected, strict=name != DEEPSPEED))
         if found[name] > TOLERANCE[dtype] and (dtype == torch.float32 or name not in CHECKED_IN_FLOAT32):
             allowed = f"{TOLERANCE[dtype]:.0e}"
             raise BenchError(f"{size} in {dtype}: {name} is {found[name]:.1e} off the reference in float64 (allowed: {allowed})")
@@ -203,6 +135,6 @@ def _reference(weights: list[Tensor], top_k: int, x_1TD: Tensor, gradient_1TD: T
     return [y_TD.detach()[None], gradients[0][None], *gradients[1:]]
 
 
-def _relative(got: Tensor | None, expected: Tensor) -> float:
+def relative(got: Tensor | None, expected: Tensor) -> float:
     assert got is not None
     return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,12 +139,20 @@ def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -
         "python": platform.python_version(),
         "moe_llava": moe_llava.__version__,
         **{name: version(name) for name in ("torch", "transformers", *packages)},
+        **{found.name: found.version for found in distributions(name="deepspeed")},
     }
 
 
 def begin_report(bench: str, device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
     """Return a report without cases."""
-    return {"bench": bench, "conditions": conditions(device, dtype), "rounds": rounds, "cases": []}
+    return {"bench": bench, "conditions": conditions(device, dtype), "rounds": rounds, "cases": [], "notes": []}
+
+
+def add_notes(report: dict[str, Any], found: tuple[Result, list[str]]) -> Result:
+    """Add to a report the notes that it does not have, and return the result they come with."""
+    result, notes = found
+    report["notes"] += [note for note in notes if note not in report["notes"]]
+    return result
 
 
 def dtype_names(*dtypes: torch.dtype) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16")
 FORWARD, BOTH = "forward", "forward+backward"
 PHASES = (FORWARD, BOTH)
-LAYER_SIZES = ("640x2048x5632", "1024x512x1408", "2048x256x704", "1x2048x5632")  # tokens, width, FFN width; the last is decoding
-MODEL_SIZES = ("tiny", "digits", "middle", "wide", "phi2")  # defined in pairs.py
+# Tokens, width, FFN width. The widths of Gemma 3 270M and Qwen2.5 0.5B are among them; the last is decoding.
+LAYER_SIZES = ("640x2048x5632", "1024x512x1408", "2048x256x704", "1024x640x2048", "1024x896x4864", "1x2048x5632")
+MODEL_SIZES = ("tiny", "digits", "middle", "gemma", "qwen", "wide", "phi2")  # defined in pairs.py
 
 MULTIPLE = 8  # numbers of two bytes: grouped_mm needs rows of a multiple of 16 bytes
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of the experts are kept in memory

@@ -1,5 +1,7 @@
 """A sparse model and its dense partner with as many active parameters, and the speed of their forward passes. The partner has the same
-backbone, but in the chosen layers an FFN as wide as a token's experts together. Weights are random: speed does not depend on them."""
+backbone, but in the chosen layers an FFN as wide as a token's experts together. Weights are random: speed does not depend on them.
+
+A rival is the sparse model with another implementation of its sparse layers, and the same weights."""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     CLIPVisionConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaForConditionalGeneration,
     PhiConfig,
     PreTrainedConfig,
+    Qwen2Config,
 )
 
 from moe_llava.digits.base import WEIGHTS
@@ -26,12 +30,16 @@ from moe_llava.model import MoeLlavaConfig
 from moe_llava.model.configuration import SparseConfig
 from moe_llava.model.ffn import form_of, narrowed, set_parameter
 from moe_llava.model.modeling import sparse_class
+from moe_llava.model.moe import SparseMlp
 from moe_llava.model.places import find_backbone
-from moe_llava.perf.measure import begin_report, bench_device, compare, dtype_names, summary
+from moe_llava.perf.layers import CHECKED_TOKENS, TOLERANCE, relative
+from moe_llava.perf.measure import add_notes, begin_report, bench_device, compare, dtype_names, summary
 from moe_llava.perf.options import BenchError
+from moe_llava.perf.rivals import RIVALS, RivalMlp, rivals_of
 from moe_llava.perf.running import show_cases
 
 SPARSE, DENSE = "sparse", "dense"
+CUT_VOCABULARY = 4096  # rows; the vocabularies of 262,144 and 151,936 would take most of the time of such small models
 LABELLED_SHARE = 0.25  # of the positions of a row, the last ones, have labels
 
 
@@ -66,6 +74,32 @@ def _llama(width: int, ffn_width: int, layers: int, heads: int, vocabulary: int)
     )
 
 
+def _gemma() -> PreTrainedConfig:
+    return Gemma3TextConfig(
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        vocab_size=CUT_VOCABULARY,
+        tie_word_embeddings=True,
+    )
+
+
+def _qwen() -> PreTrainedConfig:
+    return Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=8,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=CUT_VOCABULARY,
+        tie_word_embeddings=True,
+    )
+
+
 SIZES = {  # the keys are MODEL_SIZES of options.py
     "tiny": ModelSize("2 layers of width 32", _llama(32, 48, 2, 2, 99), rows=2, tokens=48),
     # The recipe's attention: the backward pass of the fused one is slow on a CPU.
@@ -73,6 +107,9 @@ SIZES = {  # the keys are MODEL_SIZES of options.py
         "the recipe of the digits", lambda: LlamaConfig.from_pretrained(WEIGHTS / "language_model"), rows=32, tokens=64, attention="eager"
     ),
     "middle": ModelSize("8 layers of width 512", _llama(512, 1408, 8, 8, 32000), rows=2, tokens=256),
+    "gemma": ModelSize("Gemma 3 270M, its vocabulary cut", _gemma, rows=2, tokens=256),
+    # Four learners with AdamW's moments must fit into memory.
+    "qwen": ModelSize("8 of the 24 layers of Qwen2.5 0.5B, its vocabulary cut", _qwen, rows=2, tokens=256),
     "wide": ModelSize("2 layers of width 64, and a vocabulary of 151,936", _llama(64, 128, 2, 2, 151936), rows=1, tokens=2048),
     "phi2": ModelSize(
         "2 layers of Phi-2, both sparse",
@@ -84,14 +121,9 @@ SIZES = {  # the keys are MODEL_SIZES of options.py
 }
 
 
-def pair(size: ModelSize, dtype: torch.dtype, device: torch.device) -> dict[str, LlavaForConditionalGeneration]:
-    """Return both models, in evaluation mode."""
-    config = size.config()
-    return {name: build(config, name, dtype, device, size.attention) for name in (DENSE, SPARSE)}
-
-
 def build(config: SparseConfig, name: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
-    """Return the model SPARSE, or its partner DENSE, which is of transformers' own class."""
+    """Return, in evaluation mode, the model SPARSE, or one of transformers' own class: its partner DENSE, or a rival, by its name in
+    RIVALS."""
     torch.manual_seed(0)
     dense_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config.dense_class]
     with torch.device(device):
@@ -99,9 +131,46 @@ def build(config: SparseConfig, name: str, dtype: torch.dtype, device: torch.dev
             model = sparse_class(dense_class)._from_config(copy.deepcopy(config), dtype=dtype)
         else:
             model = dense_class._from_config(_embeddable(config.dense_config()), dtype=dtype)
-            _widen(find_backbone(model)[1], config)
+    if name == DENSE:
+        _widen(find_backbone(model)[1], config)
+    elif name in RIVALS:
+        _exchange(model, build(config, SPARSE, dtype, device), RIVALS[name])
     model.set_attn_implementation(attention)
     return model.eval()
+
+
+def _exchange(model: Any, sparse: Any, rival: Callable[[SparseMlp], nn.Module]) -> None:
+    """Give a dense model the weights of `sparse`, and another implementation of its sparse layers, which shares their weights."""
+    model.load_state_dict(sparse.state_dict(), strict=False)  # all but the FFNs of these layers
+    for index, mlp in sparse.sparse_mlps().items():
+        find_backbone(model)[1].layers[index].mlp = RivalMlp(rival(mlp))
+
+
+def checked_rivals(size: ModelSize, device: torch.device) -> tuple[list[str], list[str]]:
+    """Return (names of the rivals of a model, notes on those left out).
+
+    Raise BenchError if the logits or the output of a sparse layer differ from those of the sparse model, in float32: only models that
+    compute the same are compared. Logits alone would not do, as the FFNs of a random model contribute little to them.
+    """
+    config = size.config()
+    names, notes = rivals_of(build(config, SPARSE, torch.float32, torch.device("meta")).sparse_mlps()[config.moe_layer_indices[0]])
+    expected = _outputs(build(config, SPARSE, torch.float32, device, size.attention), config)
+    for name in names:
+        got = _outputs(build(config, name, torch.float32, device, size.attention), config)
+        error, allowed = max(relative(one, other.double()) for one, other in zip(got, expected, strict=True)), TOLERANCE[torch.float32]
+        if error > allowed:
+            raise BenchError(f"{size.what}: with {name} a layer's output or the logits are {error:.1e} off (allowed: {allowed:.0e})")
+    return names, notes
+
+
+@torch.no_grad()
+def _outputs(model: Any, config: SparseConfig) -> list[Tensor]:
+    """Return the outputs of the sparse layers for a short row, and its logits."""
+    found: list[Tensor] = []
+    for index in config.moe_layer_indices:
+        find_backbone(model)[1].layers[index].mlp.register_forward_hook(lambda mlp, inputs, y_BSD: found.append(y_BSD))
+    logits = model(**batch_of(model, 1, CHECKED_TOKENS)).logits
+    return [*found, logits]
 
 
 def _embeddable(config: Any) -> Any:
@@ -162,7 +231,7 @@ def bench_model(
 ) -> dict[str, Any]:
     """Measure the prefill of every size, a key of SIZES, in every dtype. `rows` and `tokens` of a batch: default the size's.
 
-    Raise BenchError as `batch_of` does.
+    Raise BenchError as `batch_of` and `checked_rivals` do.
     """
     device = bench_device()
     report = begin_report("model", device, dtype_names(*dtypes), rounds)
@@ -170,12 +239,13 @@ def bench_model(
         for name in names:
             size = SIZES[name]
             shape = rows or size.rows, tokens or size.tokens
+            rivals = add_notes(report, checked_rivals(size, device))
             for dtype in dtypes:
                 running.begin({"size": name, "rows": shape[0], "tokens": shape[1], "dtype": dtype_names(dtype)})
-                models = pair(size, dtype, device)
-                calls: dict[str, Callable[[], object]] = {
-                    which: partial(_prefill, model, batch_of(model, *shape)) for which, model in models.items()
-                }
+                calls: dict[str, Callable[[], object]] = {}
+                for which in (DENSE, SPARSE, *rivals):
+                    model = build(size.config(), which, dtype, device, size.attention)
+                    calls[which] = partial(_prefill, model, batch_of(model, *shape))
                 running.end(DENSE, summary(compare(calls, rounds, device, running), DENSE, device))
     return report
 

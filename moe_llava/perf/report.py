@@ -18,7 +18,6 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
     "growth": ("x with the fewest experts", 1, ".2f"),
     "tokens_per_second": ("tokens/s", 1, ".4g"),
     "tflops": ("TFLOP/s", 1, ".4g"),
-    "share_of_product": ("of a large product's", 1, ".1%"),
     "prompt_ratio": ("x the limit, prompt", 1, ".2f"),
     "hits": ("experts found in memory", 1, ".0%"),
     "memory": ("peak MB", 1e6, ",.0f"),

@@ -1,5 +1,6 @@
-"""Compare a training step of stage III (forward, backward, AdamW) of a sparse model with that of its dense partner, whose wide FFNs are
-trained; the memory of each, in a process of its own; and the memory that logits of all positions take with a wide vocabulary."""
+"""Compare a training step of stage III (forward, backward, AdamW) of a sparse model and its rivals with that of its dense partner, whose
+wide FFNs are trained; the memory of each, in a process of its own; and the memory that logits of all positions take with a wide
+vocabulary."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from moe_llava.perf.measure import begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
-from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of
+from moe_llava.model import SparseModel
+from moe_llava.perf.measure import add_notes, begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
+from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, checked_rivals, labels_of
+from moe_llava.perf.rivals import RIVALS, loss_with_balance, rival_mlps
 from moe_llava.perf.running import show_cases
 from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.trainable import choose_parameters
@@ -36,18 +39,20 @@ def bench_train(
     """Measure every size, a key of SIZES, in every dtype. `rows` and `tokens` of a batch: default the size's. bfloat16 is autocast, with
     weights in float32, as in the trainer. `wide`: the size whose logits are compared, by memory alone.
 
-    Raise BenchError as `batch_of` does.
+    Raise BenchError as `batch_of` and `checked_rivals` do.
     """
     device = bench_device()
     report = begin_report("train", device, dtype_names(*dtypes), rounds)
-    report["notes"] = ["peak MB: of a process of its own, beyond what it takes before the model is built"]
+    report["notes"] += ["peak MB: of a process of its own, beyond what it takes before the model is built"]
     with show_cases(report, len(names) * len(dtypes) + bool(wide), console) as running:
         for name in names:
             shape = rows or SIZES[name].rows, tokens or SIZES[name].tokens
+            rivals = add_notes(report, checked_rivals(SIZES[name], device))
             for dtype in dtypes:
                 running.begin({"size": name, "rows": shape[0], "tokens": shape[1], "dtype": dtype_names(dtype)})
                 calls: dict[str, Callable[[], object]] = {
-                    which: step_of(*learner(name, which, dtype, device, *shape), dtype) for which in (DENSE, SPARSE)
+                    which: step_of(*learner(name, which, dtype, device, *shape), dtype, LOSSES.get(which))
+                    for which in (DENSE, SPARSE, *rivals)
                 }
                 found = summary(compare(calls, rounds, device, running), DENSE, device)
                 calls.clear()  # releases the models before memory is measured
@@ -65,15 +70,21 @@ def bench_train(
 def learner(
     name: str, which: str, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
 ) -> tuple[LlavaForConditionalGeneration, Batch]:
-    """Return (model in training mode, with the trainable parameters of stage III; its batch). Both models compute logits only where a label
+    """Return (model in training mode, with the trainable parameters of stage III; its batch). All models compute logits only where a label
     is predicted, as under the trainer."""
     size = SIZES[name]
     config = size.config()
-    model = build(config, DENSE if which == DENSE else SPARSE, torch.float32, device, size.attention)
-    choose_parameters(model, "dense" if which == DENSE else "stage3", config.moe_layer_indices)
+    model = build(config, SPARSE if which == ALL_LOGITS else which, torch.float32, device, size.attention)
+    ours = isinstance(model, SparseModel)
+    if which in RIVALS:
+        model.requires_grad_(False)
+        for layer in rival_mlps(model):
+            layer.requires_grad_(True)
+    else:
+        choose_parameters(model, "stage3" if ours else "dense", config.moe_layer_indices)
     batch = batch_of(model, rows, tokens)
     labels = labels_of(batch)
-    return model.train(), batch | {"labels": labels} | (logits_at_labels(labels) if which == DENSE else {})
+    return model.train(), batch | {"labels": labels} | ({} if ours else logits_at_labels(labels))
 
 
 def step_of(
@@ -102,6 +113,9 @@ def loss_of_all_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Te
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
+LOSSES = {ALL_LOGITS: loss_of_all_logits} | dict.fromkeys(RIVALS, loss_with_balance)  # of the others: the model's own
+
+
 def _add_memory(found: dict[str, dict[str, Any]], limit: str, name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     for which, one in found.items():
         one["memory"] = in_child(_memory_of_steps, name, which, dtype, *shape)
@@ -114,7 +128,7 @@ def _memory_of_steps(name: str, which: str, dtype: torch.dtype, rows: int, token
     device = bench_device()
     before = begin_peak(device)
     model, batch = learner(name, which, dtype, device, rows, tokens)
-    step = step_of(model, batch, dtype, loss_of_all_logits if which == ALL_LOGITS else None)
+    step = step_of(model, batch, dtype, LOSSES.get(which))
     for _ in range(MEMORY_STEPS):
         step()
     return peak_memory(device) - before

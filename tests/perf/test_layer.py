@@ -6,8 +6,9 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_llava.perf import layer, layers
-from moe_llava.perf.layers import BACKENDS, DENSE, MIXTRAL, OURS, dense_layer, errors, layer_variants, our_layer, random_weights
+from moe_llava.perf.layers import BACKENDS, DENSE, OURS, dense_layer, errors, layer_variants, our_layer, random_weights
 from moe_llava.perf.options import FORWARD, PHASES, BenchError, LayerSize, parse_size
+from moe_llava.perf.rivals import DEEPSPEED, MIXTRAL
 
 CPU = torch.device("cpu")
 SIZE = LayerSize(tokens=24, width=16, ffn_width=32)
@@ -42,6 +43,27 @@ def test_the_dense_layer_has_the_arithmetic_of_the_experts():
     assert counted == {DENSE: SIZE.flops, OURS: SIZE.flops + router}
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_matrix_products_alone_are_those_of_the_dense_layer(phase):
+    dense = dense_layer(SIZE, torch.float32, CPU)
+    counted = {}
+    for name, call in layer._calls({DENSE: dense}, SIZE, torch.float32, phase, CPU).items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted[name] = counter.get_total_flops()
+    assert counted == dict.fromkeys((DENSE, layer.PRODUCTS), SIZE.flops * (1 if phase == FORWARD else 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_of_deepspeed_is_compared_if_it_is_installed(dtype, deepspeed):
+    variants, notes = layer_variants(SIZE, dtype, CPU)
+    assert not notes
+    assert 0 < errors(SIZE, variants, dtype, CPU)[DEEPSPEED] < (1e-6 if dtype == torch.float32 else 2e-2)
+    assert layer_variants(LayerSize(24, 16, 32, top_k=1), dtype, CPU)[1] == [
+        "DeepSpeed's MoE layer: left out with top-1, whose weight it does not normalise to 1"
+    ]
+
+
 def test_variants_share_their_weights():
     variants, _ = layer_variants(SIZE, torch.float32, CPU)
     places = {tuple(parameter.data_ptr() for parameter in variants[name].parameters()) for name in SPARSE}
@@ -64,7 +86,8 @@ def test_the_report_has_every_case(monkeypatch):
     of_growth = [("8x8x8", "2 of 4 to 64", phase) for phase in PHASES]
     assert told == [*(("24x16x32", "2 of 4", phase) for phase in PHASES), ("1x16x32", "2 of 4", FORWARD), *of_growth]
     assert all(case["limit"] in case["variants"] for case in report["cases"])
-    assert report["cases"][0]["variants"].keys() >= {DENSE, *SPARSE}
+    assert all(case["variants"].keys() >= {DENSE, layer.PRODUCTS} for case in report["cases"])
+    assert report["cases"][0]["variants"].keys() >= SPARSE
     growth = report["cases"][-1]["variants"]
     assert growth["ours, 4 experts"]["growth"] == {"median": 1, "low": 1, "high": 1}
     assert growth["ours, grouped_mm, 64 experts"]["growth"]["median"] > 0

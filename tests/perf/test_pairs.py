@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moe_llava.perf.options import MODEL_SIZES, BenchError
-from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, labels_of, pair
-from moe_llava.perf.train import ALL_LOGITS, learner, loss_of_all_logits, step_of
+from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, checked_rivals, labels_of
+from moe_llava.perf.rivals import DEEPSPEED, MIXTRAL, RIVALS, loss_with_balance, mixtral_layer, rivals_of
+from moe_llava.perf.train import ALL_LOGITS, LOSSES, learner, loss_of_all_logits, step_of
 from moe_llava.training.budget import count
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -29,7 +30,8 @@ def test_the_dense_partner_has_as_many_active_parameters_and_as_much_arithmetic(
 
 
 def test_rows_begin_with_an_image():
-    for model in pair(SIZES["tiny"], torch.float32, CPU).values():
+    for which in (DENSE, SPARSE, MIXTRAL):
+        model = build(SIZES["tiny"].config(), which, torch.float32, CPU)
         batch = batch_of(model, 3, 40)
         is_image = batch["input_ids"] == model.config.image_token_id
         assert is_image[:, :36].all()
@@ -40,16 +42,45 @@ def test_rows_begin_with_an_image():
             batch_of(model, 2, 36)
 
 
-@pytest.mark.parametrize(("which", "trainable"), [(SPARSE, (".experts.", ".router.")), (DENSE, (".mlp.",))])
-def test_a_step_changes_the_trainable_parameters_of_stage_three(which, trainable):
-    model, batch = learner("tiny", which, torch.float32, CPU, 2, 48)
+STEPS = [(SPARSE, (".experts.", ".router.")), (DENSE, (".mlp.",)), (MIXTRAL, (".mlp.",)), (DEEPSPEED, (".mlp.",))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("which", "trainable"), STEPS)
+def test_a_step_changes_the_trainable_parameters_of_stage_three(which, trainable, dtype, deepspeed):
+    model, batch = learner("tiny", which, dtype, CPU, 2, 48)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    step_of(model, batch, torch.float32)()
+    step_of(model, batch, dtype, LOSSES.get(which))()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {
         name for name in before if "layers.0." in name and "language_model" in name and any(part in name for part in trainable)
     }
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rivals_compute_what_the_sparse_model_does(deepspeed):
+    assert checked_rivals(SIZES["tiny"], CPU) == ([MIXTRAL, DEEPSPEED], [])
+    sparse, batch = learner("tiny", SPARSE, torch.float32, CPU, 2, 48)
+    for which in (MIXTRAL, DEEPSPEED):
+        rival, same = learner("tiny", which, torch.float32, CPU, 2, 48)
+        assert sum(each.numel() for each in rival.parameters()) == sum(each.numel() for each in sparse.parameters())
+        if which == DEEPSPEED:  # Mixtral's balance loss counts second choices, too
+            torch.testing.assert_close(loss_with_balance(rival, same), sparse(**batch).loss)
+
+
+def test_a_rival_that_computes_something_else_is_not_compared(monkeypatch):
+    def other(mlp):
+        mlp.router.weight.data *= 1.01
+        return mixtral_layer(mlp)
+
+    monkeypatch.setitem(RIVALS, MIXTRAL, other)
+    with pytest.raises(BenchError, match=r"width 32: with transformers' Mixtral a layer's output or the logits are .* off \(allowed"):
+        checked_rivals(SIZES["tiny"], CPU)
+
+
+def test_phi_has_no_experts_that_a_mixtral_could_have(deepspeed):
+    sparse = build(SIZES["phi2"].config(), SPARSE, torch.float32, META)
+    assert rivals_of(sparse.sparse_mlps()[0]) == ([DEEPSPEED], ["transformers' Mixtral block: left out, as its experts are gated"])
 
 
 def test_logits_of_all_positions_give_the_same_language_loss():
