@@ -127,10 +127,13 @@ def conditions(device: torch.device, dtype: str, packages: Sequence[str] = ()) -
     """Return machine, load, threads, dtype and versions. `packages`: further packages whose version matters."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = processor.get("model name", platform.machine())
+    if "cpu family" in processor:  # of a virtual machine the name alone may hide the generation
+        name += f" (family {processor['cpu family']}, model {processor['model']})"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
+        "machine": f"{os.cpu_count()} x {name}",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "load_average": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from moe_llava.model import SparseModel
 from moe_llava.perf.measure import add_notes, begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, checked_rivals, labels_of
-from moe_llava.perf.rivals import RIVALS, loss_with_balance, rival_mlps
+from moe_llava.perf.rivals import MIXTRAL, RIVALS, loss_with_balance, rival_mlps
 from moe_llava.perf.running import show_cases
 from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.trainable import choose_parameters
@@ -44,6 +44,8 @@ def bench_train(
     device = bench_device()
     report = begin_report("train", device, dtype_names(*dtypes), rounds)
     report["notes"] += ["peak MB: of a process of its own, beyond what it takes before the model is built"]
+    if torch.bfloat16 in dtypes:
+        report["notes"].append(f"bfloat16, {MIXTRAL}: its experts compute in float32 all the same, as autocast does not reach grouped_mm")
     with show_cases(report, len(names) * len(dtypes) + bool(wide), console) as running:
         for name in names:
             shape = rows or SIZES[name].rows, tokens or SIZES[name].tokens

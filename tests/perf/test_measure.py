@@ -37,7 +37,7 @@ def test_ratios_are_of_the_same_round():
 
 def test_conditions_say_what_a_number_depends_on():
     told = conditions(CPU, "float32", ("rich",))
-    assert told.keys() == {
+    assert told.keys() - {"deepspeed"} == {
         *("date", "machine", "gpu", "load_average", "threads", "omp_wait_policy", "dtype"),
         *("python", "moe_llava", "torch", "transformers", "rich"),
     }
