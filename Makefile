@@ -27,12 +27,12 @@ engines: .venv/installed .engines/installed
 	$(BIN)/python -m benchmarks.engines.cases runs/engines
 	VLLM_CPU_KVCACHE_SPACE=1 .engines/bin/python benchmarks/engines/vllm_cases.py runs/engines
 
-# Compares layers, prompts and training steps with DeepSpeed's MoE, on a CPU, in an environment of its own: 2 GB, 20 minutes.
+# Compares layers, prompts and training steps with DeepSpeed's MoE, on a CPU, in an environment of its own: 2 GB, and 12 GB of memory.
 rivals: .rivals/installed
 	mkdir -p runs/rivals
-	$(RIVALS) layer --no-growth --size 1024x512x1408 --size 1024x640x2048 --size 1024x896x4864 --rounds 5 --json runs/rivals/layer.json
+	$(RIVALS) layer --no-growth --size 1024x512x1408 --size 1024x640x2048 --size 1024x896x4864 --rounds 9 --json runs/rivals/layer.json
 	$(RIVALS) model --size middle --size gemma --size qwen --dtype float32 --dtype bfloat16 --json runs/rivals/model.json
-	$(RIVALS) train --size middle --size gemma --size qwen --no-logits --rounds 3 --json runs/rivals/train.json
+	$(RIVALS) train --size middle --size gemma --size qwen --dtype float32 --dtype bfloat16 --no-logits --rounds 3 --json runs/rivals/train.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .
