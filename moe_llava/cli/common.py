@@ -121,12 +121,12 @@ def heavy_imports() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stops() -> Iterator[None]:
+def stops(how_to_continue: str = "the same command continues it") -> Iterator[None]:
     """Report a run that a signal stopped, with the exit status of a process that SIGTERM ended."""
     from moe_llava.training.saves import Stopped
 
     try:
         yield
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(f"{stopped}: {how_to_continue}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGTERM) from stopped

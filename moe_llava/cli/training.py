@@ -70,7 +70,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, resume an unfinished one")] = False,
 ) -> None:
     """Run MoE-Tuning: train the projector, then the language model, then the experts."""
-    with user_errors(), stops():
+    with user_errors(), stops("continue with --resume"):
         from rich.console import Console
 
         from moe_llava.training.recipe import load_recipe

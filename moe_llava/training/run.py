@@ -153,7 +153,7 @@ def run_stage(stage: Stage, records: Records | Stream, console: Console) -> None
             display.progress.stop()
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if step < steps:
-        raise Stopped(f"{stage.name} stopped as asked after step {step} of {steps}: continue with --resume")
+        raise Stopped(f"{stage.name} stopped as asked after step {step} of {steps}")
     model = whole_model(model)
     if trainer.is_world_process_zero():
         finished = finish(stage, model, processor)
