@@ -9,12 +9,12 @@ demo: .venv/installed
 	$(BIN)/moe-llava demo
 
 # Two processes of one thread each: torch's threads would only get in each other's way.
-test: .venv/installed
+test: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov=moe_llava/model --cov-fail-under=95
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(FAMILIES)
 
 # The demo takes as long as all the others together: whoever is done takes over what waits.
-test-slow: .venv/installed
+test-slow: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(FAMILIES)
 
@@ -34,13 +34,13 @@ rivals: .rivals/installed
 	$(RIVALS) model --size middle --size gemma --size qwen --dtype float32 --dtype bfloat16 --json runs/rivals/model.json
 	$(RIVALS) train --size middle --size gemma --size qwen --dtype float32 --dtype bfloat16 --no-logits --rounds 3 --json runs/rivals/train.json
 
-lint: .venv/installed
+lint: .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Broken links and docstrings that cannot be parsed fail the build.
-docs: .venv/installed
+docs: .venv/tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 RIVALS := .rivals/bin/moe-llava bench
@@ -54,10 +54,17 @@ LMMS_EVAL := evaluate loguru pytablewriter pytz sacrebleu tenacity
 # transformers' own tests of a model class (tests/model/test_transformers_suite.py): only its source package has them.
 TRANSFORMERS_TESTS := .venv/transformers-tests
 
-# torch first and pinned: what pulls it in unpinned may bring another build.
+# What README's commands need. torch first and pinned: what pulls it in unpinned may bring another build.
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing the package into .venv: this takes minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,serve]'
+	touch $@
+
+# What tests, linters and documents need beyond it.
+.venv/tools: .venv/installed
+	@echo "installing the tools of the tests into .venv"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(LMMS_EVAL)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
 	rm -rf .venv/torchvision && $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/torchvision torchvision

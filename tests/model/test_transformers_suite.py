@@ -22,7 +22,7 @@ from tests.conftest import IMAGE_TOKENS, tiny_config, tiny_inputs
 
 SUITE = Path(sys.prefix, "transformers-tests", "tests")
 if not SUITE.is_dir():
-    pytest.skip(f"transformers' own tests are not at {SUITE}; `make .venv/installed` unpacks them", allow_module_level=True)
+    pytest.skip(f"transformers' own tests are not at {SUITE}; `make .venv/tools` unpacks them", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 
