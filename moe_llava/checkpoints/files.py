@@ -20,6 +20,7 @@ from moe_llava.common.messages import did_you_mean, first_line
 SPARSE = "moe_"  # the model type of a sparse model is that of the dense one after this prefix
 EXPORT_FIELD = "moe_llava"  # of the config.json of an export: what it was made from
 ADAPTER_CONFIG = "adapter_config.json"
+EXAMPLES = "examples.json"  # questions that a model was often trained on, to show to people
 PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -207,6 +208,17 @@ def hub_file(path: str | Path, file: str) -> Path:
         raise CheckpointError(
             f"checkpoint {name} cannot be loaded: it is no folder, and the hub did not provide it: {first_line(error)}"
         ) from error
+
+
+def read_examples(path: str | Path) -> list[str]:
+    """Return the example questions of a checkpoint, none if it has no file of them. Raises CheckpointError if that is no such file."""
+    file = resolve(path, with_weights=False) / EXAMPLES
+    if not file.exists():
+        return []
+    questions = read_json(file).get("questions")
+    if not isinstance(questions, list) or not all(isinstance(question, str) for question in questions):
+        raise CheckpointError(f"{file} has the questions {questions!r}, but they must be a list of texts")
+    return questions
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -28,12 +28,13 @@ def serve(
 ) -> None:
     """Serve OpenAI's chat completions over HTTP, with continuous batching, and a chat page. SIGTERM finishes what has begun."""
     with user_errors():
-        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.checkpoints.files import check_checkpoint, read_examples
         from moe_llava.serving.http.listen import listener, read_keys
 
         if not math.isfinite(time_limit):
             raise ValueError(f"--time-limit is {time_limit:g}, but must be finite")
         check_checkpoint(checkpoint, keep_experts)
+        examples = read_examples(checkpoint)
         keys = read_keys(api_keys, host)
         with listener(host, port) as socket:
             # These take seconds, and a mistake is reported first.
@@ -58,7 +59,7 @@ def serve(
                 counts = cache.counts
             engine = Engine(model, processor.tokenizer, slots, max_waiting, time_limit)
             name = name or Path(checkpoint).resolve().name
-            application = build_app(engine, processor, name, limits, keys, fetcher, counts)
+            application = build_app(engine, processor, name, limits, keys, fetcher, counts, examples)
             at, bound = socket.getsockname()[:2]
             url = f"http://{f'[{at}]' if ':' in at else at}:{bound}"
             serve_until_signal(http_server(application, engine, limits), socket, f"serving {name}: an API at {url}/v1, a page at {url}")

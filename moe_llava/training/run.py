@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from rich.console import Console
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, set_seed
 
+from moe_llava.checkpoints.files import EXAMPLES
 from moe_llava.common.files import read_lines, write_whole
 from moe_llava.data.batches import Collator, ConversationDataset, GroupedSampler
 from moe_llava.data.encoder import Encoder
+from moe_llava.data.records import IMAGE_TOKEN, VIDEO_TOKEN
 from moe_llava.data.store import Records
 from moe_llava.data.stream import Stream, StreamCollator, StreamDataset
 from moe_llava.training.adapters import attach, describe_base, without_adapter, write_adapter
@@ -44,6 +47,7 @@ from moe_llava.training.trainer import SKIPPED, StageTrainer, training_arguments
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
 MOST_NAMED = 3  # bad records, on the console
+MOST_EXAMPLES, EXAMPLES_FROM = 3, 1000  # questions, and the records that they are taken from
 TITLES = {
     "stage1": "stage I, the projector",
     "stage2": "stage II, projector and language model",
@@ -156,6 +160,7 @@ def run_stage(stage: Stage, records: Records | Stream, console: Console) -> None
         raise Stopped(f"{stage.name} stopped as asked after step {step} of {steps}")
     model = whole_model(model)
     if trainer.is_world_process_zero():
+        write_examples(stage.work, records)
         finished = finish(stage, model, processor)
         console.print(f"{stage.final}: {active_parameters(finished):,} active parameters", highlight=False, soft_wrap=True)
 
@@ -218,6 +223,15 @@ def make_sampler(stage: Stage, records: Records | Stream, encoder: Encoder, proc
     has_image = (records.image_counts() > 0) | has_video
     sizes = (settings.optimisation.batch_size, settings.optimisation.per_device_batch_size)
     return GroupedSampler(lengths, has_image, *sizes, processes, stage.recipe.seed)
+
+
+def write_examples(work: Path, records: Records | Stream) -> None:
+    """Write the most frequent first questions of the records: what the model can be asked. A stream is not read again for them."""
+    if isinstance(records, Stream):
+        return
+    asked = Counter(records[index].turns[0][0] for index in range(min(len(records), EXAMPLES_FROM)))
+    questions = [text.replace(IMAGE_TOKEN, "").replace(VIDEO_TOKEN, "").strip() for text, _ in asked.most_common(MOST_EXAMPLES)]
+    write_whole(work / EXAMPLES, json.dumps({"questions": [text for text in questions if text]}, indent=1, ensure_ascii=False) + "\n")
 
 
 def finish(stage: Stage, model: Any, processor: Any) -> PreTrainedModel:

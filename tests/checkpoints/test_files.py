@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_llava.checkpoints.files import check_checkpoint, is_text_model, known_types
+from moe_llava.checkpoints.files import EXAMPLES, check_checkpoint, is_text_model, known_types, read_examples
 from moe_llava.checkpoints.join import language_config
 from moe_llava.checkpoints.supported import model_types
 from moe_llava.common.errors import CheckpointError
@@ -146,3 +146,14 @@ def test_adapters_are_refused(tmp_path, arguments):
     (folder / "config.json").write_text('{"model_type": "moe_llava_phi"}')
     assert f"{folder} is a LoRA adapter of the original code" in refused(verb, folder, *rest)
     assert f"{folder} is a LoRA adapter of the original code" in refused("merge", folder, tmp_path / "out")
+
+
+def test_example_questions(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert read_examples(tmp_path) == []
+    (tmp_path / EXAMPLES).write_text(json.dumps({"questions": ["what is this?"]}))
+    assert read_examples(tmp_path) == ["what is this?"]
+    for wrong in ({}, {"questions": "what?"}, {"questions": [1]}):
+        (tmp_path / EXAMPLES).write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=f"{EXAMPLES} has the questions .*, but they must be a list of texts"):
+            read_examples(tmp_path)

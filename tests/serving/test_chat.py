@@ -130,6 +130,12 @@ def test_a_seed_is_that_of_the_first_answer(served, begin):
     assert conversation.turns[0].tokens != tokens["other"]
 
 
+def test_words_that_the_model_does_not_know(begin):
+    conversation = begin()
+    assert conversation.unknown_words("Is there a red thing? A pink thing? Elephants?") == ["thing", "Elephants"]
+    assert conversation.unknown_words("is there a red 7 ?") == []
+
+
 def test_a_placeholder_that_was_typed_is_text(begin):
     conversation = begin(max_new_tokens=2)
     list(conversation.ask("<image> where ?"))

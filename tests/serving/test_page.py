@@ -29,7 +29,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(sparse):
     model, processor = sparse
-    with server(Engine(model, processor.tokenizer), processor) as url:
+    with server(Engine(model, processor.tokenizer), processor, examples=["how many digits are there ?", "is a red 7 there ?"]) as url:
         yield url
 
 
@@ -165,12 +165,12 @@ def test_send_waits_for_something_to_send(browser, url, files):
         browser.click(".thumbnail button")
     assert browser.run(state) == [True, "Ask a question"]
     browser.click("#examples button:nth-child(2)")
-    assert browser.run("document.querySelector('#question').value") == "What is on the left?"
+    assert browser.run("document.querySelector('#question').value") == "is a red 7 there ?"
     assert browser.run(state) == [False, "Ask a question"]
     assert browser.run("document.activeElement.id") == "question"
     browser.click("#send")
     assert answered(browser)[0]
-    assert text_of(browser, ".question") == "What is on the left?"
+    assert text_of(browser, ".question") == "is a red 7 there ?"
     assert browser.run(f"[...{state}, document.querySelector('#examples').checkVisibility()]") == [True, "Ask a question", False]
     assert troubles(browser, url) == []
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcycle
+from moe_llava.checkpoints.files import read_examples
 from moe_llava.checkpoints.load import load_config
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.training.recipe import RecipeError, load_recipe
@@ -68,6 +69,10 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path, monkeypatch)
     assert changed(two, sparse) == set()  # what the sparse model shares with stage II is frozen
     start_of_3 = upcycle(AutoModelForImageTextToText.from_pretrained(stage2), seed=recipe.seed).state_dict()
     assert changed(start_of_3, sparse) == {name for name in sparse if ".experts." in name or ".router." in name}
+
+    questions = [turn["value"] for record in json.loads(Path(recipe.stage3.data.file).read_text()) for turn in record["conversations"][:1]]
+    assert set(read_examples(stage3)) <= {question.replace("<image>", "").strip() for question in questions}
+    assert len(read_examples(stage3)) == 3
 
     lines = [line for line in log(stage3) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]

@@ -80,6 +80,10 @@ class Conversation:
         self._builder = PromptBuilder(processor)
         self._generated = 0
 
+    def unknown_words(self, question: str) -> list[str]:
+        """Return the words of a question that are not in the model's vocabulary."""
+        return self._builder.unknown_words(question)
+
     def add_images(self, paths: Sequence[Path]) -> tuple[OpenedImage, ...]:
         """Add all images or none, and return them. Raises DataError if a file is missing or not an image."""
         added = tuple(OpenedImage(path, open_image(path, "the conversation")) for path in paths)

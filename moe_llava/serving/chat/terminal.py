@@ -57,6 +57,8 @@ class Terminal:
         """Ask a question, and show the answer as it is generated, or as one JSON object. Raises as Conversation.ask does."""
         if self.interactive and not self.conversation.turns and not self.conversation.pending:
             self._note("this question has no image; /image FILE adds one")
+        if unknown := self.conversation.unknown_words(question):
+            self._note(f"not in the model's vocabulary: {', '.join(unknown)}")
         self._show(self.conversation.ask(question))
 
     def converse(self) -> bool:

@@ -41,6 +41,12 @@ class PromptBuilder:
         large, _ = self._encoder.process([Image.new("RGB", _LARGE)])
         self.image_bytes = sum(tensor.nbytes for tensor in large.values())
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words for which the tokenizer has nothing but its unknown token."""
+        tokenizer = self._processor.tokenizer
+        words = dict.fromkeys(re.findall(r"\w+", text)) if tokenizer.unk_token_id is not None else {}
+        return [word for word in words if tokenizer(word, add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]]
+
     def inspect_video(self, file: ImageSource, source: str) -> tuple[VideoInfo, list[int]]:
         """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
         `open_video` does."""

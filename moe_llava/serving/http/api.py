@@ -42,9 +42,11 @@ def build_app(
     api_keys: Sequence[str] = (),
     fetcher: Fetcher | None = None,
     experts: Counts | None = None,
+    examples: Sequence[str] = (),
 ) -> FastAPI:
     """Return the application; it closes `engine` when it ends. With `api_keys`, a client must send one, except for /health and the page's
-    files; without, it must be on this machine. `experts`: the counts of a model whose experts are not all in memory."""
+    files; without, it must be on this machine. `experts`: the counts of a model whose experts are not all in memory. `examples`: questions
+    that the page offers; without any, it has its own."""
     service = Service(engine, processor, name, limits, fetcher, experts)
 
     @asynccontextmanager
@@ -63,7 +65,7 @@ def build_app(
     guarded.get("/v1/models")(service.models)
     guarded.post("/v1/chat/completions")(service.chat_completions)
     web.add_page(app)
-    web.add_routes(guarded, service, processor)
+    web.add_routes(guarded, service, processor, examples)
     app.include_router(guarded)
     app.add_exception_handler(HTTPException, service.on_http_error)
     for kind in (*EXPECTED, Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,9 @@ def _sender(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     return send
 
 
-def add_routes(guarded: APIRouter, service: Service, processor: ProcessorMixin) -> None:
+def add_routes(guarded: APIRouter, service: Service, processor: ProcessorMixin, examples: Sequence[str]) -> None:
     """Add the endpoints that the page needs in addition to completions."""
-    routes = Routes(service, processor)
+    routes = Routes(service, processor, examples)
     guarded.get("/page/settings")(routes.settings)
     guarded.post("/routes")(routes.trace)
 
@@ -68,8 +68,9 @@ def add_routes(guarded: APIRouter, service: Service, processor: ProcessorMixin) 
 class Routes:
     """Trace conversations in the engine's thread."""
 
-    def __init__(self, service: Service, processor: ProcessorMixin):
+    def __init__(self, service: Service, processor: ProcessorMixin, examples: Sequence[str]):
         self._service = service
+        self._examples = list(examples)
         self._processor = processor
         self._ends = frozenset(end_tokens(service.engine.model))
         try:
@@ -78,10 +79,11 @@ class Routes:
             self._sparse = False
 
     async def settings(self) -> Response:
-        """Return the model's name and the limits, for the page."""
+        """Return the model's name, example questions and the limits, for the page."""
         limits = self._service.limits
         names = ("images", "image_bytes", "pixels", "body_bytes", "new_tokens")
-        return JSONResponse({"model": self._service.name, "sparse": self._sparse} | {name: getattr(limits, name) for name in names})
+        known = {"model": self._service.name, "sparse": self._sparse, "examples": self._examples}
+        return JSONResponse(known | {name: getattr(limits, name) for name in names})
 
     async def trace(self, client: Request) -> Response:
         """Return the experts of every patch of a conversation's images, and of every token of the answer that ends it."""

@@ -4,6 +4,7 @@ import * as experts from "./experts.js";
 import { encode } from "./pictures.js";
 import * as server from "./server.js";
 
+const EXAMPLES = ["Describe the picture.", "What is on the left?", "How many things can you see?"]; // for a model that brings none
 let settings = null; // of the server: the model's name and the limits
 let turns = []; // {question, images, answer, state, problem, shortened, routes: null until they are shown, article}
 let pending = []; // pictures to send with the next question
@@ -292,6 +293,12 @@ function showKeyForm(problem) {
   element("key").focus();
 }
 
+function useExample(text) {
+  element("question").value = text;
+  element("question").oninput();
+  element("question").focus();
+}
+
 async function connect() {
   try {
     settings = await server.settings();
@@ -304,6 +311,8 @@ async function connect() {
   element("key-form").hidden = true;
   element("model").textContent = document.title = settings.model;
   element("tokens").placeholder = settings.new_tokens;
+  const examples = settings.examples.length ? settings.examples : EXAMPLES;
+  element("examples").replaceChildren(...examples.map(text => makeButton(text, () => useExample(text))));
   element("toggle").hidden = !settings.sparse;
   if (!turns.length) {
     openExperts(settings.sparse);
@@ -321,13 +330,6 @@ element("key-form").onsubmit = event => {
 element("composer").onsubmit = event => { event.preventDefault(); send(); };
 element("question").onkeydown = event => submitOnEnter(event, element("composer"));
 element("question").oninput = () => { fitQuestion(); drawButtons(); };
-for (const example of document.querySelectorAll("#examples button")) {
-  example.onclick = () => {
-    element("question").value = example.textContent;
-    element("question").oninput();
-    element("question").focus();
-  };
-}
 element("attach").onclick = () => element("files").click();
 element("files").onchange = () => { add([...element("files").files]); element("files").value = ""; };
 element("stop").onclick = () => running?.abort();
