@@ -94,7 +94,8 @@ def plot_existence(results: dict[str, Any], narrow: bool) -> Figure:
         bars = axis.bar(places, [results["existence"][name][kind]["f1"] for kind in kinds], width, color=COLOURS[name])
         axis.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=2, rotation=90 if narrow else 0)
     axis.set_xticks(range(len(kinds)), kinds)
-    axis.set_ylim(0, 1.3 if narrow else 1.1)
+    axis.set_ylim(0, 1.3 if narrow else 1.1)  # with room for the numbers
+    axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axis.set_ylabel("F1")
     _name_bars(figure, list(results["existence"]), narrow)
     return figure
