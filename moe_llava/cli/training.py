@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from moe_llava.training.budget import Budget, StageCost
 
 
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")]
+Stages = Annotated[list[int] | None, typer.Option("--stage", min=1, max=3, help="run this stage only; may be given several times")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")]
+
+
 @verb("Train", "moe-llava demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for data, checkpoints and report; what it holds is reused")] = Path("runs/demo"),
     recipe: Annotated[Path | None, typer.Option(help="a recipe instead of the shipped recipes/digits.yaml")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    settings: Changes = None,
     train_images: Annotated[int | None, typer.Option(min=1, help="pictures to train on")] = None,
     test_images: Annotated[int | None, typer.Option(min=1, help="pictures of unseen handwriting to test on")] = None,
 ) -> None:
@@ -64,9 +69,9 @@ def digits(
 
 @verb("Train", "moe-llava train recipes/digits.yaml", "moe-llava train recipes/digits.yaml --stage 3 --set seed=1 --resume")
 def train(
-    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
-    stage: Annotated[list[int] | None, typer.Option(min=1, max=3, help="run this stage only; may be given several times")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="change the recipe: a.b=value")] = None,
+    recipe: RecipeFile,
+    stage: Stages = None,
+    settings: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished stages, resume an unfinished one")] = False,
 ) -> None:
     """Run MoE-Tuning: train the projector, then the language model, then the experts."""
@@ -84,6 +89,34 @@ def train(
 
         run(loaded, sorted(set(stage or loaded.stages)), resume, Console())
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
+
+
+@verb("Train", "moe-llava sbatch recipes/phi2-2.7b.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00 > job.sh")
+def sbatch(
+    recipe: RecipeFile,
+    stage: Stages = None,
+    settings: Changes = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each machine, and processes")] = 8,
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores of each process")] = 8,
+    time: Annotated[str, typer.Option(help="the job's time limit, as Slurm takes it")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="the partition; default: Slurm's own")] = None,
+    save_before: Annotated[int, typer.Option(min=60, max=65535, help="seconds before the time limit at which the run saves and stops")] = 300,
+    requeue: Annotated[bool, typer.Option(help="continue in a new job of the same id, after the time limit and lost machines")] = True,
+) -> None:
+    """Print a script for Slurm's sbatch that trains a recipe. Nothing is started."""
+    with user_errors():
+        from moe_llava.training.recipe import check_processes, load_recipe
+        from moe_llava.training.slurm import Job, sbatch_script
+
+        loaded, numbers = load_recipe(recipe, settings), stage or []
+        job = Job(nodes, gpus_per_node, cpus_per_gpu, time, partition, save_before, requeue)
+        if problem := job.problem():
+            raise ValueError(problem)
+        check_processes(loaded, job.processes, numbers or loaded.stages)
+        options = [word for number in numbers for word in ("--stage", str(number))]
+        options += [word for change in settings or [] for word in ("--set", change)]
+        print(sbatch_script(job, recipe.stem, [str(recipe), *options]), end="")
 
 
 @verb("Train", "moe-llava params recipes/digits.yaml")

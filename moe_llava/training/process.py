@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from filelock import FileLock, Timeout
@@ -71,6 +72,29 @@ def _read_holder(file: Path) -> str:
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()  # which leaves alone what is not empty
+
+
+class Begun:
+    """A file in `output` by which processes that torchrun starts again know that they are to resume, and not to refuse stages that exist.
+
+    It is named by torchrun's run id, which --standalone draws and --rdzv-id sets, because the number of restarts is not the same on all
+    machines. Without an id there is no file.
+    """
+
+    def __init__(self, output: Path):
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        self.file = None if run == "none" else output / f".{quote(run, safe='')}.begun"
+
+    def __bool__(self) -> bool:
+        return self.file is not None and self.file.exists()
+
+    def write(self) -> None:
+        if self.file is not None:
+            self.file.touch()
+
+    def remove(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
 
 class StopWhenAsked(TrainerCallback):

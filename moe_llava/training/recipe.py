@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -233,6 +234,25 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     recipe = read_recipe(file, overrides)
     _raise(file, _conflicts(recipe))
     return recipe
+
+
+def check_processes(recipe: Recipe, processes: int, numbers: Iterable[int] = ()) -> None:
+    """Raise RecipeError, with every problem found, if the sharding, or a batch of the stages `numbers`, does not fit so many processes."""
+    problems = []
+    if recipe.sharding and recipe.sharding.fsdp_size != processes:
+        problems.append(
+            f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes that torchrun starts, {processes}"
+        )
+    for number in numbers:
+        settings = recipe.settings_of(number).optimisation
+        at_once = settings.per_device_batch_size * processes
+        if settings.batch_size % at_once:
+            problems.append(
+                f"stage{number}.optimisation.batch_size is {settings.batch_size}, but must be a multiple of what all {processes} devices "
+                f"compute at once, {at_once}"
+            )
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
 def read_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -36,7 +36,7 @@ from moe_llava.training.checks import check_files, check_folder, check_stages, w
 from moe_llava.training.distil import LiveInputs, TaughtCollator, TaughtDataset, TeacherCache, prepare_teacher, vocabulary_size
 from moe_llava.training.features import cached_features
 from moe_llava.training.parts import moe_layers, native_experts
-from moe_llava.training.process import StopWhenAsked, lock_file, lock_stages
+from moe_llava.training.process import Begun, StopWhenAsked, lock_file, lock_stages
 from moe_llava.training.recipe import Recipe
 from moe_llava.training.saves import Stopped, full_disk_named, remove_saves, saves, saving, step_of, write_manifest
 from moe_llava.training.sharding import ShardedTrainer, check_engine, whole_model
@@ -60,8 +60,8 @@ def train(recipe: Recipe, numbers: list[int], resume: bool, console: Console) ->
     """Run the stages `numbers` (of 1, 2, 3) in order and return their folders.
 
     Everything that can be wrong with recipe, data and first model is checked before the first step. With `resume`, finished stages are kept
-    and an unfinished one is resumed from its last save; without it, a folder in the way is an error. Another run that trains one of the
-    stages is an error too.
+    and an unfinished one is resumed from its last save; without it, a folder in the way is an error, unless torchrun restarts the run.
+    Another run that trains one of the stages is an error too.
 
     Raises RecipeError, DataError, CheckpointError, SaveError or ValueError, each naming what is wrong.
     """
@@ -71,16 +71,22 @@ def train(recipe: Recipe, numbers: list[int], resume: bool, console: Console) ->
         console = Console(quiet=True)
     stages = [Stage(recipe, number) for number in numbers]
     output = Path(recipe.output)
+    begun = Begun(output)
     touched = [stage.name for stage in stages if not stage.final.is_dir() or saves(stage.final) or lock_file(output, stage.name).exists()]
     with contextlib.ExitStack() as held:
         in_main_process(lambda: held.enter_context(lock_stages(output, touched)))
         with full_disk_named(output):
-            train_stages(stages, resume, console)
+            try:
+                train_stages(stages, resume or bool(begun), console, begun)
+            except Stopped:
+                begun.remove()
+                raise
+        begun.remove()
     return [stage.final for stage in stages]
 
 
-def train_stages(stages: list[Stage], resume: bool, console: Console) -> None:
-    """Train those of the stages that are not finished. No other run may be training them."""
+def train_stages(stages: list[Stage], resume: bool, console: Console, begun: Begun) -> None:
+    """Train those of the stages that are not finished, and write `begun` before. No other run may be training them."""
     state = PartialState()
     todo = [stage for stage in stages if not stage.final.is_dir()]
     for stage in stages:
@@ -94,6 +100,8 @@ def train_stages(stages: list[Stage], resume: bool, console: Console) -> None:
     data = check_stages(todo)
     in_main_process(lambda: check_files(data, console))
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
+    if state.is_main_process:
+        begun.write()
     for stage, records in data.items():
         run_stage(stage, records, console)
         gc.collect()  # Trainer is in cycles of references: without this, its weights and moments stay in memory during the next stage

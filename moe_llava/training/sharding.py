@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
 
 from moe_llava.checkpoints.load import load_checkpoint, load_model
-from moe_llava.training.recipe import Recipe, RecipeError, Sharding
+from moe_llava.training.recipe import Recipe, RecipeError, Sharding, check_processes
 from moe_llava.training.stage import Stage, is_sparse_checkpoint
 from moe_llava.training.trainer import StageTrainer
 
@@ -43,11 +43,7 @@ def check_engine(recipe: Recipe) -> None:
         return
     if deepspeed:
         raise RecipeError("the recipe has sharding, and accelerate is set to use DeepSpeed, which does the same: leave one of them out")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.sharding.fsdp_size != processes:
-        raise RecipeError(
-            f"sharding.fsdp_size is {recipe.sharding.fsdp_size}, but must be the number of processes that torchrun starts, {processes}"
-        )
+    check_processes(recipe, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def check_zero(arguments: TrainingArguments) -> None:

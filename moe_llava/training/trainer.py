@@ -28,7 +28,7 @@ from moe_llava.training.distil import Teacher, divergence
 from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.native import numbers, recorded, without_auxiliary
 from moe_llava.training.parts import native_experts
-from moe_llava.training.recipe import RecipeError
+from moe_llava.training.recipe import RecipeError, check_processes
 from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
 from moe_llava.training.stage import Stage
 from moe_llava.training.watch import ProgressDisplay
@@ -361,13 +361,8 @@ def training_arguments(stage: Stage) -> TrainingArguments:
     )
     if arguments.n_gpu > 1:
         raise RecipeError(f"one process sees {arguments.n_gpu} devices: start one for each with torchrun, or hide all but one from it")
-    at_once = arguments.train_batch_size * arguments.world_size
-    if settings.batch_size % at_once:
-        raise RecipeError(
-            f"batch_size is {settings.batch_size}, but must be a multiple of what all {at_once // settings.per_device_batch_size} devices "
-            f"compute at once, {at_once}"
-        )
-    arguments.gradient_accumulation_steps = settings.batch_size // at_once
+    check_processes(recipe, arguments.world_size, [stage.number])
+    arguments.gradient_accumulation_steps = settings.batch_size // (settings.per_device_batch_size * arguments.world_size)
     return arguments
 
 
