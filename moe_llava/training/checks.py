@@ -30,8 +30,8 @@ from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
 from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import SHUFFLE_BUFFER, Data, Recipe, RecipeError, read_recipe
-from moe_llava.training.saves import MANIFEST, find_damage, find_unreadable, saves
-from moe_llava.training.sharding import check_zero, sharding_of
+from moe_llava.training.saves import MANIFEST, OPTIMIZER, find_damage, find_unreadable, saves
+from moe_llava.training.sharding import check_zero
 from moe_llava.training.stage import COEFFICIENT, STRUCTURE, Stage, check_made, load_structure, on_meta
 from moe_llava.training.start import prepare_images, start_processor
 from moe_llava.training.trainer import training_arguments
@@ -53,10 +53,10 @@ def check_folder(stage: Stage, resume: bool) -> None:
             continue  # it was stopped before it had begun
         made = read_recipe(folder / "recipe.yaml")
         before, now = (_decisive(recipe, stage.number) for recipe in (made, stage.recipe))
-        if folder == stage.work:  # a run with other shards cannot read its saves
-            before, now = before | sharding_of(made), now | sharding_of(stage.recipe)
         if changed := changes(before, now):
             raise RecipeError(f"{folder} was made with {'; '.join(changed)}: choose another output, or remove it")
+    if stage.recipe.sharding and (found := saves(stage.work)) and not (found[-1] / OPTIMIZER).is_dir():
+        raise RecipeError(f"{found[-1]} holds the optimizer as a whole, which sharding cannot resume: leave sharding out")
 
 
 def _decisive(recipe: Recipe, number: int) -> dict[str, Any]:

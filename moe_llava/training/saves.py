@@ -18,6 +18,7 @@ from moe_llava.common.messages import format_bytes
 
 SAVING = ".saving"  # a folder: the save that is being written
 MANIFEST = "checksums.json"
+OPTIMIZER = "optimizer_shards"  # a folder of a sharded run's save: the optimizer's state, by name, for any number of processes
 
 
 class SaveError(OSError):

@@ -10,7 +10,6 @@ and without sharding.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,14 +22,14 @@ from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from moe_llava.checkpoints.load import load_checkpoint, load_model
+from moe_llava.training.optimizer import save_in_parts
 from moe_llava.training.recipe import Recipe, RecipeError, Sharding, check_processes
 from moe_llava.training.stage import Stage, is_sparse_checkpoint
 from moe_llava.training.trainer import StageTrainer
 
-OPTIMIZER = "optimizer_shards"  # a folder of a save: the optimizer's state, in shards
-SCHEDULER = "scheduler.pt"
 
 
 def check_engine(recipe: Recipe) -> None:
@@ -51,11 +50,6 @@ def check_zero(arguments: TrainingArguments) -> None:
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise RecipeError("DeepSpeed's zero_stage is 3, but must be 1 or 2: to share out the parameters too, use the recipe's sharding")
-
-
-def sharding_of(recipe: Recipe) -> dict[str, int | None]:
-    """Return the recipe's settings of sharding by name, each None for a recipe without."""
-    return {f"sharding.{field.name}": getattr(recipe.sharding, field.name, None) for field in dataclasses.fields(Sharding)}
 
 
 def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[PreTrainedModel, Any]:
@@ -111,11 +105,9 @@ class ShardedTrainer(StageTrainer):
             model.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        from transformers.distributed.checkpoint import save_optimizer_distributed
-
-        save_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(output_dir, OPTIMIZER))
+        save_in_parts(self.model, self.optimizer.optimizer, output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = load_model(resume_from_checkpoint, self.model.dtype, distributed_config=self.model.config.distributed_config)
@@ -124,11 +116,3 @@ class ShardedTrainer(StageTrainer):
                 mine.to_local().copy_(theirs.to_local())
             for buffer, saved_buffer in zip(self.model.buffers(), saved.buffers(), strict=True):
                 buffer.copy_(saved_buffer)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        from transformers.distributed.checkpoint import load_optimizer_distributed
-
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, os.path.join(checkpoint, OPTIMIZER))
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))

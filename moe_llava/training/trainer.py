@@ -27,9 +27,10 @@ from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.distil import Teacher, divergence
 from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.native import numbers, recorded, without_auxiliary
+from moe_llava.training.optimizer import load_parts
 from moe_llava.training.parts import native_experts
 from moe_llava.training.recipe import RecipeError, check_processes
-from moe_llava.training.saves import SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
+from moe_llava.training.saves import OPTIMIZER, SAVING, append_line, keep, remove_leftovers, rewind, saving, write_manifest
 from moe_llava.training.stage import Stage
 from moe_llava.training.watch import ProgressDisplay
 
@@ -271,6 +272,12 @@ class StageTrainer(Trainer):
             return
         saved = load_model(resume_from_checkpoint, self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (Path(checkpoint) / OPTIMIZER).is_dir():
+            load_parts(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.lr_scheduler, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.work / SAVING)

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -18,12 +22,27 @@ from tests.conftest import REPOSITORY
 BIN = Path(sys.executable).parent
 
 
-def torchrun(*arguments):
-    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", BIN / "moe-llava", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+def torchrun_command(*arguments, processes=2, restarts=0):
+    options = ["--standalone", "--nproc_per_node", processes, "--max-restarts", restarts, "--no-python"]
+    return [str(word) for word in (BIN / "torchrun", *options, BIN / "moe-llava", *arguments)]
+
+
+def torchrun(*arguments, **options):
+    command = torchrun_command(*arguments, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def wait_for_step(log, step, run, seconds=120):
+    """Wait until a running stage has logged a step."""
+    end = time.monotonic() + seconds
+    while not log.exists() or len(log.read_text().splitlines()) < step:
+        assert run.poll() is None and time.monotonic() < end, f"no step {step} in {log}"
+        time.sleep(0.05)
 
 
 def read_log(folder):
@@ -76,3 +95,28 @@ def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path, check
         assert expected.keys() == found.keys()
         assert max((expected[name] - found[name]).abs().max().item() for name in expected) < 1e-5, stage
         assert not list((tmp_path / "two").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1], ids=["main", "other"])
+def test_a_run_that_lost_a_process_continues_from_its_save(write_recipe, tmp_path, lost):
+    """torchrun restarts both, without --resume; a stage that another run left is refused all the same."""
+    settings = {"stage1__optimisation__max_steps": 40, "stage1__optimisation__per_device_batch_size": 2}
+    file = write_recipe(**settings)
+    command = torchrun_command("train", file, "--stage", "1", restarts=1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=ENVIRONMENT) as run:
+        wait_for_step(tmp_path / "run" / ".stage1" / "log.jsonl", 5, run)
+        workers = sorted(psutil.Process(run.pid).children(), key=lambda process: int(process.environ()["RANK"]))
+        workers[lost].send_signal(signal.SIGKILL)
+        printed, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "stage1 resumes after step" in printed
+    assert not list((tmp_path / "run").glob(".*"))
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=ENVIRONMENT)
+    assert refused.returncode == 1
+    assert refused.stderr.count("exists already, finished or not: continue with --resume") >= 2
+    found, log = load_file(tmp_path / "run" / "stage1" / "model.safetensors"), read_log(tmp_path / "run" / "stage1")
+    assert [entry["step"] for entry in log] == list(range(1, 41))
+    torchrun("train", file, "--stage", "1", "--set", f"output={tmp_path / 'whole'}")
+    expected = load_file(tmp_path / "whole" / "stage1" / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
