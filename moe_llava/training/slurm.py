@@ -23,6 +23,7 @@ $header
 
 stopping=
 trap 'stopping=1; kill -TERM "$$step"' USR1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted processes would find the addresses of those before
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$patience  # seconds for a save, after which torchrun kills its processes
 host=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
 port=$$((20000 + SLURM_JOB_ID % 10000))

@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 BIN = Path(sys.executable).parent
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def torchrun_command(*arguments, processes=2, restarts=0):

@@ -210,6 +210,23 @@ def test_a_stage_that_was_made_with_other_settings_is_not_taken_for_this_one(wri
     train(load_recipe(file, ["stage2.optimisation.max_steps=4"]), [1], resume=True, console=QUIET)
 
 
+def test_a_run_that_torchrun_restarts_resumes(write_recipe, stopping, monkeypatch, tmp_path):
+    """It is known by torchrun's run id; "none" is no id."""
+    recipe = load_recipe(write_recipe())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/b")
+    with stopping(2):
+        train(recipe, [1], resume=False, console=QUIET)
+    for other in ("c", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        with pytest.raises(RecipeError, match="exists already, finished or not: continue with --resume"):
+            train(recipe, [1], resume=False, console=QUIET)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/b")
+    train(recipe, [1], resume=False, console=QUIET)
+    assert not list((tmp_path / "run").glob(".*"))
+    with pytest.raises(RecipeError, match="exists already, finished or not: continue with --resume"):
+        train(recipe, [1], resume=False, console=QUIET)
+
+
 def test_a_batch_that_cannot_be_shared_out(write_recipe, monkeypatch):
     recipe = load_recipe(write_recipe())
     monkeypatch.setattr(TrainingArguments, "world_size", 3)
