@@ -91,7 +91,7 @@ def train(
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
 
 
-@verb("Train", "moe-llava sbatch recipes/phi2-2.7b.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00 > job.sh")
+@verb("Train", "moe-llava sbatch recipes/phi2-2.7b.yaml --nodes 2 --gpus-per-node 4 > job.sh")
 def sbatch(
     recipe: RecipeFile,
     stage: Stages = None,
@@ -101,7 +101,9 @@ def sbatch(
     cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores of each process")] = 8,
     time: Annotated[str, typer.Option(help="the job's time limit, as Slurm takes it")] = "24:00:00",
     partition: Annotated[str | None, typer.Option(help="the partition; default: Slurm's own")] = None,
-    save_before: Annotated[int, typer.Option(min=60, max=65535, help="seconds before the time limit at which the run saves and stops")] = 300,
+    save_before: Annotated[
+        int, typer.Option(min=60, max=65535, help="seconds before the time limit at which the run saves and stops")
+    ] = 300,
     requeue: Annotated[bool, typer.Option(help="continue in a new job of the same id, after the time limit and lost machines")] = True,
 ) -> None:
     """Print a script for Slurm's sbatch that trains a recipe. Nothing is started."""
@@ -123,6 +125,7 @@ def sbatch(
 def params(
     target: Annotated[str, typer.Argument(help="a recipe (.yaml), or a checkpoint, ours or a published one: a folder or a hub id")],
     vision_towers: Annotated[Path | None, typer.Option(help="for a published checkpoint: folder with the vision towers")] = None,
+    settings: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Compute a model's parameters, FLOPs and memory from its configuration, without its weights."""
@@ -130,8 +133,10 @@ def params(
         from moe_llava.checkpoints.files import read_config
         from moe_llava.training.recipe import load_recipe
 
-        recipe = load_recipe(target) if Path(target).suffix in (".yaml", ".yml") else None
+        recipe = load_recipe(target, settings) if Path(target).suffix in (".yaml", ".yml") else None
         if recipe is None:
+            if settings:
+                raise ValueError(f"--set {settings[0]} changes a recipe, but {target} is a checkpoint")
             read_config(target)  # raises if there is no checkpoint
 
         with heavy_imports():

@@ -31,7 +31,6 @@ from moe_llava.training.stage import Stage, is_sparse_checkpoint
 from moe_llava.training.trainer import StageTrainer
 
 
-
 def check_engine(recipe: Recipe) -> None:
     """Raise RecipeError if the recipe's sharding, or DeepSpeed, does not fit the processes that were started or the packages that are
     installed. Call it before the processes meet."""

@@ -46,6 +46,7 @@ SMALLER = {
     "merge": [],
     "params": [],
     "routes": ["--limit", "12"],
+    "sbatch": [],
     "tower": ["--steps", "2"],
     "language-model": ["--steps", "2"],
 }
@@ -71,6 +72,8 @@ def runnable(words: list[str]) -> list[str] | None:
     if words == ["make", "test"]:
         return None
     program, *arguments = words
+    if "=" in program:
+        return ["env", program, *(runnable(arguments) or [])]
     if program in ("cp", "mkdir"):
         return words
     folder = Path(sys.executable).parent

@@ -212,6 +212,14 @@ def test_activations_of_a_tower_with_experts(write_recipe):  # noqa: F811
     assert "all with labels, each with an image of 36 patches, together" in shown
 
 
+def test_settings_of_a_recipe_are_changed_on_the_command_line(write_recipe, tiny_base):  # noqa: F811
+    recipe = write_recipe()
+    whole, parts = (run_here("params", recipe, "--json", *more).stdout for more in ((), ("--set", "sharding={fsdp_size: 8}")))
+    costs = json.loads(whole)["training_bytes"]
+    assert json.loads(parts)["training_bytes"] == {stage: cost // 8 for stage, cost in costs.items()}
+    assert "--set seed=1 changes a recipe, but" in refused("params", tiny_base / "base", "--set", "seed=1")
+
+
 def test_the_command(tiny_base, tmp_path):  # noqa: F811
     table = run_here("params", tiny_base / "base").stdout
     assert "tower" in table

@@ -41,7 +41,8 @@ def wait_for_step(log, step, run, seconds=120):
     """Wait until a running stage has logged a step."""
     end = time.monotonic() + seconds
     while not log.exists() or len(log.read_text().splitlines()) < step:
-        assert run.poll() is None and time.monotonic() < end, f"no step {step} in {log}"
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < end, f"no step {step} in {log}"
         time.sleep(0.05)
 
 
@@ -100,9 +101,8 @@ def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path, check
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1], ids=["main", "other"])
 def test_a_run_that_lost_a_process_continues_from_its_save(write_recipe, tmp_path, lost):
-    """torchrun restarts both, without --resume; a stage that another run left is refused all the same."""
-    settings = {"stage1__optimisation__max_steps": 40, "stage1__optimisation__per_device_batch_size": 2}
-    file = write_recipe(**settings)
+    """torchrun restarts both, without --resume."""
+    file = write_recipe(stage1__optimisation__max_steps=40, stage1__optimisation__per_device_batch_size=2)
     command = torchrun_command("train", file, "--stage", "1", restarts=1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=ENVIRONMENT) as run:
         wait_for_step(tmp_path / "run" / ".stage1" / "log.jsonl", 5, run)
@@ -112,9 +112,6 @@ def test_a_run_that_lost_a_process_continues_from_its_save(write_recipe, tmp_pat
     assert run.returncode == 0, errors
     assert "stage1 resumes after step" in printed
     assert not list((tmp_path / "run").glob(".*"))
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=ENVIRONMENT)
-    assert refused.returncode == 1
-    assert refused.stderr.count("exists already, finished or not: continue with --resume") >= 2
     found, log = load_file(tmp_path / "run" / "stage1" / "model.safetensors"), read_log(tmp_path / "run" / "stage1")
     assert [entry["step"] for entry in log] == list(range(1, 41))
     torchrun("train", file, "--stage", "1", "--set", f"output={tmp_path / 'whole'}")

@@ -77,9 +77,7 @@ def test_the_script_runs_saves_before_the_time_limit_and_continues(write_recipe,
     environment["PATH"] = f"{tmp_path}:{Path(BIN)}:{os.environ['PATH']}"
 
     def start():
-        return subprocess.Popen(
-            ["bash", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment
-        )
+        return subprocess.Popen(["bash", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
 
     with start() as first:
         wait_for_step(tmp_path / "run" / ".stage1" / "log.jsonl", 1, first)
