@@ -91,7 +91,7 @@ def train(
         PartialState().destroy_process_group()  # a process that only ended could be aborted while its neighbours leave
 
 
-@verb("Train", "moe-llava sbatch recipes/phi2-2.7b.yaml --nodes 2 --gpus-per-node 4 > job.sh")
+@verb("Train", "moe-llava sbatch recipes/phi2-2.7b.yaml --nodes 2 --gpus-per-node 4")
 def sbatch(
     recipe: RecipeFile,
     stage: Stages = None,
