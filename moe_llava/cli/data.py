@@ -33,6 +33,8 @@ def check(
 
         if images is not None and is_stream(data):
             raise ValueError(f"--images is {images}, but {data} names shards, which hold their images: leave it out")
+        if images is not None and not images.is_dir():
+            raise ValueError(f"--images is {images}, which is no folder")
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
         measure = None if model is None else _measure(model, template, max_length)
@@ -86,10 +88,14 @@ def _measure(model: str, template: str | None, max_length: int | None) -> Measur
 
 
 def _print_check(report: Report, counts: dict[str, float]) -> None:
+    from moe_llava.common.messages import MOST_LISTED
+
     if report.sample:
         print(report.sample)
-    for problem in report.problems:
+    for problem in report.problems[:MOST_LISTED]:
         print(problem)
+    if len(report.problems) > MOST_LISTED:
+        print(f"and {len(report.problems) - MOST_LISTED:,} more, which --json lists")
     print(
         ", ".join(f"{name.replace('_', '-')} {value:.1%}" if name == "padding" else f"{name} {value:,}" for name, value in counts.items())
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,25 +147,31 @@ def evaluate(
         with heavy_imports():
             from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is reported first
 
-        for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts, options):
-            _print_scores(found)
-            if "robustness" in found:
-                _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")
+        try:
+            for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts, options):
+                _print_scores(found)
+                if "robustness" in found:
+                    _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")
+        except KeyboardInterrupt:
+            print(f"stopped: the same command continues from the answers in {out}", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _print_scores(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moe_llava.evaluation.score.benchmark import find_benchmark
+
     answered, there = found["questions"], found.get("questions_in_all", found["questions"])
     of = f"{answered:,} questions" if answered == there else f"the first {answered:,} of {there:,} questions"
-    table = Table("score", "value", "95% interval", title=f"{found['benchmark']}, {of}")
+    benchmark, counts = find_benchmark(found["benchmark"]), found.get("counts", {})
+    table = Table("score", benchmark.unit, "95% interval", *(["questions"] if counts else []), title=f"{found['benchmark']}, {of}")
     for column in table.columns[1:]:
         column.justify = "right"
-    digits = 4 if max(found["scores"].values(), default=0.0) <= 1 else 2  # fractions, or percent and points
     for name, value in found["scores"].items():
-        low, high = found["intervals"][name]
-        table.add_row(name, f"{value:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}")
+        shown, low, high = (f"{benchmark.shown * number:.2f}" for number in (value, *found["intervals"][name]))
+        table.add_row(name, shown, f"{low} to {high}", *([f"{counts[name]:,}" if name in counts else ""] if counts else []))
     Console().print(table)
     reported = {
         "missing": "questions without an answer, counted as wrong",

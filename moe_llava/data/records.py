@@ -63,9 +63,13 @@ class Record:
         return [file for file in (*self.images, *video) if isinstance(file, Path)]
 
     def group(self, key: str) -> str:
-        """Return the value of a key that is not LLaVA's own, as text. Raises DataError if the record has no such key."""
+        """Return the value of a key that is not LLaVA's own, as text. Raises DataError if the record has no text or number there."""
         if key not in self.extra:
             raise DataError(f"{self.source} has no {key!r} to group it by, only {', '.join(self.extra) or 'its conversation'}")
+        if not isinstance(self.extra[key], str | int | float):
+            raise DataError(
+                f"{self.source} has {str(self.extra[key])[:60]} as {key!r}, but must have a text or a number there to group it by"
+            )
         return str(self.extra[key])
 
     def messages(self) -> list[dict[str, Any]]:

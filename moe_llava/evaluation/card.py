@@ -157,7 +157,7 @@ def _training(folder: Path, recipe: Recipe | None) -> str:
 
 def _results(measured: Sequence[tuple[str, dict[Column, Cell], list[str]]]) -> str:
     rows = [
-        f"| {column.title} | {column.score or 'score'} | {cell} | {cell.interval} | {cell.questions:,} |"
+        f"| {column.title} | {column.score or 'score'}, {column.unit} | {cell} | {cell.interval} | {cell.questions:,} |"
         for _, cells, _ in measured
         for column, cell in cells.items()
     ]

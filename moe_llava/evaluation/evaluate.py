@@ -202,6 +202,7 @@ def _write_result(task: Task, scored: Scored, batch_size: int, uploads: Sequence
     }
     if task.perturbation is not None:
         found["perturbation"] = asdict(task.perturbation)
+    write_whole(task.out / "scored.jsonl", "".join(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in scored.items))
     write_whole(task.out / "result.json", json.dumps(found, indent=1) + "\n")
     return found
 

@@ -89,7 +89,7 @@ def check_options(setup: Setup, seed_sd: float, job: tuple[str, int] | None) -> 
     if not 0 < seed_sd < 1:
         raise ExperimentError(f"the standard deviation between seeds is {seed_sd}, but must be a share of the questions, such as 0.01")
     if job is not None and job[0] not in CELLS:
-        raise ExperimentError(f"no cell is called {job[0]!r}{did_you_mean(job[0], CELLS, ';')} There are {', '.join(CELLS)}")
+        raise ExperimentError(f"no cell is called {job[0]!r}{did_you_mean(job[0], CELLS, '.')} There are {', '.join(CELLS)}")
     if job is not None and not 0 <= job[1] < setup.seeds:
         raise ExperimentError(f"the seed is {job[1]}, but the seeds of the plan are 0 to {setup.seeds - 1}")
 

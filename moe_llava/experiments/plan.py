@@ -109,7 +109,7 @@ def find_experiment(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     raise ExperimentError(
-        f"no ablation is called {name!r}{did_you_mean(name, ABLATIONS, ';')} There are {', '.join(ABLATIONS)}; or name a YAML file"
+        f"no ablation is called {name!r}{did_you_mean(name, ABLATIONS, '.')} There are {', '.join(ABLATIONS)}; or name a YAML file"
     )
 
 

@@ -94,4 +94,10 @@ def test_the_command(data, tiny_base):  # noqa: F811
     assert "problems 0" in good.stdout
     assert "tokens  #" in good.stdout
     assert "none.json does not exist" in refused("check", data / "none.json")
+    assert "nowhere, which is no folder" in refused("check", data / "data.json", "--images", data / "nowhere")
+    bad = data / "bad.json"
+    bad.write_text(json.dumps([{"id": str(number), "conversations": []} for number in range(25)]))
+    told = run_here("check", bad).stdout.splitlines()
+    assert [line for line in told if "bad.json" in line] == told[:20]
+    assert told[20] == "and 5 more, which --json lists"
     assert "must be one of phi" in refused("check", data / "data.json", "--template", "fi")

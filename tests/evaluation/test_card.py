@@ -75,7 +75,7 @@ def test_a_card_of_a_stage_with_results(folder, tmp_path):
     assert "Stage 3 of MoE-Tuning, on 1,234 records:" in card.text
     assert "- `instructions.json`" in card.text
     assert any(result.dataset_type == "pope" for result in card.data.eval_results)
-    assert "0.7000 to 0.9000 | 300 |" in card.text
+    assert "70.00 to 90.00 | 300 |" in card.text
     (results / "settings.json").write_text(json.dumps(settings | {"perturbation": {"name": "noise", "strength": 1}}))
     assert "holds results of perturbed questions" in refused("card", stage, "--results", results.parent)
     (results / "settings.json").write_text(json.dumps(settings | {"checkpoint_files": {"model.safetensors": "0"}}))

@@ -67,7 +67,7 @@ def test_answers_and_result(tiny_base, whole):  # noqa: F811
     assert result["model"] == str(tiny_base / "base")
     assert result["generation"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 40, "dtype": "torch.float32", "batch_size": 16}
     assert set(result["versions"]) == {"moe_llava", "torch", "transformers"}
-    assert sorted(path.name for path in whole.iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert sorted(path.name for path in whole.iterdir()) == [".lock", "answers.jsonl", "result.json", "scored.jsonl", "settings.json"]
 
 
 def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
@@ -139,7 +139,13 @@ def test_two_processes(tiny_base, whole, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluating digits") == done.stdout.count("evaluating vizwiz") == 1
     assert (out / "digits" / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
-    assert sorted(path.name for path in (out / "digits").iterdir()) == [".lock", "answers.jsonl", "result.json", "settings.json"]
+    assert sorted(path.name for path in (out / "digits").iterdir()) == [
+        ".lock",
+        "answers.jsonl",
+        "result.json",
+        "scored.jsonl",
+        "settings.json",
+    ]
     assert len((out / "vizwiz" / "answers.jsonl").read_text().splitlines()) == 1
     assert sorted(path.name for path in (out / "vizwiz").iterdir()) == [".lock", "answers.jsonl", "settings.json", "vizwiz.json"]
 
@@ -407,17 +413,17 @@ def test_a_kept_answer_that_stands_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scores", "printed"),
+    ("name", "scores", "printed"),
     [
-        ({"accuracy": 1.0, "colour/accuracy": 0.895, "count/accuracy": 0.93243}, ["1.0000", "0.8950", "0.9324"]),
-        ({"accuracy": 100.0, "x": 0.5, "y": 85.714285}, ["100.00", "0.50", "85.71"]),
-        ({"perception": 1318.0, "color/acc": 0.9333}, ["1318.00", "0.93"]),
+        ("digits", {"accuracy": 1.0, "colour/accuracy": 0.895, "count/accuracy": 0.93243}, ["%", "100.00", "89.50", "93.24"]),
+        ("questions", {"accuracy": 0.0, "x": 0.5, "y": 85.714285}, ["%", "0.00", "0.50", "85.71"]),
+        ("mme", {"perception": 1318.0, "color/acc": 0.9333}, ["points", "1318.00", "0.93"]),
     ],
 )
-def test_one_table_has_one_number_of_digits(capsys, scores, printed):
-    found = {"benchmark": "x", "questions": 2, "scores": scores, "intervals": dict.fromkeys(scores, (0, 1))}
+def test_a_table_has_the_unit_of_its_benchmark(capsys, name, scores, printed):
+    found = {"benchmark": name, "questions": 2, "scores": scores, "intervals": dict.fromkeys(scores, (0, 1))}
     _print_scores(found | {"end_tokens": {"</s>": 2}, "missing": ["7"]})
     told = capsys.readouterr().out
-    assert [line.split("│")[2].strip() for line in told.splitlines() if line.startswith("│")] == printed
+    assert [line.replace("┃", "│").split("│")[2].strip() for line in told.splitlines() if line[:1] in "│┃"] == printed
     assert "1 questions without an answer, counted as wrong: 7" in told
     assert "2 answers end with </s>, which scores count as part of the answer" in told

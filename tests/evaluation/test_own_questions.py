@@ -91,8 +91,9 @@ def test_scores_by_group_with_intervals(score):
         "yes_no/precision": 50,
         "yes_no/recall": 100,
         "yes_no/f1": pytest.approx(200 / 3),
-        "yes_no/yes": 100,
+        "yes_no/yes_share": 100,
     }
+    assert found["counts"] == {"accuracy": 7, "topic/colour": 3, "topic/count": 2, "topic/existence": 2, "yes_no/accuracy": 2}
     assert found["intervals"].keys() == found["scores"].keys()
     low, high = found["intervals"]["accuracy"]
     assert low < found["scores"]["accuracy"] < high
@@ -111,7 +112,7 @@ def test_a_missing_answer_and_one_that_says_neither_are_wrong(score):
     records = [entry for entry in RECORDS if entry["id"] in "cd"]
     found = score(records=records, given={"c": "maybe"})
     assert found["missing"] == ["d"]
-    assert (found["scores"]["accuracy"], found["scores"]["yes_no/accuracy"], found["scores"]["yes_no/yes"]) == (0, 0, 50)
+    assert (found["scores"]["accuracy"], found["scores"]["yes_no/accuracy"], found["scores"]["yes_no/yes_share"]) == (0, 0, 50)
 
 
 def test_a_prompt_is_what_the_model_was_trained_on(tiny_base, write):  # noqa: F811
@@ -181,7 +182,7 @@ def test_an_evaluation_that_is_stopped_and_resumed(tiny_base, write, tmp_path): 
     assert "held-out.json by word_f1, accuracy" in table
     shutil.copytree(tiny_base / "base", tmp_path / "model")
     assert run_here("card", tmp_path / "model", "--results", out).exit_code == 0
-    assert "| held-out.json by exact | accuracy |" in (tmp_path / "model" / "README.md").read_text()
+    assert "| held-out.json by exact | accuracy, % |" in (tmp_path / "model" / "README.md").read_text()
 
     # A conversation before the prompt is a part of the question.
     changed = json.loads(json.dumps(RECORDS))
@@ -199,7 +200,9 @@ def problems(*records):
     [
         (problems(record("h", "why ?", " ")), (), "record 7 of {file} has no answer to its last question, but must have the expected one"),
         (problems({"id": "h", "conversations": [{"from": "human", "value": "why ?"}]}), (), "record 7 of {file} must have 'conversations'"),
-        (problems({"conversations": RECORDS[0]["conversations"], "image": "a.png"}), (), "record 7 of {file} has no 'id'"),
+        (problems({"conversations": RECORDS[0]["conversations"], "image": "a.png"}), (), "record 7 of {file} has no id, by which"),
+        (problems(RECORDS[0] | {"id": None}), (), "record 7 of {file} has no id, by which"),
+        (problems(RECORDS[0] | {"id": "h", "topic": ["x"]}), ("--group-by", "topic"), "record 7 of {file} has ['x'] as 'topic', but must"),
         (problems(RECORDS[0]), (), "record 7 of {file} has the id and question 'a, <image>"),
         (RECORDS, ("--metric", "exat"), "--metric is 'exat'; did you mean exact? There are exact, contains"),
         (

@@ -43,20 +43,21 @@ def runs(tmp_path):
 
 def test_markdown(runs):
     head = (
-        "| model | POPE, f1 | LLaVA-Bench (in the wild), all, judge judge-1 | MM-Vet, total, judge judge-1 | MM-Vet, total, judge judge-2 |"
+        "| model | POPE, f1, % | LLaVA-Bench (in the wild), all, judge judge-1, % | MM-Vet, total, judge judge-1, % "
+        "| MM-Vet, total, judge judge-2, % |"
     )
     assert write_table(runs, "markdown", False).splitlines() == [
         "## Measured",
         "",
         head,
         "| --- | ---: | ---: | ---: | ---: |",
-        "| a\\|&lt;b> | 0.8567 [0.8467 to 0.8667] | 75.00 [74.99 to 75.01] | 30.13 [30.12 to 30.14] |  |",
-        "| plain | 0.9000 [0.8900 to 0.9100] |  |  | 31.00 [30.99 to 31.01] |",
+        "| a\\|&lt;b> | 85.67 [84.67 to 86.67] | 75.00 [74.99 to 75.01] | 30.13 [30.12 to 30.14] |  |",
+        "| plain | 90.00 [89.00 to 91.00] |  |  | 31.00 [30.99 to 31.01] |",
         "",
         "- In brackets: 95% bootstrap intervals.",
         "- a\\|&lt;b>, MM-Vet: 2 of 1,000 questions whose judgement could not be read.",
         "- plain, POPE: 1 of 999 questions without an answer, counted as wrong.",
-        "- POPE, f1: not the same questions: a\\|&lt;b> 1,000, plain 999.",
+        "- POPE, f1, %: not the same questions: a\\|&lt;b> 1,000, plain 999.",
     ]
 
 
@@ -127,12 +128,12 @@ def test_html(runs):
     measured, apart = rows.tables
     assert measured[0] == [
         "model",
-        "POPEf1",
-        "LLaVA-Bench (in the wild)alljudge judge-1",
-        "MM-Vettotaljudge judge-1",
-        "MM-Vettotaljudge judge-2",
+        "POPEf1%",
+        "LLaVA-Bench (in the wild)alljudge judge-1%",
+        "MM-Vettotaljudge judge-1%",
+        "MM-Vettotaljudge judge-2%",
     ]
-    assert measured[1] == ["a|<b>", "0.8567[0.8467 to 0.8667]", "75.00[74.99 to 75.01]", "30.13[30.12 to 30.14]", ""]
+    assert measured[1] == ["a|<b>", "85.67[84.67 to 86.67]", "75.00[74.99 to 75.01]", "30.13[30.12 to 30.14]", ""]
     assert [row[0] for row in apart] == ["model", *published.ROWS]
     assert not re.search(r"(src|href|url\()", page)
 

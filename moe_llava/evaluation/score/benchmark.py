@@ -46,7 +46,7 @@ class Scored:
     names for each item what the bootstrap draws together. `measure` maps the columns and the weight [N] of each item to scores, in the
     benchmark's own unit; NaN for an empty group. A score named "x (lenient)" is x by a more forgiving reading of the answers, and is
     reported where it differs. `strata` names for each item the group whose number of units the bootstrap keeps, where a score is a sum over
-    such groups.
+    such groups. `counts`: score -> the number of its items, where scores are of groups.
     """
 
     items: list[dict[str, Any]]
@@ -54,6 +54,7 @@ class Scored:
     units: list[str]
     measure: Callable[[Columns, np.ndarray], dict[str, float]]
     strata: list[str] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Benchmark:
     `upload`: write what the benchmark's server takes into the last argument, and return the files.
     `check`: raise BenchmarkError for whatever `judge` and `upload` would find wrong with the files.
     `split`: see `split_in`. `configure`: return the benchmark with options; None if it has none. `about`: what its results state beside
-    the scores."""
+    the scores. `unit`: of the scores where people read them; `shown`: what stored scores are multiplied by for that."""
 
     name: str
     title: str
@@ -96,6 +97,8 @@ class Benchmark:
     split: Callable[[Benchmark, Path], Benchmark] | None = None
     configure: Callable[[Benchmark, Options], Benchmark] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "%"
+    shown: int = 1
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -203,6 +206,7 @@ def result(benchmark: Benchmark, scored: Scored, questions: Sequence[Question], 
         **benchmark.about,
         "scores": {name: value for name, value in values.items() if name not in same},
         "intervals": {name: interval for name, interval in intervals.items() if name not in same},
+        **({"counts": {name: scored.counts[name] for name in values if name in scored.counts}} if scored.counts else {}),
         "questions": len(questions),
         "missing": [question.id for question, text in zip(questions, answers, strict=True) if text is None],
         "end_tokens": count_end_tokens(answers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -44,7 +45,8 @@ def mean_by_group(items: list[dict[str, Any]], groups: Sequence[Sequence[str]], 
     suffixes = ("", LENIENT) if all(f"right{LENIENT}" in item for item in items) else ("",)
     columns = {suffix: np.array([item[f"right{suffix}"] for item in items], dtype=float) for suffix in suffixes}
     columns |= {name: np.array([name in group for group in groups], dtype=float) for name in names}
-    return Scored(items, columns, units, partial(_measure_groups, names, suffixes))
+    counts = Counter(f"{name}{suffix}" for group in groups for name in set(group) for suffix in suffixes)
+    return Scored(items, columns, units, partial(_measure_groups, names, suffixes), counts=counts)
 
 
 def _measure_groups(names: Sequence[str], suffixes: Sequence[str], columns: Columns, weights: np.ndarray) -> dict[str, float]:

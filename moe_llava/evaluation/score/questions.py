@@ -107,8 +107,9 @@ def _last_question(record: Record) -> Question:
     *history, (prompt, answer) = record.turns
     if not answer.strip():
         raise BenchmarkError(f"{record.source} has no answer to its last question, but must have the expected one")
-    identity = str(take(record.extra, "id", record.source))
-    return Question(identity, prompt, record.images, {"answer": answer}, record.video, tuple(history), record.system)
+    if record.extra.get("id") is None:
+        raise BenchmarkError(f"{record.source} has no id, by which its answer is found again")
+    return Question(str(record.extra["id"]), prompt, record.images, {"answer": answer}, record.video, tuple(history), record.system)
 
 
 def pair(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], file: Path) -> tuple[Answers, list[str]]:

@@ -28,24 +28,28 @@ class Column:
     title: str
     score: str = ""
     judge: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured score in the benchmark's own unit, with its 95% interval, or a published one as it was printed."""
+    """A measured score as it is stored, with its 95% interval, or a published one as it was printed. `shown`: see Benchmark."""
 
     value: float | str
     low: float | None = None
     high: float | None = None
     questions: int | None = None
     missing: int | None = None
+    shown: int = 1
 
     def __str__(self) -> str:
-        return self.value if isinstance(self.value, str) else _rounded(self.value)
+        return self.value if isinstance(self.value, str) else _rounded(self.shown * self.value)
 
     @property
     def interval(self) -> str:
-        return "" if self.low is None or self.high is None else f"{_rounded(self.low)} to {_rounded(self.high)}"
+        if self.low is None or self.high is None:
+            return ""
+        return f"{_rounded(self.shown * self.low)} to {_rounded(self.shown * self.high)}"
 
 
 def _rounded(value: float) -> str:
@@ -140,7 +144,9 @@ def read_result(file: Path) -> tuple[str, dict[Column, Cell], list[str]]:
         if len(numbers) != 3 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise BenchmarkError(f"{file} must have a number and an interval of two numbers for {score!r}, but has {numbers}")
         value, low, high = numbers
-        cells[Column(benchmark.name, title, score, judge)] = Cell(value, low, high, questions, len(missing))
+        cells[Column(benchmark.name, title, score, judge, benchmark.unit)] = Cell(
+            value, low, high, questions, len(missing), benchmark.shown
+        )
     return str(model), cells, [f"{title}: {remark}" for remark in _remarks(record, questions, missing)]
 
 
@@ -172,7 +178,7 @@ def _published() -> Block:
 
 def _head(column: Column) -> str:
     judge = f"judge {column.judge}" if column.judge else ""
-    return ", ".join(part for part in (column.title, column.score, judge) if part)
+    return ", ".join(part for part in (column.title, column.score, judge, column.unit) if part)
 
 
 def _markdown(blocks: list[Block]) -> str:

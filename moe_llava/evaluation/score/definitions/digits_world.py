@@ -125,4 +125,5 @@ BENCHMARK = Benchmark(
     questions=questions,
     score=score,
     max_new_tokens=40,
+    shown=100,
 )

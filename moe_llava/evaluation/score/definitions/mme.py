@@ -131,4 +131,5 @@ BENCHMARK = Benchmark(
     questions=read_questions,
     score=score,
     headline=("perception", "cognition"),
+    unit="points",
 )

@@ -2,11 +2,12 @@
 of each is the expected one, and all before it is the prompt.
 
 Scores are in percent. `accuracy` is the mean of the points that a metric gives (see metrics.py), and `<key>/<value>` the same over a group.
-Questions whose answer is yes or no are also scored as POPE does.
+Questions whose answer is yes or no are also scored as POPE does, but that precision has no value if no answer is yes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,9 +57,12 @@ def score(file: Path, questions: list[Question], answers: Answers) -> Scored:
 
     def measure(columns: Columns, weights: np.ndarray) -> dict[str, float]:
         found = yes_or_no(weights * columns["asked"], columns["predicted"], columns["truth"])
+        share = found.pop("yes")
+        found |= {"yes_share": share} | ({} if share else {"precision": math.nan})
         return scored.measure(columns, weights) | {f"{YES_NO}/{name}": 100 * value for name, value in found.items()}
 
-    return replace(scored, columns={**scored.columns, **marks}, measure=measure)
+    counts = dict(scored.counts) | {f"{YES_NO}/accuracy": int(asked.sum())}
+    return replace(scored, columns={**scored.columns, **marks}, measure=measure, counts=counts)
 
 
 def _item(question: Question, text: str | None) -> dict[str, Any]:

@@ -91,4 +91,5 @@ BENCHMARK = Benchmark(
     questions=partial(llava_questions, QUESTIONS, "val2014"),
     score=score,
     headline=("f1",),
+    shown=100,
 )
