@@ -213,7 +213,8 @@ def load_processor(path: str | Path) -> Any:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "tokenizer_config.json").is_file():
-            raise CheckpointError(f"checkpoint {path} has no tokenizer: put its files beside the published weights, and convert again")
+            advice = "save the processor there, too; if it was converted, put the tokenizer's files beside the published weights first"
+            raise CheckpointError(f"checkpoint {path} has no tokenizer: {advice}")
         check_pointers(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt"))
     try:
         processor = AutoProcessor.from_pretrained(path, **(stated_tokens(folder) if folder.is_dir() else {}))
