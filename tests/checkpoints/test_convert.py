@@ -178,7 +178,7 @@ def test_a_checkpoint_without_tokenizer_is_converted_without_one(tmp_path, tower
     assert "no tokenizer: " in result.stdout
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     told = refused("chat", tmp_path / "out", "What?")
-    assert told.startswith(f"checkpoint {tmp_path / 'out'} has no tokenizer: put its files beside")
+    assert told.startswith(f"checkpoint {tmp_path / 'out'} has no tokenizer: save the processor there")
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_causes_a_warning(tmp_path, towers):
