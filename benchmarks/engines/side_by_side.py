@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import psutil
 
 from moe_llava.perf.measure import ratios
-from moe_llava.perf.serve import NAME, Pass, rates, send_all, server, workloads
+from moe_llava.perf.serve import DESCRIPTIONS, NAME, SHORT, Pass, rates, send_all, server, workloads
 
 CLIENTS = 8
 START = 600  # seconds until vLLM must have started
@@ -79,7 +79,7 @@ def main() -> None:
         server(arguments.checkpoint, CLIENTS) as ours,
         vllm_server(arguments.vllm, arguments.checkpoint) as theirs,
     ):
-        bodies = workloads(Path(folder), {"short answers": size * rounds, "long answers": size * rounds})
+        bodies = workloads(Path(folder), {SHORT: size * rounds, DESCRIPTIONS: size * rounds})
         for name, questions in bodies.items():
             passes: dict[str, list[Pass]] = {OURS: [], VLLM: []}
             for number in range(rounds):

@@ -128,11 +128,11 @@ def generate(
 def serve(
     checkpoint: Checkpoint,
     clients: Annotated[int, typer.Option(min=2, help="that ask at once")] = 8,
-    questions: Annotated[int, typer.Option(min=1, help="in each round; half as many where answers are long")] = 96,
+    questions: Annotated[int, typer.Option(min=1, help="in each round; a quarter as many where answers are long")] = 96,
     rounds: Rounds = 5,
     as_json: JsonFile = None,
 ) -> None:
-    """Compare many clients at once with one after another, on a server with a checkpoint of the digits data."""
+    """Compare many clients at once with one, and a prefix cache with none, on servers with a checkpoint of the digits data."""
     with user_errors():
         from importlib.util import find_spec
 

@@ -21,6 +21,7 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="answers that are generated at once")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="requests that may wait for a slot; more are refused")] = 32,
     time_limit: Annotated[float, typer.Option(min=0.1, help="seconds for an answer, including the time it waits for a slot")] = 300.0,
+    prefix_cache: Annotated[int, typer.Option(min=0, help="MiB for the beginnings of prompts, which later prompts share; 0: none")] = 512,
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Default: none")
     ] = None,
@@ -57,7 +58,7 @@ def serve(
             else:
                 model, processor, cache = load_offloaded(checkpoint, keep_experts)
                 counts = cache.counts
-            engine = Engine(model, processor.tokenizer, slots, max_waiting, time_limit)
+            engine = Engine(model, processor.tokenizer, slots, max_waiting, time_limit, prefix_cache * 2**20)
             name = name or Path(checkpoint).resolve().name
             application = build_app(engine, processor, name, limits, keys, fetcher, counts, examples)
             at, bound = socket.getsockname()[:2]

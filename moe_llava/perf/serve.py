@@ -1,6 +1,11 @@
-"""Measure how much `moe-llava serve` gains by batching: answered questions of the digits world per second, sent by several clients at once
-and one after another, streamed over HTTP from a server in a process of its own. The two take turns with the same questions, so that both
-run under the same load; greedy answers must be equal."""
+"""Measure how much `moe-llava serve` gains by batching and by its prefix cache: answered questions of the digits world per second, streamed
+over HTTP from servers in processes of their own. Of each workload, two ways take turns with the same questions, so that both run under the
+same load; greedy answers must be equal.
+
+    short answers    a word or two: one client, several at once; each question is about any picture
+    64 tokens        the same questions to a model that cannot end an answer
+    shared images    several clients at once, with all questions about a picture in turn: without a prefix cache, and with it
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,20 +28,25 @@ from typing import Any
 import numpy as np
 import psutil
 from rich.console import Console
+from transformers import GenerationConfig
 
+from moe_llava.checkpoints.files import resolve
 from moe_llava.checkpoints.load import load_config
 from moe_llava.common.progress import show_progress
 from moe_llava.digits.dataset import write_dataset
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.evaluation.score.definitions import digits_world
+from moe_llava.model.greedy import as_list
 from moe_llava.perf.measure import bench_device, conditions, dtype_names, ratios, spread
 from moe_llava.perf.options import BenchError
 from moe_llava.perf.report import print_conditions, print_table
 from moe_llava.perf.running import Interrupted
 
 NAME = "model"
-HEADERS = ("answers", "asked", "requests/s", "tokens/s", "first token, ms", "next token, ms", "server, ms")
-LONGEST = digits_world.BENCHMARK.max_new_tokens
+HEADERS = ("answers", "clients", "prefix cache", "req/s", "tokens/s", "first token, ms", "next token, ms", "CPU, ms")
+SHORT, LONG, SHARED, DESCRIPTIONS = "short answers", "64 tokens", "shared images", "descriptions"
+LONG_TOKENS = 64
+PLAIN, ENDLESS, CACHED = "plain", "endless", "cached"  # servers
 
 
 @dataclass(frozen=True)
@@ -58,55 +68,93 @@ class Pass:
     replies: list[Reply]
 
 
-def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, console: Console) -> dict[str, Any]:
-    """Start a server and send `questions` in each of `rounds`, after a warm-up; half as many where answers are long. Return the report.
+@dataclass(frozen=True)
+class Way:
+    """A server, and how many clients ask it at once."""
 
-    Raise CheckpointError as `load_config` does, and BenchError if the server does not start, breaks off an answer, or answers differently
-    when batching.
+    server: str
+    clients: int
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"clients": self.clients, "prefix_cache": self.server == CACHED}
+
+
+Pair = tuple[Pass, Pass]  # of the two ways of a workload
+
+
+def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, console: Console) -> dict[str, Any]:
+    """Start servers and send `questions` in each of `rounds`, after a warm-up; a quarter as many where answers are long. Return the report.
+
+    Raise CheckpointError as `load_config` does, and BenchError if a server does not start, breaks off an answer, or answers differently in
+    the two ways.
     """
     dtype = dtype_names(load_config(checkpoint).dtype)
     report: dict[str, Any] = {
         "bench": "serve",
         "conditions": conditions(bench_device(), dtype, ("fastapi", "uvicorn")),
-        "clients": clients,
         "rounds": rounds,
         "workloads": {},
     }
-    sizes = {"short answers": questions, "long answers": max(1, questions // 2)}
+    ways = {
+        SHORT: (Way(PLAIN, 1), Way(PLAIN, clients)),
+        LONG: (Way(ENDLESS, 1), Way(ENDLESS, clients)),
+        SHARED: (Way(PLAIN, clients), Way(CACHED, clients)),
+    }
+    sizes = {SHORT: questions, LONG: max(1, questions // 4), SHARED: questions}
     with tempfile.TemporaryDirectory() as folder, show_progress("rounds", len(sizes) * (rounds + 1), console) as advance:
-        bodies = workloads(Path(folder), {name: size * (rounds + 1) for name, size in sizes.items()})
-        with server(checkpoint, clients) as (process, port):
+        bodies = workloads(Path(folder) / "data", {name: size * (rounds + 1) for name, size in sizes.items()})
+        with (
+            server(checkpoint, clients, "--prefix-cache", "0") as plain,
+            server(str(without_end(checkpoint, Path(folder) / "model")), clients, "--prefix-cache", "0") as endless,
+            server(checkpoint, clients) as cached,
+        ):
+            servers = {PLAIN: plain, ENDLESS: endless, CACHED: cached}
             for name, size in sizes.items():
-                passes: list[tuple[Pass, Pass]] = []
+                done: list[Pair] = []
                 try:
                     for number in range(rounds + 1):
                         batch = bodies[name][number * size : (number + 1) * size]
-                        pair = {}
-                        for at_once in (1, clients) if number % 2 else (clients, 1):
-                            pair[at_once] = send_all(process, port, batch, at_once)
-                        check_same(name, pair[1], pair[clients])
-                        passes.append((pair[1], pair[clients]))
+                        found = {way: send_all(*servers[way.server], batch, way.clients) for way in ways[name][:: 1 if number % 2 else -1]}
+                        base, other = (found[way] for way in ways[name])
+                        check_same(name, base, other)
+                        done.append((base, other))
                         advance(1)
                 except KeyboardInterrupt:
                     running = len(report["workloads"]) + 1
-                    if passes[1:]:
-                        report["workloads"][name] = summary(passes[1:])
+                    if done[1:]:
+                        report["workloads"][name] = summary(ways[name], done[1:])
                     raise Interrupted(report, running, len(sizes)) from None
-                report["workloads"][name] = summary(passes[1:])
+                report["workloads"][name] = summary(ways[name], done[1:])
     return report
 
 
-def workloads(folder: Path, sizes: dict[str, int]) -> dict[str, list[bytes]]:
-    """Return bodies of requests in random order: questions with short answers, and requests for descriptions, as many as `sizes` says."""
-    # A picture has one description, and more than five other questions.
-    write_dataset(folder, train_images=1, test_images=max(sizes["long answers"], sizes["short answers"] // 5))
-    kinds: dict[str, list[Question]] = {"short answers": [], "long answers": []}
-    for question in digits_world.questions(folder):
-        kinds["long answers" if question.extra["family"] == "caption" else "short answers"].append(question)
-    return {name: [body_of(one) for one in random.Random(0).sample(kinds[name], size)] for name, size in sizes.items()}
+def without_end(checkpoint: str, out: Path) -> Path:
+    """Make a folder with the files of a checkpoint, except that its model generates no end token. Return it."""
+    folder = resolve(checkpoint, with_weights=True)
+    out.mkdir()
+    for file in folder.iterdir():
+        (out / file.name).symlink_to(file.resolve())
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.suppress_tokens = [*as_list(settings.suppress_tokens), *as_list(settings.eos_token_id)]
+    (out / "generation_config.json").unlink(missing_ok=True)
+    settings.save_pretrained(out)
+    return out
 
 
-def body_of(question: Question) -> bytes:
+def workloads(folder: Path, sizes: Mapping[str, int]) -> dict[str, list[bytes]]:
+    """Return bodies of requests, as many of each workload as `sizes` says, with images of their own."""
+    bodies: dict[str, list[bytes]] = {}
+    for seed, (name, size) in enumerate(sizes.items()):
+        # A picture has more than five questions with short answers.
+        write_dataset(folder / name, train_images=1, test_images=1 + size // (1 if name in (LONG, DESCRIPTIONS) else 5), seed=seed)
+        asked = [one for one in digits_world.questions(folder / name) if (one.extra["family"] == "caption") == (name == DESCRIPTIONS)]
+        chosen = asked[:size] if name == SHARED else random.Random(seed).sample(asked, size)
+        bodies[name] = [body_of(one, LONG_TOKENS if name == LONG else digits_world.BENCHMARK.max_new_tokens) for one in chosen]
+    return bodies
+
+
+def body_of(question: Question, max_tokens: int) -> bytes:
     (picture,) = question.images
     assert isinstance(picture, Path)
     image = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
@@ -114,14 +162,14 @@ def body_of(question: Question) -> bytes:
         {"type": "image_url", "image_url": {"url": image}},
         {"type": "text", "text": question.prompt.removeprefix("<image>").strip()},
     ]
-    request = {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": LONGEST, "temperature": 0}
+    request = {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0}
     return json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
 
 
 @contextmanager
-def server(checkpoint: str, slots: int) -> Iterator[tuple[psutil.Process, int]]:
+def server(checkpoint: str, slots: int, *options: str) -> Iterator[tuple[psutil.Process, int]]:
     """Run a server; yield (the process, its port)."""
-    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--slots", str(slots)]
+    command = [sys.executable, "-m", "moe_llava.cli", "serve", checkpoint, "--port", "0", "--name", NAME, "--slots", str(slots), *options]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None
@@ -171,25 +219,24 @@ def send(connection: HTTPConnection, body: bytes) -> Reply:
     return Reply(text, chunks[-1][0]["usage"]["completion_tokens"], [at for _, at in pieces])
 
 
-def check_same(name: str, alone: Pass, together: Pass) -> None:
-    different = [pair for pair in zip(alone.replies, together.replies, strict=True) if pair[0].text != pair[1].text]
+def check_same(name: str, base: Pass, other: Pass) -> None:
+    different = [pair for pair in zip(base.replies, other.replies, strict=True) if pair[0].text != pair[1].text]
     if different:
-        one, other = different[0]
+        one, another = different[0]
         raise BenchError(
-            f"{name}: {len(different)} of {len(alone.replies)} answers depend on batching, such as {one.text!r} and {other.text!r}"
+            f"{name}: {len(different)} of {len(base.replies)} answers depend on how they are asked, such as {one.text!r} and {another.text!r}"
         )
 
 
-def summary(passes: Sequence[tuple[Pass, Pass]]) -> dict[str, Any]:
-    """Summarise rounds, each alone and together. `ratio`: throughput together over alone. `processor_time_ratio`: of the server, which
+def summary(ways: tuple[Way, Way], passes: Sequence[Pair]) -> dict[str, Any]:
+    """Summarise rounds. `ratio`: the throughput of the second way over that of the first. `processor_time_ratio`: of the server, which
     depends less on other work on the machine."""
-    alone, together = zip(*passes, strict=True)
+    base, other = zip(*passes, strict=True)
     return {
-        "questions_per_round": len(passes[0][0].replies),
-        "ratio": ratios([one.seconds for one in alone], [one.seconds for one in together]),
-        "processor_time_ratio": ratios([one.server for one in together], [one.server for one in alone]),
-        "alone": rates(alone),
-        "together": rates(together),
+        "questions_per_round": len(base[0].replies),
+        "ratio": ratios([one.seconds for one in base], [one.seconds for one in other]),
+        "processor_time_ratio": ratios([one.server for one in other], [one.server for one in base]),
+        "ways": [way.labels | rates(done) for way, done in zip(ways, (base, other), strict=True)],
     }
 
 
@@ -215,20 +262,18 @@ def print_serving(report: dict[str, Any], console: Console) -> None:
     print_conditions(report, console)
     rows = []
     for name, found in report["workloads"].items():
-        for way, asked in (("alone", "one after another"), ("together", f"{report['clients']} at once")):
-            one = found[way]
-            rate, tokens, server_ms = (
-                one[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request")
-            )
-            times = [f"{one[key]['median']:.1f}, {one[key]['p99']:.1f}" for key in ("first_token_ms", "next_token_ms")]
-            rows.append((name, asked, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{server_ms:.1f}"))
+        for way in found["ways"]:
+            rate, tokens, cpu = (way[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request"))
+            times = [f"{way[key]['median']:.0f}, p99 {way[key]['p99']:.0f}" for key in ("first_token_ms", "next_token_ms")]
+            labels = (name, str(way["clients"]), "yes" if way["prefix_cache"] else "no")
+            rows.append((*labels, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{cpu:.1f}"))
     columns = {header: [row[place] for row in rows] for place, header in enumerate(HEADERS)}
-    print_table("", {header: columns.pop(header) for header in HEADERS[:2]}, columns, console)
+    print_table("", {header: columns.pop(header) for header in HEADERS[:3]}, columns, console)
     for name, found in report["workloads"].items():
-        ratio, work = found["ratio"], found["processor_time_ratio"]
+        ratio, work, tokens = found["ratio"], found["processor_time_ratio"], found["ways"][0]["tokens_per_answer"]
+        what = "with a prefix cache" if found["ways"][1]["prefix_cache"] else f"{found['ways'][1]['clients']} clients at once"
         console.print(
-            f"{name} ({found['together']['tokens_per_answer']:.1f} tokens): {report['clients']} at once {ratio['median']:.2f} x "
-            f"({ratio['low']:.2f} to {ratio['high']:.2f}) the throughput, "
+            f"{name} ({tokens:.1f} tokens): {what} {ratio['median']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the throughput, "
             f"{work['median']:.2f} x the server's processor time; the same answers",
             highlight=False,
             soft_wrap=True,

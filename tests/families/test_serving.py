@@ -5,6 +5,7 @@ import io
 import json
 import queue
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from moe_llava.model.greedy import end_tokens, write_greedily
 from moe_llava.routing.routes import write_routes
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.serving.chat.conversation import Conversation, Settings
+from moe_llava.serving.engine.cache import has_states
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
 from moe_llava.serving.engine.requests import Request
@@ -93,6 +95,29 @@ def test_completions_are_those_of_generate(family):
     asked = [("What is in the picture?", PICTURES[:1]), ("Compare.", PICTURES[1:]), ("Why?", []), ("Where is the red one?", PICTURES[2:])]
     prompts = [builder.build(messages_of(question, len(images)), images) for question, images in asked]
     check_completions(model, processor, prompts)
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_the_beginning_of_a_prompt_is_not_computed_again(family):
+    """Another question about an image, the same with another image of this size, and a conversation that goes on."""
+    model, processor = made(family)
+    builder = PromptBuilder(processor)
+    other = Image.new("RGB", PICTURES[0].size, (9, 9, 9))
+    questions = [("What is in the picture?", PICTURES[0]), ("Is it red, and where is it?", PICTURES[0]), ("What is in the picture?", other)]
+    talks = [messages_of(question, 1) for question, _ in questions]
+    talks.append([*talks[0], {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}, *messages_of("Why?", 0)])
+    prompts = [builder.build(talk, [image]) for talk, image in zip(talks, [image for _, image in questions] + PICTURES[:1], strict=True)]
+    expected = [alone(model, prompt, 8) for prompt in prompts]
+    reused = []
+    with Engine(model, processor.tokenizer) as engine:
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            delivered = queue.Queue()
+            row = engine.submit(Request(prompt, 8), delivered.put)
+            while not (pieces := list(delivered.queue)) or not getattr(pieces[-1], "finish_reason", True):
+                time.sleep(0.01)
+            assert [getattr(piece, "token", piece) for piece in pieces] == wanted
+            reused.append(row.reused > 0)
+    assert reused == ([False] * 4 if has_states(model.config.get_text_config()) else [False, True, False, True])
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])

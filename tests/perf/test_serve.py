@@ -16,24 +16,27 @@ def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "load.json").read_text())
     assert report["conditions"]["dtype"] == "float32"
-    for name, questions in (("short answers", 4), ("long answers", 2)):
-        found = report["workloads"][name]
-        assert found["questions_per_round"] == questions
+    expected_ways = {"short answers": [(1, False), (2, False)], "64 tokens": [(1, False), (2, False)], "shared images": [(2, False), (2, True)]}
+    assert report["workloads"].keys() == expected_ways.keys()
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in done.stdout.splitlines()]
+    for name, found in report["workloads"].items():
+        assert found["questions_per_round"] == (1 if name == "64 tokens" else 4)
         assert found["ratio"]["low"] > 0
-        for way in ("alone", "together"):
-            one = found[way]
+        assert [(way["clients"], way["prefix_cache"]) for way in found["ways"]] == expected_ways[name]
+        for way in found["ways"]:
             # Of one round, so that the median is the round's own.
-            expected = one["requests_per_second"]["median"] * one["tokens_per_answer"]
-            assert one["tokens_per_second"]["median"] == pytest.approx(expected)
-            assert 0 < one["first_token_ms"]["median"] <= one["first_token_ms"]["p99"]
-        assert found["alone"]["tokens_per_answer"] == found["together"]["tokens_per_answer"]
-        rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in done.stdout.splitlines()]
-        assert [name, "2 at once", f"{found['together']['requests_per_second']['median']:.1f}"] in rows
+            expected = way["requests_per_second"]["median"] * way["tokens_per_answer"]
+            assert way["tokens_per_second"]["median"] == pytest.approx(expected)
+            assert 0 < way["first_token_ms"]["median"] <= way["first_token_ms"]["p99"]
+            assert way["tokens_per_answer"] == (64 if name == "64 tokens" else found["ways"][0]["tokens_per_answer"])
+            labels = [name, str(way["clients"]), "yes" if way["prefix_cache"] else "no"]
+            assert [*labels, f"{way['requests_per_second']['median']:.1f}"] in rows
+    assert max(len(line) for line in done.stdout.splitlines() if "│" in line) <= 80
 
 
 def test_another_answer_when_batching_ends_it():
     alone, together = ([serve.Reply(text, 2, [0.1, 0.2])] for text in ("red", "blue"))
-    with pytest.raises(BenchError, match="1 of 1 answers depend on batching, such as 'red' and 'blue'"):
+    with pytest.raises(BenchError, match="1 of 1 answers depend on how they are asked, such as 'red' and 'blue'"):
         serve.check_same("short answers", serve.Pass(1, 1, 1, alone), serve.Pass(1, 1, 1, together))
 
 

@@ -38,6 +38,7 @@ def test_metrics_of_two_servers(served):
             "requests_running": "gauge",
             "requests_waiting": "gauge",
             "prompt_tokens": "counter",
+            "cached_prompt_tokens": "counter",
             "completion_tokens": "counter",
             "time_to_first_token_seconds": "histogram",
         }

@@ -5,11 +5,12 @@ Every layer can append the rows of another cache (`join`), and keep some of its 
 transformers' DynamicCache copies all keys and values for every token, which costs more and more of a step as prompts and batches grow; its
 StaticCache attends to all columns, used or not.
 
-Shapes: B rows, H heads, S columns, W head width.
+Shapes: B rows, H heads, S columns, W head width, C all keys and values of a token: 2 H W, summed over the layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,9 +80,43 @@ def preallocated_cache(config: PreTrainedConfig) -> Cache:
     types = getattr(config, "layer_types", None) or []
     if unknown := sorted(set(types) - ATTENTION - {LINEAR_ATTENTION}):
         raise ValueError(f"{config.model_type} has layers of {', '.join(unknown)}, whose states the engine cannot batch")
-    if LINEAR_ATTENTION not in types:
+    if not has_states(config):
         return Cache(layer_class_to_replicate=PreallocatedLayer)  # a layer that shares another's keys and values needs none
     return Cache(layers=[StateLayer() if kind == LINEAR_ATTENTION else PreallocatedLayer() for kind in types])
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Return whether a layer has states of linear attention: they hold whole prompts, not their tokens."""
+    return LINEAR_ATTENTION in (getattr(config, "layer_types", None) or [])
+
+
+def states_of(cache: Cache, row: int, padding: int, tokens: slice) -> Tensor:
+    """Return [S, C]: a copy of the keys and values of some `tokens` of a row after its `padding`, of all layers."""
+    columns = slice(padding + tokens.start, padding + tokens.stop)
+    return torch.cat([states[row, :, columns].transpose(0, 1).flatten(1) for states in _keys_and_values(cache)], dim=1)
+
+
+def shapes_of(cache: Cache) -> list[tuple[int, int]]:
+    """Return (H, W) of the keys, and of the values, of each layer."""
+    return [(states.shape[1], states.shape[3]) for states in _keys_and_values(cache)]
+
+
+def cache_of(rows: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Cache:
+    """Return a cache of rows, each with the states [S, C] of its tokens, padded on the left. `shapes`: see `shapes_of`."""
+    columns = max(len(states_SC) for states_SC in rows)
+    states_BSC = torch.stack([F.pad(states_SC, (0, 0, columns - len(states_SC), 0)) for states_SC in rows])
+    parts = [
+        part_BSC.unflatten(2, shape).transpose(1, 2)
+        for part_BSC, shape in zip(states_BSC.split([heads * width for heads, width in shapes], dim=2), shapes, strict=True)
+    ]
+    cache = Cache(layers=[PreallocatedLayer() for _ in shapes[::2]])
+    for layer, keys, values in zip(cache.layers, parts[::2], parts[1::2], strict=True):
+        layer.replace(keys, values)
+    return cache
+
+
+def _keys_and_values(cache: Cache) -> list[Tensor]:
+    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
 
 
 def _pad_left(states: Tensor, columns: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Requests join the batch as soon as a slot is free. Waiting requests are prefilled together and become rows of the batch's cache; a row is
 removed when its completion is finished. The cache is padded on the left, so the tokens of a row are contiguous and end at the last column,
-and the distances between them, on which sliding windows depend, are correct.
+and the distances between them, on which sliding windows depend, are correct. Of a prompt that begins like an earlier one, only the rest is
+computed (see prefixes.py).
 
 transformers' own continuous batching takes token ids only, without images.
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Thread
 from typing import Any
@@ -26,8 +26,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
-from moe_llava.serving.engine.cache import preallocated_cache
+from moe_llava.serving.engine.cache import cache_of, has_states, preallocated_cache, shapes_of, states_of
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
+from moe_llava.serving.engine.prefixes import PrefixCache, blocks_of
 from moe_llava.serving.engine.requests import (
     EngineClosed,
     Piece,
@@ -40,52 +41,21 @@ from moe_llava.serving.engine.requests import (
     check_sampling,
 )
 from moe_llava.serving.engine.sampling import Sampler
+from moe_llava.serving.engine.submitted import Job, Row
 from moe_llava.serving.engine.text import Detokenizer
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class Pending:
-    """A result that a caller waits for."""
-
-    deliver: Deliver[Any]
-    deadline: float
-    done: bool = field(default=False, init=False)  # complete, failed, or cancelled from another thread
-
-    def cancel(self) -> None:
-        self.done = True
-
-    def fail(self, error: Exception) -> None:
-        self.done = True
-        self.deliver(error)
-
-
-@dataclass(eq=False)
-class Row(Pending):
-    """A running completion. `cached`: the number of its tokens in the cache, all but the last. `position`: of its next token."""
-
-    request: Request
-    text: Detokenizer
-    sampler: Sampler | None
-    tokens: list[int] = field(default_factory=list)
-    cached: int = 0
-    position: int = 0
-
-
-@dataclass(eq=False)
-class Job(Pending):
-    """Other work with the model, run between two decoding steps."""
-
-    work: Work[Any]
+PREFIX_BYTES = 512 * 2**20
 
 
 class Engine(CompletionEngine):
     """Run a model in a thread of its own. The methods are described in CompletionEngine.
 
     `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
-    Completions do not depend on the rest of the batch, except for rounding, and for a sparse model with a capacity, which drops tokens of a
-    batch.
+    Completions do not depend on the rest of the batch, nor on earlier ones, except for rounding, and for a sparse model with a capacity,
+    which drops tokens of a batch. `prefix_bytes`: the most memory for the beginnings of prompts, 0 for none; a model with a capacity or with
+    linear attention keeps none.
 
     Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
@@ -97,6 +67,7 @@ class Engine(CompletionEngine):
         slots: int = 8,
         max_waiting: int = 32,
         time_limit: float = 300.0,
+        prefix_bytes: int = PREFIX_BYTES,
     ):
         self.model = model
         self.slots = slots
@@ -113,6 +84,9 @@ class Engine(CompletionEngine):
         self._admitted: list[Row] = []  # have a slot and will be prefilled next
         self._rows: list[Row] = []
         self._new_cache = partial(preallocated_cache, text)
+        keeps_prefixes = prefix_bytes and not has_states(text) and getattr(model.config, "capacity_factor", None) is None
+        self._prefixes = PrefixCache(prefix_bytes) if keeps_prefixes else None
+        self._shapes: list[tuple[int, int]] = []  # of the cache's layers, known after the first prefill
         self._cache: Cache = self._new_cache()
         self._columns = 0  # S
         self._waiting: list[Row] = []
@@ -125,7 +99,8 @@ class Engine(CompletionEngine):
     def submit(self, request: Request, deliver: Deliver[Piece]) -> Row:
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
-        row = Row(deliver, time.monotonic() + self.time_limit, request, Detokenizer(self._tokenizer, request.stop), sampler)
+        blocks = blocks_of(request.prompt, self._placeholders) if self._prefixes is not None else []
+        row = Row(deliver, time.monotonic() + self.time_limit, request, Detokenizer(self._tokenizer, request.stop), sampler, blocks)
         self._queue(row)
         return row
 
@@ -204,8 +179,8 @@ class Engine(CompletionEngine):
             self._admit()
             if self._jobs:
                 self._run_job(self._jobs[0])
-            if self._admitted:
-                self._guarded(self._prefill, self._admitted)
+            while self._admitted:
+                self._guarded(self._prefill, self._next_to_prefill())
             if self._rows:
                 self._guarded(self._decode, self._rows)
 
@@ -250,19 +225,49 @@ class Engine(CompletionEngine):
         with self._changed:
             self._jobs.remove(job)
 
-    def _prefill(self, admitted: list[Row]) -> None:
+    def _next_to_prefill(self) -> list[Row]:
+        """Return the admitted rows that are prefilled together next, and set how much of them is reused."""
+        if self._prefixes is None:
+            return self._admitted
+        known = [(row, self._prefixes.known(row.blocks)) for row in self._admitted]
+        new = [row for row, tokens in known if not tokens]
+        if new:  # of those that begin the same, one goes ahead
+            return list({row.blocks[0].key if row.blocks else id(row): row for row in reversed(new)}.values())
+        # The rows of a batch end together, so the same number of tokens is computed for each of them.
+        computed = max(len(row.request.prompt.input_ids) - tokens for row, tokens in known)
+        rows = [row for row, _ in known if len(row.request.prompt.input_ids) - computed >= row.blocks[0].end]
+        for row in rows:
+            row.reused = len(row.request.prompt.input_ids) - computed
+        return rows
+
+    def _prefill(self, rows: list[Row]) -> None:
         """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
-        prompts = [row.request.prompt for row in admitted]
+        prompts = [row.request.prompt for row in rows]
         columns = max(len(prompt.input_ids) for prompt in prompts)
         inputs = self._batch(prompts, columns)
         position_ids = prefill_positions(self.model, inputs)
-        cache = self._new_cache()
-        logits_B1V = self.model(**inputs, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         last = position_ids.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
-        for row, prompt, position in zip(admitted, prompts, last, strict=True):
+        cache = self._new_cache()
+        if rows[0].reused:  # the images are in what is reused
+            assert self._prefixes is not None
+            cache = cache_of([self._prefixes.take(row.blocks, row.reused) for row in rows], self._shapes)
+            first = cache.get_seq_length()
+            inputs = {"input_ids": inputs["input_ids"][:, first:], "attention_mask": inputs["attention_mask"]}
+            position_ids = position_ids[..., first:]
+        logits_B1V = self.model(**inputs, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        for row, prompt, position in zip(rows, prompts, last, strict=True):
             row.cached, row.position = len(prompt.input_ids), position + 1
-        self._join(cache, columns)
-        self._choose(admitted, logits_B1V[:, -1])
+        self._keep_prefixes(rows, cache, columns)
+        self._join(rows, cache, columns)
+        self._choose(rows, logits_B1V[:, -1])
+
+    def _keep_prefixes(self, rows: list[Row], cache: Cache, columns: int) -> None:
+        """Keep the states of prefilled rows, the only ones in `cache`."""
+        if self._prefixes is None:
+            return
+        self._shapes = self._shapes or shapes_of(cache)
+        for index, row in enumerate(rows):
+            self._prefixes.keep(row.blocks, partial(states_of, cache, index, columns - row.cached))
 
     def _batch(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
         """Return the model's inputs for several prompts, padded on the left to `columns`."""
@@ -298,8 +303,8 @@ class Engine(CompletionEngine):
         starts = torch.tensor([columns - length for length in lengths])
         return (torch.arange(columns) >= starts[:, None]).long().to(self.model.device)
 
-    def _join(self, cache: Cache, columns: int) -> None:
-        """Append the admitted rows to the batch."""
+    def _join(self, rows: list[Row], cache: Cache, columns: int) -> None:
+        """Append prefilled rows to the batch."""
         if self._rows:
             longest = max(columns, self._columns)
             for layer, new in zip(self._cache.layers, cache.layers, strict=True):
@@ -307,7 +312,8 @@ class Engine(CompletionEngine):
             self._columns = longest
         else:
             self._cache, self._columns = cache, columns
-        self._rows, self._admitted = [*self._rows, *self._admitted], []
+        self._rows = [*self._rows, *rows]
+        self._admitted = [row for row in self._admitted if row not in rows]
 
     def _drop_finished(self) -> None:
         """Remove finished rows from the batch, and columns that no row uses any more."""

@@ -22,6 +22,13 @@ class Generation(Protocol):
         """Free its slot. One more piece may be delivered, and a job that has begun is not stopped."""
 
 
+class Running(Generation, Protocol):
+    """A completion. `reused`: the number of its prompt's first tokens that were not computed, because an earlier prompt began with the same
+    tokens and images; it is known with the first piece."""
+
+    reused: int
+
+
 class CompletionEngine(Protocol):
     """Complete up to `slots` prompts at once, while up to `max_waiting` more wait. Each request has `time_limit` seconds, including the
     time it waits."""
@@ -39,7 +46,7 @@ class CompletionEngine(Protocol):
     def waiting(self) -> int:
         """The number of requests and jobs in the queue."""
 
-    def submit(self, request: Request, deliver: Deliver[Piece]) -> Generation:
+    def submit(self, request: Request, deliver: Deliver[Piece]) -> Running:
         """Queue a request. `deliver` gets each piece of the completion, or the error that ended it.
 
         Raises RequestError if the model cannot answer it, QueueFull if the queue is full, EngineClosed after `close`.

@@ -30,6 +30,9 @@ class Metrics:
             registry=self._registry,
         )
         self.prompt_tokens = Counter("moe_llava_prompt_tokens_total", "Prefill tokens", registry=self._registry)
+        self.reused_tokens = Counter(
+            "moe_llava_cached_prompt_tokens_total", "Prompt tokens taken from the prefix cache", registry=self._registry
+        )
         self.completion_tokens = Counter("moe_llava_completion_tokens_total", "Decoded tokens", registry=self._registry)
         self.time_to_first_token = Histogram(
             "moe_llava_time_to_first_token_seconds",

@@ -23,10 +23,10 @@ class Reply:
         self._prompt_tokens = prompt_tokens
         self._with_logprobs = with_logprobs
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], reused: int) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": self._logprobs(pieces), "finish_reason": pieces[-1].finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage(len(pieces))}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage(len(pieces), reused)}
 
     def first_chunk(self) -> dict[str, Any]:
         return self._chunk({"role": "assistant", "content": ""})
@@ -34,16 +34,20 @@ class Reply:
     def chunk(self, piece: Piece) -> dict[str, Any]:
         return self._chunk({"content": piece.text}, self._logprobs([piece]), piece.finish_reason)
 
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(completion_tokens)}
+    def usage_chunk(self, completion_tokens: int, reused: int) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(completion_tokens, reused)}
 
     def _chunk(self, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
-        total = self._prompt_tokens + completion_tokens
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    def _usage(self, completion_tokens: int, reused: int) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self._with_logprobs:

@@ -56,11 +56,17 @@ class Completion:
                 raise api_error(piece) from piece
             if self.tokens == 0:
                 self._metrics.time_to_first_token.observe(time.monotonic() - self._arrival)
+                self._metrics.reused_tokens.inc(self.reused)
             self.tokens += 1
             self._metrics.completion_tokens.inc()
             yield piece
             reason = piece.finish_reason
         self.outcome = "200"
+
+    @property
+    def reused(self) -> int:
+        """The number of prompt tokens that were not computed, because an earlier prompt began with them."""
+        return self._generation.reused
 
     async def all_pieces(self) -> list[requests.Piece]:
         """Return all pieces at the end. Raises as `pieces` does."""
@@ -176,7 +182,7 @@ class Service:
 
 async def _whole(client: Request, completion: Completion, reply: Reply) -> Response:
     try:
-        return JSONResponse(reply.whole(await unless_disconnected(client, completion.all_pieces())))
+        return JSONResponse(reply.whole(await unless_disconnected(client, completion.all_pieces()), completion.reused))
     except ApiError as error:
         if error.status != CLIENT_CLOSED:
             completion.outcome = str(error.status)
@@ -200,7 +206,7 @@ async def _events(completion: Completion, reply: Reply) -> AsyncIterator[str]:
         yield unsent + _event(error.body())
         return
     if reply.with_usage:
-        unsent += _event(reply.usage_chunk(completion.tokens))
+        unsent += _event(reply.usage_chunk(completion.tokens, completion.reused))
     yield f"{unsent}data: [DONE]\n\n"
 
 

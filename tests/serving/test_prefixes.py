@@ -1,0 +1,197 @@
+"""What a prompt has in common with an earlier one is not computed again, and the answer stays what it would be alone."""
+
+import copy
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_llava.evaluation.score.benchmark import Question
+from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.prefixes import BLOCK, PrefixCache, blocks_of
+from moe_llava.serving.engine.requests import Prompt, Request
+from tests.conftest import FAMILIES
+from tests.serving.conftest import ask, model_of, received, request_of
+from tests.serving.test_api import client_of, complete, image_part, metric, text_part, user
+from tests.serving.conftest import server
+from tests.serving.test_engine import alone, tokens
+from tests.training.conftest import tiny_base  # noqa: F401
+
+LONG = "which digit is leftmost ? which digit is rightmost ? how many digits are there in the image ?"
+
+
+def submitted(engine, request):
+    """(the completion, its pieces)"""
+    delivered = queue.Queue()
+    row = engine.submit(request, delivered.put)
+    return row, list(received(delivered))
+
+
+def logprobs(pieces):
+    return [value for piece in pieces for _, value in piece.logprobs.top]
+
+
+def watched(model, monkeypatch):
+    """The number of tokens and of images in each forward pass of more than one token."""
+    passes, forward = [], model.forward
+
+    def watch(**inputs):
+        rows, columns = inputs["input_ids"].shape
+        if columns > 1:
+            passes.append((rows, columns, len(inputs.get("pixel_values", ()))))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", watch)
+    return passes
+
+
+@pytest.fixture
+def about(served):
+    """A function from (text, the number of an image) to a request."""
+    _, processor, about_one = served
+    images = sorted(about_one[0].images[0].parent.iterdir())
+
+    def about(text, image, limit=10):
+        return request_of(processor, Question("a", f"<image> {text}", (images[image],)), limit)
+
+    assert len(images) > 1
+    return about
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_whole_prompts(served, about, family, sparse, monkeypatch):
+    """The same image with other questions, the same question with another image, and all of it again; also beyond a sliding window."""
+    processor = served[1]
+    model = model_of(family, sparse, processor)
+    model.generation_config.eos_token_id = None
+    if family == "mistral":
+        model.config.text_config.sliding_window = 8
+    texts = [(LONG, 0), ("is this a red 7 ?", 0), (LONG, 1), (LONG + " why ?", 0), (LONG, 0)]
+    asked = [replace(about(text, image), top_logprobs=3) for text, image in texts]
+    with Engine(model, processor.tokenizer, prefix_bytes=0) as engine:
+        expected = [list(ask(engine, request)) for request in asked]
+    assert [tokens(pieces) for pieces in expected] == [alone(model, request) for request in asked]
+    passes = watched(model, monkeypatch)
+    with Engine(model, processor.tokenizer) as engine:
+        found = [submitted(engine, request) for request in asked]
+    for (_, pieces), wanted in zip(found, expected, strict=True):
+        assert tokens(pieces) == tokens(wanted)
+        assert logprobs(pieces) == pytest.approx(logprobs(wanted), abs=1e-4)
+    lengths = [len(request.prompt.input_ids) for request in asked]
+    reused = [row.reused for row, _ in found]
+    head = blocks_of(asked[0].prompt, engine._placeholders)[0].end
+    assert reused[:4] == [0, head, 0, head + BLOCK]
+    assert lengths[4] - BLOCK <= reused[4] < lengths[4]
+    assert passes == [(1, length - old, 0 if old else 1) for length, old in zip(lengths, reused, strict=True)]
+    assert logprobs(expected[0]) != pytest.approx(logprobs(expected[2]), abs=1e-3)  # the image counts
+
+
+def held_back(model, monkeypatch):
+    """An event: until it is set, a pass with an image waits."""
+    may_go, forward = threading.Event(), model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: (may_go.wait(60), forward(**inputs))[1])
+    return may_go
+
+
+def test_of_those_who_ask_at_once_one_goes_ahead(served, about, monkeypatch):
+    """Five ask about one image, of which one is alone with a long text after it; two about another, and one about none."""
+    model, processor = copy.deepcopy(served[0]), served[1]
+    model.generation_config.eos_token_id = None
+    text = request_of(processor, Question("t", "which digit is leftmost ?"), 8)
+    asked = [about("is this a red 7 ?", 0), about("why ?", 0), about(LONG, 0), about("why ?", 1), text, about("is this a 3 ?", 0), about(LONG, 1)]
+    expected = [alone(model, request) for request in asked]
+    passes = watched(model, monkeypatch)
+    may_go = held_back(model, monkeypatch)
+    with Engine(model, processor.tokenizer, slots=8) as engine:
+        first = ask(engine, request_of(processor, Question("t", "first"), 30))
+        while engine.waiting:
+            time.sleep(0.01)
+        answers = [ask(engine, request) for request in asked]
+        may_go.set()
+        assert [tokens(answer) for answer in answers] == expected
+        list(first)
+    assert [images for _, _, images in passes].count(2) == 1  # both images in one pass
+    assert sum(images for _, _, images in passes) == 2
+    assert sum(rows for rows, _, _ in passes) == len(asked) + 1
+    assert len(passes) <= 5  # the first, the two images with the text, and the ends of the others, by their lengths
+
+
+def test_a_conversation_goes_on(served, about):
+    """The next turn begins with the last one."""
+    model, processor, _ = served
+    first = about(LONG, 0)
+    with Engine(model, processor.tokenizer) as engine:
+        _, answer = submitted(engine, first)
+        more = [*first.prompt.input_ids, *tokens(answer), *first.prompt.input_ids[-8:]]
+        second = replace(first, prompt=Prompt(more, first.prompt.inputs))
+        row, found = submitted(engine, second)
+    assert tokens(found) == alone(model, second)
+    assert row.reused > len(first.prompt.input_ids) - BLOCK
+
+
+def test_memory_is_bounded(served, about):
+    """What was not used for the longest time goes; what is larger than all memory is not kept; without memory nothing is."""
+    model, processor, _ = served
+    asked = [about("why ?", 0), about("why ?", 1)]
+    with Engine(model, processor.tokenizer) as engine:
+        for request in asked:
+            submitted(engine, request)
+        both = engine._prefixes.nbytes
+    assert both == 2 * blocks_of(asked[0].prompt, engine._placeholders)[0].end * sum(heads * width for heads, width in engine._shapes) * 4
+    for limit, reused in ((both, [True, True]), (both // 2, [False, False]), (both // 2 - 1, [False, False]), (0, [False, False])):
+        with Engine(model, processor.tokenizer, prefix_bytes=limit) as engine:
+            rows = [submitted(engine, request)[0] for request in asked * 2]
+            assert [row.reused > 0 for row in rows] == [False, False, *reused]
+            assert [row.tokens for row in rows] == [alone(model, request) for request in asked * 2]
+            assert limit == 0 or engine._prefixes.nbytes <= limit
+
+
+def test_the_end_of_a_prompt_is_dropped_before_its_beginning():
+    def blocks(*ids):
+        return blocks_of(Prompt(list(ids)), frozenset())
+
+    one, other = blocks(*range(3 * BLOCK + 1)), blocks(*range(100, 100 + BLOCK + 1))
+    cache = PrefixCache(3 * BLOCK * 4)
+    cache.keep(one, lambda tokens: torch.arange(tokens.start, tokens.stop).float()[:, None])
+    assert cache.known(one) == 3 * BLOCK
+    assert torch.equal(cache.take(one, 20)[:, 0], torch.arange(20.0))
+    cache.keep(other, lambda tokens: torch.zeros(BLOCK, 1))
+    assert (cache.known(one), cache.known(other), cache.nbytes) == (2 * BLOCK, BLOCK, cache.limit)
+
+
+def test_a_block_is_known_by_all_before_it():
+    """Tokens, images and their shapes; token types follow from the tokens."""
+    ids, pixels = list(range(40)), torch.zeros(1, 3, 4, 4)
+
+    def keys(ids, **inputs):
+        return [block.key for block in blocks_of(Prompt(ids, inputs), {7})]
+
+    base = keys(ids, pixel_values=pixels)
+    assert [block.end for block in blocks_of(Prompt(ids), {7})] == [8, 24]
+    assert keys(ids, pixel_values=pixels, token_type_ids=torch.ones(1, 40)) == base
+    others = [keys(ids), keys(ids, pixel_values=pixels + 1), keys(ids, pixel_values=pixels.view(1, 3, 2, 8)), keys([1, *ids[1:]], pixel_values=pixels)]
+    assert not {key for other in others for key in other} & set(base)
+    assert keys([*ids[:10], 0, *ids[11:]], pixel_values=pixels)[0] == base[0]
+    assert keys(ids[:8]) == keys(ids[:5]) == []
+
+
+def test_a_model_with_a_capacity_has_none(served, about):
+    """The tokens of a batch share it, so what is computed alone is another answer."""
+    model = model_of("llama", True, served[1])
+    model.config.capacity_factor = 1.5
+    with Engine(model, served[1].tokenizer) as engine:
+        assert [submitted(engine, about(LONG, 0))[0].reused for _ in range(2)] == [0, 0]
+
+
+def test_clients_are_told(served):
+    model, processor, _ = served
+    with server(Engine(model, processor.tokenizer), processor) as url, client_of(url) as client:
+        usages = [complete(client, [user([image_part(), text_part(text)])]).usage for text in ("why ?", "where is the 7 ?")]
+        cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
+        assert cached[0] == 0
+        assert 36 < cached[1] < usages[1].prompt_tokens
+        assert metric(url, "cached_prompt_tokens_total") == sum(cached)
