@@ -43,7 +43,7 @@ from moe_llava.perf.report import print_conditions, print_table
 from moe_llava.perf.running import Interrupted
 
 NAME = "model"
-HEADERS = ("answers", "clients", "prefix cache", "req/s", "tokens/s", "first token, ms", "next token, ms", "CPU, ms")
+HEADERS = ("answers", "clients", "cache", "req/s", "first token, ms (p99)", "next token, ms (p99)", "CPU, ms")
 SHORT, LONG, SHARED, DESCRIPTIONS = "short answers", "64 tokens", "shared images", "descriptions"
 LONG_TOKENS = 64
 PLAIN, ENDLESS, CACHED = "plain", "endless", "cached"  # servers
@@ -224,7 +224,8 @@ def check_same(name: str, base: Pass, other: Pass) -> None:
     if different:
         one, another = different[0]
         raise BenchError(
-            f"{name}: {len(different)} of {len(base.replies)} answers depend on how they are asked, such as {one.text!r} and {another.text!r}"
+            f"{name}: {len(different)} of {len(base.replies)} answers depend on how they are asked, such as {one.text!r} "
+            f"and {another.text!r}"
         )
 
 
@@ -263,10 +264,10 @@ def print_serving(report: dict[str, Any], console: Console) -> None:
     rows = []
     for name, found in report["workloads"].items():
         for way in found["ways"]:
-            rate, tokens, cpu = (way[key]["median"] for key in ("requests_per_second", "tokens_per_second", "server_processor_ms_per_request"))
-            times = [f"{way[key]['median']:.0f}, p99 {way[key]['p99']:.0f}" for key in ("first_token_ms", "next_token_ms")]
+            rate, cpu = (way[key]["median"] for key in ("requests_per_second", "server_processor_ms_per_request"))
+            times = [f"{way[key]['median']:.0f} ({way[key]['p99']:.0f})" for key in ("first_token_ms", "next_token_ms")]
             labels = (name, str(way["clients"]), "yes" if way["prefix_cache"] else "no")
-            rows.append((*labels, f"{rate:.1f}", f"{tokens:.0f}", *times, f"{cpu:.1f}"))
+            rows.append((*labels, f"{rate:.1f}", *times, f"{cpu:.1f}"))
     columns = {header: [row[place] for row in rows] for place, header in enumerate(HEADERS)}
     print_table("", {header: columns.pop(header) for header in HEADERS[:3]}, columns, console)
     for name, found in report["workloads"].items():

@@ -1,8 +1,10 @@
 """The benchmark of a server under load, in small."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from moe_llava.perf import serve
 from moe_llava.perf.options import BenchError
@@ -16,7 +18,11 @@ def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "load.json").read_text())
     assert report["conditions"]["dtype"] == "float32"
-    expected_ways = {"short answers": [(1, False), (2, False)], "64 tokens": [(1, False), (2, False)], "shared images": [(2, False), (2, True)]}
+    expected_ways = {
+        "short answers": [(1, False), (2, False)],
+        "64 tokens": [(1, False), (2, False)],
+        "shared images": [(2, False), (2, True)],
+    }
     assert report["workloads"].keys() == expected_ways.keys()
     rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in done.stdout.splitlines()]
     for name, found in report["workloads"].items():
@@ -31,7 +37,9 @@ def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
             assert way["tokens_per_answer"] == (64 if name == "64 tokens" else found["ways"][0]["tokens_per_answer"])
             labels = [name, str(way["clients"]), "yes" if way["prefix_cache"] else "no"]
             assert [*labels, f"{way['requests_per_second']['median']:.1f}"] in rows
-    assert max(len(line) for line in done.stdout.splitlines() if "│" in line) <= 80
+    narrow = Console(width=80, file=StringIO())
+    serve.print_serving(report, narrow)
+    assert narrow.file.getvalue().count("┏") == 1  # one table, not parts of one
 
 
 def test_another_answer_when_batching_ends_it():

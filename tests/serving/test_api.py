@@ -140,7 +140,11 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert len(pieces) > 3
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     usage = chunks[-1].usage
-    assert (chunks[-1].choices, usage.total_tokens, usage.completion_tokens) == ([], whole.usage.total_tokens, whole.usage.completion_tokens)
+    assert (chunks[-1].choices, usage.total_tokens, usage.completion_tokens) == (
+        [],
+        whole.usage.total_tokens,
+        whole.usage.completion_tokens,
+    )
     assert 2 * 36 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
     assert whole.usage.prompt_tokens > 2 * 36  # of the images
     assert whole.usage.completion_tokens <= 8

@@ -1,6 +1,5 @@
 """What a prompt has in common with an earlier one is not computed again, and the answer stays what it would be alone."""
 
-import copy
 import queue
 import threading
 import time
@@ -12,11 +11,10 @@ import torch
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prefixes import BLOCK, PrefixCache, blocks_of
-from moe_llava.serving.engine.requests import Prompt, Request
+from moe_llava.serving.engine.requests import Prompt
 from tests.conftest import FAMILIES
-from tests.serving.conftest import ask, model_of, received, request_of
+from tests.serving.conftest import ask, model_of, received, request_of, server
 from tests.serving.test_api import client_of, complete, image_part, metric, text_part, user
-from tests.serving.conftest import server
 from tests.serving.test_engine import alone, tokens
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -97,12 +95,15 @@ def held_back(model, monkeypatch):
     return may_go
 
 
-def test_of_those_who_ask_at_once_one_goes_ahead(served, about, monkeypatch):
-    """Five ask about one image, of which one is alone with a long text after it; two about another, and one about none."""
-    model, processor = copy.deepcopy(served[0]), served[1]
+@pytest.mark.parametrize("window", [None, 8])
+def test_of_those_who_ask_at_once_one_goes_ahead(served, about, window, monkeypatch):
+    """Four ask about one image, two about another, and one about none. The rests of their prompts differ in length."""
+    processor = served[1]
+    model = model_of("mistral", True, processor)
     model.generation_config.eos_token_id = None
-    text = request_of(processor, Question("t", "which digit is leftmost ?"), 8)
-    asked = [about("is this a red 7 ?", 0), about("why ?", 0), about(LONG, 0), about("why ?", 1), text, about("is this a 3 ?", 0), about(LONG, 1)]
+    model.config.text_config.sliding_window = window
+    about_one = [about(question, 0) for question in ("is this a red 7 ?", "why ?", LONG, "is this a 3 ?")]
+    asked = [*about_one, about("why ?", 1), about(LONG, 1), request_of(processor, Question("t", "which digit is leftmost ?"), 8)]
     expected = [alone(model, request) for request in asked]
     passes = watched(model, monkeypatch)
     may_go = held_back(model, monkeypatch)
@@ -117,7 +118,8 @@ def test_of_those_who_ask_at_once_one_goes_ahead(served, about, monkeypatch):
     assert [images for _, _, images in passes].count(2) == 1  # both images in one pass
     assert sum(images for _, _, images in passes) == 2
     assert sum(rows for rows, _, _ in passes) == len(asked) + 1
-    assert len(passes) <= 5  # the first, the two images with the text, and the ends of the others, by their lengths
+    rests = [(rows, columns) for rows, columns, images in passes[1:] if not images]
+    assert rests == [(4, max(columns for _, columns in rests))] if window is None else len(rests) == 3
 
 
 def test_a_conversation_goes_on(served, about):
@@ -173,7 +175,8 @@ def test_a_block_is_known_by_all_before_it():
     base = keys(ids, pixel_values=pixels)
     assert [block.end for block in blocks_of(Prompt(ids), {7})] == [8, 24]
     assert keys(ids, pixel_values=pixels, token_type_ids=torch.ones(1, 40)) == base
-    others = [keys(ids), keys(ids, pixel_values=pixels + 1), keys(ids, pixel_values=pixels.view(1, 3, 2, 8)), keys([1, *ids[1:]], pixel_values=pixels)]
+    others = [keys(ids), keys(ids, pixel_values=pixels + 1), keys(ids, pixel_values=pixels.view(1, 3, 2, 8))]
+    others.append(keys([1, *ids[1:]], pixel_values=pixels))
     assert not {key for other in others for key in other} & set(base)
     assert keys([*ids[:10], 0, *ids[11:]], pixel_values=pixels)[0] == base[0]
     assert keys(ids[:8]) == keys(ids[:5]) == []

@@ -10,6 +10,7 @@ Shapes: B rows, H heads, S columns, W head width, C all keys and values of a tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,14 @@ class PreallocatedLayer(DynamicLayer):
     def keep(self, rows: Tensor, columns: int) -> None:
         """Keep these rows, and the last `columns`."""
         self.replace(self.keys[rows, :, -columns:], self.values[rows, :, -columns:])
+
+    def select(self, columns_BS: Tensor) -> None:
+        """Replace the columns of each row by those of these indices."""
+        index_BHSW = columns_BS[:, None, :, None]
+        self.replace(
+            self.keys.take_along_dim(index_BHSW, dim=2),
+            self.values.take_along_dim(index_BHSW, dim=2),
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -113,6 +122,12 @@ def cache_of(rows: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Cache
     for layer, keys, values in zip(cache.layers, parts[::2], parts[1::2], strict=True):
         layer.replace(keys, values)
     return cache
+
+
+def window_of(config: PreTrainedConfig) -> float:
+    """Return the most columns that every layer attends to, infinite without sliding windows."""
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((size for size in sizes if size), default=math.inf)
 
 
 def _keys_and_values(cache: Cache) -> list[Tensor]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import Condition, Thread
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
-from moe_llava.serving.engine.cache import cache_of, has_states, preallocated_cache, shapes_of, states_of
+from moe_llava.serving.engine.cache import cache_of, has_states, preallocated_cache, shapes_of, states_of, window_of
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.prefixes import PrefixCache, blocks_of
 from moe_llava.serving.engine.requests import (
@@ -54,8 +53,8 @@ class Engine(CompletionEngine):
 
     `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
     Completions do not depend on the rest of the batch, nor on earlier ones, except for rounding, and for a sparse model with a capacity,
-    which drops tokens of a batch. `prefix_bytes`: the most memory for the beginnings of prompts, 0 for none; a model with a capacity or with
-    linear attention keeps none.
+    which drops tokens of a batch. `prefix_bytes`: the most memory for the beginnings of prompts, 0 for none. A model with a capacity or
+    with linear attention keeps none.
 
     Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
@@ -86,6 +85,7 @@ class Engine(CompletionEngine):
         self._new_cache = partial(preallocated_cache, text)
         keeps_prefixes = prefix_bytes and not has_states(text) and getattr(model.config, "capacity_factor", None) is None
         self._prefixes = PrefixCache(prefix_bytes) if keeps_prefixes else None
+        self._window = window_of(text)
         self._shapes: list[tuple[int, int]] = []  # of the cache's layers, known after the first prefill
         self._cache: Cache = self._new_cache()
         self._columns = 0  # S
@@ -233,12 +233,12 @@ class Engine(CompletionEngine):
         new = [row for row, tokens in known if not tokens]
         if new:  # of those that begin the same, one goes ahead
             return list({row.blocks[0].key if row.blocks else id(row): row for row in reversed(new)}.values())
-        # The rows of a batch end together, so the same number of tokens is computed for each of them.
-        computed = max(len(row.request.prompt.input_ids) - tokens for row, tokens in known)
-        rows = [row for row, _ in known if len(row.request.prompt.input_ids) - computed >= row.blocks[0].end]
-        for row in rows:
-            row.reused = len(row.request.prompt.input_ids) - computed
-        return rows
+        for row, tokens in known:
+            row.reused = tokens
+        # With a sliding window there may be no gap in a row (see `_rest`): the rests are then of one length.
+        longest = max(row.reused for row in self._admitted) + max(len(row.rest) for row in self._admitted)
+        gaps = longest <= self._window
+        return [row for row in self._admitted if gaps or len(row.rest) == len(self._admitted[0].rest)]
 
     def _prefill(self, rows: list[Row]) -> None:
         """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
@@ -248,18 +248,37 @@ class Engine(CompletionEngine):
         position_ids = prefill_positions(self.model, inputs)
         last = position_ids.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
         cache = self._new_cache()
-        if rows[0].reused:  # the images are in what is reused
-            assert self._prefixes is not None
-            cache = cache_of([self._prefixes.take(row.blocks, row.reused) for row in rows], self._shapes)
-            first = cache.get_seq_length()
-            inputs = {"input_ids": inputs["input_ids"][:, first:], "attention_mask": inputs["attention_mask"]}
-            position_ids = position_ids[..., first:]
+        if rows[0].reused:
+            cache, inputs = self._rest(rows)
+            position_ids = position_ids[..., -inputs["input_ids"].shape[1] :]
         logits_B1V = self.model(**inputs, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         for row, prompt, position in zip(rows, prompts, last, strict=True):
             row.cached, row.position = len(prompt.input_ids), position + 1
+        if rows[0].reused:
+            self._close_gaps(rows, cache, columns)
         self._keep_prefixes(rows, cache, columns)
         self._join(rows, cache, columns)
         self._choose(rows, logits_B1V[:, -1])
+
+    def _rest(self, rows: list[Row]) -> tuple[Cache, dict[str, Tensor]]:
+        """Return (a cache with what rows reuse, the inputs for the rest of their prompts). The images are in what is reused. Both are
+        padded on the left, so a row has a gap between them."""
+        assert self._prefixes is not None
+        cache = cache_of([self._prefixes.take(row.blocks, row.reused) for row in rows], self._shapes)
+        lengths = [len(row.rest) for row in rows]
+        masks = self._mask([row.reused for row in rows], cache.get_seq_length()), self._mask(lengths, max(lengths))
+        return cache, {"input_ids": self._padded([row.rest for row in rows], max(lengths)), "attention_mask": torch.cat(masks, dim=1)}
+
+    def _close_gaps(self, rows: list[Row], cache: Cache, columns: int) -> None:
+        """Move what rows reused to the rest of their prompts, so that the tokens of a row are the last of `columns`."""
+        end = cache.get_seq_length()
+        reused = max(row.reused for row in rows)
+        sources_BS = torch.arange(end - columns, end).repeat(len(rows), 1)
+        for row, sources_S in zip(rows, sources_BS, strict=True):
+            begin = columns - row.cached
+            sources_S[begin : begin + row.reused] = torch.arange(reused - row.reused, reused)
+        for layer in cache.layers:
+            layer.select(sources_BS.to(self.model.device))
 
     def _keep_prefixes(self, rows: list[Row], cache: Cache, columns: int) -> None:
         """Keep the states of prefilled rows, the only ones in `cache`."""
@@ -271,13 +290,16 @@ class Engine(CompletionEngine):
 
     def _batch(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
         """Return the model's inputs for several prompts, padded on the left to `columns`."""
-        device = self.model.device
-        filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        ids_BS = torch.tensor([[filler] * (columns - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=device)
+        ids_BS = self._padded([prompt.input_ids for prompt in prompts], columns)
         padded = [padded_left(prompt.inputs, columns - length) for prompt, length in zip(prompts, lengths, strict=True)]
         inputs = {name: self._to_device(value) for name, value in concatenated(padded).items()}
         return {"input_ids": ids_BS, "attention_mask": self._mask(lengths, columns)} | inputs
+
+    def _padded(self, rows: list[list[int]], columns: int) -> Tensor:
+        """Return token ids [B, S], padded on the left."""
+        filler = next(token for token in range(self._vocabulary) if token not in self._placeholders)  # it is masked
+        return torch.tensor([[filler] * (columns - len(ids)) + ids for ids in rows], device=self.model.device)
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)

@@ -38,12 +38,12 @@ def blocks_of(prompt: Prompt, placeholders: Set[int]) -> list[Block]:
     for name in sorted(prompt.inputs.keys() - TOKEN_INPUTS):
         values = np.ascontiguousarray(prompt.inputs[name].numpy())
         digest.update(f"{name} {values.dtype} {values.shape} ".encode())
-        digest.update(values)
+        digest.update(values.data)
     first = next((place + 1 for place in reversed(range(len(ids))) if ids[place] in placeholders), BLOCK)
     blocks = []
     start = 0
     for end in range(first, len(ids), BLOCK):
-        digest.update(np.array(ids[start:end]))
+        digest.update(np.array(ids[start:end]).data)
         blocks.append(Block(digest.digest(), start, end))
         start = end
     return blocks
@@ -73,7 +73,8 @@ class PrefixCache:
         return torch.cat([self._states[block.key] for block in used])[:tokens]
 
     def keep(self, blocks: Sequence[Block], states_of: Callable[[slice], Tensor]) -> None:
-        """Add the blocks of a prompt that are not here yet: `states_of` returns [S, C] of tokens of the prompt. Drop old ones beyond the limit."""
+        """Add the blocks of a prompt that are not here yet: `states_of` returns [S, C] of tokens of the prompt. Drop old ones beyond the
+        limit."""
         for block in blocks:
             if block.key not in self._states:
                 self._states[block.key] = states_of(slice(block.start, block.end))

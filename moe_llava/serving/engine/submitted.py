@@ -30,8 +30,8 @@ class Pending:
 
 @dataclass(eq=False)
 class Row(Pending):
-    """A running completion. `blocks`: of its prompt, of which the first `reused` tokens are not computed. `cached`: the number of its tokens in
-    the cache, all but the last. `position`: of its next token."""
+    """A running completion. `blocks`: of its prompt, of which the first `reused` tokens are not computed. `cached`: the number of its
+    tokens in the cache, all but the last. `position`: of its next token."""
 
     request: Request
     text: Detokenizer
@@ -41,6 +41,11 @@ class Row(Pending):
     reused: int = 0
     cached: int = 0
     position: int = 0
+
+    @property
+    def rest(self) -> list[int]:
+        """The tokens of the prompt that are computed."""
+        return self.request.prompt.input_ids[self.reused :]
 
 
 @dataclass(eq=False)
