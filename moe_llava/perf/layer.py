@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ from moe_llava.perf.running import show_cases
 GROWTH, GROWTH_EXPERTS = LayerSize(2048, 256, 704), (4, 16, 64)
 GROWTH_WAYS = {OURS: None, f"{OURS}, grouped_mm": "grouped_mm"}
 PRODUCTS = "matrix products alone"  # of the dense FFN: the most that the machine can do for these shapes
+PRODUCTS_FP8 = f"{PRODUCTS}, FP8"
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that have FP8 products
 
 
 def bench_layer(
@@ -75,6 +78,8 @@ def _calls(
 ) -> dict[str, Callable[[], object]]:
     x_1TD, gradient_1TD = (torch.randn(1, size.tokens, size.width, device=device, dtype=dtype) for _ in range(2))
     products: dict[str, Callable[[], object]] = {PRODUCTS: _products(size, phase, x_1TD[0], gradient_1TD[0])}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY and phase == FORWARD:
+        products[PRODUCTS_FP8] = fp8_products(size, dtype, device)
     if phase == FORWARD:
         return {name: partial(_forward, layer, x_1TD) for name, layer in variants.items()} | products
     return {name: partial(_forward_backward, layer, x_1TD, gradient_1TD) for name, layer in variants.items()} | products
@@ -96,6 +101,20 @@ def _products(size: LayerSize, phase: str, x_TD: Tensor, gradient_TD: Tensor) ->
     def compute() -> None:
         for first, second, out in products:
             torch.mm(first, second, out=out)
+
+    return compute
+
+
+def fp8_products(size: LayerSize, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """Return a function that computes the products of the forward pass of numbers that are float8 (e4m3) already, with one scale for each
+    matrix: what quantised experts could gain at most."""
+    wide, one = size.top_k * size.ffn_width, torch.ones((), device=device)
+    shapes = ((size.tokens, size.width), (2 * wide, size.width)), ((size.tokens, wide), (size.width, wide))
+    pairs = [[torch.randn(shape, device=device).to(torch.float8_e4m3fn) for shape in pair] for pair in shapes]
+
+    def compute() -> None:
+        for rows, weight in pairs:
+            F.scaled_mm(rows, weight.T, one, F.ScalingType.TensorWise, one, F.ScalingType.TensorWise, output_dtype=dtype)
 
     return compute
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.integrations.deepgemm import is_deepgemm_loadable
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe_llava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration
@@ -19,6 +21,7 @@ from moe_llava.perf.rivals import DEEPSPEED, MIXTRAL, RIVALS, output_of, rivals_
 
 DENSE, OURS = "dense", "ours"
 BACKENDS = ("eager", "grouped_mm", "batched_mm")  # of transformers' experts interface
+KERNELS = {"sonicmoe": is_sonicmoe_loadable, "deepgemm": is_deepgemm_loadable}  # of the same, from the package kernels, for GPUs
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
 CHECKED_TOKENS = 64
 # Its router computes in the dtype of the model: in half precision some tokens may go to other experts.
@@ -69,7 +72,28 @@ def layer_variants(size: LayerSize, dtype: torch.dtype, device: torch.device) ->
             notes.append(f"{size}: batched_mm left out, as it would copy {copied / 1e9:,.1f} GB of weights (allowed: {room / 1e9:,.1f})")
         else:
             variants[f"{OURS}, {backend}"] = our_layer(size, weights, backend)
+    if device.type == "cuda":
+        kernels, reasons = kernel_variants(size, weights)
+        variants |= kernels
+        notes += reasons
     return variants | {name: RIVALS[name](ours) for name in rivals}, notes
+
+
+def kernel_variants(size: LayerSize, weights: list[Tensor]) -> tuple[dict[str, nn.Module], list[str]]:
+    """Return (name -> layer with the kernels that can be loaded here; notes on the others). Each is called once, which loads it."""
+    variants: dict[str, nn.Module] = {}
+    notes = []
+    for name, check in KERNELS.items():
+        layer = our_layer(size, weights, name)
+        try:
+            check(raise_error=True)
+            with torch.no_grad():
+                output_of(layer, weights[0].new_zeros(1, 1, size.width))
+        except (ImportError, NotImplementedError, ValueError) as error:
+            notes.append(f"{size}, {weights[0].dtype}: {name} left out: {error}")
+        else:
+            variants[f"{OURS}, {name}"] = layer
+    return variants, notes
 
 
 def room_for_copies(device: torch.device) -> int:

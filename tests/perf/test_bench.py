@@ -104,7 +104,7 @@ def test_all_that_needs_a_gpu_runs_in_small_without(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
     reports = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()}
-    assert reports.keys() == {"layer", "check", "crossing", "train", "decode", "compiled"}
+    assert reports.keys() == {"layer", "check", "fine", "crossing", "train", "prompt", "decode", "compiled"}
     (trained,) = reports["train"]["cases"]
     assert all(one["memory"] > 0 for one in trained["variants"].values())
 
@@ -116,5 +116,5 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     command = [REPOSITORY / "benchmarks" / "gpu.sh", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": str(fails)})
     assert done.returncode == 1
-    assert done.stderr == "failed: train (status 3)\n"
-    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"layer", "check", "crossing", "decode", "compiled"}
+    assert done.stderr == "failed: train (status 3) families (status 3)\n"
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"layer", "check", "fine", "crossing", "prompt", "decode", "compiled"}

@@ -1,7 +1,10 @@
 """The layers that are compared: they compute the same, and as much."""
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,6 +55,29 @@ def test_the_matrix_products_alone_are_those_of_the_dense_layer(phase):
             call()
         counted[name] = counter.get_total_flops()
     assert counted == dict.fromkeys((DENSE, layer.PRODUCTS), SIZE.flops * (1 if phase == FORWARD else 3))
+
+
+def test_the_products_in_float8_are_those_of_the_forward_pass(monkeypatch):
+    """They run on a CPU, too. The counter of FLOPs does not know them."""
+    flops, product = [], F.scaled_mm
+
+    def counted(rows, weight, *scales, **dtype):
+        out = product(rows, weight, *scales, **dtype)
+        flops.append(2 * out.numel() * rows.shape[1])
+        assert (rows.dtype, out.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+        return out
+
+    monkeypatch.setattr(F, "scaled_mm", counted)
+    layer.fp8_products(SIZE, torch.bfloat16, CPU)()
+    assert sum(flops) == SIZE.flops
+
+
+def test_kernels_that_cannot_be_loaded_are_named():
+    """Neither can be without a GPU; the note has transformers' reason."""
+    variants, notes = layers.kernel_variants(SIZE, random_weights(SIZE, torch.bfloat16, CPU))
+    assert not variants
+    for name, note in zip(("sonicmoe", "deepgemm"), notes, strict=True):
+        assert re.match(rf"24x16x32, torch\.bfloat16: {name} left out: .*(kernels|CUDA)", note)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
