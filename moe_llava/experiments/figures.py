@@ -138,3 +138,29 @@ def plot_headline(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, int]], d
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
+
+
+def plot_learned(found: Mapping[int, Sequence[Sequence[dict[str, Any]]]], labels: Sequence[str]) -> Figure:
+    """Draw what the first expert explains of each label, less chance, by step: each seed as a thin line, their mean as a thick one, a
+    colour for each layer."""
+    figure, axes = plt.subplots(1, len(labels), figsize=(2.6 * len(labels), 2.9), layout="constrained")
+    steps = sorted(found)
+    layers = list(dict.fromkeys(one["layer"] for one in found[steps[0]][0]))
+    for axis, label in zip(axes, labels, strict=True):
+        for place, layer in enumerate(layers):
+            values = [
+                [one["found"] - one["chance"] for seed in found[step] for one in seed if (one["label"], one["layer"]) == (label, layer)]
+                for step in steps
+            ]
+            for seed in range(min(map(len, values))):
+                axis.plot(steps, [by_seed[seed] for by_seed in values], color=COLOURS[place], linewidth=0.8, alpha=0.5)
+            mean = [np.mean(by_seed) for by_seed in values]
+            axis.plot(steps, mean, color=COLOURS[place], linewidth=2.2, marker=MARKERS[place], markersize=5, label=f"layer {layer}")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(label, loc="left", fontsize=10.5)
+        axis.set_xlabel("step of stage III", fontsize=9.5)
+        axis.locator_params(axis="x", nbins=4)
+        _tidy(axis, "y")
+    axes[0].set_ylabel("share of the label's entropy\nthat the expert explains", fontsize=9.5)
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
