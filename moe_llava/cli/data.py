@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @verb("Train", "moe-llava check train.json --images images --model runs/digits/base")
 def check(
     data: Annotated[str, typer.Argument(help="a JSON list, JSON lines, a folder of `datasets`, or shards, of which a sample is checked")],
-    images: Annotated[Path | None, typer.Option(help="folder that its image names are relative to; default: the current one")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder that its image names are relative to; default: that of the file")] = None,
     model: Annotated[str | None, typer.Option(help="a LLaVA, a language model or a tokenizer, to count tokens with")] = None,
     template: Annotated[str | None, typer.Option(help="a chat template, such as phi or plain; default: the tokenizer's own")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="tokens beyond which a record is cut")] = None,
@@ -38,7 +38,7 @@ def check(
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"--template is {template!r}, but must be one of {', '.join(TEMPLATES)}")
         measure = None if model is None else _measure(model, template, max_length)
-        report = check_data(data, images or Path("."), measure)
+        report = check_data(data, images or Path(data).parent, measure)
     counts: dict[str, float] = {
         "records": report.records,
         "text_only": report.text_only,

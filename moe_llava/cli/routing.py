@@ -15,7 +15,9 @@ def routes(
     checkpoint: Checkpoint,
     data: Annotated[Path, typer.Option(help="conversations: a JSON list, JSON lines, or a folder of `datasets`")],
     out: Annotated[Path, typer.Option(help="folder for statistics, pictures and page; must not exist")],
-    images: Annotated[Path, typer.Option(help="folder that the data's image names are relative to")] = Path("."),
+    images: Annotated[
+        Path | None, typer.Option(help="folder that the data's image names are relative to; default: that of the file")
+    ] = None,
     group_by: Annotated[str | None, typer.Option(help="a key of the records whose value groups them, such as family")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many records, the first ones")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="records at once")] = 16,
@@ -34,7 +36,7 @@ def routes(
                 from moe_llava.data.store import load_records
                 from moe_llava.routing.routes import write_routes
 
-            records = load_records(data, images)[:limit]
+            records = load_records(data, images or data.parent)[:limit]
             model, processor = load_checkpoint(checkpoint)
             summary = write_routes(folder, checkpoint, model.to(best_device()), processor, records, batch_size, group_by)
     tokens = summary["tokens"]

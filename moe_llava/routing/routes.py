@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from moe_llava.common.errors import DataError
-from moe_llava.common.progress import with_bar
+from moe_llava.common.progress import show_progress, with_bar
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.routing.page import Example, as_seen, write_page
@@ -50,15 +51,16 @@ def write_routes(
     chosen = {number * len(records) // EXAMPLES for number in range(EXAMPLES)}
     statistics, examples, encoder = RoutingStatistics(), [], Encoder(processor)
     batches = trace_records(model, processor, records, batch_size)
-    starts = range(0, len(records), batch_size)
-    for start, trace in zip(with_bar(starts, "tracing routes"), batches, strict=True):
-        members = records[start : start + batch_size]
-        statistics.add(trace, None if group_by is None else [record.group(group_by) for record in members])
-        for row, record in enumerate(members):
-            if start + row in chosen:
-                pictures = as_seen(encoder(record), processor, model.config)
-                group = "" if group_by is None else record.group(group_by)
-                examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
+    with show_progress("tracing routes", len(records), Console(stderr=True)) as advance:
+        for start, trace in zip(range(0, len(records), batch_size), batches, strict=True):
+            members = records[start : start + batch_size]
+            statistics.add(trace, None if group_by is None else [record.group(group_by) for record in members])
+            for row, record in enumerate(members):
+                if start + row in chosen:
+                    pictures = as_seen(encoder(record), processor, model.config)
+                    group = "" if group_by is None else record.group(group_by)
+                    examples.append(Example(record.source, record.turns[0][0], group, pictures, trace.row(row)))
+            advance(len(members))
     summary = statistics.summary()
     (out / "statistics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     charts = {}

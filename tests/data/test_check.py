@@ -84,6 +84,7 @@ def test_padding_and_histogram():
 
 def test_the_command(data, tiny_base):  # noqa: F811
     result = run_here("check", data / "data.json", "--images", data, "--model", tiny_base / "base", "--json")
+    assert run_here("check", data / "data.json", "--model", tiny_base / "base", "--json").stdout == result.stdout  # images beside the file
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert len(found["problems"]) == 5
