@@ -3,8 +3,8 @@
     python -m moe_llava.digits.pretrain tower OUT
     python -m moe_llava.digits.pretrain language-model OUT --level hard --width 96
 
-Both are deterministic for a seed, a machine and a number of threads. They compute in bfloat16, three times as fast on a CPU that supports
-it, with a float32 master copy of the weights; Muon trains hidden matrices, AdamW the others.
+Both are deterministic for a seed, a machine and a number of threads, and resume from OUT if they were stopped. They compute in bfloat16,
+three times as fast on a CPU that supports it, with a float32 master copy of the weights; Muon trains hidden matrices, AdamW the others.
 
 Shapes: B rows, S sequence, N labelled positions.
 """
@@ -15,14 +15,15 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe_llava.digits.base import pixel_values
 from moe_llava.digits.questions import Question, ask_existence, families, sample_questions, unique_items
@@ -32,6 +33,8 @@ from moe_llava.digits.tokenizer import build_tokenizer
 CURRICULUM_SHARE = 0.3  # of the tower's steps: one digit first, then two, up to the most of a scene
 CARD_STEPS = 350
 CARDS = 16  # in a row
+TOWER_SAVE_STEPS, TEXT_SAVE_STEPS = 500, 250
+STATE = "pretraining.pt"
 WIDTH, HEAD = 160, 32  # of the shipped language model, and of a head of attention
 
 
@@ -50,6 +53,15 @@ class MasterWeights:
         self.rates = [muon_rate, adam_rate]
         model.bfloat16()
 
+    def load(self, master: dict[str, Tensor], optimizers: list[dict[str, Any]]) -> None:
+        """Restore the weights, and the states of the optimizers."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.master[name].copy_(master[name])
+                parameter.copy_(master[name])
+        for optimizer, state in zip(self.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(state)
+
     def step(self, loss: Tensor, progress: float) -> None:
         """Take a step. `progress` 0..1 sets the rates: a short warm-up, a constant half, a linear decay."""
         loss.backward()
@@ -66,18 +78,57 @@ class MasterWeights:
                 parameter.copy_(self.master[name])
 
 
+class Saved:
+    """What is saved in a folder: the model, as `save_pretrained` does, and STATE, from which the same command resumes.
+
+    `settings`: what the command is about. A state of others raises SystemExit.
+    """
+
+    def __init__(self, out: Path, model: PreTrainedModel, weights: MasterWeights, rng: random.Random, settings: dict[str, Any]):
+        self.out, self.model, self.weights, self.rng, self.settings = out, model, weights, rng, settings
+
+    def resume(self) -> int:
+        """Restore weights, optimizers and random numbers; return the number of steps that are done."""
+        if not (self.out / STATE).exists():
+            return 0
+        state = torch.load(self.out / STATE, weights_only=True)
+        if state["settings"] != self.settings:
+            raise SystemExit(f"{self.out / STATE} is of {state['settings']}, but this command of {self.settings}: choose another folder")
+        self.weights.load(state["master"], state["optimizers"])
+        self.rng.setstate(state["random"])
+        torch.set_rng_state(state["torch"])
+        print(f"{self.out / STATE}: resuming after step {state['step']}", flush=True)
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Save after `step` steps."""
+        self.model.save_pretrained(self.out)
+        optimizers = [optimizer.state_dict() for optimizer in self.weights.optimizers]
+        state = {"settings": self.settings, "step": step, "master": self.weights.master, "optimizers": optimizers}
+        unfinished = self.out / f"{STATE}.part"
+        torch.save(state | {"random": self.rng.getstate(), "torch": torch.get_rng_state()}, unfinished)
+        unfinished.replace(self.out / STATE)
+
+    def finish(self, report: dict[str, float]) -> None:
+        """Write the final scores, and delete the state."""
+        (self.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
+        (self.out / STATE).unlink()
+
+
 def digits_allowed(progress: float, most: int) -> int:
     """Return how many digits a scene may hold after `progress` (0..1) of the training, of `most` in the end: the curriculum."""
     return min(most, 1 + int(progress / CURRICULUM_SHARE * most))
 
 
-def steps_with_progress(steps: int, what: str) -> Iterator[tuple[int, float]]:
+def steps_with_progress(done: int, steps: int, what: str) -> Iterator[tuple[int, float]]:
+    """Yield the steps after the first `done`, each with what is done by then, 0..1."""
     start = time.monotonic()
-    for step in range(steps):
+    for step in range(done, steps):
         yield step, step / steps
         if step % 50 == 49:
             seconds = time.monotonic() - start
-            print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left", flush=True)
+            left = seconds / (step + 1 - done) * (steps - step - 1)
+            print(f"{what}: step {step + 1}/{steps}, {seconds:.0f} s, {left:.0f} s left", flush=True)
 
 
 def _vocabulary(level: Level) -> dict[str, int]:
@@ -119,15 +170,16 @@ def sibling(scene: Scene, rng: random.Random) -> Scene:
             return Scene(tuple(sorted([*others, new], key=lambda item: item.cell)))
 
 
-def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pairs: int = 96, level: Level = STANDARD) -> CLIPModel:
+def pretrain_tower(steps: int, seed: int, out: Path, pairs: int = 96, level: Level = STANDARD) -> None:
     """Pretrain a tower contrastively (CLIP, arXiv 2103.00020) on `pairs` scenes and as many siblings a step, with handwriting of the
-    training split only."""
+    training split only. `out`: see Saved."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer(level)
     model = CLIPModel(tower_config(level))
     weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
-    for step, progress in steps_with_progress(steps, "tower"):
+    saved = Saved(out, model.vision_model, weights, rng, {"part": "tower", "steps": steps, "seed": seed, "level": level.name})
+    for step, progress in steps_with_progress(saved.resume(), steps, "tower"):
         scenes = [sample_scene(rng, level, (1, digits_allowed(progress, level.digits[1]))) for _ in range(pairs)]
         scenes += [sibling(scene, rng) for scene in scenes]
         text = tokenizer([f"<s> {scene.caption} </s>" for scene in scenes], padding=True, padding_side="right", return_tensors="pt")
@@ -141,10 +193,10 @@ def pretrain_tower(steps: int, seed: int, save: Callable[[CLIPModel], None], pai
         weights.step(loss, progress)
         if step % 100 == 99:
             print(f"tower: loss {loss.item():.3f}", flush=True)
-        if step % 500 == 499 or step == steps - 1:
+        if (step + 1) % TOWER_SAVE_STEPS == 0 or step == steps - 1:
             print(f"tower: linear probe reads {probe_tower(model, level):.1%} of unseen digits", flush=True)
-            save(model)
-    return model
+            saved.save(step + 1)
+    saved.finish({"linear_probe": probe_tower(model, level)})
 
 
 @torch.no_grad()
@@ -267,21 +319,23 @@ def pad(encoded: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 def pretrain_language_model(
     steps: int,
     seed: int,
-    save: Callable[[LlamaForCausalLM], None],
+    out: Path,
     rows: int = 64,
     questions: int = 6,
     width: int = WIDTH,
     level: Level = STANDARD,
-) -> LlamaForCausalLM:
+) -> None:
     """Train on answers about scenes given as text: first flash cards, which teach to bind a digit to its colour and place, then `questions`
-    questions about each of `rows` scenes a step."""
+    questions about each of `rows` scenes a step. `out`: see Saved."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     text = TextScenes(level)
     # The backward pass of sdpa is slow on a CPU.
     model = LlamaForCausalLM._from_config(language_model_config(width, level), attn_implementation="eager")
     weights = MasterWeights(model, muon_rate=0.01, adam_rate=2e-3)
-    for step, progress in steps_with_progress(steps, "language model"):
+    settings = {"part": "language-model", "steps": steps, "seed": seed, "level": level.name, "width": width}
+    saved = Saved(out, model, weights, rng, settings)
+    for step, progress in steps_with_progress(saved.resume(), steps, "language model"):
         ids_BS, labels_BS = text.cards(rng, rows) if step < CARD_STEPS else text.questions(rng, rows, questions)[:2]
         hidden_BSD = model.model(input_ids=ids_BS, attention_mask=(ids_BS != 0).long()).last_hidden_state
         targets_BS = labels_BS[:, 1:]
@@ -291,10 +345,11 @@ def pretrain_language_model(
         weights.step(loss, progress)
         if step % 100 == 99:
             print(f"language model: loss {loss.item():.3f}", flush=True)
-        if step % 250 == 249 or step == steps - 1:
-            print(f"language model: {format_scores(text_accuracy(model, level))}", flush=True)
-            save(model)
-    return model
+        if (step + 1) % TEXT_SAVE_STEPS == 0 or step == steps - 1:
+            scores = ", ".join(f"{family} {score:.1%}" for family, score in text_accuracy(model, level).items())
+            print(f"language model: {scores}", flush=True)
+            saved.save(step + 1)
+    saved.finish(text_accuracy(model, level))
 
 
 @torch.no_grad()
@@ -317,10 +372,6 @@ def text_accuracy(model: LlamaForCausalLM, level: Level = STANDARD, rows: int = 
     return {family: sum(values) / len(values) for family, values in scores.items()}
 
 
-def format_scores(scores: dict[str, float]) -> str:
-    return ", ".join(f"{family} {score:.1%}" for family, score in scores.items())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["tower", "language-model"])
@@ -336,19 +387,11 @@ def main() -> None:
     if width < HEAD or width % HEAD:
         parser.error(f"--width is {width}, but must be a multiple of {HEAD}, the width of a head of attention")
     handwriting("train")
-    report: dict[str, float]
     if arguments.part == "tower":
-        tower = pretrain_tower(
-            arguments.steps or 2500, arguments.seed, lambda model: model.vision_model.save_pretrained(arguments.out), level=level
-        )
-        report = {"linear_probe": probe_tower(tower, level)}
+        pretrain_tower(arguments.steps or 2500, arguments.seed, arguments.out, level=level)
     else:
-        language_model = pretrain_language_model(
-            arguments.steps or 2200, arguments.seed, lambda model: model.save_pretrained(arguments.out), width=width, level=level
-        )
-        report = text_accuracy(language_model, level)
-    (arguments.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+        pretrain_language_model(arguments.steps or 2200, arguments.seed, arguments.out, width=width, level=level)
+    print((arguments.out / "pretraining.json").read_text())
 
 
 if __name__ == "__main__":
