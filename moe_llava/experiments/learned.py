@@ -1,6 +1,6 @@
 """What experts learn in stage III: how much a token's first expert says about the token, layer by layer and step by step.
 
-    python -m moe_llava.experiments.learned OUT 0=runs/upcycled 100=runs/demo/stage3/checkpoint-100 200=runs/demo/stage3
+    python -m moe_llava.experiments.learned OUT 0=runs/kept/upcycled 50=runs/kept/stage3/checkpoint-50 100=runs/kept/stage3
 
 Checkpoints are given with their steps; those of one step are seeds. Labels of tokens, from scenes that no training saw:
 

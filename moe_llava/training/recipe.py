@@ -187,7 +187,7 @@ class Recipe:
     precision: "bf16" computes in bfloat16 with float32 weights, "auto" does so where the machine is fast at it.
     on_bad_record: a record that cannot be read stops the run, or is left out.
     report_to: services of transformers' Trainer that draw curves, such as tensorboard, trackio, wandb.
-    save_total_limit: how many saves are kept, the last ones.
+    save_total_limit: how many saves are kept, the last ones. keep_saves: also when the stage is finished, as checkpoints of steps.
     feature_cache: a folder in which the tower's features of an image are kept, for epochs, stages and runs to come; None computes them each
         time.
     """
@@ -209,6 +209,7 @@ class Recipe:
     logging_steps: PositiveInt = 10
     save_steps: PositiveInt = 500
     save_total_limit: PositiveInt = 1
+    keep_saves: bool = False
     dataloader_workers: Annotated[int, Field(ge=0)] = 0
     feature_cache: str | None = None
 

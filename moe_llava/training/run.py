@@ -92,7 +92,7 @@ def train_stages(stages: list[Stage], resume: bool, console: Console, begun: Beg
     for stage in stages:
         check_folder(stage, resume)
         if stage not in todo:
-            if state.is_main_process:
+            if state.is_main_process and not stage.recipe.keep_saves:
                 remove_saves(stage.final)  # if the run was killed before it could
             console.print(f"{stage.final}: finished, kept", highlight=False, soft_wrap=True)
     if not todo:
@@ -254,10 +254,12 @@ def finish(stage: Stage, model: Any, processor: Any) -> PreTrainedModel:
         for folder in (work, work / "adapter"):
             if folder.is_dir():
                 write_manifest(folder, folder.glob("*.safetensors"))
-        processor.save_pretrained(work)
+        for folder in (work, *(saves(work) if stage.recipe.keep_saves else ())):
+            processor.save_pretrained(folder)
         plot = plot_run([line for line in read_lines(work / "log.jsonl") if "loss" in line])
         plot.savefig(work / "run.png", dpi=110)
         plt.close(plot)
     work.rename(stage.final)
-    remove_saves(stage.final)
+    if not stage.recipe.keep_saves:
+        remove_saves(stage.final)
     return model

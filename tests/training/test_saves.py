@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.files import read_lines
 from moe_llava.training.recipe import load_recipe
 from moe_llava.training.run import train
@@ -207,6 +208,18 @@ def test_a_run_that_was_killed_while_it_was_tidying_up(write_recipe, tmp_path):
     (left / "optimizer.pt").write_bytes(b"half of it")
     assert train(load_recipe(file), [1], resume=True, console=QUIET) == [stage]
     assert not left.exists()
+
+
+def test_saves_are_kept_if_asked(write_recipe):
+    """A save is a checkpoint, which has its processor: others can look at what happened during training."""
+    file = write_recipe(keep_saves=True, save_steps=2, save_total_limit=9, stage1__optimisation__max_steps=4)
+    for _ in range(2):
+        (stage,) = train(load_recipe(file), [1], resume=True, console=QUIET)
+        assert [save.name for save in saves(stage)] == ["checkpoint-2", "checkpoint-4"]
+    for save in saves(stage):
+        model, processor = load_checkpoint(save)
+        assert processor.image_token
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_checkpoint(stage)[0].state_dict().items())
 
 
 def test_a_run_does_not_go_on_with_other_records(write_recipe, tiny_base, tmp_path, monkeypatch):
