@@ -89,7 +89,7 @@ def test_answers_are_those_of_whole_prompts(served, about, family, sparse, monke
 
 
 def held_back(model, monkeypatch):
-    """An event: until it is set, a pass with an image waits."""
+    """An event: until it is set, every forward pass waits."""
     may_go, forward = threading.Event(), model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: (may_go.wait(60), forward(**inputs))[1])
     return may_go
@@ -120,6 +120,54 @@ def test_of_those_who_ask_at_once_one_goes_ahead(served, about, window, monkeypa
     assert sum(rows for rows, _, _ in passes) == len(asked) + 1
     rests = [(rows, columns) for rows, columns, images in passes[1:] if not images]
     assert rests == [(4, max(columns for _, columns in rests))] if window is None else len(rests) == 3
+
+
+def test_what_is_dropped_before_it_is_reused_is_computed(served, about, monkeypatch):
+    """Two ask at once about images that are known. Their rests differ in length, and a sliding window is shorter than their prompts, so one
+    goes first; what is kept of it takes the place of the other's beginning."""
+    processor = served[1]
+    model = model_of("mistral", False, processor)
+    model.config.text_config.sliding_window = 8
+    known = [about("why ?", image) for image in (0, 1)]
+    asked = [about(LONG, 1), about("why ?", 0)]
+    expected = [alone(model, request) for request in asked]
+    may_go = held_back(model, monkeypatch)
+    may_go.set()
+    with Engine(model, processor.tokenizer) as engine:
+        for request in known:
+            submitted(engine, request)
+        engine._prefixes.limit = engine._prefixes.nbytes
+        may_go.clear()
+        first = ask(engine, request_of(processor, Question("t", "first"), 30))
+        while engine.waiting:
+            time.sleep(0.01)
+        delivered = [queue.Queue() for _ in asked]
+        rows = [engine.submit(request, pieces.put) for request, pieces in zip(asked, delivered, strict=True)]
+        may_go.set()
+        assert [tokens(received(pieces)) for pieces in delivered] == expected
+        list(first)
+    assert [row.reused > 0 for row in rows] == [True, False]
+
+
+def test_without_room_for_a_beginning_none_goes_ahead(served, about, monkeypatch):
+    """Those who ask about one image are prefilled together, as without a prefix cache."""
+    model, processor, _ = served
+    asked = [about(question, 0) for question in ("is this a red 7 ?", "why ?", LONG, "is this a 3 ?")]
+    expected = [alone(model, request) for request in asked]
+    passes = watched(model, monkeypatch)
+    may_go = held_back(model, monkeypatch)
+    may_go.set()
+    with Engine(model, processor.tokenizer, prefix_bytes=1000) as engine:
+        submitted(engine, asked[0])
+        may_go.clear()
+        first = ask(engine, request_of(processor, Question("t", "first"), 30))
+        while engine.waiting:
+            time.sleep(0.01)
+        answers = [ask(engine, request) for request in asked]
+        may_go.set()
+        assert [tokens(answer) for answer in answers] == expected
+        list(first)
+    assert [images for _, _, images in passes if images][:2] == [1, 4]
 
 
 def test_a_conversation_goes_on(served, about):
@@ -163,6 +211,7 @@ def test_the_end_of_a_prompt_is_dropped_before_its_beginning():
     assert torch.equal(cache.take(one, 20)[:, 0], torch.arange(20.0))
     cache.keep(other, lambda tokens: torch.zeros(BLOCK, 1))
     assert (cache.known(one), cache.known(other), cache.nbytes) == (2 * BLOCK, BLOCK, cache.limit)
+    assert cache.fitting(blocks(*range(9 * BLOCK))) == blocks(*range(9 * BLOCK))[:3]
 
 
 def test_a_block_is_known_by_all_before_it():

@@ -229,12 +229,12 @@ class Engine(CompletionEngine):
         """Return the admitted rows that are prefilled together next, and set how much of them is reused."""
         if self._prefixes is None:
             return self._admitted
-        known = [(row, self._prefixes.known(row.blocks)) for row in self._admitted]
-        new = [row for row, tokens in known if not tokens]
+        for row in self._admitted:
+            row.blocks = self._prefixes.fitting(row.blocks)
+            row.reused = self._prefixes.known(row.blocks)
+        new = [row for row in self._admitted if not row.reused]
         if new:  # of those that begin the same, one goes ahead
             return list({row.blocks[0].key if row.blocks else id(row): row for row in reversed(new)}.values())
-        for row, tokens in known:
-            row.reused = tokens
         # With a sliding window there may be no gap in a row (see `_rest`): the rests are then of one length.
         longest = max(row.reused for row in self._admitted) + max(len(row.rest) for row in self._admitted)
         gaps = longest <= self._window

@@ -55,7 +55,12 @@ class PrefixCache:
     def __init__(self, limit: int):
         self.limit = limit
         self.nbytes = 0
+        self._token_bytes = 0  # of a token's states, known after the first block
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()  # [S, C] of a block
+
+    def fitting(self, blocks: Sequence[Block]) -> list[Block]:
+        """Return the blocks of a prompt that there is room for, if nothing else is kept."""
+        return [block for block in blocks if block.end * self._token_bytes <= self.limit]
 
     def known(self, blocks: Sequence[Block]) -> int:
         """Return how many of a prompt's first tokens are here."""
@@ -79,6 +84,7 @@ class PrefixCache:
             if block.key not in self._states:
                 self._states[block.key] = states_of(slice(block.start, block.end))
                 self.nbytes += self._states[block.key].nbytes
+                self._token_bytes = self._states[block.key].nbytes // (block.end - block.start)
         self._touch(blocks)
         while self.nbytes > self.limit:
             self.nbytes -= self._states.popitem(last=False)[1].nbytes
