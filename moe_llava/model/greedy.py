@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")  # names of their fields
+_TOKEN_FIELDS = ("token_id", "token_ids", "token_index")  # how names of fields with token ids end
+_TEXT_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"}
 
 
 def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
@@ -29,6 +31,12 @@ def placeholder_ids(config: Any) -> list[int]:
     """Return the ids that stand for images and videos in a prompt, as a configuration names them."""
     found = (getattr(config, name, None) for name in PLACEHOLDERS)
     return sorted({token for token in found if token is not None})
+
+
+def media_ids(config: Any) -> list[int]:
+    """Return the ids of all tokens of images and videos that a configuration names: placeholders, and those around or between them."""
+    fields = {name: value for name, value in config.to_dict().items() if name.endswith(_TOKEN_FIELDS) and name not in _TEXT_FIELDS}
+    return sorted({*placeholder_ids(config), *(token for value in fields.values() for token in as_list(value))})
 
 
 def end_tokens(model: Any) -> list[int]:

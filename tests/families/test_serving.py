@@ -29,15 +29,17 @@ from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.cache import has_states
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder, PromptError
-from moe_llava.serving.engine.requests import Request
+from moe_llava.serving.engine.requests import Prompt, Request
 from moe_llava.serving.http.prompts import PromptMaker
 from moe_llava.serving.http.protocol import ApiError, ImagePart, Message, TextPart, VideoPart
 from tests.common.test_videos import write_video
 from tests.conftest import run_here
+from tests.families.native import PROCESSORS, native_model, native_processor
 from tests.families.processors import ROWS, tiny_checkpoint, tiny_model, tiny_processor
 from tests.families.test_video import draw
 from tests.serving.conftest import LIMITS, server
 from tests.serving.test_api import post
+from tests.vlm import IMAGE, tiny_vlm, vlm_inputs
 
 PICTURES = [Image.new("RGB", size, (60 * number, 200, 90)) for number, size in enumerate(((40, 30), (20, 60), (33, 33)))]
 
@@ -58,10 +60,14 @@ def inline(picture):
 
 
 def made(family):
-    processor = tiny_processor(family)
+    """(model, processor); the layers have experts"""
+    native = family in PROCESSORS
+    processor = native_processor(family) if native else tiny_processor(family)
     processor.chat_template = processor.tokenizer.chat_template = make_portable(
         processor.chat_template, processor.tokenizer, processor.image_token
     )
+    if native:
+        return native_model(family, processor), processor
     return upcycle(tiny_model(family, processor), num_experts=4, num_experts_per_tok=2), processor
 
 
@@ -97,7 +103,20 @@ def test_completions_are_those_of_generate(family):
     check_completions(model, processor, prompts)
 
 
-@pytest.mark.parametrize("family", sorted(ROWS))
+def submitted_in_turn(engine, prompts):
+    """Of each prompt: how many tokens were reused, those that were generated, and their log probabilities."""
+    found = []
+    for prompt in prompts:
+        delivered = queue.Queue()
+        row = engine.submit(Request(prompt, 8, top_logprobs=0), delivered.put)
+        while not (pieces := list(delivered.queue)) or not getattr(pieces[-1], "finish_reason", True):
+            time.sleep(0.01)
+        assert not isinstance(pieces[-1], Exception), pieces
+        found.append((row.reused, [piece.token for piece in pieces], [piece.logprobs.logprob for piece in pieces if piece.logprobs]))
+    return found
+
+
+@pytest.mark.parametrize("family", sorted({*ROWS, *PROCESSORS}))
 def test_the_beginning_of_a_prompt_is_not_computed_again(family):
     """Another question about an image, the same with another image of this size, and a conversation that goes on."""
     model, processor = made(family)
@@ -107,17 +126,24 @@ def test_the_beginning_of_a_prompt_is_not_computed_again(family):
     talks = [messages_of(question, 1) for question, _ in questions]
     talks.append([*talks[0], {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}, *messages_of("Why?", 0)])
     prompts = [builder.build(talk, [image]) for talk, image in zip(talks, [image for _, image in questions] + PICTURES[:1], strict=True)]
-    expected = [alone(model, prompt, 8) for prompt in prompts]
-    reused = []
+    with Engine(model, processor.tokenizer, prefix_bytes=0) as engine:
+        expected = submitted_in_turn(engine, prompts)
     with Engine(model, processor.tokenizer) as engine:
-        for prompt, wanted in zip(prompts, expected, strict=True):
-            delivered = queue.Queue()
-            row = engine.submit(Request(prompt, 8), delivered.put)
-            while not (pieces := list(delivered.queue)) or not getattr(pieces[-1], "finish_reason", True):
-                time.sleep(0.01)
-            assert [getattr(piece, "token", piece) for piece in pieces] == wanted
-            reused.append(row.reused > 0)
-    assert reused == ([False] * 4 if has_states(model.config.get_text_config()) else [False, True, False, True])
+        found = submitted_in_turn(engine, prompts)
+    for prompt, (_, tokens, logprobs), (_, wanted, wanted_logprobs) in zip(prompts, found, expected, strict=True):
+        assert tokens == wanted == alone(model, prompt, 8)
+        assert logprobs == pytest.approx(wanted_logprobs, abs=1e-4)
+    reused = [False] * 4 if has_states(model.config.get_text_config()) else [False, True, False, True]
+    assert [count > 0 for count, _, _ in found] == reused
+
+
+def test_a_model_whose_text_attends_in_both_directions_reuses_nothing():
+    """A token of PaliGemma's prompt attends to all of it, so its states depend on the question."""
+    model, image = tiny_vlm("paligemma"), vlm_inputs("paligemma", (1,))
+    prompts = [Prompt([*[IMAGE] * 4, 1, *question], {"pixel_values": image["pixel_values"]}) for question in ([5, 6, 7], [8, 9], [5, 6, 7])]
+    with Engine(model, made("llava")[1].tokenizer) as engine:
+        found = submitted_in_turn(engine, prompts)
+    assert [(reused, tokens) for reused, tokens, _ in found] == [(0, alone(model, prompt, 8)) for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "smolvlm"])

@@ -81,7 +81,7 @@ def test_answers_are_those_of_whole_prompts(served, about, family, sparse, monke
         assert logprobs(pieces) == pytest.approx(logprobs(wanted), abs=1e-4)
     lengths = [len(request.prompt.input_ids) for request in asked]
     reused = [row.reused for row, _ in found]
-    head = blocks_of(asked[0].prompt, engine._placeholders)[0].end
+    head = blocks_of(asked[0].prompt, engine._media)[0].end
     assert reused[:4] == [0, head, 0, head + BLOCK]
     assert lengths[4] - BLOCK <= reused[4] < lengths[4]
     assert passes == [(1, length - old, 0 if old else 1) for length, old in zip(lengths, reused, strict=True)]
@@ -191,7 +191,7 @@ def test_memory_is_bounded(served, about):
         for request in asked:
             submitted(engine, request)
         both = engine._prefixes.nbytes
-    assert both == 2 * blocks_of(asked[0].prompt, engine._placeholders)[0].end * sum(heads * width for heads, width in engine._shapes) * 4
+    assert both == 2 * blocks_of(asked[0].prompt, engine._media)[0].end * sum(heads * width for heads, width in engine._shapes) * 4
     for limit, reused in ((both, [True, True]), (both // 2, [False, False]), (both // 2 - 1, [False, False]), (0, [False, False])):
         with Engine(model, processor.tokenizer, prefix_bytes=limit) as engine:
             rows = [submitted(engine, request)[0] for request in asked * 2]

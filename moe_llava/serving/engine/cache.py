@@ -99,6 +99,11 @@ def has_states(config: PreTrainedConfig) -> bool:
     return LINEAR_ATTENTION in (getattr(config, "layer_types", None) or [])
 
 
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether no token of text attends to later ones. Those of PaliGemma do, within a prompt."""
+    return getattr(config, "use_bidirectional_attention", None) not in (True, "all")
+
+
 def states_of(cache: Cache, row: int, padding: int, tokens: slice) -> Tensor:
     """Return [S, C]: a copy of the keys and values of some `tokens` of a row after its `padding`, of all layers."""
     columns = slice(padding + tokens.start, padding + tokens.stop)

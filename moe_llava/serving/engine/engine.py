@@ -24,8 +24,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
-from moe_llava.model.greedy import end_tokens, never_written, placeholder_ids, prefill_positions
-from moe_llava.serving.engine.cache import cache_of, has_states, preallocated_cache, shapes_of, states_of, window_of
+from moe_llava.model.greedy import end_tokens, media_ids, never_written, placeholder_ids, prefill_positions
+from moe_llava.serving.engine.cache import cache_of, has_states, is_causal, preallocated_cache, shapes_of, states_of, window_of
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.prefixes import PrefixCache, blocks_of
 from moe_llava.serving.engine.requests import (
@@ -53,8 +53,8 @@ class Engine(CompletionEngine):
 
     `generation_config` decides on the tokens that end a completion and on those that are suppressed; the request decides on sampling.
     Completions do not depend on the rest of the batch, nor on earlier ones, except for rounding, and for a sparse model with a capacity,
-    which drops tokens of a batch. `prefix_bytes`: the most memory for the beginnings of prompts, 0 for none. A model with a capacity or
-    with linear attention keeps none.
+    which drops tokens of a batch. `prefix_bytes`: the most memory for the beginnings of prompts, 0 for none. A model with a capacity, with
+    linear attention, or whose text attends in both directions keeps none.
 
     Raises ValueError for a model with layers that keep a state instead of keys and values.
     """
@@ -77,14 +77,15 @@ class Engine(CompletionEngine):
         self._tokenizer = copy_tokenizer(tokenizer)  # it is not thread-safe
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._placeholders = frozenset(placeholder_ids(model.config))
+        self._media = frozenset(media_ids(model.config))
         suppressed = [token for token in never_written(model) if token < self._vocabulary]
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # may be empty
         self._ends = frozenset(end_tokens(model))
         self._admitted: list[Row] = []  # have a slot and will be prefilled next
         self._rows: list[Row] = []
         self._new_cache = partial(preallocated_cache, text)
-        keeps_prefixes = prefix_bytes and not has_states(text) and getattr(model.config, "capacity_factor", None) is None
-        self._prefixes = PrefixCache(prefix_bytes) if keeps_prefixes else None
+        reusable = is_causal(text) and not has_states(text) and getattr(model.config, "capacity_factor", None) is None
+        self._prefixes = PrefixCache(prefix_bytes) if prefix_bytes and reusable else None
         self._window = window_of(text)
         self._shapes: list[tuple[int, int]] = []  # of the cache's layers, known after the first prefill
         self._cache: Cache = self._new_cache()
@@ -99,7 +100,7 @@ class Engine(CompletionEngine):
     def submit(self, request: Request, deliver: Deliver[Piece]) -> Row:
         self._check(request)
         sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
-        blocks = blocks_of(request.prompt, self._placeholders) if self._prefixes is not None else []
+        blocks = blocks_of(request.prompt, self._media) if self._prefixes is not None else []
         row = Row(deliver, time.monotonic() + self.time_limit, request, Detokenizer(self._tokenizer, request.stop), sampler, blocks)
         self._queue(row)
         return row

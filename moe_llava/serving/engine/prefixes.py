@@ -1,7 +1,8 @@
 """Keys and values of the beginnings of prompts, for later prompts that begin the same: with the same tokens, images and videos.
 
-A prompt is divided into blocks. The first one ends with the last image or video, because a part of them cannot be computed alone; a block
-of text has BLOCK tokens. The key of a block is a digest of everything in the prompt up to its end.
+A prompt is divided into blocks. The first one ends with the last token of an image or video, those after its patches included, because
+models compute them differently without its pixels; a block of text has BLOCK tokens. The key of a block is a digest of everything in the
+prompt up to its end.
 
 Shapes: S tokens, C keys and values of all layers (see `states_of`).
 """
@@ -32,14 +33,14 @@ class Block:
     end: int
 
 
-def blocks_of(prompt: Prompt, placeholders: Set[int]) -> list[Block]:
-    """Return the blocks of a prompt without its last token, which is always computed."""
+def blocks_of(prompt: Prompt, media: Set[int]) -> list[Block]:
+    """Return the blocks of a prompt without its last token, which is always computed. `media`: the ids of tokens of images and videos."""
     ids, digest = prompt.input_ids, hashlib.sha256()
     for name in sorted(prompt.inputs.keys() - TOKEN_INPUTS):
         values = np.ascontiguousarray(prompt.inputs[name].numpy())
         digest.update(f"{name} {values.dtype} {values.shape} ".encode())
         digest.update(values.data)
-    first = next((place + 1 for place in reversed(range(len(ids))) if ids[place] in placeholders), BLOCK)
+    first = next((place + 1 for place in reversed(range(len(ids))) if ids[place] in media), BLOCK)
     blocks = []
     start = 0
     for end in range(first, len(ids), BLOCK):
