@@ -135,7 +135,8 @@ def without_end(checkpoint: str, out: Path) -> Path:
     out.mkdir()
     for file in folder.iterdir():
         (out / file.name).symlink_to(file.resolve())
-    settings = GenerationConfig.from_pretrained(folder)
+    has_settings = (folder / "generation_config.json").exists()
+    settings = GenerationConfig.from_pretrained(folder) if has_settings else GenerationConfig.from_model_config(load_config(checkpoint))
     settings.suppress_tokens = [*as_list(settings.suppress_tokens), *as_list(settings.eos_token_id)]
     (out / "generation_config.json").unlink(missing_ok=True)
     settings.save_pretrained(out)

@@ -1,10 +1,12 @@
 """The benchmark of a server under load, in small."""
 
 import json
+import shutil
 from io import StringIO
 
 import pytest
 from rich.console import Console
+from transformers import GenerationConfig
 
 from moe_llava.perf import serve
 from moe_llava.perf.options import BenchError
@@ -40,6 +42,16 @@ def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
     narrow = Console(width=80, file=StringIO())
     serve.print_serving(report, narrow)
     assert narrow.file.getvalue().count("┏") == 1  # one table, not parts of one
+
+
+def test_an_endless_model_of_a_checkpoint_without_settings_of_generation(tiny_base, tmp_path):  # noqa: F811
+    """Its end token is that of the language model's configuration."""
+    base = shutil.copytree(tiny_base / "base", tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    endless = serve.without_end(str(base), tmp_path / "endless")
+    assert GenerationConfig.from_pretrained(endless).suppress_tokens == [2]
+    assert (endless / "config.json").samefile(base / "config.json")
+    assert not (base / "generation_config.json").exists()
 
 
 def test_another_answer_when_batching_ends_it():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
@@ -117,8 +118,7 @@ def shapes_of(cache: Cache) -> list[tuple[int, int]]:
 
 def cache_of(rows: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Cache:
     """Return a cache of rows, each with the states [S, C] of its tokens, padded on the left. `shapes`: see `shapes_of`."""
-    columns = max(len(states_SC) for states_SC in rows)
-    states_BSC = torch.stack([F.pad(states_SC, (0, 0, columns - len(states_SC), 0)) for states_SC in rows])
+    states_BSC = pad_sequence(list(rows), batch_first=True, padding_side="left")
     parts = [
         part_BSC.unflatten(2, shape).transpose(1, 2)
         for part_BSC, shape in zip(states_BSC.split([heads * width for heads, width in shapes], dim=2), shapes, strict=True)

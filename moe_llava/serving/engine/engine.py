@@ -272,6 +272,8 @@ class Engine(CompletionEngine):
 
     def _close_gaps(self, rows: list[Row], cache: Cache, columns: int) -> None:
         """Move what rows reused to the rest of their prompts, so that the tokens of a row are the last of `columns`."""
+        if len({len(row.rest) for row in rows}) == 1:
+            return
         end = cache.get_seq_length()
         reused = max(row.reused for row in rows)
         sources_BS = torch.arange(end - columns, end).repeat(len(rows), 1)
