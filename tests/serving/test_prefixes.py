@@ -10,7 +10,7 @@ import torch
 
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.serving.engine.engine import Engine
-from moe_llava.serving.engine.prefixes import BLOCK, PrefixCache, blocks_of
+from moe_llava.serving.engine.prefixes import BLOCK, PrefixCache, blocks_of, media_digest
 from moe_llava.serving.engine.requests import Prompt
 from tests.conftest import FAMILIES
 from tests.serving.conftest import ask, model_of, received, request_of, server
@@ -229,6 +229,10 @@ def test_a_block_is_known_by_all_before_it():
     assert not {key for other in others for key in other} & set(base)
     assert keys([*ids[:10], 0, *ids[11:]], pixel_values=pixels)[0] == base[0]
     assert keys(ids[:8]) == keys(ids[:5]) == []
+    halves = pixels.bfloat16()
+    assert keys(ids, pixel_values=halves) != base
+    known = Prompt(ids, {"pixel_values": pixels}, media_digest({"pixel_values": pixels}))
+    assert [block.key for block in blocks_of(known, {7})] == base
 
 
 def test_a_model_with_a_capacity_has_none(served, about):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +33,19 @@ class Block:
     end: int
 
 
+def media_digest(inputs: Mapping[str, Tensor]) -> bytes:
+    """Return a digest of the images and videos in the inputs of a prompt. It takes 1 ms per MB: compute it where nothing waits."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs.keys() - TOKEN_INPUTS):
+        values = inputs[name].contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
 def blocks_of(prompt: Prompt, media: Set[int]) -> list[Block]:
     """Return the blocks of a prompt without its last token, which is always computed. `media`: the ids of tokens of images and videos."""
-    ids, digest = prompt.input_ids, hashlib.sha256()
-    for name in sorted(prompt.inputs.keys() - TOKEN_INPUTS):
-        values = np.ascontiguousarray(prompt.inputs[name].numpy())
-        digest.update(f"{name} {values.dtype} {values.shape} ".encode())
-        digest.update(values.data)
+    ids, digest = prompt.input_ids, hashlib.sha256(prompt.digest or media_digest(prompt.inputs))
     first = next((place + 1 for place in reversed(range(len(ids))) if ids[place] in media), BLOCK)
     blocks = []
     start = 0

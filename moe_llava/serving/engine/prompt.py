@@ -18,6 +18,7 @@ from moe_llava.data.batches import concatenated
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import PART_TYPES
 from moe_llava.data.rendering import REFUSALS, own_template
+from moe_llava.serving.engine.prefixes import media_digest
 from moe_llava.serving.engine.requests import Prompt
 
 _LARGE = (1024, 1024)  # width and height
@@ -93,7 +94,9 @@ class PromptBuilder:
         if kinds:
             text = re.sub("|".join(map(re.escape, kinds)), lambda found: texts[kinds[found[0]]].pop(0), text)
         ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Prompt(ids, concatenated(inputs) | {name: types[None] for name, types in self._encoder.token_types(ids).items()})
+        media = concatenated(inputs)
+        types = {name: types[None] for name, types in self._encoder.token_types(ids).items()}
+        return Prompt(ids, media | types, media_digest(media))
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """Return (the text of the messages, placeholder -> kind of the media in it)."""

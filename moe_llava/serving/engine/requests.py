@@ -40,10 +40,11 @@ class EngineClosed(RuntimeError):
 @dataclass(frozen=True)
 class Prompt:
     """The model's inputs. `input_ids`: token ids, including the placeholders of images. `inputs`: the others: token types [1, S], if the
-    model has them, and the inputs of the images."""
+    model has them, and the inputs of the images. `digest`: of these, if it is known (`media_digest`)."""
 
     input_ids: list[int]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    digest: bytes | None = None
 
     @property
     def nbytes(self) -> int:
