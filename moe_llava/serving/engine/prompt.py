@@ -94,9 +94,9 @@ class PromptBuilder:
         if kinds:
             text = re.sub("|".join(map(re.escape, kinds)), lambda found: texts[kinds[found[0]]].pop(0), text)
         ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        media = concatenated(inputs)
+        images = concatenated(inputs)
         types = {name: types[None] for name, types in self._encoder.token_types(ids).items()}
-        return Prompt(ids, media | types, media_digest(media))
+        return Prompt(ids, images | types, media_digest(images))
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """Return (the text of the messages, placeholder -> kind of the media in it)."""
