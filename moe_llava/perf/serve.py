@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -104,12 +104,15 @@ def bench_serve(checkpoint: str, clients: int, rounds: int, questions: int, cons
     sizes = {SHORT: questions, LONG: max(1, questions // 4), SHARED: questions}
     with tempfile.TemporaryDirectory() as folder, show_progress("rounds", len(sizes) * (rounds + 1), console) as advance:
         bodies = workloads(Path(folder) / "data", {name: size * (rounds + 1) for name, size in sizes.items()})
-        with (
-            server(checkpoint, clients, "--prefix-cache", "0") as plain,
-            server(str(without_end(checkpoint, Path(folder) / "model")), clients, "--prefix-cache", "0") as endless,
-            server(checkpoint, clients) as cached,
-        ):
-            servers = {PLAIN: plain, ENDLESS: endless, CACHED: cached}
+        none = ("--prefix-cache", "0")
+        commands = {
+            PLAIN: (checkpoint, none),
+            ENDLESS: (str(without_end(checkpoint, Path(folder) / "model")), none),
+            CACHED: (checkpoint, ()),
+        }
+        with ExitStack() as stack, ThreadPoolExecutor(len(commands)) as pool:
+            started = pool.map(lambda one: stack.enter_context(server(one[0], clients, *one[1])), commands.values())
+            servers = dict(zip(commands, started, strict=True))
             for name, size in sizes.items():
                 done: list[Pair] = []
                 try:
