@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from moe_llava.checkpoints.load import load_checkpoint
@@ -42,6 +43,7 @@ from moe_llava.evaluation.score.statistics import holm
 from moe_llava.experiments.ablate import save
 from moe_llava.experiments.figures import plot_learned
 from moe_llava.experiments.summary import markdown
+from moe_llava.routing.statistics import entropy, mutual_information
 from moe_llava.routing.tokens import IMAGE, TEXT
 from moe_llava.routing.trace import Trace, trace_records
 
@@ -121,14 +123,10 @@ def _labelled(
 def explained(experts_T: np.ndarray, values_T: np.ndarray) -> float:
     """Return the mutual information of expert and label as a share of the label's entropy; 0 if the label is constant."""
     values = int(values_T.max()) + 1
-    table = np.bincount(experts_T * values + values_T, minlength=(int(experts_T.max()) + 1) * values).reshape(-1, values)
-    whole = _entropy(table.sum(axis=0))
-    return (whole + _entropy(table.sum(axis=1)) - _entropy(table)) / whole if whole > 0 else 0.0
-
-
-def _entropy(counts: np.ndarray) -> float:
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
+    counts = np.bincount(experts_T * values + values_T, minlength=(int(experts_T.max()) + 1) * values)
+    table = torch.from_numpy(counts).view(-1, values)
+    whole = entropy(table.sum(0))
+    return mutual_information(table) / whole if whole > 0 else 0.0
 
 
 def measure(checkpoint: str, scenes: Sequence[Scene], records: Sequence[Record], permutations: int) -> list[dict[str, Any]]:

@@ -95,6 +95,14 @@ def held_back(model, monkeypatch):
     return may_go
 
 
+def running(engine, processor):
+    """A completion that has its slot. Those who ask while its pass is held back are admitted together."""
+    first = ask(engine, request_of(processor, Question("t", "first"), 30))
+    while engine.waiting:
+        time.sleep(0.01)
+    return first
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_of_those_who_ask_at_once_one_goes_ahead(served, about, window, monkeypatch):
     """Four ask about one image, two about another, and one about none. The rests of their prompts differ in length."""
@@ -108,9 +116,7 @@ def test_of_those_who_ask_at_once_one_goes_ahead(served, about, window, monkeypa
     passes = watched(model, monkeypatch)
     may_go = held_back(model, monkeypatch)
     with Engine(model, processor.tokenizer, slots=8) as engine:
-        first = ask(engine, request_of(processor, Question("t", "first"), 30))
-        while engine.waiting:
-            time.sleep(0.01)
+        first = running(engine, processor)
         answers = [ask(engine, request) for request in asked]
         may_go.set()
         assert [tokens(answer) for answer in answers] == expected
@@ -138,9 +144,7 @@ def test_what_is_dropped_before_it_is_reused_is_computed(served, about, monkeypa
             submitted(engine, request)
         engine._prefixes.limit = engine._prefixes.nbytes
         may_go.clear()
-        first = ask(engine, request_of(processor, Question("t", "first"), 30))
-        while engine.waiting:
-            time.sleep(0.01)
+        first = running(engine, processor)
         delivered = [queue.Queue() for _ in asked]
         rows = [engine.submit(request, pieces.put) for request, pieces in zip(asked, delivered, strict=True)]
         may_go.set()
@@ -160,9 +164,7 @@ def test_without_room_for_a_beginning_none_goes_ahead(served, about, monkeypatch
     with Engine(model, processor.tokenizer, prefix_bytes=1000) as engine:
         submitted(engine, asked[0])
         may_go.clear()
-        first = ask(engine, request_of(processor, Question("t", "first"), 30))
-        while engine.waiting:
-            time.sleep(0.01)
+        first = running(engine, processor)
         answers = [ask(engine, request) for request in asked]
         may_go.set()
         assert [tokens(answer) for answer in answers] == expected

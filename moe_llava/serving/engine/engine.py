@@ -2,8 +2,8 @@
 
 Requests join the batch as soon as a slot is free. Waiting requests are prefilled together and become rows of the batch's cache; a row is
 removed when its completion is finished. The cache is padded on the left, so the tokens of a row are contiguous and end at the last column,
-and the distances between them, on which sliding windows depend, are correct. Of a prompt that begins like an earlier one, only the rest is
-computed (see prefixes.py).
+and the distances between them, on which sliding windows depend, are correct. If a prompt begins like an earlier one, only the rest of it
+is computed (see prefixes.py).
 
 transformers' own continuous batching takes token ids only, without images.
 
