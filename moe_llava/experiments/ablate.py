@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_llava.common.files import write_whole
+from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.demo import prepare
-from moe_llava.experiments.figures import plot_comparison
+from moe_llava.experiments.figures import plot_comparison, plot_perturbed
 from moe_llava.experiments.plan import LOCK, Experiment, Plan, Setup, check_setup, find_experiment, load_experiment, make_plan, write_plan
 from moe_llava.experiments.running import run_cells
-from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table, training_table
+from moe_llava.experiments.summary import (
+    Row,
+    all_scores,
+    budget_table,
+    by_cell,
+    compare,
+    markdown,
+    planned_table,
+    score_table,
+    training_table,
+)
 
 
 def run_ablation(name: str, setup: Setup, console: Console) -> Path:
@@ -31,6 +43,9 @@ def run_ablation(name: str, setup: Setup, console: Console) -> Path:
         picture = "scores.png" if number == 1 else f"scores-{number}.png"
         save(plot_comparison(rows, score, plan.experiment.baseline), plan.out / picture)
         parts += [score_table(score, rows), f"![{score}]({picture})"]
+    if plan.perturbations:
+        rows = compare(plan, by_cell(plan, results, "unperturbed"))
+        parts += ["## Under perturbation", perturbed_part(plan, results, rows), "![accuracy under perturbation](perturbed.png)"]
     parts += ["## Budgets", budget_table(plan, results), "## The end of training: mean (SD)", training_table(plan, results)]
     parts += ["## All scores: mean (SD)", all_scores(plan, results)]
     write_whole(plan.out / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
@@ -62,6 +77,24 @@ def print_budgets(plan: Plan, console: Console) -> None:
     for line in lines:
         table.add_row(*(cell.replace("**", "") for cell in line))
     console.print(table)
+
+
+def perturbed_part(plan: Plan, results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
+    """Return the table of accuracy under perturbation, and draw its picture. `rows`: without perturbation."""
+    if not plan.perturbations:
+        return ""
+    under = {str(each): compare(plan, by_cell(plan, results, "perturbed", str(each))) for each in plan.perturbations}
+    under = {"as they are": list(rows), **under}
+    save(plot_perturbed(under), plan.out / "perturbed.png")
+    lines = [["cell", *under]]
+    for place, row in enumerate(rows):
+        cells = [found[place] for found in under.values()]
+        lines.append([row.cell, *(f"{each.mean.mean:.3f}{_in_brackets(each.difference)}" for each in cells)])
+    return markdown(lines)
+
+
+def _in_brackets(difference: Interval | None) -> str:
+    return "" if difference is None else f" ({difference.mean:+.3f} ± {(difference.high - difference.low) / 2:.3f})"
 
 
 def conditions(plan: Plan) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.statistics import Interval
 from moe_llava.experiments.summary import Row
+
+if TYPE_CHECKING:
+    from moe_llava.experiments.interaction import Kept
 
 mpl.use("Agg")
 
@@ -73,6 +77,28 @@ def plot_differences(differences: Mapping[str, Interval], title: str) -> Figure:
     axis.set_xlabel("difference over seeds, 95% interval", fontsize=9.5)
     axis.set_title(title, loc="left", fontsize=10.5)
     _tidy(axis, "x")
+    return figure
+
+
+def plot_interactions(rows: Sequence[Kept], scales: tuple[str, str]) -> Figure:
+    """Draw what variants keep under each perturbation, at both scales, and the difference; a colour for each variant."""
+    names, variants = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("perturbation", "variant"))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.55 * len(names)), sharey=True, sharex=True, layout="constrained")
+    for row in rows:
+        which = variants.index(row.variant)
+        place = names.index(row.perturbation) + (which - (len(variants) - 1) / 2) * 0.7 / len(variants)
+        for axis, interval in zip(axes, (*row.scales, row.interaction), strict=True):
+            _interval(axis, interval, place, COLOURS[which])
+    for axis, title in zip(axes, (*(f"kept, {scale}" for scale in scales), f"{scales[1]} less {scales[0]}"), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(title, loc="left", fontsize=10.5)
+        axis.locator_params(axis="x", nbins=5)
+        _tidy(axis, "x")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.supxlabel("share of the questions, adjusted 95% interval over seeds", fontsize=9.5)
+    handles = [Line2D([], [], color=COLOURS[place], marker="D", linewidth=2, label=name) for place, name in enumerate(variants)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(variants), frameon=False, fontsize=9)
     return figure
 
 

@@ -95,6 +95,7 @@ def run_cell(cell: Cell, plan: Plan, console: Console) -> dict[str, Any]:
         "scores": found["scores"],
     }
     if plan.perturbations:
+        result["unperturbed"] = found["robustness"]["clean"]["mean"]
         result["perturbed"] = {f"{drop['name']}:{drop['strength']}": drop["right"] for drop in found["robustness"]["drops"]}
     if plan.experiment.calibrate:
         result["calibration"] = _calibrate(saved[-1], plan, console)

@@ -24,8 +24,8 @@ from moe_llava.common.files import write_whole
 from moe_llava.digits import RECIPE
 from moe_llava.evaluation.ask.answers import read_answers
 from moe_llava.evaluation.score.statistics import Interval, crossed_interval
-from moe_llava.experiments.ablate import conditions, conduct, save
-from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences, plot_perturbed
+from moe_llava.experiments.ablate import conditions, conduct, perturbed_part, save
+from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
 from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
 
@@ -148,23 +148,6 @@ def calibration_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
         for key, title in (("error", "calibration error"), ("brier", "Brier score"))
     ]
     return "\n".join(tables)
-
-
-def perturbed_part(plan: Plan, results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
-    """Return the table of accuracy under perturbation, and draw its picture."""
-    if not plan.perturbations:
-        return ""
-    under = {str(each): compare(plan, by_cell(plan, results, "perturbed", str(each))) for each in plan.perturbations}
-    save(plot_perturbed({"as they are": rows, **under}), plan.out / "perturbed.png")
-    lines = [["cell", *under]]
-    for place, row in enumerate(rows):
-        cells = [found[place] for found in under.values()]
-        lines.append([row.cell, *(f"{each.mean.mean:.3f}{_in_brackets(each.difference)}" for each in cells)])
-    return markdown(lines)
-
-
-def _in_brackets(difference: Interval | None) -> str:
-    return "" if difference is None else f" ({difference.mean:+.3f} ± {(difference.high - difference.low) / 2:.3f})"
 
 
 def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -15,11 +15,14 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")  # name
 _TOKEN_FIELDS = ("token_id", "token_ids", "token_index")  # how names of fields with token ids end
 _TEXT_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"}
 
+Allowed = Callable[[int, Tensor], list[int]]  # row, its ids so far [S] -> the ids of which one may follow
 
-def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
-    """Return [B, S]: the ids of the inputs and their greedy continuation. An ended row is padded, possibly with an ordinary token."""
-    never = never_written(model) or None
-    return model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, suppress_tokens=never)
+
+def write_greedily(model: Any, inputs: dict[str, Any], max_new_tokens: int, allowed: Allowed | None = None) -> Tensor:
+    """Return [B, S]: the ids of the inputs and their greedy continuation, of tokens that are `allowed`, if it is given. An ended row is
+    padded, possibly with an ordinary token."""
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "suppress_tokens": never_written(model) or None}
+    return model.generate(**inputs, **settings, prefix_allowed_tokens_fn=allowed)
 
 
 def never_written(model: Any) -> list[int]:

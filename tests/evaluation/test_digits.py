@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_llava.digits.dataset import write_dataset
+from moe_llava.digits.scenes import HARD
 from moe_llava.evaluation.score.benchmark import Options, configured, find_benchmark, result
 from moe_llava.evaluation.score.definitions.digits_world import accuracy, compare, existence, judge
 from moe_llava.evaluation.score.questions import Question
@@ -117,6 +119,27 @@ def test_the_interval_of_a_family_is_of_resamples_that_have_it(tiny_base):  # no
     assert {name.partition("/")[0] for name in found["scores"]} == {"accuracy", "existence", "comparison"}
     assert found["intervals"]["comparison/accuracy"] == (1, 1)
     assert {interval for name, interval in found["intervals"].items() if not name.endswith("yes_share")} == {(1, 1)}
+
+
+def test_four_options_a_question(tiny_base, tmp_path):  # noqa: F811
+    """Each question has its answer and three of others of its family, whatever else the file holds."""
+    write_dataset(tmp_path, train_images=1, test_images=30, level=HARD)
+    every, benchmark = find_benchmark("digits").questions(tmp_path), find_benchmark("digits-options")
+    asked = benchmark.questions(tmp_path)
+    assert [question.id for question in asked] == [
+        question.id for question in every if question.extra["family"] not in ("existence", "comparison", "caption")
+    ]
+    for question in asked:
+        same = {other.extra["answer"] for other in asked if other.extra["family"] == question.extra["family"]}
+        assert len(set(question.options)) == 4
+        assert question.extra["answer"] in question.options
+        assert set(question.options) <= same
+    places = [question.options.index(question.extra["answer"]) for question in asked]
+    assert set(places) == {0, 1, 2, 3}
+    truth = [question.extra["answer"] for question in asked]
+    assert result(benchmark, benchmark.score(tmp_path, asked, truth), asked, truth)["scores"]["accuracy"] == 1
+    with pytest.raises(BenchmarkError, match=r"test.json has . different answers to questions of the family \w+, but options need 4"):
+        benchmark.questions(tiny_base / "data")
 
 
 def test_a_missing_answer_is_wrong_either_way():

@@ -11,10 +11,12 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import InlineImage, open_image
 from moe_llava.evaluation.ask import generate
-from moe_llava.evaluation.ask.generate import _losses_of, answer, in_background, prompt_inputs, prompt_text
+from moe_llava.evaluation.ask.generate import _losses_of, answer, in_background, prompt_inputs
+from moe_llava.evaluation.ask.prompts import prompt_text
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
+from moe_llava.evaluation.stress import attack as attack_module
 from moe_llava.evaluation.stress.attack import attacked_pixels
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_image, perturb_question
 from moe_llava.evaluation.stress.words import attack_words
@@ -112,6 +114,68 @@ def test_words_that_are_attacked(asked):
         stronger.append(after - random)
         assert losses([question]) == pytest.approx([before], abs=1e-5)  # whatever is in the batch
     assert sum(value > 0 for value in stronger) > len(stronger) / 2  # than typos at random
+
+
+OPTIONS = ("red 7", "red", "blue 3 red", "7 blue", "blue 3")  # some begin another, or as another does
+
+
+def chosen(model, processor, question):
+    """Return the option that plain forward passes lead to, token by token."""
+    tokenizer = processor.tokenizer
+    ids = [[*tokenizer(option, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for option in question.options]
+    inputs, written = prompt_inputs(processor, [question]), []
+    while not written or written[-1] != tokenizer.eos_token_id:
+        following = sorted({each[len(written)] for each in ids if each[: len(written)] == written})
+        continued = {name: torch.cat([inputs[name], torch.tensor([row])], 1) for name, row in
+                     (("input_ids", written), ("attention_mask", [1] * len(written)))} if written else {}  # fmt: skip
+        logits = model(**{**inputs, **continued}).logits[0, -1]
+        written.append(max(following, key=lambda token: logits[token]))
+    return tokenizer.decode(written[:-1])
+
+
+def test_only_options_are_written(asked, monkeypatch):
+    model, processor, questions = asked
+    given = [replace(question, options=OPTIONS[: 2 + place % 4]) for place, question in enumerate(questions)]
+    found = answers(model, processor, given, 16)
+    assert found == [chosen(model, processor, question) for question in given]
+    assert len(set(found)) > 1
+    assert found == answers(model, processor, given, 1)
+    monkeypatch.setattr(generate, "shares_heads", lambda processor: False)
+    assert found == answers(model, processor, given, 16)
+    with pytest.raises(BenchmarkError, match=f"question {questions[1].id} has no options, but others have"):
+        answers(model, processor, [given[0], questions[1]], 16)
+
+
+@pytest.mark.parametrize("name", ["pgd", "words"])
+def test_attacks_are_against_the_option_that_was_chosen(asked, monkeypatch, name):
+    model, processor, questions = asked
+    given = [replace(question, options=OPTIONS) for question in questions[:4]]
+    clean, targets = answers(model, processor, given, 16), []
+    module = generate if name == "words" else attack_module
+    real = module.own_answers
+
+    def own_answers(*arguments):
+        inputs, labels = real(*arguments)
+        targets.extend(processor.tokenizer.decode([token for token in row if token != -100], skip_special_tokens=True) for row in labels)
+        return inputs, labels
+
+    monkeypatch.setattr(module, "own_answers", own_answers)
+    assert set(answers(model, processor, given, 16, perturbation=Perturbation(name, 5))) <= set(OPTIONS)
+    assert sorted(targets) == sorted(clean)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'user' if add_generation_prompt else 'red' }}", "with the answer 'red 7' its prompt is other tokens"),
+        ("{% for message in messages %}{{ message['role'] }} {% endfor %}", "options that are the same tokens to this model: red 7, red,"),
+    ],
+)
+def test_a_template_that_loses_answers_takes_no_options(asked, monkeypatch, template, message):
+    model, processor, questions = asked
+    monkeypatch.setattr(processor, "chat_template", template)
+    with pytest.raises(BenchmarkError, match=f"question text has .*{message}"):
+        answers(model, processor, [replace(questions[-2], options=OPTIONS)], 1)
 
 
 def test_nothing_after_the_end(asked):

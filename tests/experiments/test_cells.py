@@ -22,7 +22,9 @@ from tests.experiments.conftest import QUIET
 
 def of_training(results):
     """Without times, and without what only a trial measures."""
-    return [{key: value for key, value in each.items() if key not in ("seconds", "perturbed", "calibration")} for each in results]
+    return [
+        {key: value for key, value in each.items() if key not in ("seconds", "unperturbed", "perturbed", "calibration")} for each in results
+    ]
 
 
 def log(folder):
@@ -44,6 +46,7 @@ def test_an_ablation_writes_a_table(finished, write_experiment, tmp_path):
     text = table.read_text()
     assert "# Small" in text
     assert "**no: FLOPs**" in text
+    assert "Under perturbation" not in text
     assert (setup.out / "scores.png").stat().st_size > 10_000
 
     # Cells of a seed share stages, batches and what they begin with: the first loss is the same, sparse or dense.
@@ -57,6 +60,19 @@ def test_an_ablation_writes_a_table(finished, write_experiment, tmp_path):
         folder = folders[result["cell"], result["seed"]]
         assert result["tokens"][2] == log(folder / ("dense" if result["cell"] == "dense" else "stage3"))[-1]["tokens"]
     assert results[0]["tokens"] == results[2]["tokens"] != results[1]["tokens"]
+
+
+def test_an_ablation_under_perturbation(finished, write_experiment, tmp_path):
+    """The cells are those that a trial has trained and evaluated."""
+    setup = dataclasses.replace(finished[0], out=tmp_path / "out")
+    shutil.copytree(finished[0].out, setup.out, symlinks=True)
+    (setup.out / "plan.json").unlink()
+    text = run_ablation(str(write_experiment(perturb="noise:3,order:2")), setup, QUIET).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| cell | as they are |"))
+    assert line == "| cell | as they are | noise:3 | order:2 |"
+    assert (setup.out / "perturbed.png").stat().st_size > 10_000
+    for result in read_lines(setup.out / "results.jsonl"):
+        assert result["unperturbed"] == pytest.approx(result["scores"]["accuracy"])
 
 
 def test_a_stopped_run_resumes(finished, write_experiment, tmp_path, monkeypatch):

@@ -26,9 +26,9 @@ from moe_llava.common.images import open_image
 from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.data.encoder import Encoder
-from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN, content_parts
-from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.data.videos import VideoReader
+from moe_llava.evaluation.ask.options import Restrict, restrict
+from moe_llava.evaluation.ask.prompts import prompt_text
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.attack import answer_losses, attacked_pixels, own_answers, with_answers
@@ -76,6 +76,7 @@ def answer(
     if videos:
         _check_videos(processor, videos[0], perturbation)
     texts = [prompt_text(processor, question) for question in questions]
+    restricted = restrict(model, processor, questions, texts)
     if perturbation is not None and perturbation.name == WORD_ATTACK:
         for index, question in enumerate(questions):
             attacked = attack_words(question, perturbation, _losses_of(model, processor, question, batch_size, max_new_tokens))
@@ -83,17 +84,17 @@ def answer(
                 yield [(index, text)]
         return
     if videos or not shares_heads(processor):
-        yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation)
+        yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation, restricted)
         return
     groups = _group_by_head(questions, texts, processor.image_token, batch_size, alone=attack is not None)
     # The processor is used in the background thread, and a tokenizer in one thread only.
     tokenizer = copy_tokenizer(processor.tokenizer)
     for group in in_background(lambda group: _group_inputs(processor, questions, texts, group, batch_size, perturbation), groups):
         if attack is not None and group.heads is not None:
-            _attack_heads(model, processor, group, attack, max_new_tokens)
+            _attack_heads(model, processor, group, attack, max_new_tokens, restricted)
         cache = None if group.heads is None else _prefill_heads(model, group.heads)
         for batch in group.batches:
-            answers = _answer_batch(model, tokenizer, group.heads, cache, batch, max_new_tokens)
+            answers = _answer_batch(model, tokenizer, group.heads, cache, batch, max_new_tokens, restricted)
             yield list(zip([index for index, *_ in batch], answers, strict=True))
 
 
@@ -111,6 +112,7 @@ def _answer_whole(
     batch_size: int,
     max_new_tokens: int,
     perturbation: Perturbation | None,
+    restricted: Restrict,
 ) -> Iterator[list[tuple[int, str]]]:
     """Do the same as `answer`, without sharing heads."""
     attack = perturbation if perturbation is not None and perturbation.name in PIXEL_ATTACKS else None
@@ -123,10 +125,11 @@ def _answer_whole(
 
     for batch, made in zip(batches, in_background(prepared, batches), strict=True):
         inputs = made.to(model.device, dtype=model.dtype)
+        allowed = restricted(batch, inputs["input_ids"].shape[1])
         if attack is not None and "pixel_values" in inputs:
-            inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
+            inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens, allowed)
         with torch.inference_mode():
-            generated = write_greedily(model, dict(inputs), max_new_tokens)
+            generated = write_greedily(model, dict(inputs), max_new_tokens, allowed)
         yield list(zip(batch, _decoded(model, tokenizer, generated[:, inputs["input_ids"].shape[1] :]), strict=True))
 
 
@@ -210,13 +213,15 @@ def _process_all(processor: Any, questions: Sequence[Question], texts: list[str]
     return BatchFeature(concatenated([padded_left(row, longest - row["input_ids"].shape[1], fill) for row in rows]))
 
 
-def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int) -> None:
+def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int, restricted: Restrict) -> None:
     """Replace the pixels of a group of questions that each have their own head."""
     (batch,) = group.batches
-    ids_BS, mask_BS = _prompts(processor.tokenizer.pad_token_id, group.heads, sorted(batch, key=lambda row: row[1]))
+    batch = sorted(batch, key=lambda row: row[1])
+    ids_BS, mask_BS = _prompts(processor.tokenizer.pad_token_id, group.heads, batch)
+    allowed = restricted([index for index, *_ in batch], ids_BS.shape[1])
     inputs = {**group.heads, "input_ids": ids_BS, "attention_mask": mask_BS}
     inputs = {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
-    group.heads["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens)
+    group.heads["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens, allowed)
 
 
 def _losses_of(model: Any, processor: Any, question: Question, batch_size: int, max_new_tokens: int) -> Losses:
@@ -225,8 +230,10 @@ def _losses_of(model: Any, processor: Any, question: Question, batch_size: int, 
     def inputs_of(wordings: Sequence[Question]) -> Any:
         return prompt_inputs(processor, wordings).to(model.device, dtype=model.dtype)
 
-    _, labels = own_answers(model, prompts := inputs_of([question]), max_new_tokens)
-    own_1A = labels[:, prompts["input_ids"].shape[1] :]
+    prompt = inputs_of([question])
+    start = prompt["input_ids"].shape[1]
+    allowed = restrict(model, processor, [question], [prompt_text(processor, question)])([0], start)
+    own_1A = own_answers(model, prompt, max_new_tokens, allowed)[1][:, start:]
 
     @torch.no_grad()
     def losses(wordings: Sequence[Question]) -> list[float]:
@@ -248,12 +255,15 @@ def _prefill_heads(model: Any, heads: Any) -> Any:
 
 
 @torch.inference_mode()
-def _answer_batch(model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row], max_new_tokens: int) -> list[str]:
+def _answer_batch(
+    model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row], max_new_tokens: int, restricted: Restrict
+) -> list[str]:
     ids_BS, mask_BS = _prompts(tokenizer.pad_token_id, heads, batch)
     if cache is not None:
         cache = _select_rows(cache, torch.tensor([row for _, row, _ in batch], device=model.device))
     inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "past_key_values": cache}
-    generated = write_greedily(model, inputs, max_new_tokens)
+    allowed = restricted([index for index, *_ in batch], ids_BS.shape[1])
+    generated = write_greedily(model, inputs, max_new_tokens, allowed)
     return _decoded(model, tokenizer, generated[:, ids_BS.shape[1] :])
 
 
@@ -284,35 +294,6 @@ def _select_rows(cache: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
-
-
-def prompt_text(processor: Any, question: Question) -> str:
-    """Return the question in the model's chat template. Raises BenchmarkError if the template refuses it, or if the result has more or
-    fewer images or videos than the question."""
-    token, number = (VIDEO_TOKEN, 1) if question.video is not None else (IMAGE_TOKEN, len(question.images))
-    try:
-        text = processor.apply_chat_template(_messages(question, token, number), own_template(processor), add_generation_prompt=True)
-    except REFUSALS as error:
-        raise BenchmarkError(f"the model's chat template refuses question {question.id}: {error}") from error
-    placeholder = processor.image_token if token == IMAGE_TOKEN else processor.video_token
-    found = text.count(placeholder)
-    if found != number:
-        raise BenchmarkError(f"question {question.id} has {found} {placeholder} in its prompt and {number} {PART_TYPES[token]}s")
-    return text
-
-
-def _messages(question: Question, token: str, number: int) -> list[dict[str, Any]]:
-    """Return the conversation up to the prompt. Without a placeholder, images or video come first."""
-    placed = any(token in text for text in question.texts)
-    contents = [content_parts(text, token if placed else None) for text in question.texts]
-    if not placed:
-        contents[0] = [{"type": PART_TYPES[token]}] * number + contents[0]
-    messages: list[dict[str, Any]] = []
-    if question.system:
-        messages.append({"role": "system", "content": content_parts(question.system, None)})
-    for content, (_, answer) in zip(contents, question.history, strict=False):
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": content_parts(answer, None)}]
-    return [*messages, {"role": "user", "content": contents[-1]}]
 
 
 def prompt_inputs(processor: Any, questions: Sequence[Question]) -> Any:

@@ -136,11 +136,11 @@ def check_questions(title: str, questions: Sequence[Question]) -> None:
 
 
 def _digest(questions: Sequence[Question]) -> str:
-    # Without a conversation before the prompts, the digest is that of answers from before there were any.
+    # Without a conversation before the prompts, or options, the digest is that of answers from before there were any.
     text = json.dumps(
         [
             [question.id, question.prompt, [Path(str(image)).name for image in question.images]]
-            + [part for part in (question.history, question.system) if part]
+            + [part for part in (question.history, question.system, question.options) if part]
             for question in questions
         ]
     )

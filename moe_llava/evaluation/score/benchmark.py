@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {"digits": "digits_world", "questions": "own_questions"}
 NAMES = (
     *("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench-cn", "seed-bench"),
-    *("llava-bench", "mm-vet", "mmmu", "digits", "questions"),
+    *("llava-bench", "mm-vet", "mmmu", "digits", "digits-options", "questions"),
 )
 
 LENIENT = " (lenient)"

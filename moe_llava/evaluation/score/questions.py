@@ -30,7 +30,8 @@ class Question:
     """`id` is the benchmark's own; several questions may share it if their prompts differ. `prompt` is the whole text for the model; images
     go before it, or where it has `<image>`. `video`: goes before the prompt or where it has `<video>`; such a question has no images.
     `extra` holds what scoring needs. `history`: (question, answer) of the earlier turns of a conversation, whose texts may hold the
-    placeholders, too. `system`: the system prompt, empty for that of the chat template."""
+    placeholders, too. `system`: the system prompt, empty for that of the chat template. `options`: the model writes one of them, and
+    nothing else; empty: anything."""
 
     id: str
     prompt: str
@@ -39,6 +40,7 @@ class Question:
     video: Video | None = None
     history: tuple[tuple[str, str], ...] = ()
     system: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:

@@ -62,11 +62,11 @@ def bootstrap(
     return {name: (float(a), float(b)) for name, a, b in zip(scores[0], low, high, strict=True)}
 
 
-def t_interval(values: Sequence[float]) -> Interval:
+def t_interval(values: Sequence[float], comparisons: int = 1) -> Interval:
     """Return the mean of at least two independent runs with Student's 95% interval, n - 1 degrees of freedom. For paired differences this
-    is the interval of the paired t-test."""
+    is the interval of the paired t-test. The intervals of several `comparisons` hold the true means all at once (Bonferroni)."""
     n, mean = len(values), float(np.mean(values))
-    half = _half_width(float(np.var(values, ddof=1)) / n, n - 1)
+    half = _half_width(float(np.var(values, ddof=1)) / n, n - 1, comparisons)
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -135,6 +135,6 @@ def crossed_interval(values_SN: np.ndarray, units: Sequence[str]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(questions))
 
 
-def _half_width(variance: float, freedom: float) -> float:
-    """Return half the width of the 95% interval of a mean with this variance."""
-    return float(stats.t.ppf(0.975, freedom)) * variance**0.5
+def _half_width(variance: float, freedom: float, comparisons: int = 1) -> float:
+    """Return half the width of the 95% interval of a mean with this variance, as one of several."""
+    return float(stats.t.ppf(1 - 0.025 / comparisons, freedom)) * variance**0.5

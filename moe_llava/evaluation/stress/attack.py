@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_llava.data.encoder import EXPERT_TYPES, TOKEN_TYPES
 from moe_llava.evaluation.stress.perturb import Perturbation
-from moe_llava.model.greedy import end_tokens, prefill_positions, write_greedily
+from moe_llava.model.greedy import Allowed, end_tokens, prefill_positions, write_greedily
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
@@ -99,14 +99,17 @@ def pgd(
     return attacked.detach()
 
 
-def attacked_pixels(model: Any, image_processor: Any, inputs: Inputs, attack: Perturbation, max_new_tokens: int) -> Tensor:
-    """Return pixel values like the inputs', attacked by fgsm or pgd. The inputs are a batch of prompts, padded on the left.
+def attacked_pixels(
+    model: Any, image_processor: Any, inputs: Inputs, attack: Perturbation, max_new_tokens: int, allowed: Allowed | None = None
+) -> Tensor:
+    """Return pixel values like the inputs', attacked by fgsm or pgd. The inputs are a batch of prompts, padded on the left. `allowed`: see
+    `write_greedily`.
 
     The attack is against the model's own answer without it, including its end, so no ground truth is needed. Raises ValueError as `fgsm`
     does.
     """
     epsilon, pixels = EPSILONS[attack.strength - 1], pixel_range(image_processor)
-    continued, labels = own_answers(model, inputs, max_new_tokens)
+    continued, labels = own_answers(model, inputs, max_new_tokens, allowed)
     if attack.name == "fgsm":
         attacked = fgsm(model, continued, labels, pixels, epsilon)
     else:
@@ -115,9 +118,9 @@ def attacked_pixels(model: Any, image_processor: Any, inputs: Inputs, attack: Pe
 
 
 @torch.no_grad()
-def own_answers(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+def own_answers(model: Any, inputs: Inputs, max_new_tokens: int, allowed: Allowed | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Return the inputs with the model's greedy answers, and labels, as `with_answers` does."""
-    written = write_greedily(model, dict(inputs), max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    written = write_greedily(model, dict(inputs), max_new_tokens, allowed)[:, inputs["input_ids"].shape[1] :]
     is_end = torch.isin(written, torch.tensor(end_tokens(model), device=written.device, dtype=torch.long))
     # The end token is part of the answer; padding follows it.
     return with_answers(inputs, written, (is_end.cumsum(dim=1) - is_end.int()) == 0)
