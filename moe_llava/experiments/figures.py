@@ -96,7 +96,7 @@ def plot_interactions(rows: Sequence[Kept], scales: tuple[str, str]) -> Figure:
         _tidy(axis, "x")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.supxlabel("share of the questions, adjusted 95% interval over seeds", fontsize=9.5)
+    axes[1].set_xlabel("share of the questions, adjusted 95% interval over seeds", fontsize=9.5)
     handles = [Line2D([], [], color=COLOURS[place], marker="D", linewidth=2, label=name) for place, name in enumerate(variants)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(variants), frameon=False, fontsize=9)
     return figure
