@@ -192,7 +192,9 @@ def families(
         if as_json:
             print(json.dumps({row.model_type: {"class": row.class_name, "status": row.status, "reason": row.reason} for row in rows}))
             return
-        table = Table("model type", "class", "status", "reason")
+        table = Table()
+        for title in ("model type", "class", "status", "reason"):
+            table.add_column(title, overflow="fold")
         for row in rows:
             table.add_row(row.model_type, row.class_name, row.status, row.reason)
         Console().print(table)

@@ -80,12 +80,14 @@ def vllm(
         from moe_llava.serving.vllm_command import Layout, device_bytes, vllm_command
 
         layout = Layout(tensor_parallel, data_parallel, expert_parallel, nodes)
-        if problem := layout.problem():
-            raise ValueError(problem)
         check_checkpoint(checkpoint, plain=True)
-        print(vllm_command(checkpoint, layout))
+        command = vllm_command(checkpoint, layout)
         with heavy_imports():
+            from moe_llava.checkpoints.load import load_config
             from moe_llava.training.budget import survey
 
+        if problem := layout.problem(load_config(checkpoint).get_text_config().num_attention_heads):
+            raise ValueError(problem)
         weights, cache = device_bytes(survey(checkpoint)[0], layout)
-        print(f"each device, computed: {weights / 2**30:.2f} GiB of weights in bfloat16, {cache / 2**10:.1f} KiB of cache for a token")
+        print(command)
+        print(f"each device, computed: {weights / 2**30:.3g} GiB of weights in bfloat16, {cache / 2**10:.3g} KiB of cache for a token")

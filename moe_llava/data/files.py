@@ -221,9 +221,15 @@ def _present_images(column: Any, single: bool) -> list[list[bool]]:
 
 
 def _holds_images(feature: Any) -> bool:
+    """Return whether a column holds images: of the type of `datasets`, bytes, or bytes and path; one in a row, or a list."""
     import datasets
 
-    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+    one = getattr(feature, "feature", feature)
+    return isinstance(one, datasets.Image) or _is_binary(one["bytes"] if isinstance(one, dict) and "bytes" in one else one)
+
+
+def _is_binary(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 @lru_cache(maxsize=8)
@@ -250,5 +256,5 @@ def _open_folder(folder: Path) -> datasets.Dataset:
     for key in IMAGE_KEYS:
         if key in table.column_names and _holds_images(table.features[key]):
             raw = datasets.Image(decode=False)
-            table = table.cast_column(key, raw if isinstance(table.features[key], datasets.Image) else datasets.List(raw))
+            table = table.cast_column(key, datasets.List(raw) if isinstance(table.features[key], datasets.List) else raw)
     return table

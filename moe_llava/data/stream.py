@@ -1,8 +1,9 @@
 """Records of shards, in an order that is never held as a whole, and that a run can resume from any step.
 
 The processes of a run, and the workers of each, have a lane of their own: shards that only they read, again and again, in another order
-each time. A lane is shuffled in blocks of `buffer` records, so a position in it is five numbers: the pass over its shards, the shard, the
-record at which the block begins, the number of the block, and how many of its records were used. To resume, one block is read again.
+each time. A lane is shuffled in blocks of `buffer` records, the last of a pass smaller, so a position in it is five numbers: the pass over
+its shards, the shard, the record at which the block begins, the number of the block, and how many of its records were used. To resume, one
+block is read again.
 
 Positions travel with the batches, as workers read ahead of the step that is saved.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class Stream:
         self.lanes = self.processes * self.workers
         if len(self.shards) < self.lanes:
             raise DataError(
-                f"{pattern} has {len(self.shards)} shards, but each of {processes} processes with {self.workers} workers needs one: "
-                f"at least {self.lanes}"
+                f"shards named by {pattern}: {len(self.shards)}, but {processes} processes with {self.workers} workers each need at least "
+                f"{self.lanes}, one for each worker"
             )
         self.positions: dict[int, Position] = {}
         self._open: dict[int, Iterator[tuple[Position, str, Any]]] = {}
@@ -109,16 +110,16 @@ class Stream:
 
 
 def _read_lane(shards: list[str], buffer: int, seed: list[int], position: Position) -> Iterator[tuple[Position, str, Any]]:
-    """Yield (position after it, source, raw record) of a lane, without end, from `position` on."""
+    """Yield (position after it, source, raw record) of a lane, without end, from `position` on. No block goes beyond the end of a pass, so
+    every record comes once in each."""
     *begin, block, done = position
-    items = _read_in_turn(shards, seed, *begin)
-    while True:
-        found = list(islice(items, buffer))
-        order = np.random.default_rng([*seed, 0, block]).permutation(len(found))
-        for used in range(done, len(found)):
-            _, source, item = found[order[used]]
-            yield (*begin, block, used + 1), source, item
-        begin, block, done = list(found[-1][0]), block + 1, 0
+    for _, items in groupby(_read_in_turn(shards, seed, *begin), key=lambda item: item[0][0]):
+        while found := list(islice(items, buffer)):
+            order = np.random.default_rng([*seed, 0, block]).permutation(len(found))
+            for used in range(done, len(found)):
+                _, source, item = found[order[used]]
+                yield (*begin, block, used + 1), source, item
+            begin, block, done = list(found[-1][0]), block + 1, 0
 
 
 def _read_in_turn(shards: list[str], seed: list[int], turn: int, at: int, start: int) -> Iterator[tuple[Position, str, Any]]:

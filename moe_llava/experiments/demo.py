@@ -26,6 +26,7 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder, read_lines, write_whole
 from moe_llava.common.images import open_image
+from moe_llava.common.messages import format_duration
 from moe_llava.common.progress import show_progress
 from moe_llava.data.store import load_records
 from moe_llava.digits.base import build_base
@@ -195,6 +196,6 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="right")
     for family in results["accuracy"]["sparse"]:
         table.add_row(family, *(f"{results['accuracy'][name][family]['mean']:.1%}" for name in CHECKPOINTS))
-    seconds = results["seconds"]
-    table.add_row("training", *(f"{seconds[name]:.0f} s" for name in CHECKPOINTS))
     console.print(table)
+    times = ", ".join(f"{name} {format_duration(results['seconds'][name])}" for name in CHECKPOINTS)
+    console.print(f"training: {times}", highlight=False)

@@ -74,7 +74,7 @@ def print_notes(report: dict[str, Any], console: Console) -> None:
 
 def print_conditions(report: dict[str, Any], console: Console) -> None:
     values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["conditions"].items())
-    console.print(f"{report['bench']}: {values}", highlight=False, soft_wrap=True)
+    console.print(f"{report['bench']}: {values}", highlight=False)
 
 
 def _cell(value: Any, key: str) -> str:

@@ -311,7 +311,7 @@ def _data_conflicts(recipe: Recipe, settings: StageSettings) -> list[str]:
     if stream.weight != 1:
         problems.append(f"data.weight {has} which is read from its beginning to its end: leave it out")
     if optimisation.max_steps == -1:
-        problems.append(f"optimisation.max_steps is missing, but data names a stream, {stream.file}, whose length is unknown")
+        problems.append(f"optimisation.max_steps is needed, as the length of the stream {stream.file} is unknown: set a number of steps")
     if optimisation.group_by_length:
         problems.append(f"optimisation.group_by_length {has} whose lengths are unknown: leave it out")
     if recipe.feature_cache is not None:

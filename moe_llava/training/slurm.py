@@ -58,10 +58,21 @@ class Job:
     requeue: bool = True
 
     def problem(self) -> str | None:
-        """Return what Slurm would not understand, or None."""
+        """Return what Slurm would not understand, or what leaves no time to train, or None."""
         if not TIME.fullmatch(self.time):
             return f"--time is {self.time!r}, but must be minutes, HH:MM:SS or D-HH:MM:SS"
+        if self.seconds <= 2 * self.save_before:
+            rule = f"more than twice the {self.save_before} seconds of --save-before, or there is no time to train"
+            return f"--time is {self.time}, but must be {rule}"
         return None
+
+    @property
+    def seconds(self) -> int:
+        """The time limit; see `TIME`. Slurm reads MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+        days, dash, rest = self.time.rpartition("-")
+        numbers = [int(number) for number in rest.split(":")]
+        units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+        return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
     @property
     def processes(self) -> int:

@@ -6,6 +6,8 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -195,6 +197,19 @@ def test_a_parquet_file(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"broken.parquet is no folder of `datasets`"):
         load_records(tmp_path / "broken.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("form", ["bytes", "mapping"])
+def test_a_parquet_file_of_others(tmp_path, key, form):
+    """Not written by `datasets`, so its columns have no type `Image`. Shards are read in the same way."""
+    image = picture("red") if form == "mapping" else picture("red")["bytes"]
+    rows = [{"messages": messages("<image>What?", "Red."), key: [image] if key == "images" else image}]
+    rows.append({"messages": messages("What?", "Nothing."), key: None})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    one, none = load_records(tmp_path / "x.parquet", tmp_path)
+    assert open_image(one.images[0], one.source).getpixel((0, 0)) == (255, 0, 0)
+    assert none.images == ()
 
 
 def test_a_folder_with_the_name_of_a_module(tmp_path, monkeypatch):

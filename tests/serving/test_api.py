@@ -314,7 +314,20 @@ def test_an_image_that_is_not_taken_is_named_by_its_place(url, name):
     ]
     status, _, told = post(url, {"model": "tiny", "messages": messages})
     assert_told(status, 400, told)
-    assert "messages.2.content.1.image_url" in json.loads(told)["error"]["message"]
+    error = json.loads(told)["error"]
+    assert error["param"] == "messages.2.content.1.image_url"
+    assert error["param"] in error["message"]
+
+
+def test_a_prompt_beyond_the_context_has_openai_s_code(url):
+    for settings, message in (({}, "leaves no room for an answer in the model's context"), ({"max_tokens": 4}, "leaves no room")):
+        status, _, told = post(url, {"model": "tiny", "messages": [user([text_part("red " * 600)])], **settings})
+        assert_told(status, 400, told)
+        error = json.loads(told)["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        assert message in error["message"]
+    status, _, told = post(url, {"model": "tiny", "messages": [user()], "max_tokens": 100_000})
+    assert "and the answer up to 100000, more than the model's context" in json.loads(told)["error"]["message"]
 
 
 def test_other_ways_in_are_closed(url):

@@ -87,7 +87,7 @@ def test_what_cannot_be_asked_changes_nothing(tmp_path, begin, images):
         with pytest.raises(ValueError, match="there is no question yet"):
             unbegun()
     conversation.add_images(images[:1])
-    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and the answer up to 1, more than the model's context of 128"):
+    with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and leaves no room for an answer in the model's context of 128"):
         list(conversation.ask("where " * 120))
     assert (conversation.turns, len(conversation.pending)) == ([], 1)
 

@@ -132,7 +132,7 @@ def test_an_image_of_a_host_that_was_named_is_as_good_as_one_that_is_sent(url, p
     [
         ("/moved.png", "status 302"),
         ("/gone.png", "status 404"),
-        ("/page", "not one of PNG"),
+        ("/page", "is broken, or none of PNG"),
         ("/large", "more than 50000 bytes"),
         ("/half", "cannot be fetched"),
         ("/rubbish", "cannot be fetched"),

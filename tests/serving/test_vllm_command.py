@@ -5,7 +5,7 @@ import pytest
 from moe_llava import upcycle
 from moe_llava.checkpoints.native import export_native
 from moe_llava.serving.vllm_command import Layout, device_bytes
-from moe_llava.training.budget import count
+from moe_llava.training.budget import count, survey
 from tests.conftest import refused, run_here
 from tests.vlm import tiny_vlm
 
@@ -33,7 +33,11 @@ def test_the_command(saved):
     sparse, native, split = saved("internvl"), saved("qwen3_vl", native=True), saved("llava", routing="modality_split")
     command, memory = printed(sparse)
     assert command == f"vllm serve {sparse} --model-impl transformers --trust-remote-code"
-    assert memory.startswith("each device, computed: 0.00 GiB of weights in bfloat16, ")
+    weights, cache = device_bytes(survey(str(sparse))[0], Layout())
+    assert memory == (
+        f"each device, computed: {weights / 2**30:.3g} GiB of weights in bfloat16, {cache / 2**10:.3g} KiB of cache for a token"
+    )
+    assert not memory.startswith("each device, computed: 0 GiB")
     parallel = ("--tensor-parallel", "2", "--data-parallel", "4", "--expert-parallel", "--nodes", "2")
     options = "--tensor-parallel-size 2 --data-parallel-size 4 --enable-expert-parallel --distributed-executor-backend ray"
     assert printed(native, *parallel)[0] == f"vllm serve {native} {options}"
@@ -48,6 +52,9 @@ def test_what_vllm_computes_otherwise_is_refused(saved, tmp_path):
     assert "has capacity_factor 1.5: the tokens of a batch share it" in refused("vllm", saved("llava", capacity_factor=1.5))
     assert "has moe_in ['projector']: vLLM serves experts in the language model alone" in refused(
         "vllm", saved("llava", moe_in=["projector"])
+    )
+    assert "--tensor-parallel is 3, but must divide the 4 attention heads of the language model" in refused(
+        "vllm", saved("internvl"), "--tensor-parallel", "3"
     )
     assert "--nodes is 3, but must divide 4 devices" in refused("vllm", saved("internvl"), "--tensor-parallel", "4", "--nodes", "3")
     tiny_vlm("llava").save_pretrained(tmp_path / "dense")

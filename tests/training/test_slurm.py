@@ -60,6 +60,11 @@ def test_what_does_not_fit_the_processes(write_recipe):
         assert f"{stage}.optimisation.batch_size is 4, but must be a multiple of what all 6 devices compute at once, 24" in told
     assert "ep_size is 3, but must divide fsdp_size=4" in refused("sbatch", file, "--set", "sharding={fsdp_size: 4, ep_size: 3}")
     assert "--time is '1 day', but must be minutes, HH:MM:SS or D-HH:MM:SS" in refused("sbatch", file, "--time", "1 day")
+    short = "but must be more than twice the 300 seconds of --save-before, or there is no time to train"
+    for time in ("10", "9:59", "00:10:00", "0-0:10"):
+        assert f"--time is {time}, {short}" in refused("sbatch", file, "--gpus-per-node", "1", "--time", time)
+    for time in ("11", "10:01", "00:10:01", "0-1", "1-00"):
+        script(file, "--gpus-per-node", "1", "--time", time)
     assert "the recipe has no stage2" in refused("sbatch", file, "--set", "stage2=null", "--stage", "2")
 
 

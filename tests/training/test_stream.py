@@ -151,7 +151,7 @@ def test_a_live_teacher_takes_a_stream(write_recipe, put_shards, put_stage, tiny
     [
         (
             {"stage1__optimisation__max_steps": -1},
-            r"stage1.optimisation.max_steps is missing, but data names a stream, x/\*.tar, whose length",
+            r"stage1.optimisation.max_steps is needed, as the length of the stream x/\*.tar is unknown",
         ),
         ({"stage1__optimisation__group_by_length": True}, r"stage1.optimisation.group_by_length is set, but data names a stream"),
         ({"stage1__data": {"file": "x/*.tar", "images": "x"}}, r"stage1.data.images is set, but data names a stream"),

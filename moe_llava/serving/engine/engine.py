@@ -29,6 +29,7 @@ from moe_llava.serving.engine.cache import cache_of, has_states, is_causal, prea
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.prefixes import PrefixCache, blocks_of
 from moe_llava.serving.engine.requests import (
+    ContextError,
     EngineClosed,
     Piece,
     Prompt,
@@ -151,7 +152,7 @@ class Engine(CompletionEngine):
     def check_prompt(self, prompt: Prompt) -> None:
         ids = prompt.input_ids
         if len(ids) > self.context:
-            raise RequestError(f"the conversation has {len(ids)} tokens, more than the model's context of {self.context}")
+            raise ContextError(f"the conversation has {len(ids)} tokens, more than the model's context of {self.context}")
         unknown = max((token for token in ids if token not in self._placeholders), default=0)
         if unknown >= self._vocabulary:
             raise RequestError(f"the prompt has token {unknown}, but the vocabulary has {self._vocabulary} tokens")
@@ -164,9 +165,8 @@ class Engine(CompletionEngine):
         if not length or limit < 1:
             raise RequestError(f"a request needs a prompt and a token to generate, but has {length} tokens and max_new_tokens={limit}")
         if length + limit > self.context:
-            raise RequestError(
-                f"the prompt has {length} tokens and the answer up to {limit}, more than the model's context of {self.context}"
-            )
+            answer = f"and the answer up to {limit}, more than" if length < self.context else "and leaves no room for an answer in"
+            raise ContextError(f"the prompt has {length} tokens {answer} the model's context of {self.context}")
         self.check_prompt(request.prompt)
         check_sampling(request.temperature, request.top_p)
         if "" in request.stop:

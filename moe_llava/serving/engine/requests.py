@@ -18,6 +18,10 @@ class RequestError(ValueError):
     """The model cannot answer this request; the message names the value and the rule."""
 
 
+class ContextError(RequestError):
+    """Prompt and answer have more tokens than the model's context."""
+
+
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raise RequestError if a value is out of bounds. Logits divided by less than 0.001 would overflow."""
     if not (temperature == 0 or 0.001 <= temperature <= MAX_TEMPERATURE) or not 0 < top_p <= 1:

@@ -51,10 +51,10 @@ class ApiError(Exception):
 
 
 class MessagesError(ApiError):
-    """The messages of a request are not accepted."""
+    """The messages of a request are not accepted. `part`: the path of the value, such as `messages.0.content.1.image_url`."""
 
-    def __init__(self, message: str):
-        super().__init__(400, message, "messages")
+    def __init__(self, message: str, part: str = "messages"):
+        super().__init__(400, message, part)
 
 
 def busy(status: int, message: str, code: str) -> ApiError:

@@ -219,6 +219,8 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case requests.ContextError():
+            return ApiError(400, str(error), "messages", "context_length_exceeded")
         case requests.RequestError() | RoutingError():
             return ApiError(400, str(error))
         case requests.QueueFull():
