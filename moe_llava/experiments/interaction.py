@@ -115,9 +115,12 @@ def main() -> None:
     parser.add_argument("scales", nargs=2, help="how the names of the cells end")
     arguments = parser.parse_args()
     scales = (arguments.scales[0], arguments.scales[1])
-    experiment = read_object(arguments.run / "plan.json")["experiment"]
-    against = {name: cell["against"] or experiment["baseline"] for name, cell in experiment["cells"].items()}
-    rows = kept(against, read_lines(arguments.run / "results.jsonl"), scales)
+    try:
+        experiment = read_object(arguments.run / "plan.json")["experiment"]
+        against = {name: cell["against"] or experiment["baseline"] for name, cell in experiment["cells"].items()}
+        rows = kept(against, read_lines(arguments.run / "results.jsonl"), scales)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     save(plot_interactions(rows, scales), arguments.run / "interaction.png")
     write_whole(arguments.run / "interaction.md", table(rows, scales))
     print(table(rows, scales))

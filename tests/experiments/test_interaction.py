@@ -54,6 +54,10 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     assert "| noise:3 | split | +0 (+0 to +0) | +0.15 (" in capsys.readouterr().out
     assert (tmp_path / "interaction.png").stat().st_size > 10_000
     assert "| typos:3 | soft |" in (tmp_path / "interaction.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["interaction", str(tmp_path), "small", "huge"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: no cell is called split_huge and compared with another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
