@@ -131,7 +131,8 @@ def test_a_page_lists_every_benchmark_command_and_extra():
     text = (REPOSITORY / COMMANDS).read_text(encoding="utf-8")
     beyond = {"mmbench-cn", "seed-bench", "mmmu", "digits", "digits-options", "questions"}
     assert len(set(NAMES) - beyond) == 10
-    assert "The ten benchmarks of the paper's tables, and MMBench-CN, SEED-Bench, MMMU, the digits in two ways, and your own questions" in text
+    ten = "The ten benchmarks of the paper's tables"
+    assert f"{ten}, and MMBench-CN, SEED-Bench, MMMU, the digits in two ways, and your own questions" in text
     listed = re.findall(r"^\| `moe-llava ([\w-]+)", text, re.MULTILINE)
     verbs = {(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands}
     assert sorted(listed) == sorted((verbs | {"bench"}) - {"benchmarks"})  # which is named where its list is needed
