@@ -188,5 +188,6 @@ def plot_learned(found: Mapping[int, Sequence[Sequence[dict[str, Any]]]], labels
         axis.locator_params(axis="x", nbins=4)
         _tidy(axis, "y")
     axes[0].set_ylabel("share of the label's entropy\nthat the expert explains", fontsize=9.5)
-    axes[0].legend(frameon=False, fontsize=9)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     return figure
