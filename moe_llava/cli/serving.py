@@ -80,13 +80,15 @@ def vllm(
         from moe_llava.serving.vllm_command import Layout, device_bytes, vllm_command
 
         layout = Layout(tensor_parallel, data_parallel, expert_parallel, nodes)
+        if problem := layout.problem():
+            raise ValueError(problem)
         check_checkpoint(checkpoint, plain=True)
         command = vllm_command(checkpoint, layout)
         with heavy_imports():
             from moe_llava.checkpoints.load import load_config
             from moe_llava.training.budget import survey
 
-        if problem := layout.problem(load_config(checkpoint).get_text_config().num_attention_heads):
+        if problem := layout.problem_with(load_config(checkpoint).get_text_config().num_attention_heads):
             raise ValueError(problem)
         weights, cache = device_bytes(survey(checkpoint)[0], layout)
         print(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,10 +14,7 @@ from matplotlib.lines import Line2D
 
 from moe_llava.common.colours import EXPERT_COLOURS
 from moe_llava.evaluation.score.statistics import Interval
-from moe_llava.experiments.summary import Row
-
-if TYPE_CHECKING:
-    from moe_llava.experiments.interaction import Kept
+from moe_llava.experiments.summary import Kept, Row
 
 mpl.use("Agg")
 

@@ -15,31 +15,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_llava.common.files import read_lines, read_object, write_whole
-from moe_llava.evaluation.score.statistics import Interval, holm, paired_p, t_interval
+from moe_llava.evaluation.score.statistics import holm, paired_p, t_interval
 from moe_llava.experiments.ablate import save
 from moe_llava.experiments.cells import ExperimentError
 from moe_llava.experiments.figures import plot_interactions
-from moe_llava.experiments.summary import markdown, signed
+from moe_llava.experiments.summary import Kept, markdown, signed
 
 MEAN = "mean of all"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a variant keeps under a perturbation, at both `scales`; `interaction`: the second less the first, with its adjusted `p`."""
-
-    variant: str
-    perturbation: str
-    scales: tuple[Interval, Interval]
-    interaction: Interval
-    p: float
 
 
 def kept(against: Mapping[str, str], results: Sequence[Mapping[str, Any]], scales: tuple[str, str]) -> list[Kept]:

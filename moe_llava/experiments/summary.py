@@ -35,6 +35,17 @@ class Row:
     p_holm: float | None = None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a variant keeps under a perturbation, at both `scales`; `interaction`: the second less the first, with its adjusted `p`."""
+
+    variant: str
+    perturbation: str
+    scales: tuple[Interval, Interval]
+    interaction: Interval
+    p: float
+
+
 def compare(plan: Plan, values: Mapping[str, Sequence[float]]) -> list[Row]:
     """Return a row for each cell. `values`: cell -> the score of every seed, in the plan's order."""
     against = {name: plan.cells[name].against for name in values}

@@ -38,12 +38,16 @@ class Layout:
     expert_parallel: bool = False
     nodes: int = 1
 
-    def problem(self, heads: int) -> str | None:
-        """Return what does not fit, or None. `heads`: of the language model's attention, which vLLM divides among devices."""
-        if heads % self.tensor_parallel:
-            return f"--tensor-parallel is {self.tensor_parallel}, but must divide the {heads} attention heads of the language model"
+    def problem(self) -> str | None:
+        """Return what does not fit, or None."""
         if self.nodes > 1 and (self.tensor_parallel * self.data_parallel) % self.nodes:
             return f"--nodes is {self.nodes}, but must divide {self.tensor_parallel * self.data_parallel} devices"
+        return None
+
+    def problem_with(self, heads: int) -> str | None:
+        """Return why vLLM cannot divide the attention heads of the language model among devices, or None."""
+        if heads % self.tensor_parallel:
+            return f"--tensor-parallel is {self.tensor_parallel}, but must divide the {heads} attention heads of the language model"
         return None
 
 

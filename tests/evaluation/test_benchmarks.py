@@ -11,10 +11,10 @@ from moe_llava.evaluation.score.reading import BenchmarkError, read_json, read_j
 from moe_llava.evaluation.score.scoring import score_answers
 from tests.conftest import REPOSITORY, run_here
 
+OWN = ("digits", "digits-options", "questions")  # which have no folder of LLaVA's
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name not in ("digits", "digits-options", "questions")]
-)  # which have no folder of LLaVA's
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN])
 def test_a_benchmark_says_what_it_needs(name, tmp_path):
     benchmark = find_benchmark(name)
     assert benchmark.name == name

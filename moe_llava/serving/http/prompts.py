@@ -101,37 +101,36 @@ class PromptMaker:
         kind, example = ("video", "mp4") if isinstance(part, VideoPart) else ("image", "png")
         url, head = part.url, DATA_URL.match(part.url)
         if head is None or head[1].lower() != kind:
-            raise MessagesError(f"{path} must be a data: URL, data:{kind}/{example};base64,...; {kind}s are not fetched", path)
+            raise _refused(path, f"must be a data: URL, data:{kind}/{example};base64,...; {kind}s are not fetched")
         limit = self._limits.image_bytes
         if (len(url) - head.end()) * 3 // 4 > limit + 2:
-            raise MessagesError(f"{path} has more than {limit} bytes", path)
+            raise _refused(path, f"has more than {limit} bytes")
         try:
             return base64.b64decode(url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise MessagesError(f"{path} is not base64: {error}", path) from error
+            raise _refused(path, f"is not base64: {error}") from error
 
     def _inspect(self, image: InlineImage) -> tuple[int, Needs]:
         """Return (pixels, bytes) of an image, from its header."""
-        part = str(image)
         try:
             with Image.open(image.open(), formats=FORMATS) as header:
                 width, height = header.size
         except Image.DecompressionBombError as error:
-            raise MessagesError(f"{image} has more than {self._limits.pixels} pixels", part) from error
+            raise _refused(image, f"has more than {self._limits.pixels} pixels") from error
         except BROKEN as error:
-            raise MessagesError(f"{image} is broken, or none of {', '.join(FORMATS)}", part) from error
+            raise _refused(image, f"is broken, or none of {', '.join(FORMATS)}") from error
         if width * height > self._limits.pixels:
-            raise MessagesError(f"{image} has {width} x {height} pixels, but at most {self._limits.pixels} are allowed", part)
+            raise _refused(image, f"has {width} x {height} pixels, but at most {self._limits.pixels} are allowed")
         try:
             check_shape(header.size)
         except ValueError as error:
-            raise MessagesError(f"{image} is not accepted: {error}", part) from error
+            raise _refused(image, f"is not accepted: {error}") from error
         if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
-            raise MessagesError(f"{image} has more than {self._limits.scans} scans", part)
+            raise _refused(image, f"has more than {self._limits.scans} scans")
         size, limit = working_bytes(header.size, header.format == "WEBP", self._image_processor), self._limits.working_bytes
         if size > limit:
-            text = f"{image} has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed"
-            raise MessagesError(text, part)
+            rule = f"has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed"
+            raise _refused(image, rule)
         return width * height, Needs(size, self._builder.image_bytes)
 
     def _inspect_video(self, video: InlineImage) -> tuple[int, Needs]:
@@ -141,16 +140,16 @@ class PromptMaker:
         except DataError as error:
             raise MessagesError(str(error), str(video)) from error
         limits, frame = self._limits, info.width * info.height
-        size = f"{video} has {info.frames} frames of {info.width} x {info.height} pixels"
+        size = f"has {info.frames} frames of {info.width} x {info.height} pixels"
         if frame > limits.pixels or frame * info.frames > limits.decoded_pixels:
             most = f"at most {limits.pixels} pixels are allowed in a frame, and {limits.decoded_pixels} in all"
-            raise MessagesError(f"{size}, but {most}", str(video))
+            raise _refused(video, f"{size}, but {most}")
         pixels, per_frame = frame * len(set(indices)), self._frame_bytes or FRAME_INPUTS * frame
         needs = Needs(DECODING_VIDEO * pixels + 2 * per_frame * len(indices), per_frame * len(indices))
         if needs.working > limits.working_bytes or needs.kept > limits.all_bytes:
             needed = f"{needs.working} bytes to prepare and {needs.kept} for its inputs"
             most = f"at most {limits.working_bytes} and {limits.all_bytes} are allowed"
-            raise MessagesError(f"{size} and needs {needed}, but {most}", str(video))
+            raise _refused(video, f"{size} and needs {needed}, but {most}")
         return pixels, needs
 
     def _decoded(self, part: ImagePart | VideoPart, medium: InlineImage) -> Image.Image | Clip:
@@ -162,6 +161,11 @@ class PromptMaker:
             message = str(error)
         # Raised here, because `error` would otherwise keep the decoded image in memory until the response is sent.
         raise MessagesError(message, str(medium))
+
+
+def _refused(medium: InlineImage | str, rule: str) -> MessagesError:
+    """Return the error for an image or a video, which is named by its path in the body."""
+    return MessagesError(f"{medium} {rule}", str(medium))
 
 
 def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor) -> int:
