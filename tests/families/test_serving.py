@@ -295,7 +295,7 @@ def test_other_content_than_videos_is_refused(tmp_path):
         (ImagePart(video_url(file)), "content.0.image_url must be a data: URL, data:image/png;base64,...; images are not fetched"),
         (VideoPart("https://example.org/clip.mp4"), "content.0.video_url must be a data: URL"),
         (VideoPart(video_url(tmp_path / "list.m3u8")), "content.0.video_url, which cannot be decoded: "),
-        (ImagePart(video_url(file, "image/png")), "content.0.image_url is not one of PNG, JPEG, WEBP, GIF"),
+        (ImagePart(video_url(file, "image/png")), "content.0.image_url is broken, or none of PNG, JPEG, WEBP, GIF"),
     ):
         with pytest.raises(ApiError, match=re.escape(message)):
             maker.needs([Message("user", [part])], {})
