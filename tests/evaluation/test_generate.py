@@ -12,6 +12,7 @@ from moe_llava.common.errors import DataError
 from moe_llava.common.images import InlineImage, open_image
 from moe_llava.evaluation.ask import generate
 from moe_llava.evaluation.ask.generate import _losses_of, answer, in_background, prompt_inputs
+from moe_llava.evaluation.ask.options import Restriction
 from moe_llava.evaluation.ask.prompts import prompt_text
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.evaluation.score.questions import Question
@@ -106,7 +107,7 @@ def test_words_that_are_attacked(asked):
     assert found != clean
     stronger = []
     for number, question in enumerate(questions):
-        losses = _losses_of(model, processor, question, 16, 12)
+        losses = _losses_of(model, processor, question, Restriction([]), 16, 12)
         attacked = attack_words(question, attack, losses)
         assert found[number] == plainly(model, processor, attacked)
         before, after, random = losses([question, attacked, perturb_question(question, typos)])
@@ -140,6 +141,7 @@ def test_only_options_are_written(asked, monkeypatch):
     assert found == [chosen(model, processor, question) for question in given]
     assert len(set(found)) > 1
     assert found == answers(model, processor, given, 1)
+    assert found == answers(model, processor, given, 16, max_new_tokens=1)  # which would cut them
     monkeypatch.setattr(generate, "shares_heads", lambda processor: False)
     assert found == answers(model, processor, given, 16)
     with pytest.raises(BenchmarkError, match=f"question {questions[1].id} has no options, but others have"):

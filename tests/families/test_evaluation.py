@@ -1,20 +1,23 @@
 """Questions are answered by any family as `generate` answers them, clean and under attack."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from moe_llava import upcycle
-from moe_llava.data.encoder import Encoder
+from moe_llava.data.encoder import TOKEN_TYPES, Encoder
 from moe_llava.data.records import Record
 from moe_llava.data.rendering import make_portable
 from moe_llava.evaluation.ask.calibration import yes_probabilities
 from moe_llava.evaluation.ask.generate import answer, prompt_inputs, shares_heads
+from moe_llava.evaluation.ask.prompts import prompt_text
 from moe_llava.evaluation.ask.tasks import check_questions
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation
-from moe_llava.model.greedy import write_greedily
+from moe_llava.model.greedy import end_tokens, write_greedily
 from tests.common.test_videos import write_video
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 
@@ -89,6 +92,30 @@ def test_questions_about_videos_that_are_refused(tmp_path):
         check_questions("a test", [Question("one", "<video> <video>", video=tmp_path / "clip.mp4")])
     with pytest.raises(BenchmarkError, match=r"question one of a test names the video .*gone.mp4, which does not exist"):
         check_questions("a test", [Question("one", "What?", video=tmp_path / "gone.mp4")])
+
+
+@pytest.mark.parametrize("family", sorted(ROWS))
+def test_answers_are_options(family, questions):
+    """With each family's chat template: the option that plain forward passes lead to, token by token, alone and in batches."""
+    model, processor = made(family)
+    tokenizer, options = processor.tokenizer, ("red square", "red", "blue circle", "a red and blue image")
+    given = [replace(question, options=options) for question in questions]
+    found = dict(pair for batch in answer(model, processor, given, 2, 16) for pair in batch)
+    for index, question in enumerate(given):
+        inputs = prompt_inputs(processor, [question])
+        prompt = prompt_text(processor, question)
+        answered = {option: prompt_text(processor, question, option).removeprefix(prompt) for option in options}
+        left = {option: tokenizer(text, add_special_tokens=False)["input_ids"] for option, text in answered.items()}
+        if family == "glm4v":  # whose template begins the next turn, but does not end an answer
+            left = {option: [*ids, *end_tokens(model)] for option, ids in left.items()}
+        written: list[int] = []
+        while len(left) > 1:
+            row = torch.tensor([[*inputs["input_ids"][0].tolist(), *written]])
+            more = {name: torch.nn.functional.pad(inputs[name], (0, len(written))) for name in TOKEN_TYPES if name in inputs}
+            logits = model(**{**inputs, **more, "input_ids": row, "attention_mask": torch.ones_like(row)}).logits[0, -1]
+            written.append(max((ids[len(written)] for ids in left.values()), key=lambda token: logits[token]))
+            left = {option: ids for option, ids in left.items() if ids[: len(written)] == written}
+        assert [found[index]] == list(left), question.id
 
 
 def test_which_families_share_the_heads_of_prompts():

@@ -27,7 +27,7 @@ from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.videos import VideoReader
-from moe_llava.evaluation.ask.options import Restrict, restrict
+from moe_llava.evaluation.ask.options import Restriction, restrict
 from moe_llava.evaluation.ask.prompts import prompt_text
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
@@ -62,7 +62,7 @@ def answer(
     """Yield (index, answer) of each question, batch by batch, under a perturbation if one is given.
 
     A batch has prompts of similar length, and equal prompts where possible, whose answers have similar lengths, too. The longest come
-    first, so that memory runs out at once or never.
+    first, so that memory runs out at once or never. `max_new_tokens` does not limit options.
 
     Raises BenchmarkError before the first answer if a prompt and its images do not fit, or if there is a video and the model takes none or
     a perturbation is given; DataError if an image or a video cannot be decoded.
@@ -77,9 +77,11 @@ def answer(
         _check_videos(processor, videos[0], perturbation)
     texts = [prompt_text(processor, question) for question in questions]
     restricted = restrict(model, processor, questions, texts)
+    max_new_tokens = restricted.longest or max_new_tokens
     if perturbation is not None and perturbation.name == WORD_ATTACK:
         for index, question in enumerate(questions):
-            attacked = attack_words(question, perturbation, _losses_of(model, processor, question, batch_size, max_new_tokens))
+            losses = _losses_of(model, processor, question, Restriction(restricted.options[index : index + 1]), batch_size, max_new_tokens)
+            attacked = attack_words(question, perturbation, losses)
             for ((_, text),) in answer(model, processor, [attacked], batch_size, max_new_tokens):
                 yield [(index, text)]
         return
@@ -112,7 +114,7 @@ def _answer_whole(
     batch_size: int,
     max_new_tokens: int,
     perturbation: Perturbation | None,
-    restricted: Restrict,
+    restricted: Restriction,
 ) -> Iterator[list[tuple[int, str]]]:
     """Do the same as `answer`, without sharing heads."""
     attack = perturbation if perturbation is not None and perturbation.name in PIXEL_ATTACKS else None
@@ -125,7 +127,7 @@ def _answer_whole(
 
     for batch, made in zip(batches, in_background(prepared, batches), strict=True):
         inputs = made.to(model.device, dtype=model.dtype)
-        allowed = restricted(batch, inputs["input_ids"].shape[1])
+        allowed = restricted.allowed(batch, inputs["input_ids"].shape[1])
         if attack is not None and "pixel_values" in inputs:
             inputs["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens, allowed)
         with torch.inference_mode():
@@ -213,18 +215,18 @@ def _process_all(processor: Any, questions: Sequence[Question], texts: list[str]
     return BatchFeature(concatenated([padded_left(row, longest - row["input_ids"].shape[1], fill) for row in rows]))
 
 
-def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int, restricted: Restrict) -> None:
+def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation, max_new_tokens: int, restricted: Restriction) -> None:
     """Replace the pixels of a group of questions that each have their own head."""
     (batch,) = group.batches
     batch = sorted(batch, key=lambda row: row[1])
     ids_BS, mask_BS = _prompts(processor.tokenizer.pad_token_id, group.heads, batch)
-    allowed = restricted([index for index, *_ in batch], ids_BS.shape[1])
+    allowed = restricted.allowed([index for index, *_ in batch], ids_BS.shape[1])
     inputs = {**group.heads, "input_ids": ids_BS, "attention_mask": mask_BS}
     inputs = {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
     group.heads["pixel_values"] = attacked_pixels(model, processor.image_processor, inputs, attack, max_new_tokens, allowed)
 
 
-def _losses_of(model: Any, processor: Any, question: Question, batch_size: int, max_new_tokens: int) -> Losses:
+def _losses_of(model: Any, processor: Any, question: Question, restricted: Restriction, batch_size: int, max_new_tokens: int) -> Losses:
     """Return a function of wordings of a question: the mean losses of the model's own answer to it as it is."""
 
     def inputs_of(wordings: Sequence[Question]) -> Any:
@@ -232,8 +234,7 @@ def _losses_of(model: Any, processor: Any, question: Question, batch_size: int, 
 
     prompt = inputs_of([question])
     start = prompt["input_ids"].shape[1]
-    allowed = restrict(model, processor, [question], [prompt_text(processor, question)])([0], start)
-    own_1A = own_answers(model, prompt, max_new_tokens, allowed)[1][:, start:]
+    own_1A = own_answers(model, prompt, max_new_tokens, restricted.allowed([0], start))[1][:, start:]
 
     @torch.no_grad()
     def losses(wordings: Sequence[Question]) -> list[float]:
@@ -256,13 +257,13 @@ def _prefill_heads(model: Any, heads: Any) -> Any:
 
 @torch.inference_mode()
 def _answer_batch(
-    model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row], max_new_tokens: int, restricted: Restrict
+    model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row], max_new_tokens: int, restricted: Restriction
 ) -> list[str]:
     ids_BS, mask_BS = _prompts(tokenizer.pad_token_id, heads, batch)
     if cache is not None:
         cache = _select_rows(cache, torch.tensor([row for _, row, _ in batch], device=model.device))
     inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "past_key_values": cache}
-    allowed = restricted([index for index, *_ in batch], ids_BS.shape[1])
+    allowed = restricted.allowed([index for index, *_ in batch], ids_BS.shape[1])
     generated = write_greedily(model, inputs, max_new_tokens, allowed)
     return _decoded(model, tokenizer, generated[:, ids_BS.shape[1] :])
 
