@@ -147,6 +147,8 @@ def test_what_cannot_be_taken_is_told(url, place, path, why):
     status, _, told = show(url, at + path)
     assert_told(status, 400, told)
     assert why in told.decode()
+    together = why.startswith("within")  # the time of all images of a request
+    assert json.loads(told)["error"]["param"] == ("messages" if together else "messages.0.content.0.image_url")
     assert [path for path, _ in asked] == [path]
 
 

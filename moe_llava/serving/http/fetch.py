@@ -49,18 +49,24 @@ class Fetcher:
         self._allowed = {server for host in hosts for server in _servers(host)}
         self._tls = ssl.create_default_context()  # reads files, once
 
-    async def fetch(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
-        """Return the content of each URL. The time limit is for all together.
+    async def fetch(self, places: Sequence[tuple[str, str]], reserve: Reserve) -> dict[str, bytes]:
+        """Return the content of each URL. `places`: URLs, each with its path in the body. The time limit is for all together.
 
         Raises MessagesError if one is not allowed or cannot be fetched.
         """
         try:
-            return await asyncio.wait_for(self._fetch_all(urls, reserve), self._limits.fetch_seconds)
+            return await asyncio.wait_for(self._fetch_all(places, reserve), self._limits.fetch_seconds)
         except asyncio.TimeoutError as error:
             raise MessagesError(f"the images did not arrive within {self._limits.fetch_seconds:g} seconds") from error
 
-    async def _fetch_all(self, urls: Sequence[str], reserve: Reserve) -> dict[str, bytes]:
-        return {url: await self._fetch_one(url, reserve) for url in dict.fromkeys(urls)}
+    async def _fetch_all(self, places: Sequence[tuple[str, str]], reserve: Reserve) -> dict[str, bytes]:
+        fetched: dict[str, bytes] = {}
+        for url, path in places:
+            try:
+                fetched[url] = fetched[url] if url in fetched else await self._fetch_one(url, reserve)
+            except MessagesError as error:
+                raise MessagesError(f"{path}: {error}", path) from error
+        return fetched
 
     async def _fetch_one(self, url: str, reserve: Reserve) -> bytes:
         scheme, host, port, target = self._split(url)

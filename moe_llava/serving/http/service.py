@@ -135,8 +135,8 @@ class Service:
         if chat.model != self.name:
             raise ApiError(404, f"the model is {self.name!r}, not {chat.model[:100]!r}", "model", "model_not_found")
         self.engine.check_queue()
-        urls = [part.url for part, _ in media_of(chat.messages) if part.url[:8].lower().startswith(("http://", "https://"))]
-        fetched = await self.fetcher.fetch(urls, reservation.add) if self.fetcher is not None else {}
+        places = [(part.url, path) for part, path in media_of(chat.messages) if part.url[:8].lower().startswith(("http://", "https://"))]
+        fetched = await self.fetcher.fetch(places, reservation.add) if self.fetcher is not None else {}
         needs = await self.parsing.run(0, lambda: self.prompts.needs(chat.messages, fetched))
         reservation.add(needs.kept)
         try:
