@@ -19,6 +19,9 @@ def test_p_by_hand():
     assert paired_p([1.0, 3.0]) == pytest.approx(1 - 2 * np.arctan(2) / np.pi)
     assert paired_p([0.0, 0.0, 0.0]) == 1
     assert paired_p([0.5, 0.5, 0.5]) == 0
+    # (0.9 - 0.8) - (0.8 - 0.7) is 0, but not in floating point.
+    assert paired_p([(0.9 - 0.8) - (0.8 - 0.7)] * 3) == 1
+    assert paired_p([1e-16, 2e-16, 3e-16]) == 1
 
 
 def test_p_and_interval_agree():

@@ -43,6 +43,7 @@ def test_by_hand():
     for variant, name in (("soft", "noise:3"), ("soft", MEAN), ("split", "typos:3")):
         row = rows[variant, name]
         assert [row.interaction.mean, *(scale.mean for scale in row.scales)] == pytest.approx([0, 0, 0])
+        assert row.p == 1
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):

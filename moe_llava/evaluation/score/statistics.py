@@ -10,6 +10,7 @@ from scipy import optimize, stats
 
 RESAMPLES = 2000
 MEASURED = 1000  # resamples if each needs a call of `measure`
+ROUNDING = 1e-12  # differences of shares that are no larger are rounding errors
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Return the two-sided p of the paired t-test. It is 1 if all differences are 0, and 0 if all are the same but not 0."""
-    if np.std(differences) == 0:
-        return float(np.mean(differences) == 0)
+    """Return the two-sided p of the paired t-test. It is 1 if all differences are 0, and 0 if all are the same but not 0; both up to
+    rounding errors."""
+    if np.ptp(differences) <= ROUNDING:
+        return float(abs(np.mean(differences)) <= ROUNDING)
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
