@@ -34,11 +34,18 @@ def kept(against: Mapping[str, str], results: Sequence[Mapping[str, Any]], scale
     """Return what every variant keeps under the mean of all perturbations, then under each. `against`: cell -> the one that it is compared
     with, itself if there is none.
 
-    Raise ExperimentError if a variant is not in both scales, or a result is missing.
+    Raise ExperimentError if a variant is not in both scales, or a result is missing, twice there, or not of the plan.
     """
     by_cell: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in against}
     for result in results:
-        by_cell[result["cell"]][result["seed"]] = result
+        name, seed = result["cell"], result["seed"]
+        if name not in by_cell:
+            raise ExperimentError(f"the results have a cell {name}, but the plan has only {', '.join(against)}")
+        if seed in by_cell[name]:
+            raise ExperimentError(f"the results have cell {name} with seed {seed} twice: keep one line for each cell and seed")
+        if result.get("perturbed", {}).keys() != results[0].get("perturbed", {}).keys():
+            raise ExperimentError(f"cell {name} with seed {seed} has other perturbations than the first result: all need the same")
+        by_cell[name][seed] = result
     seeds = sorted(by_cell[next(iter(against))])
     for name, found in by_cell.items():
         if sorted(found) != seeds or len(seeds) < 2:

@@ -65,6 +65,9 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     ("against", "change", "message"),
     [
         (AGAINST, lambda found: found[:-1], r"cell split_large is complete with seeds \[0\], the first cell with \[0, 1\]"),
+        (AGAINST, lambda found: [*found, found[2]], "have cell split_small with seed 0 twice: keep one line"),
+        (AGAINST, lambda found: [*found, found[0] | {"cell": "old"}], "have a cell old, but the plan has only dense_small, "),
+        (AGAINST, lambda found: [*found[:-1], found[-1] | {"perturbed": {}}], "split_large with seed 1 has other perturbations"),
         (AGAINST, lambda found: [each | {"perturbed": {}} for each in found], "has no perturbations: add `perturb`"),
         ({"dense_small": "dense_small", "a_small": "dense_small"}, None, "no cell is called a_large and compared with another"),
         ({"dense_small": "dense_small"}, None, "no cell is called VARIANT_small and compared with another: there are dense_small"),
