@@ -11,9 +11,11 @@ Checkpoints are given with their steps; those of one step are seeds. Labels of t
     colour      its colour, of the same
 
 The measure is mutual information as a share of the entropy of the label: 0 if the expert says nothing, 1 if it determines the label. Tables
-of few tokens have some by chance, so labels are permuted: the measure's mean over permutations is subtracted, and p is the share of
-permutations that reach it. What is permuted are units that are drawn independently: families among conversations, the contents of cells
-among cells (four patches each), modalities among the tokens of a conversation.
+of few tokens have some by chance, so labels are permuted: the figure subtracts the measure's mean over permutations, and p is the share of
+permutations that reach it. Permuted are families among conversations, the contents of cells among cells (four patches each), and modalities
+among the tokens of a conversation. Tokens of a conversation are not independent: images come in one piece, and neighbours are alike. So p
+of modality only says that experts do not choose at random; it does not tell modality from place. Routers before any training pass such
+tests, too: p does not say that something was learnt.
 
 Shapes: T tokens, L MoE layers, E experts, U units, N permutations.
 """
@@ -39,7 +41,7 @@ from moe_llava.common.progress import show_progress
 from moe_llava.data.records import Record
 from moe_llava.digits.questions import sample_questions
 from moe_llava.digits.scenes import LEVELS, STANDARD, Item, Level, Scene, render, sample_scene
-from moe_llava.evaluation.score.statistics import holm
+from moe_llava.evaluation.score.statistics import holm, permutation_p
 from moe_llava.experiments.ablate import save
 from moe_llava.experiments.figures import plot_learned
 from moe_llava.experiments.summary import markdown
@@ -145,13 +147,13 @@ def measure(checkpoint: str, scenes: Sequence[Scene], records: Sequence[Record],
         drawn = [labelled.values, *(labelled.permuted(rng) for _ in range(permutations))]
         for layer, experts_T in zip(traces[0].layers, experts_LT[:, labelled.tokens], strict=True):
             found, *chance = (explained(experts_T, values_U[labelled.units]) for values_U in drawn)
-            p = (1 + sum(value >= found for value in chance)) / (1 + permutations)
+            p = permutation_p(found, chance)
             results.append({"label": name, "layer": layer, "found": found, "chance": float(np.mean(chance)), "p": p})
     return results
 
 
 def report(found: Mapping[int, Sequence[Sequence[dict[str, Any]]]], permutations: int) -> str:
-    """Return the table of the last step: label, layer, measure less chance (mean over the seeds), and the largest p of a seed, adjusted for
+    """Return the table of the last step: label, layer, measure and chance (means over the seeds), and the largest p of a seed, adjusted for
     the number of labels and layers."""
     last = found[max(found)]
     adjusted = [holm([one["p"] for one in seed]) for seed in last]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_llava.evaluation.score.statistics import crossed_interval, holm, paired_p, t_interval
+from moe_llava.evaluation.score.statistics import crossed_interval, holm, paired_p, permutation_p, t_interval
 
 
 def test_student_by_hand():
@@ -34,6 +34,12 @@ def test_p_and_interval_agree():
         assert (paired_p(differences) < 0.05) == (interval.low > 0 or interval.high < 0)
         seen.add(paired_p(differences) < 0.05)
     assert seen == {True, False}
+
+
+def test_permutations_that_reach_it():
+    assert permutation_p(0.5, [0.1, 0.5, 0.6]) == 0.75
+    assert permutation_p(0.5, [0.1] * 19) == 0.05
+    assert permutation_p(2e-16, [0.0, 1e-16, 3e-16]) == 1  # all are 0: rounding errors decide nothing
 
 
 def test_holm_by_hand():

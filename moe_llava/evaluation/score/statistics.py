@@ -105,6 +105,12 @@ def paired_p(differences: Sequence[float]) -> float:
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
+def permutation_p(found: float, permuted: Sequence[float]) -> float:
+    """Return the share of permutations whose measure is at least `found`, up to rounding errors. The data as they are count as one of the
+    permutations, so it is never 0 (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology 9, 2010)."""
+    return (1 + sum(value >= found - ROUNDING for value in permuted)) / (1 + len(permuted))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's adjustment for several tests: the smallest p times their number, the next times one fewer, never falling, at most 1."""
     order = np.argsort(p_values)
