@@ -95,6 +95,7 @@ def test_numbers_of_a_report(finished, monkeypatch, tmp_path):
     text = headline.write_report(plan, results, "again").read_text()
     assert "# A small sparse model against a large dense one: non-inferior" in text
     assert "sparse_small minus dense_large: -0.1 of all questions" in text
+    assert "It is worse all the same" in text
     assert "| accuracy | 0.41 | 0.51 | 0.61 | +0.2 (+0.2 to +0.2) | +0.1 (+0.1 to +0.1) | 50% | 50% to 50% |" in text
     assert "| existence F1 | 0.2 | 0.25 | 0.4 | +0.2 (+0.2 to +0.2) | +0.05 (+0.05 to +0.05) | 25% | 25% to 25% |" in text
 
