@@ -152,6 +152,8 @@ def check_setup(experiment: Experiment, setup: Setup, margin: float | None) -> t
     """Return the cells and the benchmark. Raise what can be known to be wrong before any data exist."""
     if margin is not None and not 0 < margin < 1:
         raise ExperimentError(f"the margin is {margin}, but must be a share of the questions, such as 0.02 for two in a hundred")
+    if margin is not None and setup.images[1] == 1:
+        raise ExperimentError("the verdict covers other pictures, which a single one says nothing about: --test-images must be at least 2")
     cells, problems = {}, []
     for name, settings in experiment.cells.items():
         try:

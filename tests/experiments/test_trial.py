@@ -103,6 +103,8 @@ def test_nothing_is_written_before_the_options_are_checked(setup, write_experime
     digits_world = dataclasses.replace(setup, data=None)
     with pytest.raises(ExperimentError, match="the margin is 0"):
         run_trial(digits_world, 0.0, QUIET, write_experiment())
+    with pytest.raises(ExperimentError, match="--test-images must be at least 2"):
+        run_trial(dataclasses.replace(digits_world, images=(None, 1)), 0.1, QUIET, write_experiment())
     with pytest.raises(ExperimentError, match="cell sparse: "):
         run_trial(digits_world, 0.1, QUIET, write_experiment(cells={"dense": None, "sparse": {"set": ["stage3.moe.num_experts=x"]}}))
     assert not setup.out.exists()
