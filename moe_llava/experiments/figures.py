@@ -86,7 +86,7 @@ def plot_interactions(rows: Sequence[Kept], scales: tuple[str, str]) -> Figure:
         place = names.index(row.perturbation) + (which - (len(variants) - 1) / 2) * 0.7 / len(variants)
         for axis, interval in zip(axes, (*row.scales, row.interaction), strict=True):
             _interval(axis, interval, place, COLOURS[which])
-    for axis, title in zip(axes, (*(f"kept, {scale}" for scale in scales), f"{scales[1]} less {scales[0]}"), strict=True):
+    for axis, title in zip(axes, (*(f"kept, {scale}" for scale in scales), f"{scales[1]} minus {scales[0]}"), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title, loc="left", fontsize=10.5)
         axis.locator_params(axis="x", nbins=5)

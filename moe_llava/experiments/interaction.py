@@ -7,7 +7,7 @@ interaction.png into its folder. For a cell, a seed and a perturbation,
 
     kept = (accuracy under it - that of the cell compared with) - (accuracy without it - that of the cell compared with)
 
-is above 0 where the variant loses less. The interaction is `kept` at the second scale less `kept` at the first. All are paired by seed.
+is above 0 where the variant loses less. The interaction is `kept` at the second scale minus `kept` at the first. All are paired by seed.
 Intervals and p are adjusted for the number of variants and perturbations.
 """
 
@@ -97,7 +97,7 @@ def _compared(variants: Sequence[str], names: Sequence[str], values: Mapping[tup
 
 
 def table(rows: Sequence[Kept], scales: tuple[str, str]) -> str:
-    lines = [["perturbation", "variant", *(f"kept, {scale}" for scale in scales), f"{scales[1]} less {scales[0]}", "p (Holm)"]]
+    lines = [["perturbation", "variant", *(f"kept, {scale}" for scale in scales), f"{scales[1]} minus {scales[0]}", "p (Holm)"]]
     for row in rows:
         intervals = [f"{signed(each.mean)} ({signed(each.low)} to {signed(each.high)})" for each in (*row.scales, row.interaction)]
         lines.append([row.perturbation, row.variant, *intervals, f"{row.p:.2g}"])

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a variant keeps under a perturbation, at both `scales`; `interaction`: the second less the first, with its adjusted `p`."""
+    """What a variant keeps under a perturbation, at both `scales`; `interaction`: the second minus the first, with its adjusted `p`."""
 
     variant: str
     perturbation: str
