@@ -99,7 +99,7 @@ def test_every_question_is_attacked_for_itself(asked, name):
     assert [found[place] for place in without] == [clean[place] for place in without]
 
 
-def test_words_that_are_attacked(asked):
+def test_words_that_are_attacked(asked, monkeypatch):
     model, processor, questions = asked
     attack, typos = Perturbation("words", 5), Perturbation("typos", 5)
     found = answers(model, processor, questions, 16, perturbation=attack)
@@ -110,10 +110,15 @@ def test_words_that_are_attacked(asked):
         losses = _losses_of(model, processor, question, Restriction([]), 16, 12)
         attacked = attack_words(question, attack, losses)
         assert found[number] == plainly(model, processor, attacked)
-        before, after, random = losses([question, attacked, perturb_question(question, typos)])
+        wordings = [question, attacked, perturb_question(question, typos)]
+        before, after, random = losses(wordings)
         assert after >= before
         stronger.append(after - random)
         assert losses([question]) == pytest.approx([before], abs=1e-5)  # whatever is in the batch
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "shares_heads", lambda processor: False)
+            whole = _losses_of(model, processor, question, Restriction([]), 2, 12)
+        assert whole(wordings) == pytest.approx([before, after, random], abs=1e-5)
     assert sum(value > 0 for value in stronger) > len(stronger) / 2  # than typos at random
 
 

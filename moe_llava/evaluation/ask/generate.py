@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -79,11 +80,14 @@ def answer(
     restricted = restrict(model, processor, questions, texts)
     max_new_tokens = restricted.longest or max_new_tokens
     if perturbation is not None and perturbation.name == WORD_ATTACK:
-        for index, question in enumerate(questions):
-            losses = _losses_of(model, processor, question, Restriction(restricted.options[index : index + 1]), batch_size, max_new_tokens)
-            attacked = attack_words(question, perturbation, losses)
-            for ((_, text),) in answer(model, processor, [attacked], batch_size, max_new_tokens):
-                yield [(index, text)]
+        for start in range(0, len(questions), batch_size):
+            attacked = []
+            for index, question in enumerate(questions[start : start + batch_size], start):
+                own = Restriction(restricted.options[index : index + 1])
+                losses = _losses_of(model, processor, question, own, batch_size, max_new_tokens)
+                attacked.append(attack_words(question, perturbation, losses))
+            for answered in answer(model, processor, attacked, batch_size, max_new_tokens):
+                yield [(start + index, text) for index, text in answered]
         return
     if videos or not shares_heads(processor):
         yield from _answer_whole(model, processor, questions, texts, batch_size, max_new_tokens, perturbation, restricted)
@@ -228,24 +232,54 @@ def _attack_heads(model: Any, processor: Any, group: Group, attack: Perturbation
 
 def _losses_of(model: Any, processor: Any, question: Question, restricted: Restriction, batch_size: int, max_new_tokens: int) -> Losses:
     """Return a function of wordings of a question: the mean losses of the model's own answer to it as it is."""
-
-    def inputs_of(wordings: Sequence[Question]) -> Any:
-        return prompt_inputs(processor, wordings).to(model.device, dtype=model.dtype)
-
-    prompt = inputs_of([question])
+    prompt = _whole_inputs(model, processor, [question])
     start = prompt["input_ids"].shape[1]
     own_1A = own_answers(model, prompt, max_new_tokens, restricted.allowed([0], start))[1][:, start:]
+    batches_of = _HeadsInCommon(model, processor).batches if shares_heads(processor) else partial(_whole_batches, model, processor)
 
     @torch.no_grad()
     def losses(wordings: Sequence[Question]) -> list[float]:
-        found: list[float] = []
-        for start in range(0, len(wordings), batch_size):
-            inputs = inputs_of(wordings[start : start + batch_size])
-            answers = own_1A.expand(len(inputs["input_ids"]), -1)
-            found += answer_losses(model, *with_answers(inputs, answers, torch.ones_like(answers, dtype=torch.bool))).tolist()
-        return found
+        found: dict[int, float] = {}
+        for indices, inputs in batches_of(wordings, batch_size):
+            answers = own_1A.expand(len(indices), -1)
+            values = answer_losses(model, *with_answers(inputs, answers, torch.ones_like(answers, dtype=torch.bool)))
+            found |= zip(indices, values.tolist(), strict=True)
+        return [found[index] for index in range(len(wordings))]
 
     return losses
+
+
+def _whole_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> Any:
+    return prompt_inputs(processor, questions).to(model.device, dtype=model.dtype)
+
+
+def _whole_batches(model: Any, processor: Any, questions: Sequence[Question], batch_size: int) -> Iterator[tuple[list[int], Any]]:
+    """Yield (indices of questions, model inputs), batch by batch."""
+    for start in range(0, len(questions), batch_size):
+        indices = list(range(start, min(start + batch_size, len(questions))))
+        yield indices, _whole_inputs(model, processor, [questions[index] for index in indices])
+
+
+class _HeadsInCommon:
+    """Batches of questions again and again, of which most have the same head: each head is prefilled once."""
+
+    def __init__(self, model: Any, processor: Any):
+        self._model, self._processor = model, processor
+        self._caches: dict[str, Any] = {"": None}
+
+    def batches(self, questions: Sequence[Question], batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield (indices of questions, model inputs behind the head, with its cache), batch by batch."""
+        image_token = self._processor.image_token
+        texts = [prompt_text(self._processor, question) for question in questions]
+        for group in _group_by_head(questions, texts, image_token, 1, alone=False):
+            made = _group_inputs(self._processor, questions, texts, group, batch_size, None)
+            head = _head(texts[group[0][0]], image_token)
+            if head not in self._caches:
+                self._caches[head] = _prefill_heads(self._model, made.heads)
+            for batch in made.batches:
+                inputs = _batch_inputs(self._model, self._processor.tokenizer, made.heads, self._caches[head], batch)
+                prefilled = inputs["attention_mask"].shape[1] - max(len(ids) for *_, ids in batch)
+                yield [index for index, *_ in batch], {**inputs, "input_ids": inputs["input_ids"][:, prefilled:]}
 
 
 @torch.inference_mode()
@@ -259,13 +293,18 @@ def _prefill_heads(model: Any, heads: Any) -> Any:
 def _answer_batch(
     model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row], max_new_tokens: int, restricted: Restriction
 ) -> list[str]:
+    inputs = _batch_inputs(model, tokenizer, heads, cache, batch)
+    length = inputs["input_ids"].shape[1]
+    allowed = restricted.allowed([index for index, *_ in batch], length)
+    return _decoded(model, tokenizer, write_greedily(model, inputs, max_new_tokens, allowed)[:, length:])
+
+
+def _batch_inputs(model: Any, tokenizer: Any, heads: Any, cache: Any, batch: list[Row]) -> dict[str, Any]:
+    """Return the ids and attention mask of whole prompts, and the cache of their heads; None without images."""
     ids_BS, mask_BS = _prompts(tokenizer.pad_token_id, heads, batch)
     if cache is not None:
         cache = _select_rows(cache, torch.tensor([row for _, row, _ in batch], device=model.device))
-    inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "past_key_values": cache}
-    allowed = restricted.allowed([index for index, *_ in batch], ids_BS.shape[1])
-    generated = write_greedily(model, inputs, max_new_tokens, allowed)
-    return _decoded(model, tokenizer, generated[:, ids_BS.shape[1] :])
+    return {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device), "past_key_values": cache}
 
 
 def _decoded(model: Any, tokenizer: Any, answers_BS: Tensor) -> list[str]:

@@ -49,8 +49,10 @@ def pixel_range(image_processor: Any) -> PixelRange:
 
 
 def answer_losses(model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label."""
-    logits = model(**inputs, position_ids=prefill_positions(model, inputs), use_cache=False).logits[:, :-1].float()
+    """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label. Inputs may continue a cache, which the
+    attention mask then covers, too."""
+    places = prefill_positions(model, inputs)[..., -labels.shape[1] :]
+    logits = model(**inputs, position_ids=places, use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
     return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
