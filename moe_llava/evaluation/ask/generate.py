@@ -188,6 +188,11 @@ def _group_inputs(
     images = [[_opened(image, questions[index], perturbation) for image in questions[index].images] for index in firsts]
     if any(images):
         heads = _process(processor, [_head(texts[index], processor.image_token) for index in firsts], images)
+    return Group(heads, _group_batches(processor, texts, group, batch_size))
+
+
+def _group_batches(processor: Any, texts: Sequence[str], group: list[list[int]], batch_size: int) -> list[list[Row]]:
+    """Return the rows of a group, in batches of similar length."""
     number = {index: place for place, members in enumerate(group) for index in members}
     order = sorted(number, key=lambda index: (len(texts[index]), texts[index]), reverse=True)
     rows = []
@@ -196,7 +201,7 @@ def _group_inputs(
     for index, ids in zip(order, all_ids, strict=True):
         last = max((place for place, token in enumerate(ids) if token == processor.image_token_id), default=-1)
         rows.append((index, number[index], ids[last + 1 :]))
-    return Group(heads, [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def _process(processor: Any, texts: list[str], images: list[list[Any]], **videos: Any) -> Any:
@@ -261,24 +266,25 @@ def _whole_batches(model: Any, processor: Any, questions: Sequence[Question], ba
 
 
 class _HeadsInCommon:
-    """Batches of questions again and again, of which most have the same head: each head is prefilled once."""
+    """Batches of wordings of one question, again and again: each head is processed and prefilled once."""
 
     def __init__(self, model: Any, processor: Any):
         self._model, self._processor = model, processor
-        self._caches: dict[str, Any] = {"": None}
+        self._prefilled: dict[str, tuple[Any, Any]] = {"": (None, None)}  # head -> (its model inputs, its cache)
 
     def batches(self, questions: Sequence[Question], batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Yield (indices of questions, model inputs behind the head, with its cache), batch by batch."""
         image_token = self._processor.image_token
         texts = [prompt_text(self._processor, question) for question in questions]
         for group in _group_by_head(questions, texts, image_token, 1, alone=False):
-            made = _group_inputs(self._processor, questions, texts, group, batch_size, None)
             head = _head(texts[group[0][0]], image_token)
-            if head not in self._caches:
-                self._caches[head] = _prefill_heads(self._model, made.heads)
-            for batch in made.batches:
-                inputs = _batch_inputs(self._model, self._processor.tokenizer, made.heads, self._caches[head], batch)
-                prefilled = inputs["attention_mask"].shape[1] - max(len(ids) for *_, ids in batch)
+            if head not in self._prefilled:
+                heads = _group_inputs(self._processor, questions, texts, group, batch_size, None).heads
+                self._prefilled[head] = heads, _prefill_heads(self._model, heads)
+            heads, cache = self._prefilled[head]
+            for batch in _group_batches(self._processor, texts, group, batch_size):
+                inputs = _batch_inputs(self._model, self._processor.tokenizer, heads, cache, batch)
+                prefilled = 0 if heads is None else heads["input_ids"].shape[1]
                 yield [index for index, *_ in batch], {**inputs, "input_ids": inputs["input_ids"][:, prefilled:]}
 
 
