@@ -141,6 +141,8 @@ def make_plan(experiment: Experiment, setup: Setup, margin: float | None = None)
     cells, benchmark = check_setup(experiment, setup, margin)
     benchmark, folder, questions = prepare(benchmark, setup.data or setup.out / "data")
     _check_scored(benchmark)
+    if margin is not None and len({question.unit for question in questions}) < 2:
+        raise ExperimentError(f"all questions of {benchmark.title} are about one picture: a verdict about other pictures needs two")
     if experiment.calibrate and not yes_or_no(questions):
         raise ExperimentError(f"{benchmark.title} has no questions whose known answer is yes or no, which calibration needs")
     perturbations = [] if experiment.perturb is None else parse_perturbations(experiment.perturb)

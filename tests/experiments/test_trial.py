@@ -77,13 +77,17 @@ def test_a_trial_from_plan_to_report(finished):
     assert run_trial(setup, 0.5, QUIET, file).read_text() == text
 
 
-def test_calibration_needs_questions_of_yes_and_no(setup, write_experiment, tiny_base, tmp_path):  # noqa: F811
-    counts = [record for record in json.loads((tiny_base / "data" / "test.json").read_text()) if record["family"] == "count"]
-    (tmp_path / "counts").mkdir()
-    (tmp_path / "counts" / "test.json").write_text(json.dumps(counts))
-    (tmp_path / "counts" / "images").symlink_to(tiny_base / "data" / "images")
-    with pytest.raises(ExperimentError, match="no questions whose known answer is yes or no"):
-        run_trial(dataclasses.replace(setup, data=tmp_path / "counts"), 0.5, QUIET, write_experiment(calibrate=True))
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("family", "no questions whose known answer is yes or no"), ("image", "are about one picture: a verdict about other")],
+)
+def test_questions_of_own_data_that_cannot_be_judged(setup, write_experiment, tiny_base, tmp_path, key, message):  # noqa: F811
+    records = json.loads((tiny_base / "data" / "test.json").read_text())
+    only = next(record for record in records if record["family"] == "count")
+    (tmp_path / "test.json").write_text(json.dumps([record for record in records if record[key] == only[key]]))
+    (tmp_path / "images").symlink_to(tiny_base / "data" / "images")
+    with pytest.raises(ExperimentError, match=message):
+        run_trial(dataclasses.replace(setup, data=tmp_path), 0.5, QUIET, write_experiment(calibrate=True))
     assert not (setup.out / "plan.json").exists()
 
 
