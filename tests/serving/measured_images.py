@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import LlavaImageProcessorPil
+from transformers import LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 
 from moe_llava.common.images import InlineImage, open_image
 from moe_llava.serving.http.prompts import FORMATS, working_bytes
@@ -45,21 +45,26 @@ def images(side):
 def prepare(name, content, processor):
     """(bytes that it took, bytes that were expected)"""
     sent = InlineImage(name, content)
-    with Image.open(sent.open()) as header:
-        expected = working_bytes(header.size, header.format == "WEBP", processor)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    processor([open_image(sent, "test", FORMATS)], return_tensors="pt")
-    return memory("VmHWM") - before, expected
+    inputs = processor([open_image(sent, "test", FORMATS)], return_tensors="pt")
+    taken = memory("VmHWM") - before
+    with Image.open(sent.open()) as header:
+        size = sum(tensor.nbytes for tensor in inputs.values())
+        return taken, working_bytes(header.size, header.format == "WEBP", processor, size)
 
 
 if __name__ == "__main__":
     large = images(SIDE)
-    for pad in (False, True):
-        processor = LlavaImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_pad=pad)
+    clip = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    for kind, processor in {
+        "cropped": LlavaImageProcessorPil(**clip, do_pad=False),
+        "padded": LlavaImageProcessorPil(**clip, do_pad=True),
+        "in patches": Qwen2VLImageProcessorPil(size={"shortest_edge": 2**16, "longest_edge": 2**24}),
+    }.items():
         for name, content in images(48).items():  # loads what decodes them
             prepare(name, content, processor)
         for name, content in large.items():
-            if pad and "PNG" not in name:  # what decodes does not know of it
+            if kind != "cropped" and "PNG" not in name:  # what decodes does not know of it
                 continue
-            print(name, pad, *prepare(name, content, processor), sep="|")
+            print(name, kind, *prepare(name, content, processor), sep="|")

@@ -3,6 +3,7 @@ a video."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.serving.engine.prefixes import media_digest
 from moe_llava.serving.engine.requests import Prompt
 
-_LARGE = (1024, 1024)  # width and height
+_LARGE, _OTHER = (1024, 1024), (512, 384)  # width and height
 _SMALL, _FRAMES = ((512, 384), (256, 640)), 4  # of two videos
 
 
@@ -30,17 +31,15 @@ class PromptError(ValueError):
 
 
 class PromptBuilder:
-    """Build prompts for the model of `processor`. Only one thread may use it at a time, because its tokenizer is not thread-safe.
-
-    `image_bytes`: the size of the inputs of a large image.
-    """
+    """Build prompts for the model of `processor`. Only one thread may use it at a time, because its tokenizer is not thread-safe."""
 
     def __init__(self, processor: ProcessorMixin):
         self._processor = processor
         self._encoder = Encoder(processor)
         self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)
-        large, _ = self._encoder.process([Image.new("RGB", _LARGE)])
-        self.image_bytes = sum(tensor.nbytes for tensor in large.values())
+        self._large_bytes, other = (self._bytes_of(size) for size in (_LARGE, _OTHER))
+        self._large_tokens = self._tokens_of(_LARGE)
+        self._proportional = abs(other * self._large_tokens / (self._large_bytes * self._tokens_of(_OTHER)) - 1) < 0.02
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words for which the tokenizer has nothing but its unknown token."""
@@ -52,6 +51,21 @@ class PromptBuilder:
         """Return (what a video file says of itself, the indices of the frames that the model sees); none is decoded. Raises DataError as
         `open_video` does."""
         return self._encoder.inspect_video(file, source)
+
+    def image_bytes(self, size: tuple[int, int]) -> int:
+        """Return the size of the inputs of an image of `size`, width and height, which is not made. Inputs grow with the number of tokens:
+        with patches in proportion; with tiles, which are not all seen, by an estimate that is at least the size for a large image."""
+        share = self._tokens_of(size) / self._large_tokens
+        return math.ceil(self._large_bytes * (share if self._proportional else max(1.0, share)))
+
+    def _bytes_of(self, size: tuple[int, int]) -> int:
+        inputs, _ = self._encoder.process([Image.new("RGB", size)])
+        return sum(tensor.nbytes for tensor in inputs.values())
+
+    def _tokens_of(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of an image of `size` as the processor tells it to engines such as vLLM, 1 if it does not."""
+        count = getattr(self._processor, "_get_num_multimodal_tokens", None)
+        return 1 if count is None else count(image_sizes=[(size[1], size[0])])["num_image_tokens"][0]
 
     def frame_bytes(self) -> int | None:
         """Return the size of a frame's inputs, if the model takes videos, and if it is the same for frames of all sizes."""

@@ -38,15 +38,14 @@ class Reservation:
 
     def add(self, size: int) -> None:
         """Reserve more bytes. Raises ApiError (429) if the budget is exceeded."""
-        if self._budget.reserved + size > self._budget.limit:
+        if size > 0 and self._budget.reserved + size > self._budget.limit:
             raise busy(429, f"all requests together may hold {self._budget.limit} bytes; try again later", "busy")
         self._budget.reserved += size
         self._size += size
 
     def keep(self, size: int) -> None:
-        """Hold `size` bytes instead of those that were added."""
-        self._budget.reserved += size - self._size
-        self._size = size
+        """Hold `size` bytes instead of those that were added. Raises ApiError as `add` does, if these are more."""
+        self.add(size - self._size)
 
     def release(self) -> None:
         """Hold nothing."""

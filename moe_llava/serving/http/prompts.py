@@ -31,6 +31,7 @@ DECODING_WEBP = 21  # WebP's decoder has two canvases, for this frame and the la
 CONVERTING = 14  # while the image is converted to an array
 KEPT = 7  # the image and its array, which are kept while it is resized
 RESIZING = 13  # of the padded or enlarged image, while it is resized or cropped
+PATCHING = 3  # times the inputs, while an image of a dynamic resolution is divided into patches
 DECODING_VIDEO = 12  # of the frames that the model sees, while they are decoded and resized: 8, beside twice their inputs
 FRAME_INPUTS = 16  # of a frame, for a model whose frames keep their size
 
@@ -66,6 +67,8 @@ class PromptMaker:
             if all_pixels > self._limits.all_pixels:
                 raise MessagesError(f"the images have more than {self._limits.all_pixels} pixels together")
             working, kept = max(working, needs.working), kept + needs.kept
+        if kept > self._limits.all_bytes:
+            raise MessagesError(f"the inputs of the images need {kept} bytes, but at most {self._limits.all_bytes} are allowed")
         return Needs(working, kept)
 
     def make(self, messages: list[Message], fetched: Fetched) -> Prompt:
@@ -127,11 +130,12 @@ class PromptMaker:
             raise _refused(image, f"is not accepted: {error}") from error
         if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
             raise _refused(image, f"has more than {self._limits.scans} scans")
-        size, limit = working_bytes(header.size, header.format == "WEBP", self._image_processor), self._limits.working_bytes
+        kept, limit = self._builder.image_bytes(fitting(header.size)), self._limits.working_bytes
+        size = working_bytes(header.size, header.format == "WEBP", self._image_processor, kept)
         if size > limit:
             rule = f"has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed"
             raise _refused(image, rule)
-        return width * height, Needs(size, self._builder.image_bytes)
+        return width * height, Needs(size, kept)
 
     def _inspect_video(self, video: InlineImage) -> tuple[int, Needs]:
         """Return (pixels of the frames that the model sees, bytes) of a video, from its header."""
@@ -168,11 +172,14 @@ def _refused(medium: InlineImage | str, rule: str) -> MessagesError:
     return MessagesError(f"{medium} {rule}", str(medium))
 
 
-def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor) -> int:
-    """Return the most bytes that `open_image` and this image processor need at once, for an image file of `size`."""
+def working_bytes(size: tuple[int, int], webp: bool, processor: BaseImageProcessor, inputs: int) -> int:
+    """Return the most bytes that `open_image` and this image processor need at once, for an image file of `size` whose inputs take
+    `inputs` bytes."""
     width, height = fitting(size)
     longer, shorter = max(width, height), min(width, height)
-    edge = processor.size.get("shortest_edge", 0)
+    edges = processor.size or {}
+    # With both edges, they are limits for an image that keeps its resolution. Qwen's and GLM's are of its area, in spite of the name.
+    edge = 0 if edges.get("longest_edge") else edges.get("shortest_edge") or 0
     largest = longer**2 if getattr(processor, "do_pad", False) else edge**2 * longer // shorter
     decoding = (DECODING_WEBP if webp else DECODING) * size[0] * size[1]
-    return max(decoding, CONVERTING * width * height, KEPT * width * height + RESIZING * largest)
+    return max(decoding, CONVERTING * width * height, KEPT * width * height + max(RESIZING * largest, PATCHING * inputs))

@@ -67,8 +67,8 @@ class Limits:
     """The limits of one request, except for `all_bytes`."""
 
     body_bytes: int = 32 * 2**20  # includes images and videos in base64
-    all_bytes: int = 192 * 2**20  # of all requests together: bodies, fetched images, and the images' inputs
-    working_bytes: int = 700 * 10**6  # to decode and resize one image or video
+    all_bytes: int = 384 * 2**20  # of all requests together: bodies, fetched images, and the images' inputs
+    working_bytes: int = 1000 * 10**6  # to decode and resize one image or video
     delimiters: int = 250_000  # commas, colons and opening brackets, which bound the number of parsed values
     image_bytes: int = 8 * 2**20  # of one encoded image or video
     pixels: int = 25_000_000  # of one decoded image, or of a frame
