@@ -4,17 +4,20 @@ import base64
 import json
 import time
 import urllib.request
+from dataclasses import replace
 from http.client import HTTPConnection
 from io import BytesIO
 
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from moe_llava.serving.chat.conversation import Conversation, Settings
 from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.prompt import PromptBuilder
 from tests.conftest import refused
-from tests.serving.conftest import server
+from tests.serving.conftest import LIMITS, server
 from tests.serving.test_engine import slowed
 from tests.training.conftest import tiny_base  # noqa: F401
 
@@ -402,6 +405,20 @@ def test_an_answer_that_takes_too_long(endless):
         with pytest.raises(openai.APIError, match="not complete"):
             list(complete(client, [user()], max_tokens=90, stream=True))
         assert metric(url, 'requests_total{outcome="504"}') == metric(url, 'requests_total{outcome="failed"}') == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_is_no_json_fails_and_frees_its_memory(served, monkeypatch, stream):
+    """A log probability that is not a number, as overflowing weights make it: twice, with room for one image."""
+    model, processor, _ = served
+    weights = torch.nn.Parameter(torch.full_like(model.lm_head.weight, torch.nan))
+    monkeypatch.setitem(model.lm_head._parameters, "weight", weights)
+    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes((20, 30)) + 5000)
+    with server(Engine(model, processor.tokenizer), processor, limits) as url:
+        for _ in range(2):
+            with client_of(url) as client, pytest.raises(openai.APIError, match="the server failed to answer"):
+                list(complete(client, [user([image_part(), text_part("is this a 7 ?")])], logprobs=True, stream=stream))
+        eventually(lambda: metric(url, "requests_running") == 0)
 
 
 def test_metrics_count_what_was_done(served):

@@ -201,9 +201,9 @@ async def _events(completion: Completion, reply: Reply) -> AsyncIterator[str]:
             if unsent and not piece.finish_reason:
                 yield unsent
                 unsent = ""
-    except ApiError as error:  # sent within the stream, because the status was sent before
+    except Exception as error:  # noqa: BLE001  sent within the stream, because the status was sent before; api_error logs it
         completion.outcome = "failed"
-        yield unsent + _event(error.body())
+        yield unsent + _event(api_error(error).body())
         return
     if reply.with_usage:
         unsent += _event(reply.usage_chunk(completion.tokens, completion.reused))
