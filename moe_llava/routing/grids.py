@@ -18,7 +18,8 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def draw_routes(trace: Trace, images: Sequence[str], layer: int | None = None) -> RenderableType:
-    """Return the routes of one row. `trace`: has pieces. `images`: their names. `layer`: show this one only.
+    """Return the routes of one row. `trace`: has pieces. `images`: their names, which are shown if the model sees each as a whole.
+    `layer`: show this one only.
 
     Raise RoutingError if `layer` is no MoE layer.
     """
@@ -26,7 +27,9 @@ def draw_routes(trace: Trace, images: Sequence[str], layer: int | None = None) -
         raise RoutingError(f"layer {layer} has no experts; those that have are {', '.join(map(str, trace.layers))}")
     places = [place for place, index in enumerate(trace.layers) if layer in (None, index)]
     parts: list[RenderableType] = []
-    for number, name in enumerate(images):
+    whole = trace.pictures == list(range(len(images)))
+    for number in trace.pictures:
+        name = images[number] if whole else f"tile {number + 1}"
         grids = [_grid(f"layer {trace.layers[place]}", first_experts(trace, number, place).tolist()) for place in places]
         parts += [Text(name, style="bold"), Columns(grids, padding=(1, 3))]
     answer = Table.grid(padding=(0, 2, 0, 0))

@@ -169,17 +169,17 @@ def _line(modality: str) -> dict[str, Any]:
 
 
 def plot_patches(trace: Trace, pictures: Sequence[np.ndarray], experts: int) -> Figure:
-    """Draw every image of a trace, and beside it, for each layer, its patches in the colour of their first expert. `pictures`: [height,
-    width, 3] in 0..1, as the model sees them."""
+    """Draw every image of a trace whose patches have places, and beside it, for each layer, its patches in the colour of their first
+    expert. `pictures`: [height, width, 3] in 0..1, as the model sees them."""
     columns = 1 + len(trace.layers)
     across = min(columns, 5)
     down = math.ceil(columns / across)
-    figure = Figure(figsize=(2.4 * across, 2.55 * down * len(pictures) + 0.4), layout="constrained")
-    axes = figure.subplots(down * len(pictures), across, squeeze=False)
+    figure = Figure(figsize=(2.4 * across, 2.55 * down * len(trace.pictures) + 0.4), layout="constrained")
+    axes = figure.subplots(down * len(trace.pictures), across, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for number, picture in enumerate(pictures):
-        here = axes[number * down : (number + 1) * down].flat
+    for place, number in enumerate(trace.pictures):
+        here, picture = axes[place * down : (place + 1) * down].flat, pictures[number]
         here[0].imshow(picture, interpolation="nearest")
         here[0].set_title("input of the model", fontsize=9)
         for index, layer in enumerate(trace.layers):

@@ -77,7 +77,7 @@ def write_routes(
 def _write_example(path: Path, example: Example, experts: int) -> None:
     path.parent.mkdir(exist_ok=True)
     example.trace.save(path.with_suffix(".safetensors"), source=example.source, group=example.group)
-    if example.pictures:
+    if example.trace.pictures:
         _write(plot_patches(example.trace, example.pictures, experts), path.with_name(f"{path.name}-patches"))
     _write(plot_answer(example.trace, experts), path.with_name(f"{path.name}-answer"))
 

@@ -45,8 +45,8 @@ class Trace:
     `probs_LTE`: softmax of the router's logits, or their sigmoid divided by its sum, float32. `ids_LTK`: the chosen experts, in order of
     falling probability, and `weights_LTK`: their weights. `dropped_LTK`: assignments to a full expert, whose weight is 0.
     `token_ids_T`, `rows_T`: the token and its row. `kinds_T`: an index of KINDS. `answer_T`: whether the token belongs to an answer, of the
-    model or of a record; the others are prompt. `places_T3`: for an image's token, the index of the image in its row, and the row and
-    column of its patch; -1 for others, such as a class token or a video.
+    model or of a record; the others are prompt. `places_T3`: for an image's token, the index of the image in its row, of the tile if the
+    model sees tiles, and the row and column of its patch; -1 for others, such as a class token or a video.
     `layers`: indices of the MoE layers. `pieces`: each token as text, if there is a tokenizer; "" for a placeholder. `patches`: for each
     router outside the language model, by its label, the patches that each expert took, of the images of all rows.
     """
@@ -63,6 +63,11 @@ class Trace:
     layers: tuple[int, ...]
     pieces: tuple[str, ...] | None = None
     patches: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> list[int]:
+        """The images of one row, or their tiles, whose patches have places. Aria's have none: each token is a query to the whole image."""
+        return self.places_T3[self.places_T3[:, 1] >= 0, 0].unique().tolist()
 
     def split(self) -> list[Trace]:
         """Return a trace for each row."""

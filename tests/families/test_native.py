@@ -19,6 +19,7 @@ from moe_llava.data.records import Record
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.routing.routers import check_routers, find_routers, layer_index, routed_experts
+from moe_llava.routing.routes import write_routes
 from moe_llava.routing.statistics import RoutingStatistics
 from moe_llava.routing.tokens import RoutingError
 from moe_llava.routing.trace import trace_answer, trace_routing
@@ -32,6 +33,9 @@ from moe_llava.training.run import train
 from tests.conftest import REPOSITORY
 from tests.families.native import CONFIGS, SPARSE, native_checkpoint
 from tests.families.test_training import check_same_weights, data, write_recipe  # noqa: F401
+from tests.serving.conftest import server
+from tests.serving.hostile import PNG, data_url
+from tests.serving.test_api import post
 from tests.training.conftest import stopping  # noqa: F401
 from tests.training.test_distributed import read_log
 
@@ -93,7 +97,7 @@ def test_it_is_served_and_evaluated(family, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_router_per_sparse_layer_is_traced(family, checkpoints):
+def test_one_router_per_sparse_layer_is_traced(family, checkpoints, tmp_path):
     model, processor = load_checkpoint(checkpoints(family))
     assert tuple(layer_index(name) for name in find_routers(model)) == SPARSE[family]
     prompt, _ = prompt_of(processor)
@@ -102,7 +106,18 @@ def test_one_router_per_sparse_layer_is_traced(family, checkpoints):
     assert trace.answer_T.sum() == 2
     assert trace.places_T3[:, 0].max() == 0
     # The projector of Aria sends queries to the whole image: its features have no place in it.
-    assert (trace.places_T3[:, 1].max() >= 0) == (family != "aria")
+    assert trace.pictures == ([] if family == "aria" else [0])
+    prompt_of(processor)[1].save(tmp_path / "a.png")
+    record = Record("a record", (("<image>\nWhat?", "A picture."),), (tmp_path / "a.png",))
+    (tmp_path / "out").mkdir()
+    write_routes(tmp_path / "out", family, model, processor, [record], 1, None)
+    drawn = sorted(file.name for file in (tmp_path / "out" / "examples").glob("*.png"))
+    assert drawn == (["00-answer.png"] if family == "aria" else ["00-answer.png", "00-patches.png"])
+    image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "A picture."}]
+    with server(Engine(model, processor.tokenizer), processor) as url:
+        status, _, body = post(url, {"model": "tiny", "messages": messages}, path="/routes")
+    assert (status, len(json.loads(body)["images"])) == (200, len(trace.pictures))
 
 
 def test_routers_of_text_and_of_images_are_traced_as_one(checkpoints):

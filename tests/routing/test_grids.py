@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,14 @@ def test_patches_of_every_image_and_tokens_of_the_answer(trace):
     assert lines[9] == ["layer", "1", "a₁", "[red]₂", "'", "'₁₀", r"'\x1b'₁"]
     assert lines[10][:3] == ["layer", "3", "a₃"]
     assert " ".join(lines[-2] + lines[-1]).endswith("expert 10 first choice of 2")
+
+
+def test_tiles_are_not_named_like_the_image_that_they_are_of(trace):
+    text = drawn(draw_routes(trace, ["a.png"]))
+    assert text.splitlines()[0].strip() == "tile 1"
+    assert text.count("tile") == 2
+    text = drawn(draw_routes(replace(trace, places_T3=torch.full((13, 3), -1)), ["a.png"]))
+    assert text.splitlines()[0].strip() == "answer"
 
 
 def test_colours_are_those_of_the_pictures(trace):

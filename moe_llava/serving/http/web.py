@@ -136,7 +136,7 @@ class Routes:
             "experts": len(colours),
             "colours": colours,
             "inks": [ink(colour) for colour in colours],
-            "images": [_image(trace, number, png_url(picture)) for number, picture in enumerate(pictures)],
+            "images": [_image(trace, number, png_url(pictures[number])) for number in trace.pictures],
             "answer": {"tokens": _pieces(trace), **_experts(trace, trace.answer_T)},
         }
 
