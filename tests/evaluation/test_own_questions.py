@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,12 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.files import read_items
 from moe_llava.data.records import parse_record
 from moe_llava.data.rendering import own_template
+from moe_llava.evaluation.ask.answers import begin
 from moe_llava.evaluation.ask.generate import prompt_text
-from moe_llava.evaluation.ask.tasks import prepare
+from moe_llava.evaluation.ask.tasks import plan_tasks, prepare
 from moe_llava.evaluation.score.benchmark import Options, configured, find_benchmark
 from moe_llava.evaluation.score.questions import Question
+from moe_llava.evaluation.score.reading import BenchmarkError
 from moe_llava.evaluation.stress.perturb import Perturbation, perturb_question
 from tests.conftest import refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -189,6 +192,43 @@ def test_an_evaluation_that_is_stopped_and_resumed(tiny_base, write, tmp_path): 
     changed[6]["conversations"][2]["value"] = "4"
     write(changed)
     assert "were made with" in refused(*common)
+
+
+def pictured(name, key="image"):
+    return [record("a", f"<{key}>\nwhat colour is the 3 ?", "red", **{key: name}), record("b", "what is 1 + 1 ?", "two")]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "change"),
+    [
+        ((pictured("1.png"), "old"), (pictured("1.png"), "new"), "questions: names of pictures"),
+        ((pictured("old/1.png"), ""), (pictured("new/1.png"), ""), "questions: names of pictures"),
+        ((pictured("old/a.mp4", "video"), ""), (pictured("old/b.mp4", "video"), ""), "questions: names of pictures"),
+        ((pictured(["old/1.png"], "video"), ""), (pictured(["new/1.png"], "video"), ""), "questions: names of pictures"),
+        ((RECORDS[5:6], ""), ([record("f", "what is 1 + 2 ?", "three")], ""), "questions: texts"),
+    ],
+)
+def test_answers_about_other_pictures_are_refused(tiny_base, tmp_path, monkeypatch, before, now, change):  # noqa: F811
+    """The same command resumes, also with a relative path for an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("old/1.png", "new/1.png", "old/a.mp4", "old/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+
+    def planned(records, images, home=Path()):
+        (tmp_path / "own.json").write_text(json.dumps(records))
+        options = Options(images=home / images if images else None)
+        return plan_tasks(str(tiny_base / "base"), ["questions"], home / "own.json", tmp_path / "out", None, [], options)[0][0]
+
+    task = planned(*before)
+    begin(task.out, task.settings)
+    planned(*before, home=tmp_path)
+    with pytest.raises(BenchmarkError, match=rf"the answers in .*questions were made with other {change}: choose another --out"):
+        planned(*now)
+    settings = json.loads((task.out / "settings.json").read_text())
+    (task.out / "settings.json").write_text(json.dumps(settings | {"questions": "0123456789abcdef"}))
+    with pytest.raises(BenchmarkError, match="made with questions of which no digests were kept, by an earlier version"):
+        planned(*before)
 
 
 def problems(*records):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from os.path import abspath
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.files import file_digest
+from moe_llava.common.images import ImageSource
 from moe_llava.common.messages import first_line
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
@@ -38,17 +40,25 @@ def checkpoint_digests(checkpoint: str) -> dict[str, str | None]:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be loaded: {first_line(error)}") from error
 
 
+def picture_name(picture: Path | ImageSource, folder: Path) -> str:
+    """Return the name of a picture, video or frame. That of a file is its path, in the benchmark's `folder` if it is there; the folder of a
+    user's own file is the one that it is in."""
+    if not isinstance(picture, Path):
+        return str(picture)
+    return _name(Path(abspath(picture)), Path(abspath(folder if folder.is_dir() else folder.parent)))
+
+
 def picture_digests(questions: Iterable[Question], folder: Path) -> dict[str, str]:
-    """Return name -> digest for each picture, video or frame of the questions. The name of a file in the benchmark's `folder` is
-    its path there. Raises BenchmarkError if an image in a row cannot be read."""
+    """Return `picture_name` -> digest for each picture, video or frame of the questions. Raises BenchmarkError if an image in a row cannot
+    be read."""
     digests = {}
     for image in dict.fromkeys(image for question in questions for image in question.media):
         if isinstance(image, Path):
-            digests[_name(image, folder)] = content_digest(image)
+            digests[picture_name(image, folder)] = content_digest(image)
         else:
             try:
                 with image.open() as file:
-                    digests[str(image)] = hashlib.sha256(file.read()).hexdigest()[:LENGTH]
+                    digests[picture_name(image, folder)] = hashlib.sha256(file.read()).hexdigest()[:LENGTH]
             except OSError as error:  # a row may name a file
                 raise BenchmarkError(f"the image {image} cannot be read: {error}") from error
     return digests

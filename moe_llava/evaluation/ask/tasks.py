@@ -15,7 +15,7 @@ from moe_llava.common.messages import listed
 from moe_llava.common.videos import missing_video
 from moe_llava.data.records import IMAGE_TOKEN, PART_TYPES, VIDEO_TOKEN
 from moe_llava.evaluation.ask.answers import check_settings
-from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests
+from moe_llava.evaluation.ask.contents import checkpoint_digests, picture_digests, picture_name
 from moe_llava.evaluation.score.benchmark import (
     NO_OPTIONS,
     Benchmark,
@@ -79,7 +79,7 @@ def plan_tasks(
             _check_scored(benchmark, perturbations)
             benchmark, folder, questions = prepare(benchmark, data, limit)
             _check_scored(benchmark, perturbations)
-            settings = {**made_with, "benchmark": name, "questions": _digest(questions), **GREEDY}
+            settings = {**made_with, "benchmark": name, "questions": _digests(questions, folder), **GREEDY}
             settings["max_new_tokens"] = benchmark.max_new_tokens
             settings["pictures"] = picture_digests(questions[:limit], folder)
             task = Task(benchmark, folder, out / name, questions, questions[:limit], settings)
@@ -135,13 +135,13 @@ def check_questions(title: str, questions: Sequence[Question]) -> None:
         raise BenchmarkError(listed(problems))
 
 
-def _digest(questions: Sequence[Question]) -> str:
-    # Without a conversation before the prompts, or options, the digest is that of answers from before there were any.
-    text = json.dumps(
-        [
-            [question.id, question.prompt, [Path(str(image)).name for image in question.images]]
-            + [part for part in (question.history, question.system, question.options) if part]
-            for question in questions
-        ]
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digests(questions: Sequence[Question], folder: Path) -> dict[str, str]:
+    """Return the digests of what all questions are; `picture_digests` has the contents of the selected ones' pictures."""
+    return {
+        "texts": _digest([[each.id, each.prompt, each.history, each.system, each.options] for each in questions]),
+        "names of pictures": _digest([[picture_name(picture, folder) for picture in each.media] for each in questions]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
