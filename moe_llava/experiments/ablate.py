@@ -27,7 +27,9 @@ from moe_llava.experiments.summary import (
     markdown,
     planned_table,
     score_table,
+    scores_by_cell,
     training_table,
+    undefined,
 )
 
 
@@ -39,7 +41,11 @@ def run_ablation(name: str, setup: Setup, console: Console) -> Path:
     plan, results = conduct(load_experiment(find_experiment(name)), setup, None, console)
     parts = [f"# {plan.experiment.title}", plan.experiment.paper, conditions(plan)]
     for number, score in enumerate(plan.benchmark.headline, start=1):
-        rows = compare(plan, by_cell(plan, results, "scores", score))
+        values = scores_by_cell(plan, results, score)
+        if gaps := undefined([value for found in values.values() for value in found]):
+            parts.append(f"{score}: {gaps} runs")
+            continue
+        rows = compare(plan, values)
         picture = "scores.png" if number == 1 else f"scores-{number}.png"
         save(plot_comparison(rows, score, plan.experiment.baseline), plan.out / picture)
         parts += [score_table(score, rows), f"![{score}]({picture})"]

@@ -6,12 +6,14 @@ seeds is Student's, and covers other seeds on the same questions; `evaluation/sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moe_llava.evaluation.score.benchmark import LENIENT
 from moe_llava.evaluation.score.statistics import Interval, holm, paired_p, t_interval
 from moe_llava.experiments.cells import CellBudget
 from moe_llava.experiments.plan import Plan
@@ -75,6 +77,27 @@ def by_cell(plan: Plan, results: Sequence[dict[str, Any]], *path: str) -> dict[s
     return found
 
 
+def scores_by_cell(plan: Plan, results: Sequence[dict[str, Any]], score: str) -> dict[str, list[float]]:
+    """Return cell -> the score of every seed, NaN where it is undefined. A result leaves "x (lenient)" out where it equals x, and a score
+    that is undefined."""
+    found: dict[str, list[float]] = {name: [] for name in plan.cells}
+    for result in results:
+        scores = result["scores"]
+        found[result["cell"]].append(float(scores.get(score, scores.get(score.removesuffix(LENIENT), math.nan))))
+    return found
+
+
+def score_names(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the scores that any result has."""
+    return list(dict.fromkeys(name for result in results for name in result["scores"]))
+
+
+def undefined(values: Sequence[float]) -> str:
+    """Return in how many runs a score is undefined; an empty text if in none."""
+    number = sum(map(math.isnan, values))
+    return f"undefined in {number} of {len(values)}" if number else ""
+
+
 def score_table(title: str, rows: Sequence[Row]) -> str:
     """Return a Markdown table of one score."""
     lines = [["cell", title, "SD", "95% interval", "difference", "95% interval", "from", "p", "p (Holm)"]]
@@ -134,9 +157,9 @@ def training_table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
 def all_scores(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of every score of the benchmark: mean and standard deviation over seeds."""
     lines = [["score", *plan.cells]]
-    for score in results[0]["scores"]:
-        values = by_cell(plan, results, "scores", score)
-        lines.append([score, *(f"{np.mean(found):.4g} ({np.std(found, ddof=1):.2g})" for found in values.values())])
+    for score in score_names(results):
+        values = scores_by_cell(plan, results, score).values()
+        lines.append([score, *(undefined(found) or f"{np.mean(found):.4g} ({np.std(found, ddof=1):.2g})" for found in values)])
     return markdown(lines)
 
 

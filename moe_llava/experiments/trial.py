@@ -23,11 +23,24 @@ import moe_llava
 from moe_llava.common.files import write_whole
 from moe_llava.digits import RECIPE
 from moe_llava.evaluation.ask.answers import read_answers
+from moe_llava.evaluation.score.benchmark import LENIENT
 from moe_llava.evaluation.score.statistics import Interval, crossed_interval
 from moe_llava.experiments.ablate import conditions, conduct, perturbed_part, save
 from moe_llava.experiments.figures import plot_calibration, plot_comparison, plot_differences
 from moe_llava.experiments.plan import TRIAL, Plan, Setup, load_experiment
-from moe_llava.experiments.summary import Row, all_scores, budget_table, by_cell, compare, markdown, score_table, signed
+from moe_llava.experiments.summary import (
+    Row,
+    all_scores,
+    budget_table,
+    by_cell,
+    compare,
+    markdown,
+    score_names,
+    score_table,
+    scores_by_cell,
+    signed,
+    undefined,
+)
 
 # The score, 0 to 1, of each seed's answer to each question [S, N]; and the unit of each question, such as its picture.
 Answers = tuple[np.ndarray, list[str]]
@@ -155,11 +168,14 @@ def claim_part(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     baseline, claim = plan.experiment.baseline, plan.experiment.claim
     assert claim is not None
     lines, differences = [["score", baseline, claim, "difference", "95% interval over seeds"]], {}
-    for score in (name for name in results[0]["scores"] if not name.endswith(PARTS_OF_F1)):
-        rows = {row.cell: row for row in compare(plan, by_cell(plan, results, "scores", score))}
+    for score in (name for name in score_names(results) if not name.removesuffix(LENIENT).endswith(PARTS_OF_F1)):
+        rows = {row.cell: row for row in compare(plan, scores_by_cell(plan, results, score))}
         found = rows[claim].difference
         assert found is not None
-        means = (f"{rows[name].mean.mean:.4g}" for name in (baseline, claim))
+        means = [undefined(rows[name].values) or f"{rows[name].mean.mean:.4g}" for name in (baseline, claim)]
+        if undefined([found.mean]):
+            lines.append([score, *means, "", ""])
+            continue
         lines.append([score, *means, signed(found.mean), f"{signed(found.low)} to {signed(found.high)}"])
         differences[score] = found
     save(plot_differences(differences, f"{claim} minus {baseline}"), plan.out / "scores.png")

@@ -1,11 +1,16 @@
 """Tables against numbers worked out by hand."""
 
+import dataclasses
+
 import pytest
 
+from moe_llava.experiments import ablate
 from moe_llava.experiments.cells import CellBudget
 from moe_llava.experiments.figures import plot_comparison
 from moe_llava.experiments.plan import load_experiment, make_plan
 from moe_llava.experiments.summary import all_scores, budget_table, by_cell, compare, planned_table, score_table
+from moe_llava.experiments.trial import claim_part
+from tests.experiments.conftest import QUIET
 
 ACCURACY = {"dense": [0.50, 0.60, 0.70], "sparse": [0.51, 0.62, 0.73], "worse": [0.40, 0.50, 0.60]}
 
@@ -52,6 +57,36 @@ def test_scores_and_pairs(plan):
     assert rows["sparse"] == ["0.62", "0.11", "0.347 to 0.893", "+0.02", "-0.00484 to 0.0448", "dense", "0.074", "0.074"]
     assert rows["worse"][5] == "sparse"
     assert cells_of(all_scores(plan, results()))["accuracy"] == ["0.6 (0.1)", "0.62 (0.11)", "0.5 (0.1)"]
+
+
+@pytest.mark.parametrize("dropped", [("dense", 0), ("sparse", 2)])
+def test_scores_that_some_results_leave_out(plan, dropped):
+    """The lenient score is left out where it equals the other one; precision where it is undefined."""
+    found = results()
+    for result in found:
+        kept = (result["cell"], result["seed"]) != dropped
+        result["scores"] |= {"yes/precision": 50.0, "accuracy (lenient)": result["scores"]["accuracy"]} if kept else {}
+        result["scores"] |= {"precision": 50.0} if kept else {}
+    rows = cells_of(all_scores(plan, found))
+    assert rows["accuracy (lenient)"] == rows["accuracy"] == ["0.6 (0.1)", "0.62 (0.11)", "0.5 (0.1)"]
+    expected = ["undefined in 1 of 3" if cell == dropped[0] else "50 (0)" for cell in ACCURACY]
+    assert rows["yes/precision"] == expected
+    plan.out.mkdir()
+    rows = cells_of(claim_part(plan, found))
+    assert rows["accuracy (lenient)"] == rows["accuracy"] == ["0.6", "0.62", "+0.02", "-0.00484 to +0.0448"]
+    assert rows["precision"] == [*("undefined in 1 of 3" if cell == dropped[0] else "50" for cell in ("dense", "sparse")), "", ""]
+    assert "yes/precision" not in rows
+    assert (plan.out / "scores.png").is_file()
+
+
+def test_an_ablation_states_that_a_main_score_is_undefined(setup, plan, monkeypatch):
+    plan.out.mkdir()
+    plan = dataclasses.replace(plan, benchmark=dataclasses.replace(plan.benchmark, headline=("accuracy", "cognition")))
+    found = [result | {"training": {"language_loss": 1.0, "largest_load": None}} for result in results()]
+    monkeypatch.setattr(ablate, "conduct", lambda *_: (plan, found))
+    text = ablate.run_ablation("topk", setup, QUIET).read_text()
+    assert "| sparse | 0.62 | 0.11 |" in text
+    assert "cognition: undefined in 9 of 9 runs" in text
 
 
 def test_unequal_budgets_are_flagged(plan):
