@@ -88,8 +88,9 @@ def vllm(
             from moe_llava.checkpoints.load import load_config
             from moe_llava.training.budget import survey
 
-        if problem := layout.problem_with(load_config(checkpoint).get_text_config().num_attention_heads):
+        config = load_config(checkpoint)
+        if problem := layout.problem_with(config.get_text_config().num_attention_heads):
             raise ValueError(problem)
-        weights, cache = device_bytes(survey(checkpoint)[0], layout)
+        weights, cache = device_bytes(survey(checkpoint)[0], config, layout)
         print(command)
         print(f"each device, computed: {weights / 2**30:.3g} GiB of weights in bfloat16, {cache / 2**10:.3g} KiB of cache for a token")

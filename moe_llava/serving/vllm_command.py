@@ -15,6 +15,8 @@ from moe_llava.checkpoints.files import EXPORT_FIELD, SPARSE, read_config
 from moe_llava.common.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from moe_llava.training.budget import Budget
 
 # Families that vLLM's backend for transformers models computes otherwise, or does not start.
@@ -84,11 +86,14 @@ def _check(config: dict[str, Any], path: str | Path) -> None:
         raise CheckpointError(f"checkpoint {path} has moe_in {config['moe_in']}: vLLM serves experts in the language model alone")
 
 
-def device_bytes(budget: Budget, layout: Layout, dtype_bytes: int = 2) -> tuple[int, int]:
-    """Return (weights, cache of a token) of each device in bytes, computed: experts and language model are divided, the tower is not."""
+def device_bytes(budget: Budget, config: PreTrainedConfig, layout: Layout, dtype_bytes: int = 2) -> tuple[int, int]:
+    """Return (weights, cache of a token) of each device in bytes, computed: experts and language model are divided, the tower is not. A
+    device has at least one head of keys and values."""
     whole = budget.total["tower"] + budget.total["projector"]
     experts = budget.total["experts"]
     others = sum(budget.total.values()) - whole - experts
     shares = layout.tensor_parallel * (layout.data_parallel if layout.expert_parallel else 1)
     weights = whole + others / layout.tensor_parallel + experts / shares
-    return round(weights * dtype_bytes), round(budget.cache_bytes / layout.tensor_parallel)
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return round(weights * dtype_bytes), round(budget.cache_bytes / min(layout.tensor_parallel, heads))

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_llava import upcycle
+from moe_llava.checkpoints.load import load_config
 from moe_llava.checkpoints.native import export_native
 from moe_llava.serving.vllm_command import Layout, device_bytes
 from moe_llava.training.budget import count, survey
@@ -33,7 +34,7 @@ def test_the_command(saved):
     sparse, native, split = saved("internvl"), saved("qwen3_vl", native=True), saved("llava", routing="modality_split")
     command, memory = printed(sparse)
     assert command == f"vllm serve {sparse} --model-impl transformers --trust-remote-code"
-    weights, cache = device_bytes(survey(str(sparse))[0], Layout())
+    weights, cache = device_bytes(survey(str(sparse))[0], load_config(sparse), Layout())
     assert memory == (
         f"each device, computed: {weights / 2**30:.3g} GiB of weights in bfloat16, {cache / 2**10:.3g} KiB of cache for a token"
     )
@@ -62,11 +63,15 @@ def test_what_vllm_computes_otherwise_is_refused(saved, tmp_path):
 
 
 def test_memory_of_a_device():
-    budget = count(upcycle(tiny_vlm("internvl"), num_experts=4))
-    whole, cache = device_bytes(budget, Layout())
+    sparse = upcycle(tiny_vlm("internvl"), num_experts=4)
+    budget, config = count(sparse), sparse.config
+    whole, cache = device_bytes(budget, config, Layout())
     assert (whole, cache) == (budget.weight_bytes, budget.cache_bytes)
     tower = 2 * (budget.total["tower"] + budget.total["projector"])
-    assert device_bytes(budget, Layout(tensor_parallel=2)) == (tower + (whole - tower) // 2, cache // 2)
+    assert device_bytes(budget, config, Layout(tensor_parallel=2)) == (tower + (whole - tower) // 2, cache // 2)
+    # Each of four devices has one of the two heads of keys and values.
+    assert config.get_text_config().num_key_value_heads == 2
+    assert device_bytes(budget, config, Layout(tensor_parallel=4)) == (tower + (whole - tower) // 4, cache // 2)
     experts = 2 * budget.total["experts"]
-    divided = device_bytes(budget, Layout(tensor_parallel=2, data_parallel=2, expert_parallel=True))[0]
+    divided = device_bytes(budget, config, Layout(tensor_parallel=2, data_parallel=2, expert_parallel=True))[0]
     assert divided == tower + (whole - tower - experts) // 2 + experts // 4
