@@ -81,7 +81,7 @@ class MasterWeights:
 class Saved:
     """What is saved in a folder: the model, as `save_pretrained` does, and STATE, from which the same command resumes.
 
-    `settings`: what the command is about. A state of others raises SystemExit.
+    `settings`: what the command is about. A state of others raises SystemExit, and so does a complete pretraining.
     """
 
     def __init__(self, out: Path, model: PreTrainedModel, weights: MasterWeights, rng: random.Random, settings: dict[str, Any]):
@@ -90,6 +90,8 @@ class Saved:
     def resume(self) -> int:
         """Restore weights, optimizers and random numbers; return the number of steps that are done."""
         if not (self.out / STATE).exists():
+            if (self.out / "pretraining.json").exists():
+                raise SystemExit(f"{self.out} is complete: choose another folder")
             return 0
         state = torch.load(self.out / STATE, weights_only=True)
         if state["settings"] != self.settings:

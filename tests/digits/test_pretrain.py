@@ -49,3 +49,6 @@ def test_it_resumes(part, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert not (tmp_path / "stopped" / STATE).exists()
     assert 0.5 in json.loads((tmp_path / "stopped" / "pretraining.json").read_text()).values()
+    with pytest.raises(SystemExit, match=r"stopped is complete: choose another folder"):
+        run(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items())
