@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config, load_processor
+from moe_llava.checkpoints.load import best_device, check_weights, load_checkpoint, load_config, load_processor
 from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import new_folder
+from moe_llava.common.messages import first_line
 from moe_llava.data.batches import Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
 from moe_llava.model import SparseConfig, evolve_experts, upcycle
@@ -33,6 +34,7 @@ from moe_llava.training.run import train
 from moe_llava.training.stage import Stage
 from moe_llava.training.start import prepare_images
 
+PER_LAYER = ("layer_types", "mlp_layer_types")  # of a configuration: lists with an entry for each layer
 Strategy = Literal["three_stages", "merged", "sparse_twice"]
 
 
@@ -212,17 +214,26 @@ def _link(place: Path, checkpoint: str) -> None:
 
 
 def cut_layers(checkpoint: str, layers: int, out: Path) -> None:
-    """Save the model with the first `layers` of its language model. Raise ExperimentError if it has fewer."""
+    """Save the model with the first `layers` of its language model. Raise ExperimentError if it has fewer, or cannot do without the
+    others."""
     found = load_config(checkpoint).get_text_config().num_hidden_layers
     if layers > found:
         raise ExperimentError(f"{checkpoint} has {found} layers, but the experiment needs the first {layers}")
     model, processor = load_checkpoint(checkpoint)
     backbone = find_backbone(model)[1]
     backbone.layers = backbone.layers[:layers]
-    model.config.get_text_config().num_hidden_layers = layers
+    text = model.config.get_text_config()
+    text.num_hidden_layers = layers
+    for name in PER_LAYER:
+        if types := vars(text).get(name):
+            setattr(text, name, types[:layers])
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        try:
+            check_weights(folder)
+        except ValueError as error:
+            raise ExperimentError(f"{checkpoint} cannot be cut to its first {layers} layers: {first_line(error)}") from error
 
 
 def evolve(recipe: Recipe, dense: str, out: Path) -> str:

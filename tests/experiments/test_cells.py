@@ -7,17 +7,19 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from moe_llava import MoeLlavaForConditionalGeneration
+from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.common.files import read_lines
 from moe_llava.experiments import running
 from moe_llava.experiments.ablate import run_ablation
-from moe_llava.experiments.cells import ExperimentError
+from moe_llava.experiments.cells import ExperimentError, cut_layers
 from moe_llava.experiments.plan import load_experiment, make_plan, write_plan
 from moe_llava.experiments.running import run_cells
 from moe_llava.training import run
 from tests.experiments.conftest import QUIET
+from tests.vlm import FAMILIES, TEXT, random_vlm
 
 
 def of_training(results):
@@ -136,6 +138,37 @@ def test_every_way_to_train(setup, write_experiment, tiny_base):
     first = plan.cells["sparse_twice"].folder / "first1" / "stage3"
     merged = plan.out / results["dense_merged"]["checkpoint"]
     assert first_loss(first) == pytest.approx(first_loss(merged), abs=2e-4)
+
+
+def base_with(text, tiny_base, folder):
+    """Save the tiny base with another language model, of four layers; return its folder."""
+    shutil.copytree(tiny_base / "base", folder)
+    settings = LlavaConfig.from_pretrained(folder).to_dict()
+    size = {"vocab_size": settings["text_config"]["vocab_size"]}
+    random_vlm(LlavaConfig.from_dict(settings | {"text_config": TEXT | text | size})).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text", [{"model_type": "llama"}, {"model_type": "qwen2"}, FAMILIES["gemma3"].text | {"model_type": "gemma3_text"}]
+)
+def test_first_layers_of_a_language_model(tiny_base, tmp_path, text):
+    whole, cut = base_with(text, tiny_base, tmp_path / "whole"), tmp_path / "models" / "layers-3"
+    cut_layers(str(whole), 3, cut)
+    model, processor = load_checkpoint(whole)
+    del model.model.language_model.layers[3:]
+    inputs = processor.tokenizer("how many digits are there ?", return_tensors="pt")
+    assert torch.equal(load_checkpoint(cut)[0](**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits)
+    with pytest.raises(ExperimentError, match=r"whole has 4 layers, but the experiment needs the first 5"):
+        cut_layers(str(whole), 5, tmp_path / "models" / "layers-5")
+
+
+def test_a_model_that_cannot_be_cut_leaves_no_folder(tiny_base, tmp_path):
+    """The layers that are left share the keys and values of those that are not."""
+    whole = base_with(FAMILIES["gemma4"].text | {"model_type": "gemma4_text"}, tiny_base, tmp_path / "whole")
+    with pytest.raises(ExperimentError, match=r"whole cannot be cut to its first 2 layers: "):
+        cut_layers(str(whole), 2, tmp_path / "models" / "layers-2")
+    assert [each.name for each in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("missing", [("stage1", "stage2"), ("stage2",)], ids=" and ".join)
