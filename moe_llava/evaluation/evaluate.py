@@ -77,6 +77,7 @@ def evaluate(
                     merge(task.out, task.questions)
         _wait(processes)
         shares = {str(task): _share(_unanswered(task), process, processes) for plan in plans for task in plan}
+        _wait(processes)  # a share depends on the answers there, to which the next lines add
         if any(shares.values()):
             if keep_experts is None:
                 model, processor = load_checkpoint(checkpoint)

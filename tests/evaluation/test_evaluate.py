@@ -1,5 +1,6 @@
 """From a checkpoint to answers and scores, after kills, in one process or two."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -148,6 +149,18 @@ def test_two_processes(tiny_base, whole, tmp_path):  # noqa: F811
     ]
     assert len((out / "vizwiz" / "answers.jsonl").read_text().splitlines()) == 1
     assert sorted(path.name for path in (out / "vizwiz").iterdir()) == [".lock", "answers.jsonl", "settings.json", "vizwiz.json"]
+
+
+def test_no_process_writes_answers_before_all_have_their_shares(tiny_base, tmp_path, monkeypatch):  # noqa: F811
+    """A share depends on the answers that are there."""
+    order = []
+    monkeypatch.setattr(evaluate, "_processes", lambda: contextlib.nullcontext((0, 2)))
+    monkeypatch.setattr(evaluate, "_wait", lambda processes: order.append("_wait"))
+    for name in ("_share", "_write_answers"):
+        real = getattr(evaluate, name)
+        monkeypatch.setattr(evaluate, name, lambda *rest, name=name, real=real: order.append(name) or real(*rest))
+    run(tiny_base, tmp_path, limit=1)
+    assert order == ["_wait", "_share", "_wait", "_write_answers", "_wait"]
 
 
 def test_bad_input_is_told_before_long_work(tiny_base, whole, tmp_path):  # noqa: F811
