@@ -35,6 +35,7 @@ def chat(
     with user_errors():
         from moe_llava.checkpoints.files import check_checkpoint
         from moe_llava.common.images import open_image
+        from moe_llava.common.videos import missing_video
         from moe_llava.serving.engine.requests import check_sampling
         from moe_llava.training.parsing import require
 
@@ -50,6 +51,8 @@ def chat(
         check_checkpoint(checkpoint, keep_experts, plain=bits is not None)
         for path in image or []:
             open_image(path, "the conversation")
+        if video is not None and not video.exists():
+            raise missing_video("the conversation", video)
 
         # These take seconds, and a mistake is reported first.
         with heavy_imports():

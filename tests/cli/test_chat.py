@@ -175,6 +175,7 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
         (["--image", "none.png"], "none.png, which does not exist"),
+        (["--video", "none.mp4"], "^the conversation names the video none.mp4, which does not exist$"),  # not that the model takes none
         (
             ["--max-new-tokens", "1000000"],
             r"the prompt has \d+ tokens and the answer up to 1000000, more than the model's context of 1000000",
