@@ -53,7 +53,8 @@ class CellSettings:
     - sparse_twice: stage II trains the sparse model too, with its own data and optimisation.
 
     `layers`: keep only the first layers of the language model. `evolve`: start stage III with evolved experts (`evolve_experts`), by the
-    gradient of its first batch. `against`: the cell to compare with, if not the experiment's baseline.
+    gradient of the first `batch_size` records of its data, which are not shuffled. `against`: the cell to compare with, if not the
+    experiment's baseline.
     """
 
     set: list[str] = field(default_factory=list)
@@ -237,7 +238,8 @@ def cut_layers(checkpoint: str, layers: int, out: Path) -> None:
 
 
 def evolve(recipe: Recipe, dense: str, out: Path) -> str:
-    """Save in `out`, unless it exists, the sparse model of stage III with experts evolved on the stage's first batch; return its path."""
+    """Save in `out`, unless it exists, the sparse model of stage III with experts evolved on the first `batch_size` records of the stage's
+    data, in the order of the files; return its path."""
     if out.exists():
         return str(out)
     settings = recipe.stage3
