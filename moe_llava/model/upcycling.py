@@ -210,13 +210,13 @@ def _fill_shared(shared: nn.Module, ffn: nn.Module, ffn_width: int) -> None:
 
 def _compare(ffn: nn.Module, experts: Experts, parts: range, shared: nn.Module | None) -> None:
     """Raise ValueError if the experts `parts` with equal weights, and the shared ones, compute another output than `ffn` for inputs of any
-    scale in PROBE_SCALES."""
+    scale in PROBE_SCALES. Each computes in its own dtype: models that give experts may have another than the model that they are for."""
     down = experts.get_parameter("down_proj")
     probe_ND = torch.linspace(-2, 2, 3 * experts.hidden_dim, device=down.device).sin().view(3, -1)
     probes = {scale: (scale * probe_ND).to(down.dtype) for scale in PROBE_SCALES}
-    training = ffn.training
+    training, own = ffn.training, next(ffn.parameters())
     ffn.eval()
-    expected = {scale: ffn(x_ND) for scale, x_ND in probes.items()}
+    expected = {scale: ffn(x_ND.to(own)).to(x_ND) for scale, x_ND in probes.items()}
     ffn.train(training)
     weights_of = experts.each()
     for scale, x_ND in probes.items():

@@ -142,6 +142,15 @@ def test_experts_from_several_models():
         torch.testing.assert_close(mlp(x_D.view(1, 1, -1)).flatten(), expected)
 
 
+@pytest.mark.parametrize(("dense_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_experts_from_models_of_another_dtype(dense_dtype, dtype):
+    origin = tiny_dense("llama", seed=3).to(dtype)
+    sparse = upcycle(tiny_dense("llama").to(dense_dtype), num_experts=2, experts_from=[origin, origin])
+    for index, mlp in sparse.sparse_mlps().items():
+        whole = origin.model.language_model.layers[index].mlp.down_proj.weight
+        assert torch.equal(mlp.experts.down_proj[1], whole.to(dense_dtype))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

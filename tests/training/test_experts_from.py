@@ -19,15 +19,15 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def origins(tiny_base, tmp_path):
-    """Two folders: the tiny base as it is, and with other FFNs."""
+    """Two folders: the tiny base as it is, and with other FFNs, in bfloat16 as published models are."""
     folders = [tmp_path / "same", tmp_path / "other"]
-    for folder in folders:
+    for factor, folder in enumerate(folders, start=1):
         shutil.copytree(tiny_base / "base", folder)
-    model = load_model(folders[1])
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            layer.mlp.down_proj.weight.mul_(2)
-    model.save_pretrained(folders[1])
+        model = load_model(folder, torch.bfloat16)
+        with torch.no_grad():
+            for layer in model.model.language_model.layers:
+                layer.mlp.down_proj.weight.mul_(factor)
+        model.save_pretrained(folder)
     return list(map(str, folders))
 
 
