@@ -369,4 +369,9 @@ def _adapter_conflicts(settings: StageSettings, adapter: Adapter, number: int) -
             problems.append(f" is set, but stage3.moe.moe_in is {settings.options.moe_in}: adapters are for the language model alone")
         if settings.options.routing == "smoes":
             problems.append(" is set, but stage3.moe.routing is smoes, whose running statistics an adapter would not hold: leave it out")
+        if settings.options.router_bias_rate and "routers" not in adapter.targets:
+            problems.append(
+                f".targets is {adapter.targets}, without routers, but stage3.moe.router_bias_rate is {settings.options.router_bias_rate}, "
+                "and the bias, which moves in training, is saved with trained routers only: name routers, or leave the rate out"
+            )
     return problems

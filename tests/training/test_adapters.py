@@ -352,6 +352,7 @@ def test_an_adapter_of_a_deeper_model_is_not_merged_in_part(tmp_path, monkeypatc
         (3, {"rank": 0}, "rank is 0, but must be above 0"),
         (3, {"alpha": 0}, "alpha is 0, but must be above 0"),
         (2, {"targets": ["FFN"], "dropout": 1.0}, r"dropout is 1.0, but must be below 1"),
+        (3, {"more": ["stage3.moe.router_bias_rate=0.01"]}, "targets is .* without routers, but stage3.moe.router_bias_rate is 0.01"),
         (2, {"targets": ["FFN"], "quantisation": "fp4"}, "quantisation is 'fp4', but must be one of nf4, int8, or null"),
     ],
 )
