@@ -73,7 +73,9 @@ def numbers(routed: Routed, groups: Sequence[RoutedExperts], device: torch.devic
     return {"counts_LE": counts_LE, "balance_loss": (balance * len(groups) / max(len(routed), 1)).to(device)}
 
 
-def without_auxiliary(loss: Tensor, outputs: Any, model: PreTrainedModel, factor: Tensor | float) -> Tensor:
-    """Return `factor` times a family's loss, which is given, without the auxiliary loss that its forward pass added."""
+def auxiliary_loss(outputs: Any, model: PreTrainedModel, device: torch.device) -> Tensor:
+    """Return the auxiliary loss that a family's forward pass has added to its loss; 0 if there is none."""
     auxiliary = getattr(outputs, "aux_loss", None)
-    return loss if auxiliary is None else loss - factor * model.config.get_text_config().router_aux_loss_coef * auxiliary.to(loss.device)
+    if auxiliary is None:
+        return torch.zeros((), device=device)
+    return model.config.get_text_config().router_aux_loss_coef * auxiliary.to(device)

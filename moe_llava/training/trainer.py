@@ -21,12 +21,12 @@ from moe_llava.data.batches import GroupedSampler
 from moe_llava.data.shards import ShardError
 from moe_llava.data.stream import Position, StreamDataset
 from moe_llava.model import SparseModel
-from moe_llava.model.losses import IGNORED, next_labels
+from moe_llava.model.losses import IGNORED
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.distil import Teacher, divergence
 from moe_llava.training.labels import logits_at_labels
-from moe_llava.training.native import numbers, recorded, without_auxiliary
+from moe_llava.training.native import auxiliary_loss, numbers, recorded
 from moe_llava.training.optimizer import load_parts
 from moe_llava.training.parts import native_experts
 from moe_llava.training.recipe import RecipeError, check_processes
@@ -64,9 +64,7 @@ class StageTrainer(Trainer):
         self.teacher = teacher  # if the teacher is live
         self.native = native_experts(without_adapter(self.model))
         self._noted = False  # that the family has no auxiliary loss
-        # Some families return the mean over a batch's labels. It is weighted here, by the batch's share of the labels of a step.
-        self._returns_mean = not self.model_accepts_loss_kwargs  # type: ignore[has-type]
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # some families say that they do not, but all pass the number of labels to their loss
         self.skip_bad_records = stage.recipe.on_bad_record == "skip"
         self._sums: dict[str, Tensor] = {}
         self.add_callback(display)
@@ -179,9 +177,11 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        assert num_items_in_batch is not None, "Trainer counts the labels of a step"
         inputs, distillation = dict(inputs), self.stage.distillation
         taught = self._taught(inputs) if distillation else {}
-        sparse = isinstance(without_adapter(self.accelerator.unwrap_model(model)), SparseModel)
+        plain = self._plain
+        sparse = isinstance(plain, SparseModel)
         mask = inputs.get("attention_mask", inputs.get("token_mask"))
         mask_T = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1).bool()
         if not sparse:
@@ -189,16 +189,18 @@ class StageTrainer(Trainer):
             inputs.pop("token_mask", None)  # for routers made here alone
         if sparse or self.native:
             inputs = {**inputs, "output_router_logits": True}
-        with recorded(self.accelerator.unwrap_model(model), self.native, inputs, mask_T) as routed:
-            items = None if self._returns_mean else num_items_in_batch
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
-        factor = self._share(inputs, num_items_in_batch) if self._returns_mean else self._processes
-        loss = loss * factor if self._returns_mean else loss  # Trainer has multiplied the loss of others by the processes
+        with recorded(plain, self.native, inputs, mask_T) as routed:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if sparse:
             self._watch(outputs, mask_T)
-            language = outputs.language_loss * factor
+            language = outputs.language_loss * self._processes
         else:
-            language = without_auxiliary(loss, outputs, without_adapter(self.accelerator.unwrap_model(model)), factor)
+            # A family adds its auxiliary loss as it is, and Trainer multiplies both by the processes. Weight it by the batch's share of the
+            # labels of a step, as the language loss is.
+            share = (inputs["shift_labels"] != IGNORED).sum() / num_items_in_batch
+            auxiliary = self._processes * auxiliary_loss(outputs, plain, loss.device)
+            language = loss - auxiliary
+            loss = language + share * auxiliary
             if distillation or self.native:
                 self._add("language_loss", language / self.args.world_size)
         if self.native:
@@ -214,10 +216,9 @@ class StageTrainer(Trainer):
         part = inputs.pop("teacher")
         return part if self.teacher is None else {"log_probs": self.teacher(part)}
 
-    def _distillation_loss(self, logits_NV: Tensor, taught: dict[str, Tensor], temperature: float, items: Tensor | int | None) -> Tensor:
+    def _distillation_loss(self, logits_NV: Tensor, taught: dict[str, Tensor], temperature: float, items: Tensor | int) -> Tensor:
         """Return a batch's part of the distillation loss of a step. It is scaled as the cross entropy is: a sum over the batch's labels,
         divided by the `items` labels of the step, times the processes, over which gradients are averaged."""
-        assert items is not None, "Trainer counts the labels of a step"
         loss = temperature**2 * divergence(logits_NV, taught, temperature) * (self._processes / items)
         self._add("distillation_loss", loss / self.args.world_size)
         return loss
@@ -227,12 +228,10 @@ class StageTrainer(Trainer):
         """The number of processes whose labels a step counts together."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def _share(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """Return the factor that makes the mean over a batch's labels the batch's part of the loss of a step."""
-        if num_items_in_batch is None:
-            return 1.0
-        labels = inputs["shift_labels"] if "shift_labels" in inputs else next_labels(inputs["labels"])
-        return (labels != IGNORED).sum() * self._processes / num_items_in_batch
+    @property
+    def _plain(self) -> Any:
+        """The model without the wrappers of several processes, of torch.compile and of an adapter."""
+        return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **settings)
@@ -391,8 +390,7 @@ class _Moments(TrainerCallback):
         self.trainer.begin(state.global_step)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = without_adapter(self.trainer.accelerator.unwrap_model(self.trainer.model))
-        if isinstance(model, SparseModel):
+        if isinstance(model := self.trainer._plain, SparseModel):
             model.update_router_bias()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -270,6 +270,20 @@ def test_the_coefficient_of_the_auxiliary_loss_is_that_of_the_recipe(family, wri
     assert [load_checkpoint(folder)[0].config.text_config.router_aux_loss_coef for folder in folders[1:]] == [0.5, 0.0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_accumulation_weighs_both_losses_by_labels(family, write_native, tmp_path):
+    """The language loss is the same for all sizes of a batch. The auxiliary loss differs, but is a mean over the batches, not a sum."""
+    losses = []
+    for per_device in (6, 2):
+        settings = {"stage3__optimisation__batch_size": 6, "stage3__optimisation__per_device_batch_size": per_device, "steps": 1}
+        (folder,) = train(load_recipe(write_native(family, output=str(tmp_path / str(per_device)), **settings)), [3], False, QUIET)
+        (line,) = read_log(folder)
+        losses.append((line["language_loss"], line["loss"] - line["language_loss"]))
+    (language, auxiliary), (other, others) = losses
+    assert other == pytest.approx(language, rel=1e-5)
+    assert others == pytest.approx(auxiliary, rel=0.3, abs=1e-6)
+
+
 def test_stages_1_and_2_are_refused(write_native, data):  # noqa: F811
     one = {"data": {"file": str(data / "train.json"), "images": str(data)}}
     one["optimisation"] = {"learning_rate": 1e-2, "batch_size": 3, "per_device_batch_size": 3, "max_steps": 1}
