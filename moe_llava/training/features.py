@@ -1,7 +1,7 @@
 """Features of the frozen tower, cached on disk: each image goes through the tower once, in all epochs, stages and runs.
 
 Unusual here: while a stage is trained, the tower computes by another `forward`, which is an attribute of that one module. So parameters
-keep their names, a save holds the tower as always, and transformers' LLaVA and ours are served alike.
+keep their names, and a save holds the tower as always.
 
 An entry is a file, named by digests of the tower's weights, of its settings, and of the pixels. So another tower, another preprocessing, or
 another picture under an old name finds nothing. An entry is written under another name and renamed: processes may share the folder, and a
@@ -30,15 +30,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from moe_llava.training.recipe import RecipeError
 from moe_llava.training.saves import full_disk_named
 
+# The model types that read nothing of a tower but the hidden states of `vision_feature_layer`, image by image. Others read its last output
+# too (InternVL), or compute all images of a batch as one (Mistral 3), or with a mask of their patches (Aria).
+FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava", "aya_vision")
+PACKED = "pixtral"  # a tower that computes all images of a batch as one sequence
+
 
 def check_cache(folder: str, model: PreTrainedModel) -> None:
-    """Make the folder. Raises RecipeError if that fails, or if the tower of `model`, which may be on the meta device, is random, or is not
-    one whose hidden states are all that the model uses."""
-    if not hasattr(model.config, "vision_feature_layer") or not hasattr(model.base_model, "vision_tower"):
+    """Make the folder. Raises RecipeError if that fails, if `model`, which may be on the meta device, is of none of FAMILIES, or if its
+    tower is packed or random."""
+    family = getattr(model.config, "dense_class", type(model.config)).model_type
+    if family not in FAMILIES:
         raise RecipeError(
-            f"feature_cache is set, but {type(model).__name__} does not take its features from hidden states of a vision tower, which are "
-            "what is cached: leave it out"
+            f"feature_cache is set, but the model is of type {family}: only {', '.join(FAMILIES)} are known to take from their tower "
+            "nothing but the hidden states of each image, which are what is cached; leave it out"
         )
+    if model.config.vision_config.model_type == PACKED:
+        raise RecipeError(f"feature_cache is set, but the model's tower, {PACKED}, computes all images of a batch as one: leave it out")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +74,7 @@ def cached_features(model: PreTrainedModel, folder: str) -> Iterator[None]:
 
 
 class FeatureCache:
-    """Replace `tower.forward`: return the hidden states of `layers` and nothing else, which is all that a LLaVA uses."""
+    """Replace `tower.forward`: return the hidden states of `layers` and nothing else, which is all that FAMILIES use."""
 
     def __init__(self, folder: Path, tower: Any, layers: list[int]):
         self.folder = folder

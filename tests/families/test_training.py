@@ -19,6 +19,7 @@ from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
 from moe_llava.training.budget import survey
+from moe_llava.training.features import FAMILIES
 from moe_llava.training.parts import PARTS, parts_of
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
@@ -125,7 +126,7 @@ def test_stage_3_of_an_aligned_model(family, write_recipe, tmp_path):
     ("settings", "message"),
     [
         ({"stage3__optimisation__packing": True}, "Qwen3VLProcessor marks the tokens of images"),
-        ({"feature_cache": "cache"}, "Qwen3VLForConditionalGeneration does not take its features from hidden states"),
+        ({"feature_cache": "cache"}, "feature_cache is set, but the model is of type qwen3_vl: only llava, llava_next"),
         ({"stage3__image_aspect_ratio": "pad"}, "Qwen2VLImageProcessor cannot pad to a square"),
         ({"stage3__image_processor": {"max_pixel": 100}}, r"image_processor.max_pixel is no setting .*; did you mean max_pixels\?"),
     ],
@@ -134,6 +135,19 @@ def test_settings_that_do_not_fit_the_family(write_recipe, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=message):
         train(load_recipe(write_recipe("qwen3_vl", **settings)), [3], resume=False, console=QUIET)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_cached_features_change_nothing(family, write_recipe, tmp_path):
+    """In a first run, which fills the cache, and in a second, which reads it."""
+    weights = []
+    for run, cache in (("plain", None), ("fills", str(tmp_path / "cache")), ("reads", str(tmp_path / "cache"))):
+        recipe = load_recipe(write_recipe(family, output=str(tmp_path / run), feature_cache=cache))
+        weights.append(load_file(train(recipe, [3], False, QUIET)[0] / "model.safetensors"))
+    plain, *others = weights
+    for name, weight in plain.items():
+        for other in others:
+            torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=0)
 
 
 def test_settings_of_images(write_recipe, tmp_path):
@@ -198,6 +212,21 @@ def test_gradient_accumulation_weighs_the_dense_baseline_by_labels(family, write
     assert other == pytest.approx(loss, rel=1e-5)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, atol=2e-4, rtol=0)  # a step of AdamW changes weights by 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_batch_without_labels_adds_nothing_to_the_loss(family, write_recipe, data, tmp_path):
+    """Its only record is left out, as its image is damaged."""
+    (tmp_path / "0.png").write_bytes((data / "0.png").read_bytes()[:60])
+    (tmp_path / "1.png").write_bytes((data / "1.png").read_bytes())
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red square."}]
+    (tmp_path / "two.json").write_text(json.dumps([{"id": name, "image": f"{name}.png", "conversations": turns} for name in "01"]))
+    settings = {"stage3__optimisation__batch_size": 2, "stage3__optimisation__per_device_batch_size": 1, "steps": 1}
+    settings |= {"stage3__data": {"file": str(tmp_path / "two.json"), "images": str(tmp_path)}, "on_bad_record": "skip"}
+    (folder,) = train(load_recipe(write_recipe(family, stage3__dense=True, **settings)), [3], False, QUIET)
+    (line,) = read_log(folder)
+    assert line["skipped"] == 1
+    assert 0 < line["loss"] < 20  # finite
 
 
 @pytest.mark.parametrize("family", sorted(ROWS))

@@ -2,11 +2,12 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
+from transformers import AriaConfig, AutoModelForImageTextToText, InternVLConfig, LlavaConfig, Mistral3Config, PixtralVisionConfig
 
 from moe_llava import upcycle
 from moe_llava.training import features
@@ -144,6 +145,23 @@ def test_what_is_killed_leaves_nothing_half_written(model, tmp_path, monkeypatch
     entry.write_bytes(entry.read_bytes()[:-20])
     with pytest.raises(ValueError, match=f"{entry} is no whole entry of a cache, though its name says so .* remove it"):
         look(model, pixels, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            InternVLConfig(),
+            "the model is of type internvl: only llava, llava_next, llava_onevision, vipllava, aya_vision are known",
+        ),
+        (Mistral3Config(), "the model is of type mistral3: only llava"),
+        (AriaConfig(), "the model is of type aria: only llava"),
+        (LlavaConfig(vision_config=PixtralVisionConfig()), "the model's tower, pixtral, computes all images of a batch as one"),
+    ],
+)
+def test_models_that_use_more_than_the_hidden_states_of_each_image(config, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        check_cache(str(tmp_path), SimpleNamespace(config=config))
 
 
 def test_where_features_cannot_be_kept(model, write_recipe, tmp_path):
