@@ -36,6 +36,7 @@ from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.checkpoints.weights import StoredTensor, find_weights, read_tables, shape_bytes
 from moe_llava.common.errors import CheckpointError
 from moe_llava.model import Experts
+from moe_llava.model.places import find_backbone
 
 ALIGNMENT = 64  # bytes
 LIKELY = 0.5  # the lowest probability of use with which an expert is prefetched
@@ -82,9 +83,9 @@ def offload_experts(model: Any, keep: float, device: torch.device, folder: Path 
     with ExitStack() as opened:
         files = {file: opened.enter_context(file.open("rb")).fileno() for file in find_weights(folder)} if folder else {}
         tables = read_tables(files)
-        prefix = "model.language_model.layers.{}.mlp.experts."
+        layers = f"{find_backbone(model)[0]}.layers"
         stacks = [
-            _in_files(mlp.experts, prefix.format(index), tables, files) if folder else _in_memory(mlp.experts, device)
+            _in_files(mlp.experts, f"{layers}.{index}.mlp.experts.", tables, files) if folder else _in_memory(mlp.experts, device)
             for index, mlp in mlps.items()
         ]
         cache = ExpertCache(stacks, kept, model.config.experts_per_layer, model.config.experts_per_token, device)
@@ -161,8 +162,12 @@ def _in_files(experts: Experts, prefix: str, tables: dict[str, StoredTensor], fi
     stacks: Stacks = {}
     for name, parameter in experts.named_parameters():
         stored = tables.get(prefix + name)
-        wanted, found = (tuple(parameter.shape), parameter.dtype), None if stored is None else (stored.shape, stored.dtype)
-        if stored is None or stored.loaded is not None or found != wanted:
+        if stored is None:
+            raise ValueError(
+                f"the checkpoint has no {prefix}{name}, under which name experts are read from its files: load the whole model"
+            )
+        wanted, found = (tuple(parameter.shape), parameter.dtype), (stored.shape, stored.dtype)
+        if stored.loaded is not None or found != wanted:
             raise ValueError(
                 f"the checkpoint must have {prefix}{name} as {wanted}, in contiguous bytes, but has {found}: experts are read as they are "
                 "stored. Load the whole model, or save it again"

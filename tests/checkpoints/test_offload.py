@@ -12,7 +12,9 @@ import peft
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from moe_llava import upcycle
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.offload import Counts, ExpertCache, FileStack, MemoryStack, RouteStatistics, load_offloaded, offload_experts
 from moe_llava.checkpoints.weights import StoredTensor
@@ -226,6 +228,29 @@ def test_a_model_that_differs_from_its_files_is_refused(saved):
         ValueError, match=r"the checkpoint must have model.language_model.layers.0.mlp.experts.gate_up_proj as .*bfloat16.* has .*float32"
     ):
         offload_experts(model, 0.5, CPU, saved())
+
+
+@torch.no_grad()
+def test_a_backbone_of_another_name(saved, tmp_path):
+    """SmolVLM calls it text_model. A checkpoint without that name is refused, with the name."""
+    text = tiny_config("llama").text_config.to_dict() | {"pad_token_id": 0}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    dense = SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=98, scale_factor=2)).eval()
+    upcycle(dense).save_pretrained(tmp_path)
+    whole, model = (AutoModelForImageTextToText.from_pretrained(tmp_path) for _ in range(2))
+    whole.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"the checkpoint has no model.text_model.layers.0.mlp.experts.gate_up_proj, under which name"):
+        offload_experts(model, 0.5, CPU, saved())
+    offload_experts(model, 0.5, CPU, tmp_path)
+    ids = torch.arange(3, 40).view(1, -1)
+    assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
 def test_adapted_experts_are_refused(saved):
