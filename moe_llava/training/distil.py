@@ -172,6 +172,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, top_k: int, tokens: int):
         self.folder = folder
+        self.stamps: dict[Path, str] = {}
         self.nothing = {
             "ids": torch.zeros(0, top_k, dtype=torch.int32),
             "log_probs": torch.zeros(0, top_k + (top_k < tokens)),
@@ -191,11 +192,17 @@ class TeacherCache:
 
     def file_of(self, record: Record) -> Path:
         stored = {image.folder for image in record.images if isinstance(image, StoredImage)}
-        files = [*record.files, *sorted(part for folder in stored for part in folder.rglob("*") if part.is_file())]
-        stamps = [f"{file} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files]
+        stamps = [*map(_stamp, record.files), *(self._stamps_of(folder) for folder in sorted(stored))]
         described = [record.system, record.turns, list(map(str, record.images)), stamps]
         name = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _stamps_of(self, stored: Path) -> str:
+        """Return a digest of the stamps of a Parquet file, or of all files of a folder of `datasets`, taken once: many records share it."""
+        if stored not in self.stamps:
+            files = [stored] if stored.is_file() else sorted(part for part in stored.rglob("*") if part.is_file())
+            self.stamps[stored] = hashlib.sha256("\n".join(map(_stamp, files)).encode()).hexdigest()
+        return self.stamps[stored]
 
     def fill(self, records: Sequence[Record], encoder: Encoder, load: Callable[[], Teacher], skip: bool) -> None:
         """Write the entries of `records` that are missing, shared out among the processes. `load` is called if there are any. A record that
@@ -221,6 +228,11 @@ class TeacherCache:
         problems = [found for found in gather_object([problem]) if found]  # also waits for the others
         if problems and not skip:
             raise DataError(problems[0])
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{file} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def cache_folder(stage: Stage, settings: Distillation, tokens: int) -> Path:

@@ -14,6 +14,8 @@ from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_processor
 from moe_llava.common.errors import CheckpointError, DataError
 from moe_llava.data.encoder import Encoder
+from moe_llava.data.files import StoredImage
+from moe_llava.data.records import Record
 from moe_llava.data.store import load_records
 from moe_llava.training import distil
 from moe_llava.training.distil import LiveInputs, Teacher, TeacherCache, divergence, to_events
@@ -228,6 +230,22 @@ def test_the_cache_is_filled_once_and_serves_the_baseline_too(make_recipe, tmp_p
     entries[3].write_bytes(entries[3].read_bytes()[:-20])
     with pytest.raises(ValueError, match=f"{entries[3]} is no whole entry of a cache"):
         run(make_recipe(distillation={"top_k": 8}, stage3__dense=True, stage3__optimisation__max_steps=7))
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "table/data/part.arrow"])
+def test_an_entry_is_of_one_version_of_a_table(tmp_path, name):
+    """A Parquet file, or a file in a folder of `datasets`, which is looked at once in a run."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table, names = tmp_path / name.split("/")[0], []
+    record = Record("row 0", (("What?", "That."),), (StoredImage(table, 0, 0),))
+    for content in (b"a table", b"another table"):
+        file.write_bytes(content)
+        cache = TeacherCache(tmp_path / "cache", 8, 99)
+        names.append(cache.file_of(record))
+        file.unlink()
+        assert cache.file_of(record) == names[-1]
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 8}], ids=["live", "cached"])
