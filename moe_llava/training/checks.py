@@ -138,6 +138,15 @@ def check_start(stage: Stage) -> None:
         has, asked = getattr(model.config, attribute), getattr(wanted, attribute)
         if has != asked:
             raise RecipeError(f"{path} has {name} {has}, but stage3.moe.{name} says {asked}, and its weights cannot change that")
+    had, given = model.config, settings.options
+    lost = {
+        "routing": had.routing == "smoes" and given.routing != "smoes",
+        "router_bias_rate": had.router_bias_rate and not given.router_bias_rate,
+    }
+    for name, is_lost in lost.items():
+        if is_lost:
+            values = f"{path} has {name} {getattr(had, name)}, but stage3.moe.{name} says {getattr(given, name)}"
+            raise RecipeError(f"{values}, and its weights hold buffers of that option: set it")
 
 
 def check_native(stage: Stage, model: Any) -> None:

@@ -9,9 +9,12 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
-from moe_llava.checkpoints.load import load_config
+from moe_llava import upcycle
+from moe_llava.checkpoints.load import load_checkpoint, load_config
+from moe_llava.training.checks import check_start
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
+from moe_llava.training.stage import Stage
 from tests.conftest import run_here
 from tests.training.test_distributed import torchrun
 
@@ -137,6 +140,24 @@ def test_settings_that_do_not_go_together(make_recipe, settings, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(make_recipe(**settings))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (SMOES, "has routing smoes, but stage3.moe.routing says agnostic, and its weights hold buffers of that option"),
+        (
+            {"router_bias_rate": 0.01},
+            "has router_bias_rate 0.01, but stage3.moe.router_bias_rate says 0.0, and its weights hold buffers",
+        ),
+    ],
+)
+def test_options_with_buffers_are_not_left_out(write_recipe, tiny_base, tmp_path, moe, message):
+    model, processor = load_checkpoint(tiny_base / "base")
+    for part in (upcycle(model, **moe), processor):
+        part.save_pretrained(tmp_path / "sparse")
+    with pytest.raises(RecipeError, match=message):
+        check_start(Stage(load_recipe(write_recipe(model=str(tmp_path / "sparse"))), 3))
 
 
 def test_the_command_upcycles_with_routing_and_noise(tiny_base, tmp_path):
