@@ -15,10 +15,25 @@ ROUTINGS = ("agnostic", "modality_split", "smoes")
 BALANCED = ("step", "process", "sequence")
 PARTS = ("language_model", "projector", "vision_tower")
 
+# By the annotation of an option: the types that it may have, and the rule. A bool is no number here, though Python counts it as one.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "must be a whole number"),
+    "float": ((int, float), "must be a number"),
+    "float | None": ((int, float), "must be a number, or null"),
+    "bool": ((bool,), "must be true or false"),
+    "str": ((str,), "must be a name"),
+    "list[str]": ((list,), "must be a list of names"),
+    "str | list[int]": ((str, list), "must be a name, or a list of layer indices"),
+}
+
 
 def _distinct(names: list[Any]) -> bool:
     """Return whether there is a name, and none twice."""
     return 0 < len(set(names)) == len(names)
+
+
+def _is_any(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def _option(default: Any, description: str, **bounds: Any) -> Any:
@@ -140,6 +155,11 @@ class MoeOptions:
         value, bounds = getattr(self, f.name), f.metadata
         if value is None and f.default is None:
             return None
+        kinds, rule = _KINDS[f.type]
+        of_items = (int,) if f.name == "moe_layers" else (str,)
+        items = value if isinstance(value, list) else []
+        if not _is_any(value, kinds) or not all(_is_any(item, of_items) for item in items):
+            return rule
         if "choices" in bounds and value not in bounds["choices"]:
             return f"must be one of {', '.join(bounds['choices'])}"
         if {"minimum", "above"} & bounds.keys() and not math.isfinite(value):

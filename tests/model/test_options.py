@@ -74,6 +74,23 @@ def test_every_bound_is_checked_everywhere(name):
         load_recipe(ROOT / "recipes" / "digits.yaml", [f"stage3.moe.{name}={value}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        *(("num_experts", value, "must be a whole number") for value in (None, "4", 2.5, True)),
+        ("moe_layers", 3, "must be a name, or a list of layer indices"),
+        ("moe_layers", ["all"], "must be a name, or a list of layer indices"),
+        ("moe_in", "projector", "must be a list of names"),
+        ("capacity_factor", "1.0", "must be a number, or null"),
+        ("router_z_loss_coef", None, "must be a number"),
+        ("use_residual", 1, "must be true or false"),
+    ],
+)
+def test_every_option_has_a_type(name, value, rule):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}, but {rule}")):
+        MoeLlavaConfig(**{name: value})
+
+
 def test_a_number_is_finite():
     with pytest.raises(ValueError, match="router_z_loss_coef is nan, but must be finite"):
         MoeLlavaConfig(router_z_loss_coef=float("nan"))
