@@ -62,16 +62,19 @@ def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[PreTra
 
 @contextmanager
 def shared_folder(folder: Path, make: Callable[[], tuple[PreTrainedModel, Any]]) -> Iterator[str]:
-    """Yield a folder to which the main process has written the model and processor that `make` returns, and remove it afterwards."""
+    """Yield a folder to which the main process has written the model and processor that `make` returns, and remove it afterwards, after an
+    error too."""
     state = PartialState()
-    if state.is_main_process:
-        for part in make():
-            part.save_pretrained(folder)
-    state.wait_for_everyone()
-    yield str(folder)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(folder)
+    try:
+        if state.is_main_process:
+            for part in make():
+                part.save_pretrained(folder)
+        state.wait_for_everyone()
+        yield str(folder)
+        state.wait_for_everyone()
+    finally:  # after an error without waiting: the others may not come
+        if state.is_main_process and folder.exists():
+            shutil.rmtree(folder)
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from moe_llava import MoeLlavaForConditionalGeneration, MoeLlavaProcessor, upcyc
 from moe_llava.training.checks import check_folder
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
-from moe_llava.training.sharding import check_zero
+from moe_llava.training.sharding import check_zero, shared_folder
 from moe_llava.training.stage import Stage
 from tests.conftest import REPOSITORY, run_command, tiny_dense
 from tests.training.test_distributed import BIN, make_recipe, read_log, torchrun  # noqa: F401
@@ -65,6 +66,20 @@ def with_sharding(file, **changes):
     sharded = file.with_name(f"sharded-{file.name}")
     sharded.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"sharding": SHARDING} | changes))
     return sharded
+
+
+@pytest.mark.parametrize("fails", ["making", "using", None])
+def test_a_shared_folder_is_removed_after_an_error_too(tmp_path, fails):
+    def make():
+        yield tiny_dense("llama")
+        if fails == "making":
+            raise ValueError("making")
+
+    with pytest.raises(ValueError, match=fails) if fails else nullcontext(), shared_folder(tmp_path / "start", make) as folder:
+        assert (Path(folder) / "config.json").is_file()
+        if fails == "using":
+            raise ValueError("using")
+    assert not (tmp_path / "start").exists()
 
 
 @pytest.mark.slow
