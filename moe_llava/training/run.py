@@ -226,7 +226,8 @@ def make_sampler(stage: Stage, records: Records | Stream, encoder: Encoder, proc
     if not settings.optimisation.group_by_length:
         return None
     has_video = records.has_video()
-    tokens = encoder.estimate_image_tokens(records), encoder.estimate_video_tokens(records.at(np.flatnonzero(has_video)))
+    with_images = records.at(np.flatnonzero(records.image_counts()))
+    tokens = encoder.estimate_image_tokens(with_images), encoder.estimate_video_tokens(records.at(np.flatnonzero(has_video)))
     lengths = np.minimum(records.lengths(*tokens), settings.max_length or np.iinfo(np.int64).max)
     has_image = (records.image_counts() > 0) | has_video
     sizes = (settings.optimisation.batch_size, settings.optimisation.per_device_batch_size)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from moe_llava.common.files import read_lines
+from moe_llava.data.encoder import Encoder
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
 from moe_llava.training.watch import ProgressDisplay, plot_run, summarise
@@ -78,6 +79,22 @@ def test_grouping_leaves_less_padding(write_recipe, tiny_base, tmp_path):
         (folder,) = train(load_recipe(file), [1], resume=False, console=QUIET)
         padding[grouped] = logged(folder)[-1]["padding"]
     assert padding[True] < padding[False] / 2
+
+
+def test_only_records_with_images_are_read_for_their_length(write_recipe, tiny_base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Encoder, "estimate_image_tokens", lambda self, records: seen.extend(record.images for record in records) or 4)
+    records = json.loads((tiny_base / "data" / "train.json").read_text())
+    for record in records[::2]:
+        del record["image"]
+        record["conversations"][0]["value"] = "What is a digit?"
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    data = {"file": str(tmp_path / "mixed.json"), "images": str(tiny_base / "data" / "images")}
+    recipe = load_recipe(write_recipe(stage2__data=data, stage2__optimisation__group_by_length=True, stage2__optimisation__max_steps=1))
+    train(load_recipe(write_recipe()), [1], resume=False, console=QUIET)
+    train(recipe, [2], resume=False, console=QUIET)
+    assert seen
+    assert all(seen)
 
 
 def test_curves_for_other_programs(write_recipe, put_stage):
