@@ -65,7 +65,10 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **settings: 
 def _new_buffers(stored: Any, wanted: Any) -> tuple[str, ...]:
     """Return parts of the names of the buffers that a checkpoint gets only now, by other options: they start at zero."""
     statistics, bias = FRESH
-    new = {statistics: stored.routing != "smoes" == wanted.routing, bias: not stored.router_bias_rate and wanted.router_bias_rate}
+    new = {
+        statistics: wanted.routing == "smoes" and stored.routing != "smoes",
+        bias: not stored.router_bias_rate and wanted.router_bias_rate,
+    }
     return tuple(part for part, found in new.items() if found)
 
 
