@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -102,8 +103,11 @@ def _read_config(path: str | Path, **settings: Any) -> Any:
     check_checkpoint(path)
     try:
         return AutoConfig.from_pretrained(path, **settings)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
+    except (ValueError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # its own message begins with the name of a check
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {first_line(cause or error)} (in its config.json)") from error
 
 
 def load_strictly(model_class: Any, path: str | Path, config: Any, name: str, fresh: tuple[str, ...] = (), **settings: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_model
+from moe_llava.checkpoints.load import check_weights, load_checkpoint, load_config, load_model
 from moe_llava.checkpoints.offload import load_offloaded
 from moe_llava.common.errors import CheckpointError
 from moe_llava.common.messages import MOST_LISTED
@@ -184,6 +184,27 @@ def test_stored_quantised(wide_base, tmp_path, kind, scale, separate):  # noqa: 
         with pytest.raises(CheckpointError, match=rf"missing: \S+{end}"):
             load_model(tmp_path / "packed")
     assert "are quantised, but must be plain here" in refused("upcycle", tmp_path / "packed", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("num_experts", None, "num_experts is None, but must be a whole number"),
+        (
+            "text_config",
+            {"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["full_attention"]},
+            "`num_hidden_layers` (2) must be equal",
+        ),
+        ("text_config", {"model_type": "qwen2", "num_hidden_layers": "2"}, "Field 'num_hidden_layers' expected int, got str"),
+    ],
+)
+def test_a_bad_value_in_the_configuration(sparse, tmp_path, field, value, reason):
+    config = json.loads((sparse / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        load_config(tmp_path)
+    assert str(error.value).startswith(f"checkpoint {tmp_path} cannot be loaded: {reason}")
+    assert str(error.value).endswith(" (in its config.json)")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "a.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
