@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from rich.console import Console
 
 from moe_llava.checkpoints.files import check_checkpoint
 from moe_llava.checkpoints.load import check_origin_tokens, check_weights, load_on_meta
@@ -30,7 +29,7 @@ from moe_llava.training.features import check_cache
 from moe_llava.training.parsing import flatten
 from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import SHUFFLE_BUFFER, Data, Recipe, RecipeError, read_recipe
-from moe_llava.training.saves import MANIFEST, OPTIMIZER, find_damage, find_unreadable, saves
+from moe_llava.training.saves import MANIFEST, OPTIMIZER, find_damage, saves
 from moe_llava.training.sharding import check_zero
 from moe_llava.training.stage import COEFFICIENT, STRUCTURE, Stage, check_made, load_structure, on_meta
 from moe_llava.training.start import prepare_images, start_processor
@@ -215,7 +214,7 @@ def open_stream(stage: Stage, source: Data, encoders: list[Encoder]) -> Stream:
     return stream
 
 
-def check_files(data: dict[Stage, Records | Stream], console: Console) -> None:
+def check_files(data: dict[Stage, Records | Stream]) -> None:
     """Raise DataError if a file that a stage starts or resumes from is damaged, or if a stage that was begun had other records."""
     for stage, records in data.items():
         adapter = stage.settings.adapter
@@ -226,7 +225,7 @@ def check_files(data: dict[Stage, Records | Stream], console: Console) -> None:
         if stage.distillation:
             _check_manifest(Path(stage.distillation.teacher))
         _check_manifest(stage.work / "base")  # of an adapter that was begun
-        check_resume(stage.work, records, console)
+        check_resume(stage.work, records)
 
 
 def _check_manifest(folder: Path) -> None:
@@ -236,7 +235,7 @@ def _check_manifest(folder: Path) -> None:
         raise DataError("\n".join([*problems, way]))
 
 
-def check_resume(work: Path, records: Records | Stream, console: Console) -> None:
+def check_resume(work: Path, records: Records | Stream) -> None:
     """Raise DataError if a stage that was begun cannot be resumed from its last save.
 
     Either it was begun on other records, so that a run would see some twice and others never; or the save is damaged, and the message names
@@ -253,23 +252,13 @@ def check_resume(work: Path, records: Records | Stream, console: Console) -> Non
         )
     if isinstance(records, Stream):
         records.read_positions(found[-1])
-    old = not before.get("checksums")
-    problems = _find_problems(found[-1], old)
-    if not problems:
-        if not (found[-1] / MANIFEST).is_file():
-            note = f"{found[-1]} was made before saves had checksums: its weights are resumed from as they are"
-            console.print(note, highlight=False, soft_wrap=True)
+    if not (problems := find_damage(found[-1])):
         return
-    whole = next((save for save in reversed(found[:-1]) if not _find_problems(save, old)), None)
+    whole = next((save for save in reversed(found[:-1]) if not find_damage(save)), None)
     if whole is None:
         raise DataError("\n".join([*problems, f"no other save is whole: remove {work} to begin the stage again"]))
     later = " and ".join(str(save) for save in found[found.index(whole) + 1 :])
     raise DataError("\n".join([*problems, f"{whole} is whole: remove {later} to resume from it"]))
-
-
-def _find_problems(save: Path, old: bool) -> list[str]:
-    """Return what is wrong with a save. In an `old` stage, whose first saves had no checksums, a manifest may be missing."""
-    return find_unreadable(save) if old and not (save / MANIFEST).is_file() else find_damage(save)
 
 
 def describe(records: Records | Stream) -> dict[str, Any]:
@@ -277,9 +266,8 @@ def describe(records: Records | Stream) -> dict[str, Any]:
 
 
 def write_records(work: Path, records: Records | Stream) -> None:
-    """Write which records a stage is trained on, and that all of its saves have checksums, if they do."""
-    checksums = not saves(work) or bool(_read_described(work).get("checksums"))
-    write_whole(work / RECORDS, json.dumps(describe(records) | {"checksums": checksums}))
+    """Write which records a stage is trained on."""
+    write_whole(work / RECORDS, json.dumps(describe(records)))
 
 
 def _read_described(work: Path) -> dict[str, Any]:

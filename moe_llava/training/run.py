@@ -98,7 +98,7 @@ def train_stages(stages: list[Stage], resume: bool, console: Console, begun: Beg
     if not todo:
         return
     data = check_stages(todo)
-    in_main_process(lambda: check_files(data, console))
+    in_main_process(lambda: check_files(data))
     state.wait_for_everyone()  # nobody makes a folder before everybody has looked
     if state.is_main_process:
         begun.write()

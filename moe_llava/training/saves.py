@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import file_digest, no_room, read_lines, why_not_written, write_whole
@@ -141,24 +140,3 @@ def _damage(file: Path, length: int, digest: str) -> str:
         return "" if file_digest(file) == digest else f"{file} is damaged: its SHA-256 is not that of what was written"
     except OSError as error:
         return f"{file} cannot be read ({error})"
-
-
-def find_unreadable(save: Path) -> list[str]:
-    """Return a sentence for each file of a save that is missing or damaged, as far as that shows without a manifest."""
-    needed = ("trainer_state.json", "scheduler.pt", "optimizer*", "rng_state*")
-    problems = [f"{save / name} is missing" for name in needed if not any(save.glob(name))]
-    for file in sorted(path for path in save.rglob("*") if path.is_file()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            elif file.suffix == ".safetensors":
-                with safe_open(file, "numpy"):
-                    pass
-            elif file.suffix in (".pt", ".pth"):
-                with zipfile.ZipFile(file) as archive:
-                    damaged = archive.testzip()
-                if damaged:
-                    raise ValueError(f"its part {damaged} has a wrong checksum")
-        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            problems.append(f"{file} is damaged: {error}")
-    return problems
