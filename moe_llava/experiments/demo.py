@@ -183,10 +183,8 @@ def _ordered(scores: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def training_seconds(stage: Path) -> float:
-    """Return the seconds in training, summed over all runs of a resumed stage: each counts from 0."""
-    seconds = [line["seconds"] for line in read_lines(stage / "log.jsonl")]
-    ends = [now for now, then in zip(seconds, [*seconds[1:], 0.0], strict=True) if then < now]
-    return round(sum(ends), 1)
+    """Return the seconds in training, in all runs of a stage."""
+    return round(float(read_lines(stage / "log.jsonl")[-1]["seconds"]), 1)
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:

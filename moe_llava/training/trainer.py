@@ -42,7 +42,7 @@ class StageTrainer(Trainer):
     """Write every logged step to `log.jsonl` in the stage's work folder as a JSON line.
 
     `loss`, `grad_norm`, `learning_rate`; `tokens` since the stage began, in all processes, without padding; since the previous line:
-    `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` since the run began. For sparse models
+    `tokens_per_second`, `padding` (its share); `peak_memory` in bytes, of one process; `seconds` in all runs of the stage. Of sparse models
     also, averaged since the previous line: `language_loss`, `balance_loss` (summed over layers; 1 per layer is perfect balance),
     `expert_shares` (layers x experts; after the language model's layers those of the tower, then the projector), with SMoES `mi_loss`
     (summed over layers), and with a capacity `dropped_share` of the assignments. With a teacher also `language_loss`, the cross entropy,
@@ -94,10 +94,11 @@ class StageTrainer(Trainer):
         self.state.logging_steps, self.state.save_steps = self.args.logging_steps, self.args.save_steps
         self._skipped = sum(line["step"] > 0 for line in read_lines(self.work / SKIPPED))
         self._last_step = step
-        self._began = time.monotonic()
         self._uncounted: Tensor | int = 0
         self._start_sums()
         self._load_unlogged(save := self.work / f"checkpoint-{step}")
+        logged = read_lines(self.work / "log.jsonl")
+        self._began = self._since - (logged[-1]["seconds"] if logged else 0.0)
         if self.stream is not None and step:
             self.stream.positions = self.stream.read_positions(save)
             self._positions = dict(self.stream.positions)

@@ -70,7 +70,10 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(write_recipe, tmp_path, pr
     run = command(processes, "train", file, "--stage", "1", "--resume")
     assert run.wait(timeout=300) == 0, run.stderr.read()
     assert same(weights(tmp_path / "whole" / "stage1"), weights(stage))
-    assert [line["step"] for line in read_lines(stage / "log.jsonl") if "loss" in line] == list(range(1, 61))
+    log = read_lines(stage / "log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 61))
+    seconds = [line["seconds"] for line in log]
+    assert seconds == sorted(seconds)  # of all runs together
     assert not list(stage.glob("checkpoint-*"))
 
 
