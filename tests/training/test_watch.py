@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,17 +119,17 @@ def test_a_picture_of_any_run(layers):
 
 
 @pytest.mark.slow
-def test_compiled(write_recipe, tmp_path):
+def test_compiled(write_recipe, put_stage):
     """The same losses, up to rounding, and the same numbers of the experts."""
-    losses, experts = [], []
+    put_stage(2)
+    found = []
     for compiled in (False, True):
-        file = write_recipe(output=str(tmp_path / str(compiled)), torch_compile=compiled)
-        folders = train(load_recipe(file), [1, 2, 3], resume=False, console=QUIET)
-        losses.append([line["loss"] for folder in folders for line in logged(folder)[:2]])
-        line = logged(folders[2])[0]
-        experts.append([line["language_loss"], line["balance_loss"], *itertools.chain(*line["expert_shares"])])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
-    assert experts[1] == pytest.approx(experts[0], abs=1e-3)
+        file = write_recipe(torch_compile=compiled, stage3__optimisation__max_steps=2)
+        (folder,) = train(load_recipe(file), [3], resume=False, console=QUIET)
+        line = logged(folder)[0]
+        found.append([line["loss"], line["language_loss"], line["balance_loss"], *itertools.chain(*line["expert_shares"])])
+        shutil.rmtree(folder)
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 
 def test_time_left_of_a_resumed_run(monkeypatch):
