@@ -23,6 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 EXAMPLES = "examples.json"  # questions that a model was often trained on, to show to people
 PROJECTOR_FILE = "mm_projector.bin"  # the result of stage I of the original code
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # to load weights in; auto: as they are stored
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SETTINGS, _WEIGHTS = ["*.json", "*.tiktoken", "*.model", "*.txt"], ["*.safetensors", "*.bin"]
 
@@ -49,6 +50,14 @@ def check_checkpoint(path: str | Path, keep_experts: float | None = None, plain:
         if not str(model_type).startswith(SPARSE):
             raise CheckpointError(f"{path} has no experts made by upcycle, of which to keep a share")
         check_share("the share of experts to keep", keep_experts)
+
+
+def check_dtype(dtype: str, keep_experts: float | None = None) -> None:
+    """Raise ValueError unless weights can be loaded in `dtype`. With `keep_experts`, experts are read as they are stored."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    if dtype != "auto" and keep_experts is not None:
+        raise ValueError("--dtype and --keep-experts do not go together: experts are read from the files as they are stored")
 
 
 def is_known(model_type: Any) -> bool:

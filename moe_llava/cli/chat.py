@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
+from moe_llava.cli.common import Checkpoint, Dtype, KeepExperts, heavy_imports, user_errors, verb
 
 QUANTISATIONS = {4: "nf4", 8: "int8"}
 
@@ -29,11 +29,12 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="makes answers at a temperature above 0 repeatable")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt, for a model whose chat template has one")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the linear layers and experts of the language model")] = None,
+    dtype: Dtype = "auto",
     keep_experts: KeepExperts = None,
 ) -> None:
     """Query a model about images or a video: once, as a conversation on the terminal, or line by line through a pipe."""
     with user_errors():
-        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.checkpoints.files import check_checkpoint, check_dtype
         from moe_llava.common.images import open_image
         from moe_llava.common.videos import missing_video
         from moe_llava.serving.engine.requests import check_sampling
@@ -48,6 +49,7 @@ def chat(
             require("bitsandbytes", "--bits")
             if keep_experts is not None:
                 raise ValueError("--bits and --keep-experts do not go together: quantised layers are made from the whole model")
+        check_dtype(dtype, keep_experts)
         check_checkpoint(checkpoint, keep_experts, plain=bits is not None)
         for path in image or []:
             open_image(path, "the conversation")
@@ -60,7 +62,7 @@ def chat(
             from moe_llava.serving.chat.terminal import Terminal
             from moe_llava.serving.engine.engine import Engine
 
-        model, processor, cache = _load(checkpoint, bits, keep_experts)
+        model, processor, cache = _load(checkpoint, bits, dtype, keep_experts)
         with Engine(model, processor.tokenizer, slots=1, time_limit=math.inf) as engine:
             conversation = Conversation(engine, processor, Settings(max_new_tokens, temperature, top_p, seed, system))
             conversation.add_images(image or [])
@@ -76,7 +78,7 @@ def chat(
             raise typer.Exit(1)
 
 
-def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tuple[Any, Any, Any]:
+def _load(checkpoint: str, bits: int | None, dtype: str, keep_experts: float | None) -> tuple[Any, Any, Any]:
     """(model on the best device, processor, cache of experts if not all are kept in memory)"""
     from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
 
@@ -85,7 +87,7 @@ def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tupl
 
         return load_offloaded(checkpoint, keep_experts)
     if bits is None:
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load_checkpoint(checkpoint, dtype)
         return model.to(best_device()), processor, None
 
     import torch
@@ -96,10 +98,11 @@ def _load(checkpoint: str, bits: int | None, keep_experts: float | None) -> tupl
     from moe_llava.training.adapters import describe_quantised, quantisation_config, weight_bytes
 
     kind, config = QUANTISATIONS[bits], load_config(checkpoint)
-    settings: dict[str, Any] = {"quantization_config": quantisation_config(checkpoint, kind, config.dtype or torch.float32)}
+    computing = getattr(torch, dtype, None) or config.dtype or torch.float32
+    settings: dict[str, Any] = {"quantization_config": quantisation_config(checkpoint, kind, computing)}
     if isinstance(config, SparseConfig):
         settings["separate_experts"] = True
-    model, processor = load_checkpoint(checkpoint, device_map=best_device(), **settings)
+    model, processor = load_checkpoint(checkpoint, dtype, device_map=best_device(), **settings)
     stored = read_tables(find_weights(resolve(checkpoint, with_weights=True))).values()
     before = sum(shape_bytes(tensor.shape, tensor.dtype) for tensor in stored)
     sizes = f"the weights take {weight_bytes(model) / 1e6:,.1f} MB, {before / 1e6:,.1f} MB in the checkpoint"

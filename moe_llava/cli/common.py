@@ -61,6 +61,10 @@ def _options(
 
 
 Checkpoint = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16 or float16: load the weights in it; auto: as they are stored, which is float32 after training"),
+]
 KeepExperts = Annotated[
     float | None,
     typer.Option(help="share of a sparse model's experts that has room in memory; the others wait on disk, or of a GPU in CPU memory"),

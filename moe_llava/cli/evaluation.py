@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
+from moe_llava.cli.common import Checkpoint, Dtype, KeepExperts, heavy_imports, user_errors, verb
 
 
 @verb("Evaluate", "moe-llava benchmarks")
@@ -127,13 +127,14 @@ def evaluate(
             help="repeat under these perturbations and report the drop of each: noise,typos:2 is noise at strengths 1 to 5, typos at 2"
         ),
     ] = None,
+    dtype: Dtype = "auto",
     keep_experts: KeepExperts = None,
 ) -> None:
     """Evaluate a checkpoint on benchmarks. The same command resumes a run that was stopped."""
     with user_errors():
         from rich.console import Console
 
-        from moe_llava.checkpoints.files import check_checkpoint
+        from moe_llava.checkpoints.files import check_checkpoint, check_dtype
         from moe_llava.evaluation.score.benchmark import Options, configured, find_benchmark
         from moe_llava.evaluation.stress.perturb import parse_perturbations
 
@@ -142,13 +143,14 @@ def evaluate(
         options = Options(images, metric, group_by)
         for name in names:
             configured(find_benchmark(name), options)
+        check_dtype(dtype, keep_experts)
         check_checkpoint(checkpoint, keep_experts)
 
         with heavy_imports():
             from moe_llava.evaluation.evaluate import evaluate as run  # takes seconds, and a mistake in a name is reported first
 
         try:
-            for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts, options):
+            for found in run(checkpoint, names, data, out, batch_size, limit, Console(), perturbations, keep_experts, options, dtype):
                 _print_scores(found)
                 if "robustness" in found:
                     _print_drops(found["robustness"], out / found["benchmark"] / "robustness.png")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_llava.cli.common import Checkpoint, KeepExperts, heavy_imports, user_errors, verb
+from moe_llava.cli.common import Checkpoint, Dtype, KeepExperts, heavy_imports, user_errors, verb
 
 
 @verb("Use a model", "moe-llava serve runs/demo/stage3")
@@ -25,15 +25,17 @@ def serve(
     allow_image_host: Annotated[
         list[str] | None, typer.Option(help="a host that images may be fetched from; may be given several times. Default: none")
     ] = None,
+    dtype: Dtype = "auto",
     keep_experts: KeepExperts = None,
 ) -> None:
     """Serve OpenAI's chat completions over HTTP, with continuous batching, and a chat page. SIGTERM finishes what has begun."""
     with user_errors():
-        from moe_llava.checkpoints.files import check_checkpoint, read_examples
+        from moe_llava.checkpoints.files import check_checkpoint, check_dtype, read_examples
         from moe_llava.serving.http.listen import listener, read_keys
 
         if not math.isfinite(time_limit):
             raise ValueError(f"--time-limit is {time_limit:g}, but must be finite")
+        check_dtype(dtype, keep_experts)
         check_checkpoint(checkpoint, keep_experts)
         examples = read_examples(checkpoint)
         keys = read_keys(api_keys, host)
@@ -53,7 +55,7 @@ def serve(
                 from moe_llava.serving.http.connections import http_server, serve_until_signal
 
             if keep_experts is None:
-                model, processor = load_checkpoint(checkpoint)
+                model, processor = load_checkpoint(checkpoint, dtype)
                 model, counts = model.to(best_device()), None
             else:
                 model, processor, cache = load_offloaded(checkpoint, keep_experts)

@@ -49,6 +49,7 @@ def evaluate(
     perturbations: Sequence[Perturbation] = (),
     keep_experts: float | None = None,
     options: Options = NO_OPTIONS,
+    dtype: str = "auto",
 ) -> Iterator[dict[str, Any]]:
     """Yield for each benchmark the content of its result.json and, as "robustness", that of its robustness.json; nothing in processes other
     than the first.
@@ -58,6 +59,7 @@ def evaluate(
         perturbations: repeat the evaluation under each of them, after the one without.
         keep_experts: the share of the experts to keep in memory; None: all.
         options: of the benchmark `questions`.
+        dtype: to load the weights in; auto: as they are stored.
 
     Raises CheckpointError or BenchmarkError, with everything wrong with files and folders, before the model is loaded; later for an image
     or a score, after everything has been evaluated.
@@ -65,7 +67,7 @@ def evaluate(
     attacks = sorted({perturbation.name for perturbation in perturbations} & set(PIXEL_ATTACKS))
     if attacks and keep_experts is not None:
         raise BenchmarkError(f"{' and '.join(attacks)} need the model's gradient, and so all experts in memory: leave out --keep-experts")
-    plans = plan_tasks(checkpoint, names, data, out, limit, perturbations, options)
+    plans = plan_tasks(checkpoint, names, data, out, limit, perturbations, options, dtype)
     problems: list[str] = []
     with _processes() as (process, processes), contextlib.ExitStack() as stack:
         console = console if process == 0 else Console(quiet=True)
@@ -80,7 +82,7 @@ def evaluate(
         _wait(processes)  # a share depends on the answers there, to which the next lines add
         if any(shares.values()):
             if keep_experts is None:
-                model, processor = load_checkpoint(checkpoint)
+                model, processor = load_checkpoint(checkpoint, dtype)
                 model.to(best_device())
             else:
                 model, processor, _ = load_offloaded(checkpoint, keep_experts)

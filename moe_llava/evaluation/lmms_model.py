@@ -20,6 +20,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from rich.console import Console
 
+from moe_llava.checkpoints.files import check_dtype
 from moe_llava.checkpoints.load import best_device, load_checkpoint
 from moe_llava.common.images import BROKEN, to_rgb
 from moe_llava.common.progress import show_progress
@@ -30,7 +31,6 @@ from moe_llava.evaluation.evaluate import warn_of_capacity
 from moe_llava.evaluation.score.questions import Question
 from moe_llava.evaluation.score.reading import BenchmarkError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 1024  # if a task does not set it; lmms-eval's own LLaVA has the same
 # The values that a task may set; None leaves the value to the model.
 OFFERED = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None), "repetition_penalty": (1, None)}
@@ -71,8 +71,7 @@ class MoeLlava(lmms):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) == 0:
             raise BenchmarkError(f"batch_size must be a number from 1, but is {batch_size!r}")
-        if dtype not in DTYPES:
-            raise BenchmarkError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}")
+        check_dtype(dtype)
         self.batch_size = int(batch_size)
         self.device = best_device() if device is None else torch.device(device)
         model, self.processor = load_checkpoint(pretrained, dtype=dtype)

@@ -174,6 +174,8 @@ def test_a_pipe_that_nobody_reads_ends_it(sparse):
         (["--temperature", "inf"], "but they are inf and 1"),
         (["--top-p", "0"], "but they are 0 and 0"),
         (["--bits", "5"], "--bits is 5, but must be 4 or 8"),
+        (["--dtype", "half"], "dtype is 'half', but must be one of auto, float32, bfloat16, float16"),
+        (["--dtype", "float16", "--keep-experts", "0.5"], "--dtype and --keep-experts do not go together: experts are read from the files"),
         (["--image", "none.png"], "none.png, which does not exist"),
         (["--video", "none.mp4"], "^the conversation names the video none.mp4, which does not exist$"),  # not that the model takes none
         (

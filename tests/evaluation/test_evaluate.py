@@ -71,6 +71,32 @@ def test_answers_and_result(tiny_base, whole):  # noqa: F811
     assert sorted(path.name for path in whole.iterdir()) == [".lock", "answers.jsonl", "result.json", "scored.jsonl", "settings.json"]
 
 
+def test_in_half_precision(tiny_base, tmp_path):  # noqa: F811
+    """Gradients of attacks, losses of wordings and routes, too; answers of another precision are not mixed with them."""
+    model, processor = load_checkpoint(tiny_base / "base")
+    upcycle(model, num_experts=4, num_experts_per_tok=2).save_pretrained(tmp_path / "sparse")
+    processor.save_pretrained(tmp_path / "sparse")
+    asked = [
+        "evaluate",
+        tmp_path / "sparse",
+        "--benchmark",
+        "digits",
+        "--data",
+        tiny_base / "data",
+        "--out",
+        tmp_path / "out",
+        "--limit",
+        "3",
+    ]
+    done = run_here(*asked, "--dtype", "bfloat16", "--perturb", "fgsm:1,words:1")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "digits" / "result.json").read_text())["generation"]["dtype"] == "torch.bfloat16"
+    assert "dtype torch.bfloat16, now torch.float32" in refused(*asked)
+    data = ["--data", tiny_base / "data" / "test.json", "--images", tiny_base / "data" / "images", "--limit", "2"]
+    done = run_here("routes", tmp_path / "sparse", *data, "--out", tmp_path / "routes", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+
+
 def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_base, whole, tmp_path, monkeypatch):  # noqa: F811
     assert run(tiny_base, tmp_path, limit=20)[0][0]["questions"] == 20
     file = tmp_path / "digits" / "answers.jsonl"

@@ -266,7 +266,7 @@ def test_other_requests_and_arguments_are_refused(asked, sparse):
     for batch_size in ("auto", 0, "-1"):
         with pytest.raises(BenchmarkError, match=f"batch_size must be a number from 1, but is {batch_size!r}"):
             MoeLlava(str(sparse), batch_size=batch_size)
-    with pytest.raises(BenchmarkError, match="dtype must be one of auto, float32, bfloat16, float16, but is 'half'"):
+    with pytest.raises(ValueError, match="dtype is 'half', but must be one of auto, float32, bfloat16, float16"):
         MoeLlava(str(sparse), dtype="half")
     with pytest.raises(TypeError, match="unexpected keyword argument 'precision'"):
         MoeLlava.create_from_arg_string(f"pretrained={sparse},precision=16", {"batch_size": 1})

@@ -63,6 +63,7 @@ def plan_tasks(
     limit: int | None,
     perturbations: Sequence[Perturbation],
     options: Options = NO_OPTIONS,
+    dtype: str = "auto",
 ) -> list[list[Task]]:
     """Return for each benchmark its task without perturbation, and one under each.
 
@@ -70,8 +71,9 @@ def plan_tasks(
     """
     if out.exists() and not out.is_dir():
         raise BenchmarkError(f"{out} is a file, but --out must be a folder")
-    dtype, kept = str(load_config(checkpoint).dtype), str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
-    made_with = {"checkpoint": kept, "checkpoint_files": checkpoint_digests(checkpoint), "dtype": dtype}
+    kept = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+    loaded = str(load_config(checkpoint).dtype) if dtype == "auto" else f"torch.{dtype}"
+    made_with = {"checkpoint": kept, "checkpoint_files": checkpoint_digests(checkpoint), "dtype": loaded}
     plans, problems = [], []
     for name in dict.fromkeys(names):
         try:
