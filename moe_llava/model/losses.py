@@ -1,7 +1,7 @@
 """Auxiliary losses of the routers, from recorded logits: balance loss and z-loss. The loss of SMoES is in smoes.py. Targets of the language
 loss.
 
-Shapes: B rows, S sequence, T tokens, E experts, L MoE layers, G groups of N experts.
+Shapes: B rows, S sequence, K positions, T tokens, E experts, L MoE layers, G groups of N experts.
 """
 
 from __future__ import annotations
@@ -98,3 +98,11 @@ def next_labels(labels_BS: Tensor) -> Tensor:
 def targets_of(labels_BS: Any, shift_labels_BS: Tensor | None) -> Tensor:
     """Return [B, S]: for each token the label that it predicts, as given or from the labels of the tokens themselves."""
     return next_labels(labels_BS) if shift_labels_BS is None else shift_labels_BS
+
+
+def logits_at_labels(labels_BS: Tensor) -> dict[str, Tensor]:
+    """Return arguments with which transformers' own models compute logits only at the positions [K] where any row has a label, for the same
+    loss: `logits_to_keep` [K] and `shift_labels` [B, K]. A sparse model does so by itself, row by row."""
+    targets_BS = next_labels(labels_BS)
+    labelled = (targets_BS != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return {"logits_to_keep": labelled, "shift_labels": targets_BS.index_select(1, labelled)}

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from moe_llava.model import SparseModel
+from moe_llava.model.losses import logits_at_labels
 from moe_llava.perf.measure import add_notes, begin_peak, begin_report, bench_device, compare, dtype_names, in_child, peak_memory, summary
 from moe_llava.perf.pairs import DENSE, SIZES, SPARSE, batch_of, build, checked_rivals, labels_of
 from moe_llava.perf.rivals import MIXTRAL, RIVALS, loss_with_balance, rival_mlps
 from moe_llava.perf.running import show_cases
-from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.trainable import choose_parameters
 
 ALL_LOGITS = "sparse, logits of all positions"

@@ -44,9 +44,9 @@ from moe_llava.data.files import StoredImage
 from moe_llava.data.records import IMAGE_TOKEN, Record
 from moe_llava.data.store import Records
 from moe_llava.data.stream import Stream
-from moe_llava.model.losses import IGNORED
+from moe_llava.model.losses import IGNORED, logits_at_labels
 from moe_llava.training.features import read_entry, write_entry
-from moe_llava.training.labels import count_shared, logits_at_labels, predicted
+from moe_llava.training.labels import count_shared, predicted
 from moe_llava.training.recipe import Distillation, RecipeError
 from moe_llava.training.stage import Stage
 

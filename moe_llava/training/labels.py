@@ -1,6 +1,6 @@
-"""The labels of a batch: where they are predicted, and in which order.
+"""The labels of a row, and of the same row for another tokenizer.
 
-Shapes: B rows, S sequence, K positions, N labels.
+Shapes: S sequence, N labels.
 """
 
 from __future__ import annotations
@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_llava.common.errors import DataError
-from moe_llava.model.losses import IGNORED, next_labels
-
-
-def logits_at_labels(labels_BS: Tensor) -> dict[str, Tensor]:
-    """Return arguments with which transformers' own models compute logits only at the positions [K] where any row has a label, for the same
-    loss: `logits_to_keep` [K] and `shift_labels` [B, K]. A sparse model does so by itself, row by row."""
-    targets_BS = next_labels(labels_BS)
-    labelled = (targets_BS != IGNORED).any(dim=0).nonzero().squeeze(1)
-    return {"logits_to_keep": labelled, "shift_labels": targets_BS.index_select(1, labelled)}
+from moe_llava.model.losses import IGNORED
 
 
 def predicted(labels_S: Tensor) -> Tensor:

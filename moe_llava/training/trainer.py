@@ -21,11 +21,10 @@ from moe_llava.data.batches import GroupedSampler
 from moe_llava.data.shards import ShardError
 from moe_llava.data.stream import Position, StreamDataset
 from moe_llava.model import SparseModel
-from moe_llava.model.losses import IGNORED
+from moe_llava.model.losses import IGNORED, logits_at_labels
 from moe_llava.routing.counts import expert_counts, expert_shares
 from moe_llava.training.adapters import check_loaded, without_adapter
 from moe_llava.training.distil import Teacher, divergence
-from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.native import auxiliary_loss, numbers, recorded
 from moe_llava.training.optimizer import load_parts
 from moe_llava.training.parts import native_experts

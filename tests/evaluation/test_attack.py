@@ -71,6 +71,19 @@ def test_pixel_range():
     assert (plain.black.item(), plain.white.item()) == (0, pytest.approx(1))
 
 
+def test_logits_are_computed_where_labels_are_and_nowhere_else(model):
+    """All others of a real vocabulary would take gigabytes."""
+    inputs, labels = batch()
+    shapes = []
+    hook = model.lm_head.register_forward_hook(lambda *arguments: shapes.append(arguments[2].shape[:2]))
+    found = answer_losses(model, inputs, labels)
+    hook.remove()
+    assert shapes == [(3, 4)]
+    logits = model(**inputs).logits[:, :-1].transpose(1, 2)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:], reduction="none").sum(1) / 4
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
 def test_within_epsilon_and_worse_than_noise(model, kind):
     inputs, labels = batch()

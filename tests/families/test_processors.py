@@ -8,7 +8,7 @@ from moe_llava import upcycle
 from moe_llava.data.batches import IGNORE_INDEX, Collator, ConversationDataset
 from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import Record
-from moe_llava.training.labels import logits_at_labels
+from moe_llava.model.losses import logits_at_labels
 from tests.families.processors import ROWS, tiny_model, tiny_processor
 
 FAMILIES = sorted(ROWS)

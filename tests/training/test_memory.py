@@ -9,10 +9,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from moe_llava import MoeOptions, upcycle
 from moe_llava.model import SparseModel
+from moe_llava.model.losses import logits_at_labels
 from moe_llava.model.places import vision_ffns
 from moe_llava.training.budget import patches_of_image
 from moe_llava.training.distil import divergence, to_events
-from moe_llava.training.labels import logits_at_labels
 from moe_llava.training.memory import Batch, activations
 from moe_llava.training.trainable import checkpoint_layers, choose_parameters
 from tests.model.test_moe_in import COVERED

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_llava.training.labels import logits_at_labels
+from moe_llava.model.losses import logits_at_labels
 from tests.conftest import FAMILIES, tiny_dense, tiny_inputs
 from tests.model.test_equivalences import labels_of
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_llava.data.encoder import EXPERT_TYPES, TOKEN_TYPES
 from moe_llava.evaluation.stress.perturb import Perturbation
 from moe_llava.model.greedy import Allowed, end_tokens, prefill_positions, write_greedily
+from moe_llava.model.losses import IGNORED, logits_at_labels
 
 EPSILONS = (1, 2, 4, 8, 16)  # at strengths 1 to 5
 PGD_STEPS = 10
@@ -51,11 +52,11 @@ def pixel_range(image_processor: Any) -> PixelRange:
 def answer_losses(model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of each row's labels [B, S], as [B] float32; -100 is no label. Inputs may continue a cache, which the
     attention mask then covers, too."""
-    places = prefill_positions(model, inputs)[..., -labels.shape[1] :]
-    logits = model(**inputs, position_ids=places, use_cache=False).logits[:, :-1].float()
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return losses.sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
+    places, at_labels = prefill_positions(model, inputs)[..., -labels.shape[1] :], logits_at_labels(labels)
+    logits = model(**inputs, position_ids=places, use_cache=False, logits_to_keep=at_labels["logits_to_keep"]).logits.float()
+    targets = at_labels["shift_labels"]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
 
 def fgsm(model: Any, inputs: Inputs, labels: Tensor, pixels: PixelRange, epsilon: float) -> Tensor:
