@@ -146,7 +146,7 @@ def test_compiled_in_one_graph():
 
 def test_the_choice():
     experts = some_experts(GatedExperts)
-    few, many = torch.zeros(4, 2, dtype=torch.long), torch.zeros(400, 2, dtype=torch.long)
+    few, many = torch.zeros(4, 2, dtype=torch.long), torch.zeros(40_000, 2, dtype=torch.long)
     assert choose_backend(torch.zeros(4, WIDTH), few, experts) == "eager"
     on_device = torch.zeros(4, WIDTH, device="meta")
     assert choose_backend(on_device, many, experts) == "grouped_mm"
@@ -154,3 +154,7 @@ def test_the_choice():
     with torch.no_grad():
         assert choose_backend(on_device, few, experts) == "batched_mm"
         assert choose_backend(on_device, many, experts) == "grouped_mm"
+        with torch.device("meta"):
+            wide = GatedExperts(config(num_experts=EXPERTS), 1024, 2816, ACT2FN["silu"])  # 35 MB each: copies of 8 would take 280 MB
+        assert choose_backend(on_device, few[:1, :1], wide) == "batched_mm"
+        assert choose_backend(on_device, few, wide) == "grouped_mm"
