@@ -238,6 +238,24 @@ def test_a_failure_is_told_to_those_whom_it_concerns(endless, served, monkeypatc
         assert len(list(running)) == request.max_new_tokens - 1
 
 
+def test_a_row_without_finite_logits_fails_alone(endless, served, monkeypatch):
+    model, request = endless
+    forward = model.forward
+
+    def broken(**inputs):
+        output = forward(**inputs)
+        output.logits[1:] = torch.nan
+        return output
+
+    monkeypatch.setattr(model, "forward", broken)
+    with Engine(model, served[1].tokenizer) as engine:
+        running = ask(engine, request)
+        next(running)
+        with pytest.raises(ValueError, match="infinite or not numbers"):
+            list(ask(engine, Request(request.prompt, 9)))
+        assert len(list(running)) == request.max_new_tokens - 1
+
+
 def test_the_end_comes_when_all_are_answered(endless, served, monkeypatch):
     model, request = endless
     slowed(model, monkeypatch)

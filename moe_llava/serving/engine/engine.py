@@ -40,7 +40,7 @@ from moe_llava.serving.engine.requests import (
     TokenLogprobs,
     check_sampling,
 )
-from moe_llava.serving.engine.sampling import Sampler
+from moe_llava.serving.engine.sampling import Sampler, choose
 from moe_llava.serving.engine.submitted import Job, Row
 from moe_llava.serving.engine.text import Detokenizer
 
@@ -360,9 +360,11 @@ class Engine(CompletionEngine):
         """Choose the next token of each row."""
         logits_BV = logits_BV.float()
         logits_BV[:, self._suppressed] = -torch.inf
-        for row, logits_V, most_likely in zip(rows, logits_BV, logits_BV.argmax(-1).tolist(), strict=True):
-            if not row.done:
-                self._add(row, row.sampler.draw(logits_V) if row.sampler else most_likely, logits_V)
+        for row, logits_V, token in zip(rows, logits_BV, choose([row.sampler for row in rows], logits_BV), strict=True):
+            if not row.done and token < 0:
+                row.fail(ValueError("the model's logits for the next token are infinite or not numbers"))
+            elif not row.done:
+                self._add(row, token, logits_V)
 
     def _add(self, row: Row, token: int, logits_V: Tensor) -> None:
         """Append `token` to a completion, and deliver the new text."""
