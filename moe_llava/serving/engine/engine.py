@@ -25,6 +25,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from moe_llava.data.backends import copy_tokenizer
 from moe_llava.data.batches import concatenated, padded_left
 from moe_llava.model.greedy import end_tokens, media_ids, never_written, placeholder_ids, prefill_positions
+from moe_llava.serving.engine.batch import Batch
 from moe_llava.serving.engine.cache import cache_of, has_states, is_causal, preallocated_cache, shapes_of, states_of, window_of
 from moe_llava.serving.engine.interface import CompletionEngine, Deliver, Result, Work
 from moe_llava.serving.engine.prefixes import PrefixCache, blocks_of
@@ -83,14 +84,12 @@ class Engine(CompletionEngine):
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=model.device)  # may be empty
         self._ends = frozenset(end_tokens(model))
         self._admitted: list[Row] = []  # have a slot and will be prefilled next
-        self._rows: list[Row] = []
         self._new_cache = partial(preallocated_cache, text)
+        self._batch = Batch(self._new_cache, model.device)
         reusable = is_causal(text) and not has_states(text) and getattr(model.config, "capacity_factor", None) is None
         self._prefixes = PrefixCache(prefix_bytes) if prefix_bytes and reusable else None
         self._window = window_of(text)
         self._shapes: list[tuple[int, int]] = []  # of the cache's layers, known after the first prefill
-        self._cache: Cache = self._new_cache()
-        self._columns = 0  # S
         self._waiting: list[Row] = []
         self._jobs: list[Job] = []
         self._changed = Condition()
@@ -131,7 +130,7 @@ class Engine(CompletionEngine):
 
     @property
     def running(self) -> int:
-        return len(self._admitted) + len(self._rows)
+        return len(self._admitted) + len(self._batch.rows)
 
     @property
     def waiting(self) -> int:
@@ -182,25 +181,25 @@ class Engine(CompletionEngine):
                 self._run_job(self._jobs[0])
             while self._admitted:
                 self._guarded(self._prefill, self._next_to_prefill())
-            if self._rows:
-                self._guarded(self._decode, self._rows)
+            if self._batch.rows:
+                self._guarded(self._decode, self._batch.rows)
 
     def _wait_for_work(self) -> bool:
         """Return False when the engine is closed and nothing is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._jobs or self._rows or self._closed)
-            return bool(self._waiting or self._jobs or self._rows)
+            self._changed.wait_for(lambda: self._waiting or self._jobs or self._batch.rows or self._closed)
+            return bool(self._waiting or self._jobs or self._batch.rows)
 
     def _admit(self) -> None:
         """Move waiting requests to free slots, in order. Drop cancelled ones, and fail those that exceeded the time limit."""
         with self._changed:
-            pending = (*self._rows, *self._waiting, *self._jobs)
+            pending = (*self._batch.rows, *self._waiting, *self._jobs)
             for expired in [one for one in pending if not one.done and time.monotonic() > one.deadline]:
                 expired.fail(TimeLimitExceeded(f"the answer was not complete within {self.time_limit:g} seconds"))
             self._drop_finished()
             waiting = [row for row in self._waiting if not row.done]
             self._jobs = [job for job in self._jobs if not job.done]
-            free = self.slots - len(self._rows)
+            free = self.slots - len(self._batch.rows)
             self._admitted, self._waiting = waiting[:free], waiting[free:]
 
     def _guarded(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
@@ -245,7 +244,7 @@ class Engine(CompletionEngine):
         """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
         prompts = [row.request.prompt for row in rows]
         columns = max(len(prompt.input_ids) for prompt in prompts)
-        inputs = self._batch(prompts, columns)
+        inputs = self._inputs(prompts, columns)
         position_ids = prefill_positions(self.model, inputs)
         last = position_ids.reshape(-1, len(prompts), columns).amax((0, 2)).tolist()
         cache = self._new_cache()
@@ -258,7 +257,8 @@ class Engine(CompletionEngine):
         if rows[0].reused:
             self._close_gaps(rows, cache, columns)
         self._keep_prefixes(rows, cache, columns)
-        self._join(rows, cache, columns)
+        self._batch.join(rows, cache, columns)
+        self._admitted = [row for row in self._admitted if row not in rows]
         self._choose(rows, logits_B1V[:, -1])
 
     def _rest(self, rows: list[Row]) -> tuple[Cache, dict[str, Tensor]]:
@@ -291,7 +291,7 @@ class Engine(CompletionEngine):
         for index, row in enumerate(rows):
             self._prefixes.keep(row.blocks, partial(states_of, cache, index, columns - row.cached))
 
-    def _batch(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
+    def _inputs(self, prompts: list[Prompt], columns: int) -> dict[str, Tensor]:
         """Return the model's inputs for several prompts, padded on the left to `columns`."""
         lengths = [len(prompt.input_ids) for prompt in prompts]
         ids_BS = self._padded([prompt.input_ids for prompt in prompts], columns)
@@ -312,12 +312,12 @@ class Engine(CompletionEngine):
         device = self.model.device
         logits_B1V = self.model(
             input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=device),
-            attention_mask=self._mask([row.cached + 1 for row in rows], self._columns + 1),
+            attention_mask=self._mask([row.cached + 1 for row in rows], self._batch.columns + 1),
             position_ids=torch.tensor([[row.position] for row in rows], device=device),
-            past_key_values=self._cache,
+            past_key_values=self._batch.cache,
             use_cache=True,
         ).logits
-        self._columns += 1
+        self._batch.columns += 1
         for row in rows:
             row.cached += 1
             row.position += 1
@@ -328,33 +328,9 @@ class Engine(CompletionEngine):
         starts = torch.tensor([columns - length for length in lengths])
         return (torch.arange(columns) >= starts[:, None]).long().to(self.model.device)
 
-    def _join(self, rows: list[Row], cache: Cache, columns: int) -> None:
-        """Append prefilled rows to the batch."""
-        if self._rows:
-            longest = max(columns, self._columns)
-            for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-                layer.join(new, longest)
-            self._columns = longest
-        else:
-            self._cache, self._columns = cache, columns
-        self._rows = [*self._rows, *rows]
-        self._admitted = [row for row in self._admitted if row not in rows]
-
     def _drop_finished(self) -> None:
-        """Remove finished rows from the batch, and columns that no row uses any more."""
         self._admitted = [row for row in self._admitted if not row.done]
-        kept = [index for index, row in enumerate(self._rows) if not row.done]
-        if len(kept) == len(self._rows):
-            return
-        self._rows = [self._rows[index] for index in kept]
-        if not kept:
-            self._cache, self._columns = self._new_cache(), 0
-            return
-        columns = max(row.cached for row in self._rows)
-        rows = torch.tensor(kept, device=self.model.device)
-        for layer in self._cache.layers:
-            layer.keep(rows, columns)
-        self._columns = columns
+        self._batch.drop_finished()
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> None:
         """Choose the next token of each row."""
