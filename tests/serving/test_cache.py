@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from moe_llava.serving.engine.cache import SPARE, preallocated_cache
+from moe_llava.serving.engine.batch import Batch
+from moe_llava.serving.engine.cache import SPARE, PreallocatedLayer, StateLayer, preallocated_cache
 
 
 def states(rows, columns):
@@ -55,3 +56,27 @@ def test_a_token_is_written_in_place(caches):
         places.append(keys.data_ptr())
     assert len(set(places)) == 2  # copied when it got room, and when that was used up
     assert torch.equal(keys[:, :, :5], before)
+
+
+def test_a_batch_stays_as_it_was_when_rows_cannot_join():
+    """The last of three layers fails between its two states."""
+
+    def cache_of(rows, columns, width):
+        layers = [PreallocatedLayer(), StateLayer(), StateLayer()]
+        layers[0].replace(states(rows, columns), states(rows, columns))
+        for layer in layers[1:]:
+            layer.conv_states[0], layer.recurrent_states[0] = torch.randn(rows, 3, 4), torch.randn(rows, 3, 4)
+        layers[2].recurrent_states[0] = torch.randn(rows, 3, width)
+        return Cache(layers=layers)
+
+    def tensors(cache):
+        keys, *others = cache.layers
+        return [keys.keys, keys.values, *(kind[0] for layer in others for kind in (layer.conv_states, layer.recurrent_states))]
+
+    batch, cache = Batch(lambda: Cache(layers=[]), torch.device("cpu")), cache_of(2, 5, 4)
+    batch.join(["first", "second"], cache, 5)
+    before = [tensor.clone() for tensor in tensors(cache)]
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        batch.join(["third"], cache_of(1, 7, 9), 7)
+    assert all(torch.equal(*pair) for pair in zip(tensors(batch.cache), before, strict=True))
+    assert (batch.rows, batch.columns) == (["first", "second"], 5)

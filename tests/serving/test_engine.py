@@ -10,6 +10,7 @@ import torch
 
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.model.greedy import end_tokens, write_greedily
+from moe_llava.serving.engine.cache import PreallocatedLayer
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.requests import EngineClosed, Prompt, QueueFull, Request, RequestError, TimeLimitExceeded
 from tests.conftest import FAMILIES
@@ -236,6 +237,50 @@ def test_a_failure_is_told_to_those_whom_it_concerns(endless, served, monkeypatc
         with pytest.raises(ValueError, match="doesn't match model"):
             list(ask(engine, Request(Prompt(request.prompt.input_ids, {"pixel_values": torch.zeros(1, 3, 24, 24)}), 2)))
         assert len(list(running)) == request.max_new_tokens - 1
+
+
+def failing(monkeypatch, method, layer):
+    """The given call of a layer's method fails, those before and after it do not."""
+    calls, works = [], getattr(PreallocatedLayer, method)
+
+    def fails(self, *args):
+        calls.append(self)
+        if len(calls) == layer:
+            raise torch.OutOfMemoryError("out of memory")
+        works(self, *args)
+
+    monkeypatch.setattr(PreallocatedLayer, method, fails)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("running", [1, 2])
+@pytest.mark.parametrize("joining", [7, 6], ids=["longer", "shorter"])
+def test_running_answers_stay_when_there_is_no_memory_to_join(endless, served, questions, monkeypatch, running, layer, joining):
+    model, request = endless
+    expected = alone(model, request)
+    other = request_of(served[1], questions[joining], 5)
+    assert (len(other.prompt.input_ids) > len(request.prompt.input_ids)) == (joining == 7)
+    with Engine(model, served[1].tokenizer) as engine:
+        answers = [ask(engine, request) for _ in range(running)]
+        begun = [next(answer) for answer in answers]
+        failing(monkeypatch, "join", layer)
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            list(ask(engine, other))
+        later = ask(engine, other)
+        assert [tokens([first, *rest]) for first, rest in zip(begun, answers, strict=True)] == [expected] * running
+        assert tokens(later) == alone(model, other)
+
+
+def test_all_fail_when_there_is_no_memory_to_leave(endless, served, monkeypatch):
+    """The cache has lost its order then, but the engine goes on."""
+    model, request = endless
+    failing(monkeypatch, "keep", 2)
+    with Engine(model, served[1].tokenizer) as engine:
+        answers = [ask(engine, request), ask(engine, Request(request.prompt, 5))]
+        assert len(list(answers[1])) == 5
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            list(answers[0])
+        assert tokens(ask(engine, request)) == alone(model, request)
 
 
 def test_a_row_without_finite_logits_fails_alone(endless, served, monkeypatch):

@@ -42,7 +42,7 @@ class PreallocatedLayer(DynamicLayer):
             torch.cat([_pad_left(self.values, columns), _pad_left(other.values, columns)]),
         )
 
-    def keep(self, rows: Tensor, columns: int) -> None:
+    def keep(self, rows: Tensor | slice, columns: int) -> None:
         """Keep these rows, and the last `columns`."""
         self.replace(self.keys[rows, :, -columns:], self.values[rows, :, -columns:])
 
@@ -76,7 +76,7 @@ class StateLayer(LinearAttentionLayer):
         for states, others in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
             states.update({index: torch.cat([state, others[index]]) for index, state in states.items()})
 
-    def keep(self, rows: Tensor, columns: int) -> None:
+    def keep(self, rows: Tensor | slice, columns: int) -> None:
         """Keep these rows."""
         for states in (self.conv_states, self.recurrent_states):
             states.update({index: state[rows] for index, state in states.items()})
