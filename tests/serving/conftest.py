@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from moe_llava.checkpoints.load import load_checkpoint
 from moe_llava.evaluation.ask.generate import prompt_inputs
+from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.evaluation.score.definitions import digits_world
 from moe_llava.model.greedy import end_tokens
 from moe_llava.model.upcycling import upcycle
@@ -64,6 +66,35 @@ def request_of(processor, question, max_new_tokens=12, **settings) -> Request:
     inputs = prompt_inputs(processor, [question])
     images = {name: value for name, value in inputs.items() if name == "pixel_values"}
     return Request(Prompt(inputs["input_ids"][0].tolist(), images), max_new_tokens, **settings)
+
+
+def watched(model, monkeypatch):
+    """The number of tokens and of images in each forward pass of more than one token."""
+    passes, forward = [], model.forward
+
+    def watch(**inputs):
+        rows, columns = inputs["input_ids"].shape
+        if columns > 1:
+            passes.append((rows, columns, len(inputs.get("pixel_values", ()))))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", watch)
+    return passes
+
+
+def held_back(model, monkeypatch):
+    """An event: until it is set, every forward pass waits."""
+    may_go, forward = threading.Event(), model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: (may_go.wait(60), forward(**inputs))[1])
+    return may_go
+
+
+def running(engine, processor):
+    """A completion that has its slot. Those who ask while its pass is held back are admitted together."""
+    first = ask(engine, request_of(processor, Question("t", "first"), 30))
+    while engine.waiting:
+        time.sleep(0.01)
+    return first
 
 
 @pytest.fixture(scope="session")

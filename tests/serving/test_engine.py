@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import torch
 from moe_llava.evaluation.score.benchmark import Question
 from moe_llava.model.greedy import end_tokens, write_greedily
 from moe_llava.serving.engine.cache import PreallocatedLayer
-from moe_llava.serving.engine.engine import Engine
+from moe_llava.serving.engine.engine import PREFIX_BYTES, Engine, similar_in_length
 from moe_llava.serving.engine.requests import EngineClosed, Prompt, QueueFull, Request, RequestError, TimeLimitExceeded
 from tests.conftest import FAMILIES
-from tests.serving.conftest import ask, model_of, received, request_of, text_of
+from tests.serving.conftest import ask, held_back, model_of, received, request_of, running, text_of, watched
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
@@ -119,6 +120,41 @@ def test_those_who_wait_are_read_together(served, questions, family, monkeypatch
     lengths = {len(request.prompt.input_ids) for request in requests[1:]}
     assert len(lengths) == 3
     assert (3, max(lengths)) in widths
+
+
+@pytest.mark.parametrize("prefix_bytes", [0, PREFIX_BYTES])
+@pytest.mark.parametrize(("place", "expected_passes"), [(0, [(3, 81), (5, 9)]), (7, [(7, 9), (1, 81)])], ids=["first", "last"])
+def test_a_long_prompt_does_not_make_others_as_long(served, questions, place, expected_passes, prefix_bytes, monkeypatch):
+    """The first prompt goes with those of similar length. A pass of few tokens may have any padding."""
+    model, processor, _ = served
+    words = ["why", "which", "where", "how", "what", "who", "when"]
+    requests = [request_of(processor, Question("short", f"{word} is this a 7 ?"), 6) for word in words]
+    requests.insert(place, request_of(processor, questions[7], 6))
+    assert sorted(len(request.prompt.input_ids) for request in requests) == [9] * 7 + [81]
+    expected = [alone(model, request) for request in requests]
+    passes, may_go = watched(model, monkeypatch), held_back(model, monkeypatch)
+    with Engine(model, processor.tokenizer, slots=9, prefix_bytes=prefix_bytes) as engine:
+        first = running(engine, processor)
+        answers = [ask(engine, request) for request in requests]
+        may_go.set()
+        assert [tokens(answer) for answer in answers] == expected
+        list(first)
+    assert [(rows, columns) for rows, columns, _ in passes[1:]] == expected_passes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "together"),
+    [
+        ([30_000] + [100] * 7, [30_000]),
+        ([100, 30_000, 100, 90], [100, 100, 90]),
+        ([600, 30, 700, 300, 650], [600, 650, 700, 300]),
+        ([600, 30, 300, 90_000], [600, 300]),
+        ([9, 80, 30], [9, 30, 80]),
+    ],
+)
+def test_prompts_of_similar_length_are_prefilled_with_the_first(lengths, together):
+    rows = [SimpleNamespace(rest=range(length)) for length in lengths]
+    assert [len(row.rest) for row in similar_in_length(rows)] == together
 
 
 def test_a_sliding_window_is_kept_to(served, questions):

@@ -1,8 +1,6 @@
 """What a prompt has in common with an earlier one is not computed again, and the answer stays what it would be alone."""
 
 import queue
-import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,7 @@ from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prefixes import BLOCK, PrefixCache, blocks_of, media_digest
 from moe_llava.serving.engine.requests import Prompt
 from tests.conftest import FAMILIES
-from tests.serving.conftest import ask, model_of, received, request_of, server
+from tests.serving.conftest import ask, held_back, model_of, received, request_of, running, server, watched
 from tests.serving.test_api import client_of, complete, image_part, metric, text_part, user
 from tests.serving.test_engine import alone, tokens
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -30,20 +28,6 @@ def submitted(engine, request):
 
 def logprobs(pieces):
     return [value for piece in pieces for _, value in piece.logprobs.top]
-
-
-def watched(model, monkeypatch):
-    """The number of tokens and of images in each forward pass of more than one token."""
-    passes, forward = [], model.forward
-
-    def watch(**inputs):
-        rows, columns = inputs["input_ids"].shape
-        if columns > 1:
-            passes.append((rows, columns, len(inputs.get("pixel_values", ()))))
-        return forward(**inputs)
-
-    monkeypatch.setattr(model, "forward", watch)
-    return passes
 
 
 @pytest.fixture
@@ -86,21 +70,6 @@ def test_answers_are_those_of_whole_prompts(served, about, family, sparse, monke
     assert lengths[4] - BLOCK <= reused[4] < lengths[4]
     assert passes == [(1, length - old, 0 if old else 1) for length, old in zip(lengths, reused, strict=True)]
     assert logprobs(expected[0]) != pytest.approx(logprobs(expected[2]), abs=1e-3)  # the image counts
-
-
-def held_back(model, monkeypatch):
-    """An event: until it is set, every forward pass waits."""
-    may_go, forward = threading.Event(), model.forward
-    monkeypatch.setattr(model, "forward", lambda **inputs: (may_go.wait(60), forward(**inputs))[1])
-    return may_go
-
-
-def running(engine, processor):
-    """A completion that has its slot. Those who ask while its pass is held back are admitted together."""
-    first = ask(engine, request_of(processor, Question("t", "first"), 30))
-    while engine.waiting:
-        time.sleep(0.01)
-    return first
 
 
 @pytest.mark.parametrize("window", [None, 8])

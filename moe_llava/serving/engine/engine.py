@@ -1,9 +1,9 @@
 """Continuous batching: one thread owns the model and generates the next token of every completion at once.
 
-Requests join the batch as soon as a slot is free. Waiting requests are prefilled together and become rows of the batch's cache; a row is
-removed when its completion is finished. The cache is padded on the left, so the tokens of a row are contiguous and end at the last column,
-and the distances between them, on which sliding windows depend, are correct. If a prompt begins like an earlier one, only the rest of it
-is computed (see prefixes.py).
+Requests join the batch as soon as a slot is free. Waiting requests of similar length are prefilled together and become rows of the batch's
+cache; a row is removed when its completion is finished. The cache is padded on the left, so the tokens of a row are contiguous and end at
+the last column, and the distances between them, on which sliding windows depend, are correct. If a prompt begins like an earlier one, only
+the rest of it is computed (see prefixes.py).
 
 transformers' own continuous batching takes token ids only, without images.
 
@@ -48,6 +48,8 @@ from moe_llava.serving.engine.text import Detokenizer
 logger = logging.getLogger(__name__)
 
 PREFIX_BYTES = 512 * 2**20
+SMALL_PREFILL = 256  # tokens, padding included: fewer take a GPU about as long, because it reads all weights in any case
+PADDED = 1.5  # the most tokens of a larger prefill, padding included, for each token of its prompts
 
 
 class Engine(CompletionEngine):
@@ -228,17 +230,21 @@ class Engine(CompletionEngine):
     def _next_to_prefill(self) -> list[Row]:
         """Return the admitted rows that are prefilled together next, and set how much of them is reused."""
         if self._prefixes is None:
-            return self._admitted
+            return similar_in_length(self._admitted)
         for row in self._admitted:
             row.blocks = self._prefixes.fitting(row.blocks)
             row.reused = self._prefixes.known(row.blocks)
-        new = [row for row in self._admitted if not row.reused]
-        if new:  # of those that begin the same, one goes ahead
-            return list({row.blocks[0].key if row.blocks else id(row): row for row in reversed(new)}.values())
+        first: dict[bytes | int, Row] = {}  # of those that begin the same, one goes ahead
+        for row in self._admitted:
+            if not row.reused:
+                first.setdefault(row.blocks[0].key if row.blocks else id(row), row)
+        if first:
+            return similar_in_length(list(first.values()))
+        rows = similar_in_length(self._admitted)
         # With a sliding window there may be no gap in a row (see `_rest`): the rests are then of one length.
-        longest = max(row.reused for row in self._admitted) + max(len(row.rest) for row in self._admitted)
+        longest = max(row.reused for row in rows) + max(len(row.rest) for row in rows)
         gaps = longest <= self._window
-        return [row for row in self._admitted if gaps or len(row.rest) == len(self._admitted[0].rest)]
+        return [row for row in rows if gaps or len(row.rest) == len(rows[0].rest)]
 
     def _prefill(self, rows: list[Row]) -> None:
         """Run the model on new prompts, with a cache of their own, and generate the first token of each completion."""
@@ -368,3 +374,16 @@ class Engine(CompletionEngine):
 def image_count(inputs: Mapping[str, Tensor]) -> int:
     """Return the number of images and videos, or of their patches or tiles, in the inputs of a prompt."""
     return sum(len(inputs[name]) for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+
+
+def similar_in_length(rows: list[Row]) -> list[Row]:
+    """Return the first row, and those of most similar length that can be prefilled with it without much padding."""
+    length = len(rows[0].rest)
+    chosen: list[Row] = []
+    longest = tokens = 0
+    for row in sorted(rows, key=lambda row: abs(len(row.rest) - length)):
+        longest, tokens = max(longest, len(row.rest)), tokens + len(row.rest)
+        if (len(chosen) + 1) * longest > max(SMALL_PREFILL, PADDED * tokens):
+            break
+        chosen.append(row)
+    return chosen
