@@ -185,6 +185,24 @@ def test_the_end_of_a_prompt_is_dropped_before_its_beginning():
     assert cache.fitting(blocks(*range(9 * BLOCK))) == blocks(*range(9 * BLOCK))[:3]
 
 
+def test_new_blocks_are_copied_together():
+    """One query for all of them. Each has memory of its own, so that a dropped one frees it."""
+    blocks = blocks_of(Prompt(list(range(5 * BLOCK))), frozenset())
+    queries = []
+
+    def states_of(tokens):
+        queries.append(tokens)
+        return torch.arange(tokens.start, tokens.stop).float()[:, None]
+
+    cache = PrefixCache(100 * BLOCK * 4)
+    cache.keep(blocks[:1], states_of)
+    cache.keep(blocks, states_of)
+    cache.keep(blocks, states_of)
+    assert queries == [slice(0, BLOCK), slice(BLOCK, 4 * BLOCK)]
+    assert torch.equal(cache.take(blocks, 4 * BLOCK)[:, 0], torch.arange(4.0 * BLOCK))
+    assert [states.untyped_storage().nbytes() for states in cache._states.values()] == [BLOCK * 4] * 4
+
+
 def test_a_block_is_known_by_all_before_it():
     """Tokens, images and their shapes; token types follow from the tokens."""
     ids, pixels = list(range(40)), torch.zeros(1, 3, 4, 4)

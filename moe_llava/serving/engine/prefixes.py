@@ -87,11 +87,13 @@ class PrefixCache:
     def keep(self, blocks: Sequence[Block], states_of: Callable[[slice], Tensor]) -> None:
         """Add the blocks of a prompt that are not here yet: `states_of` returns [S, C] of tokens of the prompt. Drop old ones beyond the
         limit."""
-        for block in blocks:
-            if block.key not in self._states:
-                self._states[block.key] = states_of(slice(block.start, block.end))
+        if new := [block for block in blocks if block.key not in self._states]:
+            start = new[0].start
+            states_SC = states_of(slice(start, new[-1].end))
+            self._token_bytes = states_SC[0].nbytes
+            for block in new:  # copies, so that a block that is dropped frees its memory
+                self._states[block.key] = states_SC[block.start - start : block.end - start].clone()
                 self.nbytes += self._states[block.key].nbytes
-                self._token_bytes = self._states[block.key].nbytes // (block.end - block.start)
         self._touch(blocks)
         while self.nbytes > self.limit:
             self.nbytes -= self._states.popitem(last=False)[1].nbytes
