@@ -11,6 +11,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ from moe_llava.training.trainable import TRAINABLE, ParameterCount, checkpoint_l
 from moe_llava.training.trainer import SKIPPED, StageTrainer, training_arguments
 from moe_llava.training.watch import ProgressDisplay, plot_run
 
+# The longest wait for another process. The main one alone upcycles, writes and hashes, which takes more than NCCL's ten minutes if a model
+# is large. The price: a process that hangs, other than one that ends, stops its neighbours only after this time.
+PATIENCE = timedelta(hours=6)
 MOST_NAMED = 3  # bad records, on the console
 MOST_EXAMPLES, EXAMPLES_FROM = 3, 1000  # questions, and the records that they are taken from
 TITLES = {
@@ -66,7 +70,7 @@ def train(recipe: Recipe, numbers: list[int], resume: bool, console: Console) ->
     Raises RecipeError, DataError, CheckpointError, SaveError or ValueError, each naming what is wrong.
     """
     check_engine(recipe)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if not state.is_main_process:
         console = Console(quiet=True)
     stages = [Stage(recipe, number) for number in numbers]

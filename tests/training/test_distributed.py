@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -23,6 +25,9 @@ BIN = Path(sys.executable).parent
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+MAIN_OF_TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
 
 
 def torchrun_command(*arguments, processes=2, restarts=0):
@@ -77,6 +82,23 @@ def make_recipe(write_recipe, tmp_path):
         return path
 
     return make
+
+
+def test_processes_wait_for_the_main_one_for_hours(write_recipe, monkeypatch):
+    """NCCL's own limit is ten minutes: less than a large model takes to be written and hashed."""
+    waits = []
+
+    def refuse(*arguments, timeout=timedelta(minutes=10), **settings):
+        waits.append(timeout)
+        raise ConnectionError
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refuse)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for name, value in MAIN_OF_TWO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError):
+        train(load_recipe(write_recipe()), [1], resume=False, console=Console(quiet=True))
+    assert [wait >= timedelta(hours=2) for wait in waits] == [True]
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow, id=""), pytest.param(True, id="checkpointing")])
