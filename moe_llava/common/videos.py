@@ -72,12 +72,19 @@ def _open_frames(frames: Frames, source: str, fps: float | None, choose: Choose)
     width, height = open_image(frames[0], source).size
     info = VideoInfo(len(frames), fps, width, height)
     indices = _chosen(info, choose, f"{source} has a video")
-    pictures = {index: np.asarray(open_image(frames[index], source)) for index in dict.fromkeys(indices)}
-    for index, picture in pictures.items():
+    frames_FHWC, indices_F = _room(info, indices), np.array(indices)
+    for index in dict.fromkeys(indices):
+        picture = np.asarray(open_image(frames[index], source))
         if picture.shape[:2] != (height, width):
             found = f"{picture.shape[1]} x {picture.shape[0]}"
             raise DataError(f"{source} names the frame {frames[index]} of {found} pixels, but the first frame has {width} x {height}")
-    return Clip(np.stack([pictures[index] for index in indices]), indices, info)
+        frames_FHWC[indices_F == index] = picture
+    return Clip(frames_FHWC, indices, info)
+
+
+def _room(info: VideoInfo, indices: list[int]) -> np.ndarray:
+    """Return an array for the chosen frames, whose values are not set: stacking frames afterwards would need their memory twice."""
+    return np.empty((len(indices), info.height, info.width, 3), np.uint8)
 
 
 def decoder(name: str) -> Any:
@@ -137,15 +144,15 @@ def _plan(container: Any, choose: Choose, name: str, total: int | None = None) -
 def _decode(container: Any, choose: Choose, name: str, total: int | None = None) -> Clip:
     """Return the chosen frames of an opened file. `total`, `name`: as in `_plan`."""
     info, indices = _plan(container, choose, name, total)
-    wanted, last, found, count = set(indices), max(indices), dict[int, np.ndarray](), 0
+    frames_FHWC, indices_F, wanted, last, count = _room(info, indices), np.array(indices), set(indices), max(indices), 0
     container.seek(0)
     for count, frame in enumerate(container.decode(video=0), start=1):
         if (frame.width, frame.height) != (info.width, info.height):
             raise ValueError("its frames differ in size")
         if count - 1 in wanted:
-            found[count - 1] = frame.to_ndarray(format="rgb24")
+            frames_FHWC[indices_F == count - 1] = frame.to_ndarray(format="rgb24")
         if count > last:
-            return Clip(np.stack([found[index] for index in indices]), indices, info)
+            return Clip(frames_FHWC, indices, info)
     if not count:
         raise ValueError("it has no frames")
     return _decode(container, choose, name, count)  # the file ends before its header says

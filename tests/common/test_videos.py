@@ -2,16 +2,19 @@
 
 import io
 import re
+import resource
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moe_llava.common import videos
 from moe_llava.common.errors import DataError
 from moe_llava.common.images import InlineImage
 from moe_llava.common.videos import FRAMES, VideoInfo, inspect_video, open_video, uniform
+from tests.conftest import in_fresh_process
 
 av = pytest.importorskip("av")
 SIZE = (48, 32)
@@ -49,6 +52,25 @@ def test_the_chosen_frames_are_decoded(tmp_path, suffix, codec):
     assert clip.frames_FHWC.dtype == np.uint8
     (info,) = seen
     assert (info.frames, info.fps, info.width, info.height) == (10, 5.0, 48, 32)
+
+
+def memory_of_a_clip(video):
+    """The most memory of this process while all frames are opened, as a multiple of the clip. Much of it is not that of Python."""
+    open_video(video, "a test", None, lambda info: [0])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clip = open_video(video, "a test", None, lambda info: range(info.frames))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return grown * (1 if sys.platform == "darwin" else 1024) / clip.frames_FHWC.nbytes
+
+
+@pytest.mark.parametrize("kind", ["file", "frames"])
+def test_a_clip_is_in_memory_once(tmp_path, kind):
+    size = (320, 240)
+    video = write_video(tmp_path / "clip.mp4", number=400, size=size)
+    if kind == "frames":
+        Image.new("RGB", size).save(tmp_path / "frame.png")
+        video = (tmp_path / "frame.png",) * 400
+    assert 0.9 < in_fresh_process(memory_of_a_clip, video) < 1.3
 
 
 def test_uniform(tmp_path):
