@@ -232,20 +232,22 @@ def import_native(native: PreTrainedModel) -> SparseLanguageModel:
 
 
 def write_native(sparse: SparseLanguageModel, processor: Any, folder: Path, every_layer: bool = False) -> list[str]:
-    """Export a sparse model with its processor into a folder, and check it. `sparse` is in float32 afterwards.
+    """Export a sparse model with its processor into a folder, and check it. `sparse` has no weights afterwards.
 
     Returns what to print. Raises CheckpointError as `export_native` does, or if the export computes something else.
     """
     native = export_native(sparse, every_layer)
     native.save_pretrained(folder)
+    described = f"{type(native).__name__}, language model {native.config.get_text_config().model_type}"
+    del native  # it shares the weights of `sparse`, which are released
     dense_processor(processor).save_pretrained(folder)
     if type(loaded := AutoProcessor.from_pretrained(folder)).__module__.startswith("moe_llava"):
         raise CheckpointError(f"the saved processor is a {type(loaded).__name__}, which only this package has")
-    difference = reloaded_difference(folder, sparse.float(), processor)
+    difference = reloaded_difference(folder, sparse, processor)
     if not difference <= MAX_DIFFERENCE:
         raise CheckpointError(f"the export computes other logits: they differ by {difference:.1e} of the largest")
     return [
-        f"{type(native).__name__}, language model {native.config.get_text_config().model_type}",
+        described,
         f"logits of a prompt with an image, in float32, reloaded without this package: within {difference:.1e} of the largest",
     ]
 
@@ -261,23 +263,25 @@ def convert_back(path: str | Path, folder: Path) -> list[str]:
 
 @torch.no_grad()
 def reloaded_difference(folder: Path, sparse: SparseLanguageModel, processor: Any) -> float:
-    """Return the largest difference between the logits of `sparse` and those of an export, relative to the largest logit.
+    """Return the largest difference between the logits of `sparse`, in float32, and those of an export, relative to the largest logit.
 
-    The export is loaded by a process of its own, without this package. The prompt has an image and a line of text.
+    The export is loaded by a process of its own, without this package. It gets the memory of `sparse`, which has no weights afterwards. The
+    prompt has an image and a line of text.
     """
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}
     picture = Image.linear_gradient("L").convert("RGB")
     inputs = processor(text=[processor.apply_chat_template([message], add_generation_prompt=True)], images=[picture], return_tensors="pt")
+    expected = sparse.float()(**inputs.to(sparse.device)).logits.cpu()
+    sparse.to("meta")
     with TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({name: value.contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}, given)
+        save_file({name: value.cpu().contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}, given)
         done = subprocess.run(
             [sys.executable, "-c", _COMPUTE, folder.absolute(), given, found], cwd=scratch, capture_output=True, text=True
         )
         if done.returncode:
             raise CheckpointError(f"transformers alone cannot load the export: {done.stderr.strip().splitlines()[-1]}")
         logits = load_file(found)["logits"]
-    expected = sparse(**inputs.to(sparse.device)).logits.cpu()
     return float((logits - expected).abs().max() / expected.abs().max())
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from moe_llava import upcycle
-from moe_llava.checkpoints.native import TARGETS, export_native, import_native
+from moe_llava.checkpoints.load import load_checkpoint
+from moe_llava.checkpoints.native import TARGETS, export_native, import_native, write_native
+from moe_llava.checkpoints.processors import sparse_processor
 from moe_llava.common.errors import CheckpointError
 from tests.conftest import REPOSITORY, refused, run_here
 from tests.training.conftest import tiny_base  # noqa: F401
@@ -170,6 +174,21 @@ def test_the_verbs(tiny_base, tmp_path):  # noqa: F811
     assert all(torch.equal(restored[name], weight) for name, weight in weights.items())
     assert restored.keys() == weights.keys()
     assert json.loads((exported / "processor_config.json").read_text())["processor_class"] == "LlavaProcessor"
+
+
+def test_the_export_is_checked_without_a_second_model_in_memory(tiny_base, tmp_path, monkeypatch):  # noqa: F811
+    dense, processor = load_checkpoint(tiny_base / "base")
+    sparse, run, left = upcycle(dense), subprocess.run, []
+    weights = [weakref.ref(parameter) for parameter in sparse.parameters()]
+    del dense
+
+    def count(*arguments, **settings):
+        left.append(sum(weight() is not None for weight in weights))
+        return run(*arguments, **settings)
+
+    monkeypatch.setattr(subprocess, "run", count)
+    write_native(sparse, sparse_processor(processor), tmp_path / "out")
+    assert left == [0]
 
 
 def test_mistakes_are_reported(tiny_base, tmp_path):  # noqa: F811
