@@ -130,7 +130,8 @@ def run_stage(stage: Stage, records: Records | Stream, console: Console) -> None
     recipe, settings = stage.recipe, stage.settings
     set_seed(recipe.seed)
     arguments = training_arguments(stage)
-    model, processor = start(stage)
+    save = saves(stage.work)[-1] if saves(stage.work) else None
+    model, processor = start(stage, save)
     encoder = Encoder(processor, settings.template, settings.max_length)
     teach, teacher = None, None
     if stage.distillation:
@@ -160,7 +161,6 @@ def run_stage(stage: Stage, records: Records | Stream, console: Console) -> None
             stage.write_recipe()
             write_skipped(stage.work, records.problems, console)
             write_records(stage.work, records)
-        save = saves(stage.work)[-1] if saves(stage.work) else None
         if save is not None:
             console.print(f"{stage.name} resumes after step {step_of(save)}, from {save}", highlight=False, soft_wrap=True)
         try:

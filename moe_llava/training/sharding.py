@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from moe_llava.checkpoints.load import load_checkpoint, load_model
+from moe_llava.checkpoints.load import load_model
 from moe_llava.training.optimizer import save_in_parts
 from moe_llava.training.recipe import Recipe, RecipeError, Sharding, check_processes
 from moe_llava.training.stage import Stage, is_sparse_checkpoint
@@ -51,13 +51,13 @@ def check_zero(arguments: TrainingArguments) -> None:
         raise RecipeError("DeepSpeed's zero_stage is 3, but must be 1 or 2: to share out the parameters too, use the recipe's sharding")
 
 
-def load_sharded(sharding: Sharding, path: str, **settings: Any) -> tuple[PreTrainedModel, Any]:
-    """Return (model, processor) as `load_checkpoint` does, but only this process's shard of the model. `ep_size` is for sparse models: a
-    dense one has no experts to divide."""
+def load_sharded(sharding: Sharding, path: str, **settings: Any) -> PreTrainedModel:
+    """Return this process's shard of the model that `load_model` returns. `ep_size` is for sparse models: a dense one has no experts to
+    divide."""
     from transformers.distributed import DistributedConfig
 
     distributed = DistributedConfig(fsdp_size=sharding.fsdp_size, ep_size=sharding.ep_size if is_sparse_checkpoint(path) else 1)
-    return load_checkpoint(path, distributed_config=distributed, **settings)
+    return load_model(path, distributed_config=distributed, **settings)
 
 
 @contextmanager
@@ -110,11 +110,3 @@ class ShardedTrainer(StageTrainer):
         save_in_parts(self.model, self.optimizer.optimizer, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = load_model(resume_from_checkpoint, self.model.dtype, distributed_config=self.model.config.distributed_config)
-        with torch.no_grad():
-            for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
-                mine.to_local().copy_(theirs.to_local())
-            for buffer, saved_buffer in zip(self.model.buffers(), saved.buffers(), strict=True):
-                buffer.copy_(saved_buffer)

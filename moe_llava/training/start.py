@@ -1,4 +1,4 @@
-"""The model and the processor that a stage begins with."""
+"""The model and the processor that a stage begins with, or resumes with."""
 
 from __future__ import annotations
 
@@ -60,14 +60,26 @@ def _set(processor: Any, part: str, settings: dict[str, Any]) -> None:
         raise RecipeError(f"{part} is {settings}, which {type(old).__name__} refuses: {error}") from error
 
 
-def start(stage: Stage) -> tuple[PreTrainedModel, Any]:
-    """Return (model, processor) as the stage begins with them."""
+def start(stage: Stage, save: Path | None) -> tuple[PreTrainedModel, Any]:
+    """Return (model, processor) as the stage begins with them, or, with `save`, as it resumes from that save. The save of an adapter has no
+    base: the trainer loads it into the model that the stage begins with."""
     if stage.settings.adapter:
         model, processor = _start_frozen(stage)
+    elif save is not None:
+        model, processor = _load_save(stage, str(save))
     else:
         model, processor = _start_sharded(stage) if stage.recipe.sharding else _start_whole(stage)
     prepare_images(processor, stage.settings)
     return model, processor
+
+
+def _load_save(stage: Stage, save: str) -> tuple[PreTrainedModel, Any]:
+    """Return (model, processor): the model of a save, which has no processor, as this process's shard if the recipe has sharding."""
+    path, sharding, settings = stage.origin, stage.recipe.sharding, stage.load_settings(save)
+    processor = start_processor(path)
+    if stage.upcycles(path):
+        processor = sparse_processor(processor)
+    return load_sharded(sharding, save, **settings) if sharding else load_model(save, **settings), processor
 
 
 def _start_whole(stage: Stage) -> tuple[PreTrainedModel, Any]:
@@ -90,9 +102,9 @@ def _start_sharded(stage: Stage) -> tuple[PreTrainedModel, Any]:
     path, sharding = stage.origin, stage.recipe.sharding
     assert sharding is not None
     if isinstance(path, str) and not stage.upcycles(path):
-        return load_sharded(sharding, path, **stage.load_settings(path))
+        return load_sharded(sharding, path, **stage.load_settings(path)), load_processor(path)
     with shared_folder(stage.final.with_name(f".{stage.name}-start"), lambda: _start_whole(stage)) as folder:
-        return load_sharded(sharding, folder, **stage.load_settings(folder))
+        return load_sharded(sharding, folder, **stage.load_settings(folder)), load_processor(folder)
 
 
 def _start_frozen(stage: Stage) -> tuple[PreTrainedModel, Any]:

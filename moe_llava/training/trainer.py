@@ -14,7 +14,6 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from moe_llava.checkpoints.load import load_model
 from moe_llava.common.errors import DataError
 from moe_llava.common.files import read_lines
 from moe_llava.data.batches import GroupedSampler
@@ -70,7 +69,7 @@ class StageTrainer(Trainer):
         self.add_callback(_Moments(self))
 
     def run(self, save: Path | None) -> None:
-        """Train to the last step, from `save` if there is one.
+        """Train to the last step, from `save` if there is one, of which `start` has returned the model.
 
         From a save of the last step nothing is trained: it is only loaded, because Trainer would run one step more.
         """
@@ -263,14 +262,11 @@ class StageTrainer(Trainer):
             self._add(name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load the weights of a save. LLaVA saves parameters under older names, which only `from_pretrained` translates: Trainer would warn
-        and keep the weights of the first step. Only an adapter's names does it read well."""
+        """Load the adapter of a save. Any other model has been loaded from the save by `start`: LLaVA saves parameters under older names,
+        which only `from_pretrained` translates. Trainer would warn and keep the weights that it has."""
         if without_adapter(self.model) is not self.model:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             check_loaded(self.model, resume_from_checkpoint, "the stage's")
-            return
-        saved = load_model(resume_from_checkpoint, self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (Path(checkpoint) / OPTIMIZER).is_dir():

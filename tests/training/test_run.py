@@ -37,9 +37,9 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path, monkeypatch)
     recipe = load_recipe(write_recipe())
     models = []
 
-    def start_alone(stage):
+    def start_alone(stage, save):
         assert [model for model in models if model() is not None] == [], "the model of an earlier stage is still in memory"
-        model, processor = start(stage)
+        model, processor = start(stage, save)
         models.append(weakref.ref(model))
         return model, processor
 
@@ -87,7 +87,8 @@ def test_three_stages_and_the_dense_control(write_recipe, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_stage, tmp_path, stopping, number):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_stage, tmp_path, stopping, monkeypatch, number):
+    """The model is loaded once, from the save: neither that which the stage began with, nor that which the save is copied over."""
     file = write_recipe(**{f"stage{number}__optimisation__max_steps": 5})
     put_stage(number - 1)
     (whole,) = train(load_recipe(file), [number], resume=False, console=QUIET)
@@ -100,12 +101,16 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write_recipe, put_sta
     assert not whole.exists()
     with pytest.raises(RecipeError, match="exists already, finished or not: continue with --resume"):
         train(load_recipe(file), [number], resume=False, console=QUIET)
+    for name in ("load_checkpoint", "upcycle"):
+        monkeypatch.delattr(f"moe_llava.training.start.{name}")
     train(load_recipe(file), [number], resume=True, console=QUIET)
     for line in log(whole):
         if "language_loss" in line:
             assert line["loss"] == pytest.approx(line["language_loss"] + 0.01 * line["balance_loss"], abs=2e-4)
     got = parameters(whole)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+    for name in ("config.json", "generation_config.json", "processor_config.json"):
+        assert (whole / name).read_text() == (kept / name).read_text()
     assert [line["tokens"] for line in log(whole) if "loss" in line] == [line["tokens"] for line in log(kept) if "loss" in line]
 
 

@@ -143,6 +143,7 @@ def test_a_run_in_parts_resumes_with_other_sizes(write_recipe, put_stage, tmp_pa
     for processes, sharding in ((1, None), (2, {"fsdp_size": 2, "ep_size": 2}), (4, {"fsdp_size": 4, "ep_size": 2})):
         output = tmp_path / f"resumed-{processes}"
         shutil.copytree(tmp_path / "dies", output, symlinks=True)
+        (output / ".stage3-start").write_text("where a model to start from would be written")
         resumed = with_sharding(file, output=str(output), sharding=sharding)
         assert "stage3 resumes after step 2" in torchrun("train", resumed, "--stage", "3", "--resume", processes=processes)
         found = load_file(output / "stage3" / "model.safetensors")
