@@ -30,8 +30,8 @@ def recorded(model: nn.Module, groups: Sequence[RoutedExperts], inputs: Mapping[
     """
     found: Routed = {}
     hooks = [
-        model.get_submodule(group.router).register_forward_hook(_recording(found, group, mask))
-        for group, mask in _masks(groups, inputs.get(EXPERT_TYPES), mask_T).items()
+        model.get_submodule(group.router).register_forward_hook(_recording(found, group, *seen))
+        for group, seen in _seen(groups, inputs.get(EXPERT_TYPES), mask_T).items()
     ]
     try:
         yield found
@@ -40,23 +40,25 @@ def recorded(model: nn.Module, groups: Sequence[RoutedExperts], inputs: Mapping[
             hook.remove()
 
 
-def _masks(groups: Sequence[RoutedExperts], types: Tensor | None, mask_T: Tensor) -> dict[RoutedExperts, Tensor]:
-    """Return for each router the mask of the tokens that it sees: in a layer with several, each sees the tokens of one type."""
-    masks = {}
-    for group in groups:
-        layer = [other for other in groups if other.layer == group.layer]
-        is_own_T = torch.ones_like(mask_T) if types is None or len(layer) == 1 else (types.reshape(-1) != 0) == (layer.index(group) > 0)
-        masks[group] = mask_T[is_own_T]
-    return masks
+def _seen(groups: Sequence[RoutedExperts], types: Tensor | None, mask_T: Tensor) -> dict[RoutedExperts, tuple[int, Tensor]]:
+    """Return for each router how many tokens it sees, and the indices of those among them that are no padding. In a layer with several
+    routers, each sees the tokens of one type. These are found once, not for each router: a GPU has to wait for their number."""
+    masks: dict[bool | None, Tensor] = {None: mask_T}
+    if types is not None:
+        is_image_T = types.reshape(-1) != 0
+        masks |= {False: mask_T[~is_image_T], True: mask_T[is_image_T]}
+    seen = {kind: (len(mask), mask.nonzero().squeeze(1)) for kind, mask in masks.items()}
+    layers = {group: [other for other in groups if other.layer == group.layer] for group in groups}
+    return {group: seen[None if types is None or len(layer) == 1 else layer.index(group) > 0] for group, layer in layers.items()}
 
 
-def _recording(found: Routed, group: RoutedExperts, mask: Tensor) -> Any:
+def _recording(found: Routed, group: RoutedExperts, number: int, kept: Tensor) -> Any:
     def record(router: nn.Module, arguments: Any, output: Any) -> None:
         logits_TE, ids_TK = (part.detach() for part in logits_and_choice(output, group))
-        if len(ids_TK) != len(mask):
-            raise RoutingError(f"the router {group.router} saw {len(ids_TK)} tokens, where {len(mask)} were expected")
-        if mask.any():
-            found[group] = logits_TE[mask.to(logits_TE.device)], ids_TK[mask.to(ids_TK.device)]
+        if len(ids_TK) != number:
+            raise RoutingError(f"the router {group.router} saw {len(ids_TK)} tokens, where {number} were expected")
+        if len(kept):
+            found[group] = logits_TE[kept.to(logits_TE.device)], ids_TK[kept.to(ids_TK.device)]
 
     return record
 
@@ -68,7 +70,8 @@ def numbers(routed: Routed, groups: Sequence[RoutedExperts], device: torch.devic
     counts_LE = torch.zeros(len(groups), groups[0].num_experts, dtype=torch.long, device=device)
     for counts_E, group in zip(counts_LE, groups, strict=True):
         if group in routed:
-            counts_E += torch.bincount(routed[group][1].flatten().to(device), minlength=len(counts_E))
+            ids = routed[group][1].flatten().to(device)
+            counts_E.scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait for the GPU
     balance = balance_loss(tuple(logits for logits, _ in routed.values())) if routed else torch.zeros(())
     return {"counts_LE": counts_LE, "balance_loss": (balance * len(groups) / max(len(routed), 1)).to(device)}
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_llava import upcycle
 from moe_llava.checkpoints.load import load_checkpoint, load_on_meta
-from moe_llava.data.encoder import Encoder
+from moe_llava.data.encoder import EXPERT_TYPES, Encoder
 from moe_llava.data.records import Record
 from moe_llava.evaluation.ask.generate import answer
 from moe_llava.evaluation.score.questions import Question
@@ -27,6 +28,7 @@ from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.engine.requests import Request
 from moe_llava.training.budget import active_parameters, survey
+from moe_llava.training.native import numbers, recorded
 from moe_llava.training.parts import parts_of
 from moe_llava.training.recipe import RecipeError, load_recipe
 from moe_llava.training.run import train
@@ -195,6 +197,39 @@ def test_tuned_all_trains_the_language_model_and_the_projector(family, checkpoin
     changed = {parts[name] for name, value in after.named_parameters() if not torch.equal(value, states[name])}
     assert {"projector", "attention", "experts", "router", "norms", "embeddings"} <= changed
     assert "tower" not in changed
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations whose results have a size, or are numbers of Python, that depend on values: a GPU is waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        name = function.overloadpacket.__name__
+        masks = name == "index" and any(index is not None and index.dtype == torch.bool for index in arguments[1])
+        self.number += masks or name in ("nonzero", "bincount", "_local_scalar_dense")
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "ernie4_5_vl_moe"])
+def test_recording_waits_for_a_gpu_as_often_for_all_routers_as_for_one_layer(family, checkpoints):
+    model, _ = load_checkpoint(checkpoints(family))
+    groups, mask_T, types = routed_experts(model), torch.arange(8) > 2, torch.arange(8) % 2
+    several = sum(group.layer == groups[0].layer for group in groups) > 1
+    counts = []
+    for some in ([group for group in groups if group.layer == groups[0].layer], groups):
+        routers = [model.get_submodule(group.router) for group in some]
+        outputs = [router(torch.randn(4 if several else 8, model.config.get_text_config().hidden_size)) for router in routers]
+        for router, output in zip(routers, outputs, strict=True):
+            router.forward = lambda _, output=output: output
+        with Waits() as waits:
+            with recorded(model, some, {EXPERT_TYPES: types} if several else {}, mask_T) as routed:
+                for router in routers:
+                    router(None)
+            numbers(routed, some, torch.device("cpu"))
+        counts.append(waits.number)
+    assert len(routed) == len(groups)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
