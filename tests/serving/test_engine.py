@@ -150,6 +150,8 @@ def test_a_long_prompt_does_not_make_others_as_long(served, questions, place, ex
         ([600, 30, 700, 300, 650], [600, 650, 700, 300]),
         ([600, 30, 300, 90_000], [600, 300]),
         ([9, 80, 30], [9, 30, 80]),
+        ([30_000] * 3, [30_000]),
+        ([5_000] * 8, [5_000] * 3),
     ],
 )
 def test_prompts_of_similar_length_are_prefilled_with_the_first(lengths, together):

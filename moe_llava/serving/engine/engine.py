@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 PREFIX_BYTES = 512 * 2**20
 SMALL_PREFILL = 256  # tokens, padding included: fewer take a GPU about as long, because it reads all weights in any case
 PADDED = 1.5  # the most tokens of a larger prefill, padding included, for each token of its prompts
+LARGE_PREFILL = 16_384  # the most tokens of a prefill of several prompts, which bounds its memory
 
 
 class Engine(CompletionEngine):
@@ -383,7 +384,8 @@ def similar_in_length(rows: list[Row]) -> list[Row]:
     longest = tokens = 0
     for row in sorted(rows, key=lambda row: abs(len(row.rest) - length)):
         longest, tokens = max(longest, len(row.rest)), tokens + len(row.rest)
-        if (len(chosen) + 1) * longest > max(SMALL_PREFILL, PADDED * tokens):
+        padded = (len(chosen) + 1) * longest
+        if padded > max(SMALL_PREFILL, PADDED * tokens) or (chosen and padded > LARGE_PREFILL):
             break
         chosen.append(row)
     return chosen
