@@ -58,20 +58,21 @@ def upcycle(
 
             made: dict[str, Any] = {"expert_start": expert_start, "seed": seed, **options}
             # All is refused before weights are read.
-            planned = make_sparse(load_on_meta(dense), experts_from=[load_on_meta(name) for name in experts_from], **made)
+            on_meta = load_on_meta(dense)
+            before = on_meta.num_parameters()
+            planned = make_sparse(on_meta, experts_from=[load_on_meta(name) for name in experts_from], **made)
             if native:
                 find_target(planned, every_layer)
             processor = load_processor(dense)
             check_origin_tokens(experts_from, processor, dense)
-            model = load_model(dense)
-            sparse = make_sparse(model, experts_from=[load_model(name) for name in experts_from], **made)
+            sparse = make_sparse(load_model(dense), experts_from=[load_model(name) for name in experts_from], **made)
             if native:
                 for line in write_native(sparse, sparse_processor(processor), folder, every_layer):
                     print(line)
             else:
                 sparse.save_pretrained(folder)
                 sparse_processor(processor).save_pretrained(folder)
-        total, added = sparse.num_parameters(), sparse.num_parameters() - model.num_parameters()
+        total, added = sparse.num_parameters(), sparse.num_parameters() - before
         print(f"{out}: {total:,} parameters, {added:,} more than the dense model; sparse layers {list(sparse.all_sparse_mlps())}")
 
 
