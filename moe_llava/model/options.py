@@ -15,15 +15,16 @@ ROUTINGS = ("agnostic", "modality_split", "smoes")
 BALANCED = ("step", "process", "sequence")
 PARTS = ("language_model", "projector", "vision_tower")
 
-# By the annotation of an option: the types that it may have, and the rule. A bool is no number here, though Python counts it as one.
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "must be a whole number"),
-    "float": ((int, float), "must be a number"),
-    "float | None": ((int, float), "must be a number, or null"),
-    "bool": ((bool,), "must be true or false"),
-    "str": ((str,), "must be a name"),
-    "list[str]": ((list,), "must be a list of names"),
-    "str | list[int]": ((str, list), "must be a name, or a list of layer indices"),
+# By the annotation of an option: its types, those of the items of a list, and the rule. A bool is no number here, though Python counts it
+# as one.
+_KINDS: dict[Any, tuple[tuple[type, ...], tuple[type, ...], str]] = {
+    "int": ((int,), (), "must be a whole number"),
+    "float": ((int, float), (), "must be a number"),
+    "float | None": ((int, float), (), "must be a number, or null"),
+    "bool": ((bool,), (), "must be true or false"),
+    "str": ((str,), (), "must be a name"),
+    "list[str]": ((list,), (str,), "must be a list of names"),
+    "str | list[int]": ((str, list), (int,), "must be a name, or a list of layer indices"),
 }
 
 
@@ -155,8 +156,7 @@ class MoeOptions:
         value, bounds = getattr(self, f.name), f.metadata
         if value is None and f.default is None:
             return None
-        kinds, rule = _KINDS[f.type]
-        of_items = (int,) if f.name == "moe_layers" else (str,)
+        kinds, of_items, rule = _KINDS[f.type]
         items = value if isinstance(value, list) else []
         if not _is_any(value, kinds) or not all(_is_any(item, of_items) for item in items):
             return rule

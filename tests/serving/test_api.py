@@ -413,7 +413,7 @@ def test_an_answer_that_is_no_json_fails_and_frees_its_memory(served, monkeypatc
     model, processor, _ = served
     weights = torch.nn.Parameter(torch.full_like(model.lm_head.weight, torch.nan))
     monkeypatch.setitem(model.lm_head._parameters, "weight", weights)
-    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes((20, 30)) + 5000)
+    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes()((20, 30)) + 5000)
     with server(Engine(model, processor.tokenizer), processor, limits) as url:
         for _ in range(2):
             with client_of(url) as client, pytest.raises(openai.APIError, match="the server failed to answer"):

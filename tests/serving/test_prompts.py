@@ -193,7 +193,7 @@ def test_pixel_values_count_until_they_are_answered(sparse):
     model, processor = sparse
     image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
     form = PromptBuilder(processor)
-    with server(Engine(model, processor.tokenizer), processor, replace(LIMITS, all_bytes=form.image_bytes(PLAIN.size) + 5000)) as url:
+    with server(Engine(model, processor.tokenizer), processor, replace(LIMITS, all_bytes=form.image_bytes()(PLAIN.size) + 5000)) as url:
 
         def status(images=1, path="/v1/chat/completions", **settings):
             messages = [{"role": "user", "content": [image] * images + [{"type": "text", "text": "is this a 7 ?"}]}]
@@ -215,7 +215,7 @@ def test_pixel_values_count_while_a_completion_runs(sparse, monkeypatch, stream)
     image = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image, {"type": "text", "text": "is this a 7 ?"}]}]}
     running = json.dumps(body | {"max_tokens": 40, "stream": stream})
-    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes(PLAIN.size) + 5000)
+    limits = replace(LIMITS, all_bytes=PromptBuilder(processor).image_bytes()(PLAIN.size) + 5000)
     with server(Engine(model, processor.tokenizer), processor, limits) as url:
         for disconnects in (True, False):
             connection = HTTPConnection(url.removeprefix("http://"), timeout=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from moe_llava.data.rendering import REFUSALS, own_template
 from moe_llava.serving.engine.prefixes import media_digest
 from moe_llava.serving.engine.requests import Prompt
 
-_LARGE, _OTHER = (1024, 1024), (512, 384)  # width and height
-_SMALL, _FRAMES = ((512, 384), (256, 640)), 4  # of two videos
+_LARGE, _SMALL = (1024, 1024), ((512, 384), (256, 640))  # width and height
+_FRAMES = 4
 
 
 class PromptError(ValueError):
@@ -37,9 +37,6 @@ class PromptBuilder:
         self._processor = processor
         self._encoder = Encoder(processor)
         self._placeholder = re.compile("|".join(map(re.escape, self._encoder.reserved)), re.IGNORECASE)
-        self._large_bytes, other = (self._bytes_of(size) for size in (_LARGE, _OTHER))
-        self._large_tokens = self._tokens_of(_LARGE)
-        self._proportional = abs(other * self._large_tokens / (self._large_bytes * self._tokens_of(_OTHER)) - 1) < 0.02
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words for which the tokenizer has nothing but its unknown token."""
@@ -52,11 +49,20 @@ class PromptBuilder:
         `open_video` does."""
         return self._encoder.inspect_video(file, source)
 
-    def image_bytes(self, size: tuple[int, int]) -> int:
-        """Return the size of the inputs of an image of `size`, width and height, which is not made. Inputs grow with the number of tokens:
-        with patches in proportion; with tiles, which are not all seen, by an estimate that is at least the size for a large image."""
-        share = self._tokens_of(size) / self._large_tokens
-        return math.ceil(self._large_bytes * (share if self._proportional else max(1.0, share)))
+    def image_bytes(self) -> Callable[[tuple[int, int]], int]:
+        """Return a function from the size of an image, width and height, to the bytes of its inputs; no image is made for it.
+
+        Inputs grow with the number of tokens, which is measured with two images here: with patches in proportion; with tiles, which are not
+        all seen, by an estimate that is at least what a large image needs.
+        """
+        (large, small), tokens = (self._bytes_of(size) for size in (_LARGE, _SMALL[0])), self._tokens_of(_LARGE)
+        proportional = abs(small * tokens / (large * self._tokens_of(_SMALL[0])) - 1) < 0.02
+
+        def of(size: tuple[int, int]) -> int:
+            share = self._tokens_of(size) / tokens
+            return math.ceil(large * (share if proportional else max(1.0, share)))
+
+        return of
 
     def _bytes_of(self, size: tuple[int, int]) -> int:
         inputs, _ = self._encoder.process([Image.new("RGB", size)])

@@ -50,7 +50,7 @@ class PromptMaker:
 
     def __init__(self, processor: ProcessorMixin, limits: Limits):
         self._builder = PromptBuilder(processor)
-        self._frame_bytes = self._builder.frame_bytes()  # here, because it uses the tokenizer
+        self._image_bytes, self._frame_bytes = self._builder.image_bytes(), self._builder.frame_bytes()  # here: they use the tokenizer
         self._image_processor = processor.image_processor
         self._limits = limits
 
@@ -130,7 +130,7 @@ class PromptMaker:
             raise _refused(image, f"is not accepted: {error}") from error
         if header.format in ("JPEG", "MPO") and image.data.count(START_OF_SCAN) > self._limits.scans:
             raise _refused(image, f"has more than {self._limits.scans} scans")
-        kept, limit = self._builder.image_bytes(fitting(header.size)), self._limits.working_bytes
+        kept, limit = self._image_bytes(fitting(header.size)), self._limits.working_bytes
         size = working_bytes(header.size, header.format == "WEBP", self._image_processor, kept)
         if size > limit:
             rule = f"has {width} x {height} pixels and needs {size} bytes to prepare, but at most {limit} are allowed"
