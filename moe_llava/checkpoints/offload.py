@@ -46,6 +46,17 @@ MEMORY = 20  # forward passes, about, that the statistics remember
 Key = tuple[int, int]  # the number of the MoE layer, from 0, and of the expert
 
 
+def load_for_inference(
+    path: str | Path, dtype: torch.dtype | str = "auto", keep: float | None = None
+) -> tuple[PreTrainedModel, Any, ExpertCache | None]:
+    """Return (model on the best device, processor, cache) as `load_offloaded` does. Without `keep`, all experts are in memory, and there is
+    no cache. Raises as `load_checkpoint` and `load_offloaded` do."""
+    if keep is not None:
+        return load_offloaded(path, keep)
+    model, processor = load_checkpoint(path, dtype)
+    return model.to(best_device()), processor, None
+
+
 def load_offloaded(path: str | Path, keep: float) -> tuple[PreTrainedModel, Any, ExpertCache]:
     """Return (model on the best device, processor, cache) from a folder or hub id. The device has slots for the share `keep` of the
     experts; all of them stay in CPU memory or, if the device is the CPU, in the checkpoint's files.

@@ -80,19 +80,15 @@ def chat(
 
 def _load(checkpoint: str, bits: int | None, dtype: str, keep_experts: float | None) -> tuple[Any, Any, Any]:
     """(model on the best device, processor, cache of experts if not all are kept in memory)"""
-    from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
-
-    if keep_experts is not None:
-        from moe_llava.checkpoints.offload import load_offloaded
-
-        return load_offloaded(checkpoint, keep_experts)
     if bits is None:
-        model, processor = load_checkpoint(checkpoint, dtype)
-        return model.to(best_device()), processor, None
+        from moe_llava.checkpoints.offload import load_for_inference
+
+        return load_for_inference(checkpoint, dtype, keep_experts)
 
     import torch
 
     from moe_llava.checkpoints.files import resolve
+    from moe_llava.checkpoints.load import best_device, load_checkpoint, load_config
     from moe_llava.checkpoints.weights import find_weights, read_tables, shape_bytes
     from moe_llava.model import SparseConfig
     from moe_llava.training.adapters import describe_quantised, quantisation_config, weight_bytes

@@ -48,18 +48,13 @@ def serve(
             fetcher = Fetcher(allow_image_host, limits) if allow_image_host else None
 
             with heavy_imports():
-                from moe_llava.checkpoints.load import best_device, load_checkpoint
-                from moe_llava.checkpoints.offload import load_offloaded
+                from moe_llava.checkpoints.offload import load_for_inference
                 from moe_llava.serving.engine.engine import Engine
                 from moe_llava.serving.http.api import build_app
                 from moe_llava.serving.http.connections import http_server, serve_until_signal
 
-            if keep_experts is None:
-                model, processor = load_checkpoint(checkpoint, dtype)
-                model, counts = model.to(best_device()), None
-            else:
-                model, processor, cache = load_offloaded(checkpoint, keep_experts)
-                counts = cache.counts
+            model, processor, cache = load_for_inference(checkpoint, dtype, keep_experts)
+            counts = None if cache is None else cache.counts
             engine = Engine(model, processor.tokenizer, slots, max_waiting, time_limit, prefix_cache * 2**20)
             name = name or Path(checkpoint).resolve().name
             application = build_app(engine, processor, name, limits, keys, fetcher, counts, examples)

@@ -21,8 +21,7 @@ import transformers
 from rich.console import Console
 
 import moe_llava
-from moe_llava.checkpoints.load import best_device, load_checkpoint
-from moe_llava.checkpoints.offload import load_offloaded
+from moe_llava.checkpoints.offload import load_for_inference
 from moe_llava.common.files import write_whole
 from moe_llava.common.progress import show_progress
 from moe_llava.evaluation.ask.answers import SETTINGS, answer_file, begin, check_settings, line, merge, read_answers, writing
@@ -81,11 +80,7 @@ def evaluate(
         shares = {str(task): _share(_unanswered(task), process, processes) for plan in plans for task in plan}
         _wait(processes)  # a share depends on the answers there, to which the next lines add
         if any(shares.values()):
-            if keep_experts is None:
-                model, processor = load_checkpoint(checkpoint, dtype)
-                model.to(best_device())
-            else:
-                model, processor, _ = load_offloaded(checkpoint, keep_experts)
+            model, processor, _ = load_for_inference(checkpoint, dtype, keep_experts)
             warn_of_capacity(model, console)
         for plan in plans:
             for task in plan:

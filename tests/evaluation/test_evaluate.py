@@ -118,7 +118,7 @@ def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_ba
     assert file.read_text() == (whole / "answers.jsonl").read_text()
     assert not (tmp_path / "digits" / "answers.1.jsonl").exists()
     asked.clear()
-    monkeypatch.setattr(evaluate, "load_checkpoint", None)  # nothing to ask: no model is needed
+    monkeypatch.setattr(evaluate, "load_for_inference", None)  # nothing to ask: no model is needed
     assert run(tiny_base, tmp_path, limit=5)[0][0]["questions"] == 5
     assert not asked
     assert file.read_text() == (whole / "answers.jsonl").read_text()

@@ -292,7 +292,7 @@ def test_a_missing_task_is_told_before_a_model_is_loaded(make, tiny_base, tmp_pa
     for file in [*release.rglob("*.txt")]:
         file.with_name(f"._{file.name}").write_bytes(b"\x00\x05\x16\x07\xb0")
     prepare(find_benchmark("mme"), folder)
-    monkeypatch.setattr("moe_llava.evaluation.evaluate.load_checkpoint", None)
+    monkeypatch.setattr("moe_llava.evaluation.evaluate.load_for_inference", None)
     command = ["evaluate", tiny_base / "base", "--benchmark", "mme", "--data", folder, "--out", tmp_path / "out"]
     shutil.move(release / "color", release / "colour")
     assert "MME_Benchmark_release_version/color: answers and images of color" in refused(*command)
