@@ -269,6 +269,7 @@ def typist(sparse):
         os.waitpid(typist.process, 0)
 
 
+@pytest.mark.slow
 def test_a_terminal(typist, image, tmp_path):
     """Answers grow, Ctrl-C stops them and keeps what was written, arrows bring back what was typed, Ctrl-D leaves."""
     saved = tmp_path / "said.json"

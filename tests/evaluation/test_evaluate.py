@@ -71,6 +71,7 @@ def test_answers_and_result(tiny_base, whole):  # noqa: F811
     assert sorted(path.name for path in whole.iterdir()) == [".lock", "answers.jsonl", "result.json", "scored.jsonl", "settings.json"]
 
 
+@pytest.mark.slow
 def test_in_half_precision(tiny_base, tmp_path):  # noqa: F811
     """Gradients of attacks, losses of wordings and routes, too; answers of another precision are not mixed with them."""
     model, processor = load_checkpoint(tiny_base / "base")
@@ -124,6 +125,7 @@ def test_a_torn_line_and_what_is_missing_is_asked_again_and_nothing_else(tiny_ba
     assert file.read_text() == (whole / "answers.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tiny_base, tmp_path):  # noqa: F811
     write_dataset(tmp_path / "data", train_images=1, test_images=10)
     command = [BIN / "moe-llava", *arguments(tiny_base, tmp_path / "out", "--batch-size", "4", data=tmp_path / "data")]
@@ -153,6 +155,7 @@ def write_vizwiz(folder):
     (folder / "vizwiz" / "llava_test.jsonl").write_text(json.dumps(question) + "\n")
 
 
+@pytest.mark.slow
 def test_two_processes(tiny_base, whole, tmp_path):  # noqa: F811
     """One benchmark has fewer questions than there are processes."""
     data, out = tmp_path / "data", tmp_path / "out"

@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
         return setup, run_headline(setup, 0.3, 0.01, QUIET)
 
 
+@pytest.mark.slow
 def test_the_report_has_what_was_decided_and_what_was_found(finished):
     setup, report = finished
     text, plan = report.read_text(), json.loads((setup.out / "plan.json").read_text())
@@ -71,6 +72,7 @@ def test_the_report_has_what_was_decided_and_what_was_found(finished):
         run_headline(setup, 0.3, 0.02, QUIET)
 
 
+@pytest.mark.slow
 def test_small_cells_share_their_stages_and_no_record_is_taken_twice(finished):
     setup, _ = finished
     homes = {cell: (setup.out / "cells" / cell / "seed-0" / "stage2").resolve() for cell in CELLS}
@@ -79,6 +81,7 @@ def test_small_cells_share_their_stages_and_no_record_is_taken_twice(finished):
     assert counts == {"captions": 8, "train": 8, "fresh": 8}
 
 
+@pytest.mark.slow
 def test_numbers_of_a_report(finished, monkeypatch, tmp_path):
     """Untrained models answer nothing right, so known answers to 100 questions and known F1 take the place of theirs."""
     setup, _ = finished

@@ -44,6 +44,7 @@ def test_a_fresh_model_may_be_pickled(how, family, settings):
     assert len(found.router_logits) == len(expected.router_logits)
 
 
+@pytest.mark.slow
 def test_another_process_unpickles_a_model_that_trains(tmp_path):
     """It has built no model: what transformers notes in constructors is not there."""
     sparse = shuffled_sparse("llama").train()
@@ -57,6 +58,7 @@ def test_another_process_unpickles_a_model_that_trains(tmp_path):
     assert float(done.stdout) == pytest.approx(sparse(**inputs).loss.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

@@ -34,6 +34,7 @@ def test_auto_classes_that_are_in_use_already_learn_of_it():
     assert python(code) == "MoeLlavaConfig\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [

@@ -14,6 +14,7 @@ from tests.conftest import run_here
 from tests.training.conftest import tiny_base  # noqa: F401
 
 
+@pytest.mark.slow
 def test_it_measures_a_server(tiny_base, tmp_path):  # noqa: F811
     sizes = ["--clients", "2", "--rounds", "1", "--questions", "4"]
     done = run_here("bench", "serve", tiny_base / "base", *sizes, "--json", tmp_path / "load.json")

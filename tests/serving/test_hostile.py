@@ -18,6 +18,8 @@ from tests.conftest import REPOSITORY
 from tests.serving.hostile import HONEST, PLAIN, by_hand, data_url, encoded, flat, post, random_requests, show
 from tests.training.conftest import tiny_base  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 # Bytes beyond those of the server before, as docs/serving.md has it: what requests hold, one body that is parsed, and one image.
 MOST_MEMORY = 1.1e9
 RANDOM = 800

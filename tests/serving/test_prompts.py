@@ -139,6 +139,7 @@ def test_whatever_the_limits_let_through_can_be_prepared():
     )
 
 
+@pytest.mark.slow
 def test_an_image_takes_no_more_than_is_expected():
     """Measured, in a process of its own."""
     # Freed memory goes back to the system at once, and is not taken for that of the next image.

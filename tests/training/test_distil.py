@@ -268,7 +268,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(make_recipe, tmp_path
         assert [line[name] for line in read_log(folder)] == [line[name] for line in lines]
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 8}], ids=["live", "cached"])
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"top_k": 8}], ids=["live", "cached"])
 def test_two_processes_do_what_one_does(make_recipe, tmp_path, settings):
     moe = {"router_bias_rate": 0.01}
     lines, expected = run(make_recipe("one", settings, stage3__moe=moe))
@@ -418,7 +418,8 @@ def test_a_sparse_model_may_teach(make_recipe, tiny_base, tmp_path):
     assert lines[0]["distillation_loss"] > 0
 
 
-@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"top_k": 8}], ids=["live", "cached"])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"top_k": 8}], ids=["live", "cached"])
 def test_a_run_that_was_killed_at_some_of_its_file_operations(make_recipe, put_stage, tmp_path, settings):
     """The first of a cache's operations are among the first of all."""
     file = make_recipe(distillation=settings, logging_steps=100)

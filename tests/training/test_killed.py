@@ -26,6 +26,7 @@ def kill(write_recipe, put_stage, tmp_path, kind, numbers):
     in_fresh_process(killed.main, file, stage, tmp_path, *numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "numbers"), [("stage3-smoes", (-1, -4, -6, -12)), ("stage3-adapter", (20, -3))])
 def test_a_stage_that_was_killed_at_some_of_its_file_operations(write_recipe, put_stage, tmp_path, kind, numbers):
     kill(write_recipe, put_stage, tmp_path, kind, numbers)

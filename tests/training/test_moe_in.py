@@ -65,6 +65,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(make_recipe, stopping
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_processes_end_like_one(make_recipe, tmp_path):  # noqa: F811
     """The balance loss counts the patches of both."""
     train(load_recipe(make_recipe("one", moe=EVERYWHERE, optimisation__max_steps=2)), [3], resume=False, console=QUIET)
@@ -75,6 +76,7 @@ def test_two_processes_end_like_one(make_recipe, tmp_path):  # noqa: F811
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_without_any_image(make_recipe, tiny_base, tmp_path):  # noqa: F811
     """Each batch gets an empty image, so that every expert takes part in every step."""
     records = json.loads((tiny_base / "data" / "train.json").read_text())

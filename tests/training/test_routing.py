@@ -96,6 +96,7 @@ def test_a_run_with_buffers_that_was_stopped_ends_like_one_that_was_not(make_rec
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_statistics_of_one(make_recipe, tmp_path):
     """The mutual information loss is of what a process sees, so it is switched off here; the statistics are of all processes together."""
     quiet = SMOES | {"router_mi_loss_coef": 0.0}

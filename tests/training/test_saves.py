@@ -53,7 +53,8 @@ def wait_for(step, work, process):
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_ends_as_one_that_was_left_alone(write_recipe, tmp_path, processes):
     """Also in an epoch whose order depends on its number: 24 pictures, batches of 4, a few epochs."""
     changes = {"group_by_length": True, "per_device_batch_size": 4 // processes, "max_steps": 60}

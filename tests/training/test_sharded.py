@@ -54,6 +54,7 @@ def gradients(tmp_path_factory):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense/1", "llama/1", "llama/2", "phi/1", "phi/2"])
 def test_gradients_are_those_of_one_process(gradients, name):
     loss, gradient = gradients[name]
