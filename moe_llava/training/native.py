@@ -1,6 +1,6 @@
-"""Train a model whose experts are its family's own: what its routers decide in a forward pass.
+"""Train a model whose experts are its family's own: the precision of its experts, and what its routers decide in a forward pass.
 
-Shapes: T tokens, L routers, E experts, K experts per token.
+Shapes: T tokens, D width, L routers, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -12,12 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_llava.data.encoder import EXPERT_TYPES
 from moe_llava.model.losses import balance_loss
 from moe_llava.routing.routers import RoutedExperts, RoutingError, logits_and_choice
 
 Routed = dict[RoutedExperts, tuple[Tensor, Tensor]]
+
+GROUPED, GROUPED_UNDER_AUTOCAST = "grouped_mm", "grouped_mm_under_autocast"  # names in transformers' registry
+
+
+def follow_autocast(model: PreTrainedModel) -> None:
+    """Make the experts compute in autocast's dtype. Autocast does not know grouped_mm, which computes in the dtype of the weights."""
+    if model.config.get_text_config()._experts_implementation == GROUPED:  # its loop over the experts follows autocast by itself
+        model.set_experts_implementation(GROUPED_UNDER_AUTOCAST)
+
+
+def _grouped_under_autocast(experts: nn.Module, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    forward, device = ALL_EXPERTS_FUNCTIONS[GROUPED], x_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return forward(experts, x_TD, ids_TK, weights_TK)
+    dtype = torch.get_autocast_dtype(device)
+    return forward(_Cast(experts, dtype), x_TD.to(dtype), ids_TK, weights_TK).to(x_TD.dtype)  # ERNIE 4.5 VL takes no other
+
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED_UNDER_AUTOCAST, _grouped_under_autocast)
+
+
+class _Cast:
+    """Experts as they are, but for parameters, which are cast."""
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype):
+        self._experts, self._dtype = experts, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
 
 
 @contextmanager

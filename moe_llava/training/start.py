@@ -17,6 +17,8 @@ from moe_llava.common.files import new_folder
 from moe_llava.common.messages import did_you_mean
 from moe_llava.model import upcycle
 from moe_llava.training.adapters import load_base
+from moe_llava.training.native import follow_autocast
+from moe_llava.training.parts import is_native
 from moe_llava.training.recipe import Parts, RecipeError, StageSettings
 from moe_llava.training.saves import saving, write_manifest
 from moe_llava.training.sharding import load_sharded, shared_folder
@@ -69,6 +71,8 @@ def start(stage: Stage, save: Path | None) -> tuple[PreTrainedModel, Any]:
         model, processor = _load_save(stage, str(save))
     else:
         model, processor = _start_sharded(stage) if stage.recipe.sharding else _start_whole(stage)
+    if is_native(model):
+        follow_autocast(model)
     prepare_images(processor, stage.settings)
     return model, processor
 

@@ -27,6 +27,7 @@ from moe_llava.routing.trace import trace_answer, trace_routing
 from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.prompt import PromptBuilder
 from moe_llava.serving.engine.requests import Request
+from moe_llava.training import native
 from moe_llava.training.budget import active_parameters, survey
 from moe_llava.training.native import numbers, recorded
 from moe_llava.training.parts import parts_of
@@ -174,6 +175,23 @@ def test_stage_3_trains_experts_and_routers_alone(family, checkpoints, write_nat
     printed = capsys.readouterr().out
     assert ("AriaForConditionalGeneration returns no auxiliary loss" in printed) == (family == "aria")
     assert (lines[0]["loss"] == pytest.approx(lines[0]["language_loss"])) == (family == "aria")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_compute_in_the_precision_of_the_recipe(family, write_native, tmp_path, monkeypatch):
+    """Their products are of bfloat16, and the first step is that of the loop over the experts, whose products autocast casts by itself."""
+    seen, steps = set(), []
+    multiply = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda x, y, **rest: seen.add((x.dtype, y.dtype)) or multiply(x, y, **rest))
+    for way in (native.GROUPED_UNDER_AUTOCAST, "eager"):
+        monkeypatch.setattr(native, "GROUPED_UNDER_AUTOCAST", way)
+        recipe = load_recipe(write_native(family, precision="bf16", steps=1, output=str(tmp_path / way)))
+        (folder,) = train(recipe, [3], False, QUIET)
+        (line,) = read_log(folder)
+        steps.append((line["loss"], line["grad_norm"]))
+        assert seen == {(torch.bfloat16, torch.bfloat16)}
+        assert load_checkpoint(folder)[0].dtype == torch.float32
+    assert steps[0] == pytest.approx(steps[1], rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
