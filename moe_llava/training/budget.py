@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from moe_llava.checkpoints.published import inspect_published
 from moe_llava.checkpoints.separate import separate_experts
 from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.adapters import attach, quantisation_saves, without_adapter
+from moe_llava.training.adapters import attach, cast_frozen, quantisation_saves, without_adapter
 from moe_llava.training.memory import Batch, activations, layout_of
 from moe_llava.training.parts import (
     PARTS,
@@ -250,6 +251,9 @@ def stage_cost(
             separate_experts(trained)
         saved = quantisation_saves(trained, adapter.quantisation) if adapter.quantisation else 0
         trained, counts = attach(trained, dataclasses.replace(adapter, continue_from=None), stage, "")
+        if bf16 and not adapter.quantisation:
+            cast_frozen(trained, adapter)
+            saved = 2 * sum(parameter.numel() for parameter in trained.parameters() if parameter.dtype == torch.bfloat16)
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
     flops = count(model, context).flops + _backward_flops(model, without_adapter(trained), checkpointing, context)

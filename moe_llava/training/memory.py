@@ -84,7 +84,7 @@ def activations(model: PreTrainedModel, batch: Batch, checkpointing: bool = Fals
     row = batch.labelled * head.shape[0] * 4
     saved = (inputs if checkpointing else sum(kept)) + final + row
     multiplied = [p for name, p in model.named_parameters() if parts[name] in _CAST or (parts[name] == "tower" and p.requires_grad)]
-    copies = 2 * sum(parameter.numel() for parameter in multiplied if parameter.dim() > 1) if bf16 else 0
+    copies = 2 * sum(p.numel() for p in multiplied if p.dim() > 1 and p.dtype == torch.float32) if bf16 else 0
     rows = (_ROWS_OF_LOGITS - 1 + batch.taught * _ROWS_OF_TEACHER) * row
     return Activations(saved, saved + (max(kept, default=0) if checkpointing else 0) + rows + copies)
 

@@ -31,7 +31,7 @@ from moe_llava.data.encoder import Encoder
 from moe_llava.data.records import IMAGE_TOKEN, VIDEO_TOKEN
 from moe_llava.data.store import Records
 from moe_llava.data.stream import Stream, StreamCollator, StreamDataset
-from moe_llava.training.adapters import attach, describe_base, without_adapter, write_adapter
+from moe_llava.training.adapters import attach, cast_frozen, describe_base, without_adapter, write_adapter
 from moe_llava.training.budget import active_parameters
 from moe_llava.training.checks import check_files, check_folder, check_stages, write_records
 from moe_llava.training.distil import LiveInputs, TaughtCollator, TaughtDataset, TeacherCache, prepare_teacher, vocabulary_size
@@ -203,6 +203,8 @@ def prepare_parameters(stage: Stage, model: PreTrainedModel) -> tuple[Any, Param
     settings = stage.settings
     if settings.adapter:
         model, counts = attach(model, settings.adapter, stage.name, stage.adapter_base(stage.work))
+        if stage.bf16:
+            cast_frozen(model, settings.adapter)
     else:
         counts = choose_parameters(model, stage.trainable, stage.moe_layers(model), stage.vision_ffns(model))
     if settings.optimisation.gradient_checkpointing:

@@ -19,6 +19,7 @@ from moe_llava.checkpoints import load
 from moe_llava.common.errors import CheckpointError
 from moe_llava.experiments.demo import demo_recipe
 from moe_llava.training import adapters, run
+from moe_llava.training.parts import parts_of
 from moe_llava.training.recipe import Adapter, RecipeError, load_recipe
 from moe_llava.training.run import train
 from tests.conftest import tiny_dense, tiny_inputs, wide_dense
@@ -195,6 +196,44 @@ def test_a_run_with_an_adapter_that_was_stopped_ends_like_one_that_was_not(
         expected, got = load_file(kept / name), load_file(whole / name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize("targets", [["attention", "FFN", "routers"], ALL], ids=["frozen experts", "all"])
+def test_a_frozen_base_in_bfloat16_changes_nothing(write_recipe, put_stage, tmp_path, stopping, monkeypatch, targets):
+    """Autocast multiplies in it anyway. The run that keeps the base in float32 is the reference; the other is stopped and resumed."""
+    recipe = with_adapter(write_recipe, 3, targets, ["precision=bf16", "stage3.optimisation.max_steps=4"])
+    put_stage(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "cast_frozen", lambda model, adapter: None)
+        (whole,) = train(recipe, [3], resume=False, console=QUIET)
+    kept, dtypes = whole.rename(tmp_path / "whole"), []
+
+    def cast(model, adapter):
+        adapters.cast_frozen(model, adapter)
+        dtypes.append({parameter.dtype for parameter in model.parameters()})
+
+    monkeypatch.setattr(run, "cast_frozen", cast)
+    with stopping(2):
+        train(recipe, [3], resume=False, console=QUIET)
+    train(recipe, [3], resume=True, console=QUIET)
+    assert dtypes == [{torch.float32, torch.bfloat16}] * 2
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        expected, got = load_file(kept / name), load_file(whole / name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize("target", ["attention", "experts", "dora"])
+def test_what_of_a_base_is_kept_in_bfloat16(target):
+    """What learns stays in float32, and so do embeddings, norms, routers, tower and projector, and what DoRA or LoRA of stacks adds to."""
+    targets = ["attention"] if target == "dora" else [target]
+    sparse = upcycle(tiny_dense("phi"))
+    matrices = {name for name, part in parts_of(sparse).items() if part in ("attention", "FFN", "experts")}
+    model, _ = adapted(sparse, *targets, use_dora=target == "dora")
+    adapters.cast_frozen(model, Adapter(targets, rank=2, use_dora=target == "dora"))
+    cast = {name.replace(".base_layer", "") for name, value in sparse.named_parameters() if value.dtype == torch.bfloat16}
+    expected = {"attention": matrices, "experts": {name for name in matrices if ".mlp.experts." not in name}, "dora": set()}
+    assert cast == expected[target]
 
 
 def test_going_on_from_an_adapter(write_recipe, put_stage, tmp_path):

@@ -10,6 +10,7 @@ from moe_llava.model.options import MoeOptions
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach
 from moe_llava.training.budget import active_parameters, count, stage_cost, survey
+from moe_llava.training.memory import Batch
 from moe_llava.training.recipe import Adapter, load_recipe
 from moe_llava.training.stage import on_meta
 from tests.checkpoints import tiny_published
@@ -150,6 +151,16 @@ def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
     expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
     scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
     assert expected <= got <= expected + 1.05 * scales
+
+
+def test_the_memory_that_an_adapter_takes_in_bfloat16():
+    """Frozen matrices take 2 bytes, and autocast keeps no copy of them."""
+    dense, adapter = tiny_dense("llama"), Adapter(["attention"], rank=2)
+    parts = count(dense).total
+    half, whole = (stage_cost(dense, "stage2", [], adapter, batch=Batch(1, 8, 1), bf16=bf16) for bf16 in (True, False))
+    assert whole.memory - half.memory == 2 * (parts["attention"] + parts["FFN"])
+    in_full = stage_cost(dense, "stage2", [], batch=Batch(1, 8, 1), bf16=True)
+    assert in_full.activations - half.activations > 2 * (parts["attention"] + parts["FFN"])
 
 
 def test_recipes_and_checkpoints(write_recipe, tiny_base, tmp_path):  # noqa: F811
