@@ -12,7 +12,7 @@ from moe_llava.common.errors import CheckpointError
 from moe_llava.training.recipe import load_recipe
 from moe_llava.training.run import train
 from tests.conftest import refused
-from tests.training.test_distil import other_vocabulary
+from tests.training.test_teachers import other_vocabulary
 
 QUIET = Console(quiet=True)
 
