@@ -12,6 +12,7 @@ from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.http.protocol import Limits
 from tests.browser import open_browser
 from tests.serving.conftest import server
+from tests.serving.page import answered, ask, open_page, patches, press_button, text_of, troubles
 from tests.serving.test_api import client_of, complete, eventually, image_part, metric, picture, post, text_part, user
 from tests.serving.test_engine import slowed
 from tests.serving.test_web import answer, routes
@@ -44,50 +45,6 @@ def slow(sparse, monkeypatch):
 @pytest.fixture
 def files(served):
     return [question.images[0] for question in served[2][:5:4]]
-
-
-def open_page(browser, url, temperature=0, tokens=8):
-    browser.open(url)
-    browser.until("document.title !== 'Chat'")
-    browser.run(f"document.querySelector('#temperature').value = {temperature}; document.querySelector('#tokens').value = {tokens}")
-
-
-def ask(browser, question, *files, key="Enter"):
-    if files:
-        browser.choose("#files", *files)
-        browser.until(f"document.querySelectorAll('.thumbnail').length === {len(files)} && !document.querySelector('#send').disabled")
-    browser.write("#question", question)
-    browser.press(key)
-
-
-def answered(browser):
-    """Waits for the end; the answers on the page."""
-    browser.until("document.querySelector('#stop').hidden && document.querySelector('article') !== null")
-    return answers(browser)
-
-
-def answers(browser):
-    return browser.run("[...document.querySelectorAll('.answer')].map(answer => answer.querySelector('p:not([class])')?.textContent ?? '')")
-
-
-def text_of(browser, selector):
-    return browser.run(f"document.querySelector({json.dumps(selector)}).innerText")
-
-
-def press_button(browser, place, name):
-    """A button of this name in the part of the page that `place` selects."""
-    buttons = f"[...document.querySelector({json.dumps(place)}).querySelectorAll('button')]"
-    browser.run(f"{buttons}.find(button => button.textContent === {json.dumps(name)}).click()")
-
-
-def troubles(browser, url):
-    """What the browser complained of, and whatever it asked for elsewhere."""
-    return [error for error in browser.errors if not error.startswith(f"asked for {url}/")]
-
-
-def patches(browser, style=None):
-    value = f"getComputedStyle(cell).{style}" if style else "Number(cell.textContent)"
-    return browser.run(f"[...document.querySelectorAll('.grid span')].map(cell => {value})")
 
 
 def test_a_person_shows_pictures_and_asks(browser, url, files):
