@@ -12,7 +12,6 @@ from moe_llava.serving.engine.engine import Engine
 from moe_llava.serving.engine.requests import EngineClosed, Prompt, QueueFull, Request, TimeLimitExceeded
 from tests.serving.conftest import ask, request_of
 from tests.serving.test_engine import alone, endless, engine, questions, tokens  # noqa: F401
-from tests.training.conftest import tiny_base  # noqa: F401
 
 
 def test_a_failure_is_told_to_those_whom_it_concerns(endless, served, monkeypatch):  # noqa: F811

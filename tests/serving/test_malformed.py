@@ -6,7 +6,6 @@ import json
 import pytest
 
 from tests.serving.test_api import assert_told, image_part, picture, post, text_part, url, user  # noqa: F401
-from tests.training.conftest import tiny_base  # noqa: F401
 
 BOMB = picture()  # a small file that claims to be a very large picture
 
