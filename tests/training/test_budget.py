@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, PhiConfig, Qwen2Config, StableLmConfig
 
 from moe_llava import upcycle
@@ -151,6 +152,17 @@ def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
     expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
     scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
     assert expected <= got <= expected + 1.05 * scales
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(["attention"], rank=2)], ids=["all", "adapter"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_precision_of_a_checkpoint_does_not_count(adapter, bf16):
+    """Training holds float32, however the weights are stored."""
+    costs = [
+        stage_cost(tiny_dense("llama").to(dtype), "stage2", [], adapter, batch=Batch(1, 8, 1), bf16=bf16)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert costs[0] == costs[1]
 
 
 def test_the_memory_that_an_adapter_takes_in_bfloat16():
