@@ -241,8 +241,8 @@ def stage_cost(
     """Return the cost of training the whole model, sharded or not; with `batch`, also its activations, in `bf16`, with `eager` attention.
 
     Args: `model` becomes what the stage trains, in float32, however it is stored; `stage`, `moe_layers` and `vision` as in
-    `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing` repeats the forward pass; `context` as
-    in `count`.
+    `choose_parameters`; an `adapter` is trained alone, on a base that it may quantise; `checkpointing` repeats the forward pass; `context`
+    as in `count`.
     """
     model.float()
     if adapter is None:
