@@ -22,7 +22,7 @@ from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
 from moe_llava.checkpoints.separate import separate_experts
-from moe_llava.model import SparseModel
+from moe_llava.model import Experts, SparseModel
 from moe_llava.model.upcycling import sparse_config
 from moe_llava.training.adapters import attach, cast_frozen, quantisation_saves, without_adapter
 from moe_llava.training.memory import Batch, activations, layout_of
@@ -253,9 +253,12 @@ def stage_cost(
             separate_experts(trained)
         saved = quantisation_saves(trained, adapter.quantisation) if adapter.quantisation else 0
         trained, counts = attach(trained, dataclasses.replace(adapter, continue_from=None), stage, "")
-        if bf16 and not adapter.quantisation:
+        if bf16:
             cast_frozen(trained, adapter)
-            saved = 2 * sum(parameter.numel() for parameter in trained.parameters() if parameter.dtype == torch.bfloat16)
+            # Of a quantised base only stacks are cast; what is quantised there has been counted.
+            cast = [module for module in trained.modules() if isinstance(module, Experts)] if adapter.quantisation else [trained]
+            halved = (parameter for module in cast for parameter in module.parameters(recurse=not adapter.quantisation))
+            saved += 2 * sum(parameter.numel() for parameter in halved if parameter.dtype == torch.bfloat16)
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
     flops = count(model, context).flops + _backward_flops(model, without_adapter(trained), checkpointing, context)

@@ -15,7 +15,7 @@ from moe_llava.training.memory import Batch
 from moe_llava.training.recipe import Adapter, load_recipe
 from moe_llava.training.stage import on_meta
 from tests.checkpoints import tiny_published
-from tests.conftest import REPOSITORY, refused, run_here, tiny_dense
+from tests.conftest import REPOSITORY, refused, run_here, tiny_dense, wide_dense
 from tests.training.conftest import tiny_base, write_recipe  # noqa: F401
 
 # The language models of the paper, from their published configurations.
@@ -152,6 +152,13 @@ def test_the_memory_that_an_adapter_takes(kind, linear_bytes):
     expected = 4 * (sum(parts.values()) - linear) + linear_bytes * linear + 16 * added + 12 * parts["projector"]
     scales = {None: 0, "int8": 4 / 32, "nf4": 4 / 64}[kind] * linear
     assert expected <= got <= expected + 1.05 * scales
+
+
+@pytest.mark.parametrize(("experts", "halved"), [(False, True), (True, False)], ids=["stacked", "quantised"])
+def test_of_a_quantised_base_only_stacks_are_in_bfloat16(experts, halved):
+    sparse, adapter = upcycle(wide_dense("llama")), Adapter(["attention"], rank=2, quantisation="nf4", quantise_experts=experts)
+    half, whole = (stage_cost(sparse, "stage3", [0, 2], adapter, bf16=bf16).memory for bf16 in (True, False))
+    assert whole - half == 2 * count(sparse).total["experts"] * halved
 
 
 @pytest.mark.parametrize("adapter", [None, Adapter(["attention"], rank=2)], ids=["all", "adapter"])
