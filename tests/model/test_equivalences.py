@@ -221,7 +221,6 @@ def test_static_cache_generates_the_same(family):
     assert torch.equal(sparse.generate(**tiny_inputs(), **settings, cache_implementation="static"), expected)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_step_of_decoding_is_one_graph():
     """torch.compile makes CUDA graphs of it, where there are, only as a whole."""
