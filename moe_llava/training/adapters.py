@@ -178,8 +178,8 @@ def quantisation_config(checkpoint: str | Path, kind: str, dtype: torch.dtype) -
 def quantisation_saves(model: PreTrainedModel, kind: str) -> int:
     """Return how many bytes quantisation saves in the linear layers of `model`, which are in float32. A scale of 4 bytes is kept for every
     64 weights ("nf4") or for every row ("int8")."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(_layers(model))}
-    weights = [module.weight for name, module in linear.items() if not name.endswith(".mlp.coefficient")]
+    modules = (named for layer in decoder_layers(model) for named in layer.named_modules())
+    weights = [module.weight for name, module in modules if isinstance(module, nn.Linear) and name != "mlp.coefficient"]
     if kind == "nf4":
         return sum(4 * weight.numel() - weight.numel() // 2 - 4 * math.ceil(weight.numel() / 64) for weight in weights)
     return sum(3 * weight.numel() - 4 * weight.shape[0] for weight in weights)
@@ -239,12 +239,23 @@ def cast_frozen(adapted: Any, adapter: Adapter) -> None:
 
     DoRA computes with norms of the matrices, and LoRA of stacked experts adds to them, so those stay in float32.
     """
-    model = without_adapter(adapted)
-    for name, module in model.named_modules():
-        stack = isinstance(module, Experts) and not module.separated and "experts" not in adapter.targets
-        frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        if name.startswith(_layers(model)) and (type(module) is nn.Linear or stack) and frozen and not adapter.use_dora:
-            module.to(torch.bfloat16)
+    if adapter.use_dora:
+        return
+    for layer in decoder_layers(without_adapter(adapted)):
+        for module in layer.modules():
+            stack = _is_stack(module) and "experts" not in adapter.targets
+            if (type(module) is nn.Linear or stack) and not any(parameter.requires_grad for parameter in module.parameters()):
+                module.to(torch.bfloat16)
+
+
+def cast_saves(adapted: Any, adapter: Adapter) -> int:
+    """Return how many bytes `cast_frozen` has saved. Of a base that will be quantised only stacks count: see `quantisation_saves`."""
+    cast = [module for module in adapted.modules() if _is_stack(module)] if adapter.quantisation else [adapted]
+    return 2 * sum(parameter.numel() for module in cast for parameter in module.parameters() if parameter.dtype == torch.bfloat16)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, Experts) and not module.separated
 
 
 def _part(name: str, projector: list[str]) -> str:

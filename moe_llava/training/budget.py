@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,9 +21,9 @@ from moe_llava.checkpoints.files import read_config
 from moe_llava.checkpoints.load import load_on_meta
 from moe_llava.checkpoints.published import inspect_published
 from moe_llava.checkpoints.separate import separate_experts
-from moe_llava.model import Experts, SparseModel
+from moe_llava.model import SparseModel
 from moe_llava.model.upcycling import sparse_config
-from moe_llava.training.adapters import attach, cast_frozen, quantisation_saves, without_adapter
+from moe_llava.training.adapters import attach, cast_frozen, cast_saves, quantisation_saves, without_adapter
 from moe_llava.training.memory import Batch, activations, layout_of
 from moe_llava.training.parts import (
     PARTS,
@@ -255,10 +254,7 @@ def stage_cost(
         trained, counts = attach(trained, dataclasses.replace(adapter, continue_from=None), stage, "")
         if bf16:
             cast_frozen(trained, adapter)
-            # Of a quantised base only stacks are cast; what is quantised there has been counted.
-            cast = [module for module in trained.modules() if isinstance(module, Experts)] if adapter.quantisation else [trained]
-            halved = (parameter for module in cast for parameter in module.parameters(recurse=not adapter.quantisation))
-            saved += 2 * sum(parameter.numel() for parameter in halved if parameter.dtype == torch.bfloat16)
+            saved += cast_saves(trained, adapter)
     memory = 4 * counts.total + 12 * sum(counts.trained.values()) - saved
     kept = None if batch is None else activations(without_adapter(trained), batch, checkpointing, bf16, eager).peak
     flops = count(model, context).flops + _backward_flops(model, without_adapter(trained), checkpointing, context)
